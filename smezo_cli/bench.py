@@ -35,6 +35,7 @@ device. All weights are trained. Names:
   forward                    the model alone: last position, label rows; two of them are the unit
   forward_full_logits        the textbook's: a sequence a candidate, all logits
   textbook_mezo, textbook_sparse_mezo    the papers' pseudo-code, with forwards like that
+  textbook_mezo_our_layers, textbook_sparse_mezo_our_layers    the same with smezo's linear layers
   mezo, sparse_mezo          as smezo train makes them, and variants:
     sparse_mezo_sequential, sparse_mezo_lockstep, sparse_mezo_in_place, sparse_mezo_kept_noise,
     sparse_mezo_rademacher, sparse_mezo_eager, r_mezo
@@ -204,6 +205,7 @@ def _model_and_tokens(
     """
     import torch
 
+    from smezo_cli.allocator import keep_freed_memory
     from smezo_cli.assets import cache_dir
     from smezo_cli.linear import use_onednn
     from smezo_cli.model import load_model
@@ -215,6 +217,7 @@ def _model_and_tokens(
     model, tokenizer = load_model(settings.model, dtype=dtype, device=device, cache=cache)
     if compute == dtype:
         use_onednn(model)
+    keep_freed_memory()  # as a run does
     scorer = Scorer(model, tokenizer, None if compute == dtype else compute)
     needed = settings.batch_size * length
     if grow:

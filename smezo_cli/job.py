@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smezo_cli.allocator import keep_freed_memory
 from smezo_cli.assets import cache_dir
 from smezo_cli.errors import UserError
 from smezo_cli.linear import use_onednn
@@ -48,6 +49,7 @@ class Job:
         compute = getattr(torch, settings.compute_dtype or settings.dtype)
         if compute == self.dtype:
             use_onednn(self.model)
+        keep_freed_memory()
         self.scorer = Scorer(self.model, self.tokenizer, None if compute == self.dtype else compute)
         total = sum(p.numel() for p in self.model.parameters())
         say(f"  model   {settings.model['name']}, {total / 1e6:.1f} M weights")

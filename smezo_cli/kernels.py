@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
-from numba.extending import overload
+from numba import carray, cfunc, njit, types  # type: ignore[attr-defined]  # carray is public all the same
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
 
-from smezo_cli import elementwise, masks, noise, passes
+from smezo_cli import elementwise, masks, noise, openmp, passes
 
 Function = Callable[..., Any]
 Rounding = torch.dtype | None  # a key of passes.ROUNDINGS; None leaves float32 results as they are
@@ -286,3 +287,103 @@ def picked_direction(kind: str, more: bool) -> Function:
             out[i] = steps[0] if is_first else steps[1]
 
     return loop
+
+
+# --- in torch's own threads -------------------------------------------------------------------
+
+
+@intrinsic
+def _address(context, number):
+    """The pointer that an int64 is."""
+
+    def generate(context, builder, signature, args):
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), generate
+
+
+@intrinsic
+def _as_f64(context, pattern):
+    """The float64 whose bits an int64 holds."""
+
+    def generate(context, builder, signature, args):
+        return builder.bitcast(args[0], context.get_value_type(types.float64))
+
+    return types.float64(types.int64), generate
+
+
+_PLAIN = 10  # int64 words before the addresses of the arrays
+_ALIGNED = 16  # entries: a cache line, and the vectors of all processors, divide a thread's share
+
+
+@functools.cache
+def in_threads(loop: Function, count: int, item: type) -> Callable[[Any, Any, int], None] | None:
+    """A loop of :func:`whole`, :func:`in_place` or :func:`both` in the threads of torch.
+
+    Args:
+        loop: it.
+        count: of arrays that it takes: 2, 4 or 6.
+        item: NumPy's type of their entries.
+
+    Returns:
+        A function of the arrays (tuple), the plain numbers behind the counter (tuple) and the
+        number of threads; None where torch's threads cannot be had, see :mod:`smezo_cli.openmp`.
+    """
+    runtime = openmp.find()
+    if runtime is None:
+        return None
+    size, me, all_of_us = np.dtype(item).itemsize, runtime.thread, runtime.threads
+    entries = np.dtype(item).type
+
+    @njit
+    def part(words, k, low, high):
+        return carray(_address(words[_PLAIN + k] + low * size), high - low, entries)
+
+    if count == 2:
+
+        @njit
+        def share(words, low, high, plain):
+            first, second = part(words, 0, low, high), part(words, 1, low, high)
+            loop(first, second, low, *plain)
+
+    elif count == 4:
+
+        @njit
+        def share(words, low, high, plain):
+            first, second = part(words, 0, low, high), part(words, 1, low, high)
+            loop(first, second, part(words, 2, low, high), part(words, 3, low, high), low, *plain)
+
+    else:
+        assert count == 6
+
+        @njit
+        def share(words, low, high, plain):
+            first, second = part(words, 0, low, high), part(words, 1, low, high)
+            p, p_ = part(words, 2, low, high), part(words, 3, low, high)
+            m, m_ = part(words, 4, low, high), part(words, 5, low, high)
+            loop(first, second, p, p_, m, m_, low, *plain)
+
+    @cfunc(types.void(types.CPointer(types.int64)))
+    def entry(pointer):
+        words = carray(pointer, _PLAIN + count)
+        length, k, threads = words[0], me(), all_of_us()
+        low = length * k // threads // _ALIGNED * _ALIGNED
+        high = length * (k + 1) // threads // _ALIGNED * _ALIGNED
+        if k == threads - 1:
+            high = length
+        key, mask_key, round_key = (words[1], words[2]), (words[4], words[5]), (words[6], words[7])
+        a, h, d = _as_f64(words[3]), _as_f64(words[8]), _as_f64(words[9])
+        share(words, low, high, (key, a, mask_key, round_key, h, d))
+
+    def run(arrays, plain, threads):
+        key, a, mask_key, round_key, h, d = plain
+        words = np.empty(_PLAIN + count, np.int64)
+        words[0] = len(arrays[0])
+        words[1:3], words[4:6], words[6:8] = key, mask_key, round_key
+        reals = words.view(np.float64)
+        reals[3], reals[8], reals[9] = a, h, d
+        for k, array in enumerate(arrays):
+            words[_PLAIN + k] = array.ctypes.data
+        runtime.parallel(entry.address, words.ctypes.data, threads, 0)
+
+    return run

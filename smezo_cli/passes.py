@@ -481,6 +481,10 @@ class NumbaPasses:
         if threads == 1:
             loop(*arrays, 0, *plain)
             return
+        together = self._kernels.in_threads(loop, len(arrays), arrays[0].dtype.type)
+        if together is not None:
+            together(arrays, plain, threads)
+            return
 
         def one(part: slice) -> None:
             loop(*(x[part] for x in arrays), part.start, *plain)

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smezo_cli import __version__
+from smezo_cli import __version__, allocator
 from smezo_cli.errors import UserError
 
 SCHEMA = 1  # of result.json
@@ -338,6 +338,7 @@ class PeakMemory:
             torch.cuda.set_device(device)  # which also starts CUDA
             torch.cuda.reset_peak_memory_stats(device)
         else:
+            allocator.give_back()  # what a run before this one has freed
             # Linux keeps the peak of the process; 5 sets it back to the present (see proc(5)).
             with contextlib.suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

@@ -6,7 +6,6 @@ Steps are real: the learning rate is so small that the weights stay alike, but e
 What the in-place candidates leave behind of rounding errors is not put back.
 """
 
-import ctypes
 import gc
 import os
 import time
@@ -21,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from smezo_cli import masks, textbook
+from smezo_cli import allocator, masks, textbook
 from smezo_cli.errors import UserError
+from smezo_cli.linear import as_torch_has_it
 from smezo_cli.methods.mezo import MeZO
 from smezo_cli.methods.sparse_mezo import SparseMeZO
 from smezo_cli.noise import stream_key
@@ -52,6 +52,8 @@ NAMES = (
     "forward_full_logits",
     "textbook_mezo",
     "textbook_sparse_mezo",
+    "textbook_mezo_our_layers",
+    "textbook_sparse_mezo_our_layers",
     "mezo",
     *VARIANTS,
     *PASSES,
@@ -141,7 +143,7 @@ def makers(
     model = scorer.model
     device = next(model.parameters()).device
 
-    def plain_loss() -> Tensor:
+    def our_layers_loss() -> Tensor:
         with torch.autocast(
             device.type,
             scorer.compute_dtype,
@@ -150,13 +152,17 @@ def makers(
         ):
             return textbook.loss(model, batch)
 
+    def plain_loss() -> Tensor:
+        with as_torch_has_it(model):
+            return our_layers_loss()
+
     def forward(loss: Callable[[], Tensor]) -> Candidate:
         return Candidate(torch.inference_mode()(loss))
 
-    def rival(is_sparse: bool) -> Candidate:
+    def rival(is_sparse: bool, loss: Callable[[], Tensor] = plain_loss) -> Candidate:
         h = thresholds.textbook if is_sparse else []
         method = textbook.Textbook(model, lr=LR, eps=EPS, thresholds=h)
-        return Candidate(partial(method.step, plain_loss), "textbook")
+        return Candidate(partial(method.step, loss), "textbook")
 
     def ours(make: Callable[..., Any], **arguments: Any) -> Candidate:
         # The self-check is asked once a run, so it is no part of a step.
@@ -168,6 +174,8 @@ def makers(
         "forward_full_logits": partial(forward, plain_loss),
         "textbook_mezo": partial(rival, False),
         "textbook_sparse_mezo": partial(rival, True),
+        "textbook_mezo_our_layers": partial(rival, False, our_layers_loss),
+        "textbook_sparse_mezo_our_layers": partial(rival, True, our_layers_loss),
         "mezo": partial(ours, MeZO),
     }
     for name, arguments in VARIANTS.items():
@@ -397,8 +405,7 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         else:
-            with suppress(AttributeError, OSError):  # of the GNU C library alone
-                ctypes.CDLL(None).malloc_trim(0)
+            allocator.give_back()
         memory = PeakMemory(self.device)
         made.step()
         self._wait()

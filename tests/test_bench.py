@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from smezo_cli import bench as line
 from smezo_cli import textbook, timing
 from smezo_cli.cli import main
+from smezo_cli.linear import use_onednn
 from smezo_cli.model import load_model
 from smezo_cli.scoring import Scorer
 from smezo_cli.textbook import Textbook
@@ -24,7 +25,9 @@ from smezo_cli.timing import NAMES, PASSES, Bench, Thresholds, figures, interlea
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONF = Path(__file__).parents[1] / "conf"
-FORWARDS = {"forward": 1, "forward_full_logits": 2, "textbook_mezo": 4, "textbook_sparse_mezo": 4}
+FORWARDS = {"forward": 1, "forward_full_logits": 2} | {
+    name: 4 for name in NAMES if name.startswith("textbook")
+}
 
 
 @pytest.fixture
@@ -137,6 +140,35 @@ def test_a_step_makes_the_forwards_that_its_kind_has(scorer: Scorer, name: str) 
     for p, p0 in zip(scorer.model.parameters(), before, strict=True):
         torch.testing.assert_close(p.detach(), p0, rtol=0, atol=2e-6)
         assert p.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("name", "is_ours"),
+    [
+        ("forward", True),
+        ("mezo", True),
+        ("forward_full_logits", False),
+        ("textbook_sparse_mezo", False),
+        ("textbook_sparse_mezo_our_layers", True),
+    ],
+)
+def test_rivals_compute_with_the_linear_layers_of_torch(
+    scorer: Scorer, name: str, is_ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(
+        torch.nn.Linear, "forward", lambda s, x: calls.append("torch") or plain(s, x)
+    )
+
+    def plain(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, layer.weight, layer.bias)
+
+    assert use_onednn(scorer.model)
+    held = {m: m.__dict__["forward"] for m in scorer.model.modules() if "forward" in m.__dict__}
+    makers(scorer, ROWS, Thresholds(scorer.model, 0.75))[name]().step()
+    # The label rows alone are computed by whatever the output layer has.
+    assert (not calls) == is_ours
+    assert held == {m: m.__dict__["forward"] for m in held}
 
 
 @pytest.mark.parametrize("name", ["mezo", *timing.VARIANTS])

@@ -6,17 +6,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from smezo_cli import noise, passes
+from smezo_cli import kernels, noise, passes
 from smezo_cli.masks import RULES
 from smezo_cli.passes import (
     CompiledPasses,
     Draw,
     EagerPasses,
     NumbaPasses,
+    Numbers,
     Rule,
     choose_passes,
 )
@@ -371,9 +373,14 @@ def test_numbers_that_are_not_stay_so_in_bfloat16() -> None:
         assert torch.equal(weight_.isnan(), wanted.isnan())
 
 
+@pytest.mark.parametrize("pool", ["torch's", "ours"])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_threads_share_a_numba_pass(dtype: torch.dtype) -> None:
+def test_threads_share_a_numba_pass(
+    dtype: torch.dtype, pool: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One, two or five threads write and pick the same bits, also in place."""
+    if pool == "ours":  # as where torch's OpenMP cannot be called
+        monkeypatch.setattr(kernels, "in_threads", lambda *of: None)
     rule = Rule(*COMPILED[0][:2])
     draw, weight = draw_of(rule), weight_of(8 * passes._SHARE + 3, dtype)
     wanted, index = moved_by(EagerPasses(rule), weight, draw), torch.arange(7, weight.numel(), 3)
@@ -390,6 +397,44 @@ def test_threads_share_a_numba_pass(dtype: torch.dtype) -> None:
         assert same(plus, wanted)
         back = draw._replace(coefficients=-draw.coefficients)
         assert same(minus, moved_by(fast, weight, back))
+
+
+def test_shares_are_parts_of_whatever_is_not_a_multiple_of_them() -> None:
+    """Lengths around the alignment of a share, with more threads than there is work for."""
+    rule = Rule(*COMPILED[0][:2])
+    loop = kernels.in_place(rule.mask, rule.noise, None, False)
+    together = kernels.in_threads(loop, 2, np.float32)
+    if together is None:
+        pytest.skip("torch was built without OpenMP, or its OpenMP has no GOMP_parallel")
+    _, plain = NumbaPasses(rule)._last(Numbers.of(draw_of(rule)), F32)
+    for pairs in (1, 15, 16, 17, 31, 33, 100, 1000):
+        first, second = weight_of(2 * pairs, F32).view(2, pairs).numpy()
+        wanted = first.copy(), second.copy()
+        loop(*wanted, 0, *plain)
+        for threads in (1, 2, 3, 7):
+            there = first.copy(), second.copy()
+            together(there, plain, threads)
+            assert all(
+                (a.view("i4") == b.view("i4")).all() for a, b in zip(there, wanted, strict=True)
+            )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch may have another runtime")
+def test_the_threads_are_those_of_torch() -> None:
+    """A pass starts no thread where torch has its own running already."""
+    code = (
+        "import os, torch; from smezo_cli import openmp; from smezo_cli.passes import *\n"
+        "torch.set_num_threads(3); w = torch.ones(1 << 24) + 1\n"
+        "key = torch.zeros(2, dtype=torch.int64); scalar = torch.zeros(())\n"
+        "worker = NumbaPasses(Rule()); draw = Draw(key[None], key, key, scalar, scalar[None])\n"
+        "worker.move(w[:99], w[:99], draw); w + 1\n"  # a thread of Numba's own may begin here
+        "before = len(os.listdir('/proc/self/task')); worker.move(w, w, draw)\n"
+        "print(openmp.find() is None, len(os.listdir('/proc/self/task')) - before)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    if out.stdout.startswith("True"):
+        pytest.skip("torch's OpenMP is not found")
+    assert out.stdout.split() == ["False", "0"]
 
 
 def test_numba_is_what_a_cpu_gets() -> None:
