@@ -498,6 +498,22 @@ def test_digest_is_of_values_not_of_spelling() -> None:
     assert digest({"b": 1, "a": [2.0]}) == digest({"a": [2], "b": 1.0})
 
 
+def test_keys_that_came_later_are_in_the_digest_where_they_are_set() -> None:
+    """A run from before there were such keys keeps its name; set, they change results."""
+    plain_ = OmegaConf.to_container(compose(), resolve=True)
+    assert isinstance(plain_, dict)
+    before: Any = plain_ | {"method": dict(plain_["method"])}
+    for node, key in (
+        (before, "stop_if_diverged"),
+        (before, "patience"),
+        (before["method"], "clip_projected_grad"),
+    ):
+        assert node.pop(key) is None
+    assert digest(compose()) == digest(before)
+    later = ["stop_if_diverged=2", "patience=3", "method.clip_projected_grad=9"]
+    assert len({digest(before), *(digest(compose([word])) for word in later)}) == 4
+
+
 def test_digest_stays_the_same_over_versions() -> None:
     """sha256 of {"a":{"0":"x"},"b":[0.001,null,true]}, computed by hand."""
     assert digest({"name": "n", "b": [1e-3, None, True], "a": {0: "x"}}) == "e98c6574"
