@@ -479,7 +479,9 @@ class _Composer:
         ]
         node = OmegaConf.select(base, parent) if parent else None
         target = node.get("_target_") if isinstance(node, DictConfig) else None
-        more = f"; another argument of {target}: +{override.input_line}" if target else ""
+        # Ours by their class alone: the line must stay one that is read.
+        owner = re.sub(r"^smezo_cli\..*\.", "", str(target))
+        more = f"; another argument of {owner}: +{override.input_line}" if target else ""
         raise UserError(f"there is no setting {key}{hint} (there are: {', '.join(inside)}){more}.")
 
     def _with_choice(self, group: str, option: str, chosen: Sequence[str]) -> DictConfig:

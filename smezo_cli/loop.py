@@ -15,6 +15,7 @@ from smezo_cli.log import Bar, Console, Logger
 from smezo_cli.runs import PeakMemory, RunFolder, State, Stopped
 from smezo_cli.schedule import lr_factor
 from smezo_cli.scoring import Candidates, Scorer
+from smezo_cli.watch import Watch
 from smezo_cli.zo import Closure, NonFiniteLoss, StepRecord
 
 
@@ -242,12 +243,14 @@ def fit(
     log_bytes: Callable[[], int],
     console: Console,
     memory: PeakMemory,
+    watch: Watch,
     stopped: Callable[[], bool],
 ) -> None:
     """Train from ``state.step`` to ``steps``; then ``state.best_step`` names the best weights.
 
-    Dev is looked at (and everything saved) every ``eval_every`` steps and after the last. With
-    ``keep="last"`` the last weights count as the best, with "all" those of every look are kept.
+    Dev is looked at (and everything saved) every ``eval_every`` steps and after the last; a run may
+    end earlier, at a look after which ``watch`` says why. With ``keep="last"`` the last weights
+    count as the best, with "all" those of every look are kept.
 
     Raises:
         Stopped: asked to; the state is saved and the same call goes on from there.
@@ -261,6 +264,9 @@ def fit(
         state.metrics_bytes = log_bytes()
         folder.save(state, method.trained, tensors, keep)
 
+    def is_look(step: int) -> bool:
+        return step % eval_every == 0 or step == steps
+
     def log(record: Mapping[str, Any]) -> None:
         for logger in loggers:
             logger.log(record)
@@ -268,7 +274,7 @@ def fit(
     note = ""
     with console.bar("train", steps, state.step) as bar:
         while True:
-            if state.looked < state.step and (state.step % eval_every == 0 or state.step == steps):
+            if state.looked < state.step and is_look(state.step):
                 try:
                     found = evaluate(scorer, dev, console.bar("dev", len(dev)), stopped)
                 except Stopped:
@@ -291,6 +297,7 @@ def fit(
                     {"step": state.step}
                     | {f"dev.{k}": v for k, v in look.items() if k not in ("standard_error", "n")}
                     | {"active_share": share}
+                    | watch.look(look["loss"], is_best)
                 )
                 save()
                 note = f"dev {look[found.metric]:.3f}"
@@ -299,7 +306,7 @@ def fit(
                     f"dev loss {look['loss']:.4f}  active share {share:.3f}"
                     + ("  (best)" if is_best else "")
                 )
-            if state.step == steps:
+            if state.step == steps or watch.why is not None:
                 return
             if stopped():
                 save()
@@ -308,6 +315,7 @@ def fit(
             batch = [train[i] for i in batches(state.step)]
             method.set_lr_factor(lr_factor(lr_schedule, state.step, steps, warmup_steps))
             scorer.model.train(method.mode == "train")
+            watch.before_step(is_look(state.step + 1))
             start = time.perf_counter()
             record = method.step(lambda rows=batch: scorer.loss(rows))  # type: ignore[misc]  # bound now
             seconds = time.perf_counter() - start
@@ -320,7 +328,10 @@ def fit(
                     "step": state.step,
                     "loss": record.loss,
                     "projected_grad": list(record.projected_grad),
+                    **({"clipped": record.clipped} if record.clipped else {}),
                     "seconds": seconds,
                 }
             )
+            if line := watch.after_step(state.step, record):
+                console.say(line)
             bar.step(1, f"loss {record.loss:.4f}  {note}")

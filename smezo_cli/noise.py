@@ -160,6 +160,13 @@ def uniform_pair(counter: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     return f32(i32(_shift_right(bits, 40))) * scale, f32(i32(bits & 0xFFFFFF)) * scale
 
 
+def uniform_at(index: Tensor, numel: int, key: Tensor) -> Tensor:
+    """The uniforms at flat indices of a tensor of ``numel`` entries: float32, the index's shape."""
+    counter, is_first = locate(index, numel)
+    first, second = uniform_pair(counter, key)
+    return where(is_first, first, second)
+
+
 def rounding_pair(counter: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Two times 31 random bits per counter: int32, not negative."""
     bits = hash64(counter, key)

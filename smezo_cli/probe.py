@@ -143,7 +143,7 @@ class FunctionalProbe:
 
     def _wrap(self, module: nn.Module, names: list[str]) -> Callable[..., Any]:
         inner = module.forward
-        looks_up_rows = _looks_up_rows(module)
+        by_rows = looks_up_rows(module)
         parameters, own = module._parameters, {name: module._parameters[name] for name in names}
 
         def forward(*args: Any, only_rows: Tensor | None = None, **kwargs: Any) -> Any:
@@ -158,14 +158,14 @@ class FunctionalProbe:
                     refuse(f"the closure calls a {type(module).__name__} of the model by itself")
                 side = turns.side
                 mover = self._pair[1] if side else self._pair[0]
-            by_row = looks_up_rows and len(args) == 1 and not kwargs
+            by_row = by_rows and len(args) == 1 and not kwargs
             is_first = False
             self._depth += 1
             try:
                 moved: dict[str, Any]
                 if by_row:
                     padding = module.padding_idx
-                    rows, args = _renumber(args[0])
+                    rows, args = renumbered(args[0])
                     module.padding_idx = None  # type: ignore[assignment]  # a position of the old numbering
                     moved = {"weight": mover.rows(own["weight"], rows)}  # type: ignore[arg-type]  # owners have it
                 elif only_rows is not None:
@@ -256,7 +256,7 @@ def _restore(module: nn.Module, held: Any) -> None:
         module.__dict__["forward"] = held
 
 
-def _looks_up_rows(module: nn.Module) -> bool:
+def looks_up_rows(module: nn.Module) -> bool:
     """An embedding whose forward takes nothing but the ids, which may then be renumbered.
 
     Subclasses that scale the result (Gemma) qualify; those that compute the ids (OPT's positions)
@@ -268,6 +268,7 @@ def _looks_up_rows(module: nn.Module) -> bool:
     return len(parameters) == 2 and parameters[1] in ("input", "input_ids")
 
 
-def _renumber(ids: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+def renumbered(ids: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+    """The rows that ids (int64, any shape) look up, sorted, and the ids as positions among them."""
     rows, renumbered = torch.unique(ids, return_inverse=True)
     return rows, (renumbered,)

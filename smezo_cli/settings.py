@@ -27,6 +27,8 @@ CONF_DIR = _PACKAGED if _PACKAGED.is_dir() else _PACKAGED.parent.parent / "conf"
 KNOBS = ("lr", "eps", "sparsity")
 # Cannot change a result, hence not part of a run's digest.
 _NOT_IN_DIGEST = ("name", "runs_dir", "logger", "if_exists", "compile", "hydra")
+# Came later; null is what runs did before there was such a key, and they keep their digest.
+_NOT_IN_DIGEST_IF_NULL = ("stop_if_diverged", "patience", "clip_projected_grad")
 
 
 def near(word: str, options: Iterable[str]) -> str:
@@ -215,6 +217,8 @@ class Settings:
     steps: Annotated[int, Whole(1, example="150")]
     batch_size: Annotated[int, _COUNT]
     eval_every: Annotated[int, Whole(1, example="50")]  # null has become a tenth of the steps
+    stop_if_diverged: Annotated[float | None, Number(1, above=True, example="2.0")]
+    patience: Annotated[int | None, Whole(1, example="5")]
     lr_schedule: Annotated[str, Choice("constant", "linear", "cosine")]
     warmup_steps: Annotated[int, Whole(0, example="0")]
     keep: Annotated[str, Choice("best", "last", "all")]
@@ -271,6 +275,7 @@ _NODE_RULES: dict[str, Rule] = {
     "model.max_length": Whole(8, example="2048"),
     "method.num_queries": _COUNT,
     "method.weight_decay": Number(0, example="0.0"),
+    "method.clip_projected_grad": Number(0, above=True, example="100.0"),
     "method.mask": Choice("small", "large", "random", "none"),
     "method.mask_refresh_every": Whole(0, example="0"),
     "method.mask_resample": Choice("run", "step"),
@@ -328,6 +333,8 @@ _DATA_EXAMPLES = {
 # null is a value of these ("not limited", "the default").
 _NULLABLE = {
     "eval_every",
+    "stop_if_diverged",
+    "patience",
     "compute_dtype",
     "model.bos_token",
     "model.compute_dtype",
@@ -346,6 +353,7 @@ _NULLABLE = {
     "task.data_name",
     "task.revision",
     "method.max_grad_norm",
+    "method.clip_projected_grad",
 }
 
 
@@ -398,6 +406,12 @@ def check(cfg: DictConfig) -> Settings:
         )
     if checked["eval_every"] is None:
         checked["eval_every"] = math.ceil(checked["steps"] / 10)
+    looks = math.ceil(checked["steps"] / checked["eval_every"])
+    if checked["patience"] is not None and checked["patience"] + 1 >= looks:
+        raise UserError(
+            f"patience={checked['patience']} cannot end a run of {looks} looks early (the first is "
+            "always the lowest so far): lower patience or eval_every."
+        )
     return Settings(**checked)
 
 
@@ -536,13 +550,23 @@ def digest(cfg: DictConfig | Mapping[str, Any]) -> str:
 
     A run that can be extended keeps its name when ``steps`` grows.
     """
-    values = {key: value for key, value in plain(cfg).items() if key not in _NOT_IN_DIGEST}
+    values = _without_later_nulls(
+        {key: value for key, value in plain(cfg).items() if key not in _NOT_IN_DIGEST}
+    )
     if is_extensible(values.get("lr_schedule")):
         values.pop("steps", None)
     if values.get("keep") == "all":
         values["keep"] = "best"  # the test is on the same weights
     text = json.dumps(_canonical(values), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _without_later_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_later_nulls(value) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if value is not None or key not in _NOT_IN_DIGEST_IF_NULL
+    }
 
 
 def _canonical(value: object) -> object:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from smezo_cli.log import Console
     from smezo_cli.loop import Evaluation, Method
     from smezo_cli.runs import RunFolder
+    from smezo_cli.watch import Numerics, Watch
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -116,6 +117,7 @@ class _Run:
         from smezo_cli.job import Job
         from smezo_cli.lockstep import NotInLockstep
         from smezo_cli.loop import fit
+        from smezo_cli.watch import Numerics
         from smezo_cli.zo import NonFiniteLoss
 
         self._announce()
@@ -123,6 +125,7 @@ class _Run:
         try:
             self.job = Job(self.settings, str(self.device), self.console.say)
             method = self._build_method()
+            numerics = Numerics(method, self.settings.seed, self.state.notes)  # of the base model
             self.stop.patient = True  # from here on there is a state to save
             self._zero_shot()
             self._restore(method)
@@ -146,9 +149,15 @@ class _Run:
                 log_bytes=lambda: self.loggers[0].num_bytes,
                 console=self.console,
                 memory=self.memory,
+                watch=(watch := self._watch(numerics)),
                 stopped=lambda: self.stop.asked,
             )
+            if watch.why is not None and self.state.step < self.settings.steps:
+                early = {"step": self.state.step, "why": watch.why}
+                self.state.notes["stopped_early"] = early
+                self.console.say(f"  ended early at step {self.state.step}: {watch.why}")
             result = self._test(method)
+            result["numerics"] |= self._loss_noise(method)
         except NonFiniteLoss as error:
             self._close(self._result("diverged", error=str(error)))
             raise UserError(self._diverged(error)) from error
@@ -246,6 +255,10 @@ class _Run:
                 scores["outcome.calibrated"] = found.per_row(offsets)
                 figures = notes["zero_shot_calibrated"]
                 self._say_test(figures[found.metric], figures, ", calibrated on dev")
+            if self.settings.stop_if_diverged is not None:
+                note = notes["prompts"][notes["prompt"]]
+                before = note.get("dev") or self._evaluate(self.dev, "dev").figures()
+                notes["dev_loss_before"] = before["loss"]
             self.folder.save_scores(scores | {"labels": found.labels})
             self.folder.save_state(self.state)
 
@@ -391,6 +404,36 @@ class _Run:
         if seconds:
             self.console.say(f"  executor  {chosen} (two forwards: {words})")
 
+    def _watch(self, numerics: "Numerics") -> "Watch":
+        from smezo_cli.watch import Watch
+
+        s, notes = self.settings, self.state.notes
+        return Watch(
+            notes,
+            numerics,
+            stop_if_diverged=s.stop_if_diverged,
+            patience=s.patience,
+            reference=notes.get("dev_loss_before"),
+        )
+
+    def _loss_noise(self, method: "Method") -> dict[str, Any]:
+        """What low precision does to the losses of a run that is in it; at the tested weights."""
+        from smezo_cli.loop import Batches
+        from smezo_cli.watch import loss_noise
+        from smezo_cli.zo import NonFiniteLoss, ZeroOrder
+
+        s = self.settings
+        dtypes = {s.dtype, s.compute_dtype or s.dtype}
+        if dtypes == {"float32"} or not isinstance(method, ZeroOrder):
+            return {}
+        rows = Batches(len(self.train), s.batch_size, s.seed)(self.state.step)
+        try:
+            return loss_noise(method, self.job.scorer, [self.train[i] for i in rows])
+        except (RuntimeError, MemoryError, NonFiniteLoss) as error:  # the run has its result
+            line = str(error).partition("\n")[0]
+            self.console.say(f"  the loss noise of {s.dtype} was not measured: {line}")
+            return {}
+
     def _open_loggers(self) -> list[Any]:
         from smezo_cli.log import JsonlLogger, WandbLogger
 
@@ -441,6 +484,7 @@ class _Run:
     ) -> dict[str, Any]:
         """The content of result.json; settings.py and conf/ say what the settings mean."""
         from smezo_cli import runs
+        from smezo_cli.watch import spike_report
 
         s, state, notes = self.settings, self.state, self.state.notes
         sparsities = {
@@ -479,8 +523,11 @@ class _Run:
             "batch_size": s.batch_size,
             "steps": s.steps,
             "step": state.step,
+            "stopped_early": notes.get("stopped_early"),
             "num_forwards": state.num_forwards,
             "train_seconds": state.train_seconds,
+            "watch": spike_report(notes),
+            "numerics": dict(notes.get("numerics", {})),
             "peak_memory_bytes": max(state.peak_memory_bytes, self.memory.read()),
             "seed": s.seed,
             "data_seed": s.data_seed,
@@ -520,6 +567,7 @@ class _Run:
     def _summary(self, result: Mapping[str, Any]) -> None:
         """The closing lines."""
         from smezo_cli.log import duration
+        from smezo_cli.watch import report_lines
 
         test, sparsity, metric = result["test"], result["sparsity"], result["metric"]
         lines = [
@@ -545,6 +593,7 @@ class _Run:
                 f"{sparsity['realised']:.4f} realised, "
                 f"{sparsity['final']:.4f} at the end"
             )
+        lines += report_lines(result["numerics"], result["watch"])
         lines.append(
             f"  {result['num_forwards']} forwards, "
             f"{duration(result['train_seconds'])} of training, "

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from smezo_cli import masks
 from smezo_cli.lockstep import NotInLockstep, Turns, refuse
-from smezo_cli.noise import KINDS, stream_key
+from smezo_cli.noise import KINDS, stream_key, uniform_at
 from smezo_cli.passes import (
     Draw,
     EagerPasses,
@@ -47,13 +47,16 @@ class StepRecord:
 
     Attributes:
         loss: mean of the losses measured in the step.
-        projected_grad: one directional derivative per query (empty for first-order methods).
+        projected_grad: one directional derivative per query, as measured (empty for first-order
+            methods).
         num_forwards: forward passes over the batch.
+        clipped: how many of them were cut for the update.
     """
 
     loss: float
     projected_grad: tuple[float, ...]
     num_forwards: int
+    clipped: int = 0
 
 
 @dataclass
@@ -218,6 +221,7 @@ class ZeroOrder(torch.optim.Optimizer):
         seed: names the noise; z depends on (seed, step, query, tensor name, index) alone.
         num_queries: Q.
         weight_decay: inside the mask only.
+        clip_projected_grad: |projected_grad_q| is cut to it in the update; None never.
         mask: "none", "small", "large" or "random" (see :mod:`smezo_cli.masks`).
         sparsity: fraction NOT perturbed, in [0, 1).
         mask_refresh_every: recompute thresholds every so many steps; 0 keeps the initial ones.
@@ -253,6 +257,7 @@ class ZeroOrder(torch.optim.Optimizer):
         seed: int = 0,
         num_queries: int = 1,
         weight_decay: float = 0.0,
+        clip_projected_grad: float | None = None,
         mask: str = "small",
         sparsity: float = 0.0,
         mask_refresh_every: int = 0,
@@ -271,6 +276,8 @@ class ZeroOrder(torch.optim.Optimizer):
         _check(eps > 0 and math.isfinite(eps), f"eps={eps}: must be above 0")
         _check(num_queries >= 1, f"num_queries={num_queries}: must be at least 1")
         _check(weight_decay >= 0, f"weight_decay={weight_decay}: must not be negative")
+        clip = clip_projected_grad
+        _check(clip is None or clip > 0, f"clip_projected_grad={clip}: must be above 0")
         _check(0 <= sparsity < 1, f"sparsity={sparsity}: the fraction NOT perturbed, in [0, 1)")
         _one_of("mask", mask, ("none", *masks.RULES))
         _check(mask != "none" or sparsity == 0, f"sparsity={sparsity} has no effect with mask=none")
@@ -297,6 +304,7 @@ class ZeroOrder(torch.optim.Optimizer):
         self._unchecked = check
         self.seed = seed
         self.num_queries = num_queries
+        self.clip_projected_grad = math.inf if clip is None else clip
         self.mask = mask
         self.sparsity = sparsity
         self.mask_refresh_every = mask_refresh_every
@@ -401,11 +409,19 @@ class ZeroOrder(torch.optim.Optimizer):
             losses += [l_plus, l_minus]
             projected_grad.append((l_plus - l_minus) / (2 * eps))
 
-        coefficients = [-lr * g / self.num_queries for g in projected_grad]
-        self.update(coefficients, lr * decay)
+        self.update(self.coefficients(projected_grad, lr), lr * decay)
         self._kept.clear()
         self.num_steps += 1
-        return StepRecord(sum(losses) / len(losses), tuple(projected_grad), len(losses))
+        clipped = sum(abs(g) > self.clip_projected_grad for g in projected_grad)
+        return StepRecord(sum(losses) / len(losses), tuple(projected_grad), len(losses), clipped)
+
+    def coefficients(self, projected_grad: Sequence[float], lr: float) -> list[float]:
+        """a_q = -lr projected_grad_q / Q of an update, from projected gradients as measured.
+
+        Clipping happens here alone, so that recorded values give the same update again.
+        """
+        limit = self.clip_projected_grad
+        return [-lr * max(-limit, min(g, limit)) / self.num_queries for g in projected_grad]
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -521,6 +537,38 @@ class ZeroOrder(torch.optim.Optimizer):
         if isinstance(passes, NumbaPasses):
             return passes.move_at(picked, index, numel, direction.numbers(target))
         return passes.move_at(picked, index, numel, direction.draw(target))
+
+    def mask_at(self, parameter: Tensor, picked: Tensor, index: Tensor, step: int) -> Tensor:
+        """Which of some entries the mask of a step perturbs: bool (n,).
+
+        Args:
+            parameter: one that is trained.
+            picked: (n,), what the entries were when the step began.
+            index: int64 (n,), where they are in the flat parameter.
+            step: from 0; of thresholds that are renewed, the present ones are taken.
+        """
+        target = self.target_of(parameter)
+        mask_step = step if self.mask_resample == "step" else 0
+        key = torch.tensor(stream_key(self.seed, "mask", mask_step, target.name))
+        value = picked.float().abs()
+        if self._rule.mask == "random":
+            value = uniform_at(index, parameter.numel(), key.to(index.device))
+        h = torch.tensor(target.h, dtype=torch.float32, device=value.device)
+        return masks.RULES[self._rule.mask](value, h)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def losses_at(self, closure: Closure, query: int) -> tuple[float, float]:
+        """Losses at theta + eps m z and theta - eps m z of a query of the next step.
+
+        Always by probes that only read the weights; nothing that a step depends on changes.
+        """
+        eps = self.param_groups[0]["eps"]
+        plus, minus = self.direction([query], [eps]), self.direction([query], [-eps])
+        self._kept.clear()
+        pair = self._sequential.losses(closure, plus, minus)
+        self._kept.clear()
+        return float(pair[0]), float(pair[1])
 
     @staticmethod
     def _pass(passes: Passes, target: Target, out: Tensor, direction: Direction) -> None:

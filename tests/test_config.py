@@ -22,7 +22,7 @@ from smezo_cli.config import (
     recipes,
 )
 from smezo_cli.errors import UserError
-from smezo_cli.settings import quoted
+from smezo_cli.settings import plain, quoted
 
 TASK, MODEL = "rotten_tomatoes", "smollm2-135m"
 
@@ -496,6 +496,21 @@ def test_digest_is_of_values_not_of_spelling() -> None:
     assert digest(compose(["lr=1"])) == digest(compose(["lr=1.0"]))
     assert digest(compose(["eps=1e-3"])) == digest(compose(["eps=0.001"]))
     assert digest({"b": 1, "a": [2.0]}) == digest({"a": [2], "b": 1.0})
+
+
+def test_keys_that_came_later_are_in_the_digest_where_they_are_set() -> None:
+    """A run from before there were such keys keeps its name; set, they change results."""
+    now = plain(compose())
+    method = {key: value for key, value in now["method"].items() if key != "clip_projected_grad"}
+    before = {k: v for k, v in now.items() if k not in ("stop_if_diverged", "patience")}
+    first = digest(now)
+    assert digest(before | {"method": method}) == first
+    later = [
+        digest(now | {"stop_if_diverged": 2.0}),
+        digest(now | {"patience": 3}),
+        digest(now | {"method": method | {"clip_projected_grad": 9.0}}),
+    ]
+    assert len({first, *later}) == 4
 
 
 def test_digest_stays_the_same_over_versions() -> None:
