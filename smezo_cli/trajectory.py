@@ -28,10 +28,10 @@ import os
 import stat
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +52,7 @@ class Damaged(UserError):
     """A file is not, or no longer, what it should be."""
 
 
+@runtime_checkable
 class Replayable(Protocol):
     """What replaying asks of a method; see :class:`smezo_cli.zo.ZeroOrder`."""
 
@@ -61,7 +62,7 @@ class Replayable(Protocol):
     def identity(self) -> dict[str, Any]:
         """What its updates follow from, beside the base model and the records."""
 
-    def replay(self, lr: float, projected_grad: tuple[float, ...]) -> None:
+    def replay(self, lr: float, projected_grad: Sequence[float]) -> None:
         """Apply a step that was made before."""
 
 
