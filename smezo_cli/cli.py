@@ -18,6 +18,7 @@ smezo: zeroth-order fine-tuning of language models
   smezo eval RUN                  score a trained run on a split, save every prediction
   smezo predict RUN FILE          predict rows of your own
   smezo export RUN FOLDER         the trained model, as transformers loads it
+  smezo replay RUN                the trained weights again, from the base model and the steps alone
   smezo bench [KEY=VALUE ...]     what a step costs here, beside plain forwards and the textbook's
   smezo ls [GROUP]                what there is: tasks, models, methods, recipes, loggers
   smezo show GROUP NAME           one of them: what it is, its values and where they come from
@@ -31,7 +32,7 @@ smezo VERB --help tells more. Examples:
 """
 
 _VERBS = (
-    *("train", "plan", "runs", "eval", "predict", "export", "bench"),
+    *("train", "plan", "runs", "eval", "predict", "export", "replay", "bench"),
     *("ls", "show", "completion"),
 )
 _GROUPS = ("tasks", "models", "methods", "recipes", "experiments", "loggers")
@@ -84,7 +85,7 @@ def _run(words: list[str]) -> int:
         from smezo_cli.results import main as runs
 
         return runs(rest)
-    if verb in ("eval", "predict", "export"):
+    if verb in ("eval", "predict", "export", "replay"):
         from smezo_cli.finished import main as finished
 
         return finished(verb, rest)

@@ -1,4 +1,4 @@
-"""Verbs on a run that has been trained: `smezo eval`, `smezo predict`, `smezo export`."""
+"""Verbs on a run that has been trained: `smezo eval`, `predict`, `export` and `replay`."""
 
 import argparse
 import contextlib
@@ -7,7 +7,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from smezo_cli.job import Job
     from smezo_cli.runs import RunFolder, State
     from smezo_cli.tasks import Prompt
+    from smezo_cli.trajectory import Trajectory
+    from smezo_cli.zo import ZeroOrder
 
 USAGE = {
     "eval": """\
@@ -29,7 +31,8 @@ smezo eval RUN [KEY=VALUE ...]     score a trained run again and save every pred
 
     --split SPLIT     test (default), dev or train
     --base            the model as it was before training
-    --step N          the weights of that step, of a run with keep=all (default: the best)
+    --step N          the weights of that step (default: the best): any step of a zeroth-order run,
+                      of others those of a look at dev, with keep=all
     --out FILE        where the predictions go, one JSON object a line (default: in the run folder)
 KEY=VALUE changes settings of the task and the machine, such as task.num_test=100 or device=cpu.
 Examples:
@@ -48,17 +51,32 @@ Examples:
 """,
     "export": """\
 smezo export RUN FOLDER             the trained model and its tokenizer, as transformers loads them
+smezo export RUN FILE --delta       one small file, from which smezo replay makes the weights again
 
-    --step N          the weights of that step, of a run with keep=all (default: the best)
-Example:
+    --step N          the weights of that step (default: the best), as for smezo eval
+Examples:
   smezo export RUN my-model
   smezo train model=own model.path=my-model
+  smezo export RUN my.delta --delta
+""",
+    "replay": """\
+smezo replay RUN [KEY=VALUE ...]    the trained weights again, from base model and trajectory alone
+smezo replay FILE [KEY=VALUE ...]   the same from a delta (smezo export RUN FILE --delta)
+
+    --step N          the weights after so many steps (default: the best; of a delta its last)
+    --split SPLIT     what they are scored on: test (default), dev or none
+    --out FOLDER      save the model there, as transformers loads it
+Prints the SHA-256 of the weights and the figures, and whether they are those of the run; if not,
+the exit code is 1. KEY=VALUE as for smezo eval; of a delta model.path and model.revision, too.
+Examples:
+  smezo replay runs/default/toy-tiny-llama-mezo-s0-0123abcd
+  smezo replay my.delta --out my-model
 """,
 }
 
 
 def main(verb: str, words: Sequence[str]) -> int:
-    """Run `eval`, `predict` or `export`; returns the exit code.
+    """Run `eval`, `predict`, `export` or `replay`; returns the exit code.
 
     Raises:
         UserError: a mistake on the line, or a run that cannot be used.
@@ -66,7 +84,8 @@ def main(verb: str, words: Sequence[str]) -> int:
     if "--help" in words or "-h" in words:
         print(USAGE[verb], end="")
         return 0
-    return {"eval": evaluate, "predict": predict, "export": export}[verb](words)
+    verbs = {"eval": evaluate, "predict": predict, "export": export, "replay": replay}
+    return verbs[verb](words)
 
 
 # Settings that may differ from those of the training: of the task, what rows there are.
@@ -91,29 +110,48 @@ def _opened(
     from smezo_cli.runs import RunFolder
 
     path = Path(run)
-    if not (path / "config.yaml").is_file():
-        there = "has no config.yaml" if path.is_dir() else "is not there"
-        raise UserError(f"{run} {there}: give the folder of a run (smezo runs lists them).")
-    try:
-        cfg = OmegaConf.create((path / "config.yaml").read_text(encoding="utf-8"))
-        if not isinstance(cfg, DictConfig):
-            raise ValueError("it holds a list")
-    except (OSError, OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise UserError(f"{path}/config.yaml cannot be read ({sentence(error)}).") from error
-    for word in overrides:
-        _change(cfg, word)
-    settings = check(cfg)
-    folder = RunFolder(path)
+    cfg, settings = _read_config(path, overrides)
+    folder = RunFolder(path, to_read=True)
     try:
         state = folder.load_state()
         if state is None or state.best_step is None:
-            raise UserError(f"{path} has no trained weights yet: finish it with smezo train.")
+            damaged = "state.json" in folder.damaged()
+            broken = " (its state.json is damaged)" if damaged else ""
+            raise UserError(
+                f"{path} has no trained weights yet{broken}: finish it with smezo train."
+            )
         yield folder, state, settings, cfg
     finally:
         folder.close()
 
 
-def _change(cfg: DictConfig, word: str) -> None:
+def _read_config(path: Path, overrides: Sequence[str]) -> tuple[DictConfig, Settings]:
+    """The settings that a run was trained with, some of them changed."""
+    if not (path / "config.yaml").is_file():
+        there = "has no config.yaml" if path.is_dir() else "is not there"
+        raise UserError(f"{path} {there}: give the folder of a run (smezo runs lists them).")
+    try:
+        text = (path / "config.yaml").read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}/config.yaml cannot be read ({sentence(error)}).") from error
+    return _parsed(text, f"{path}/config.yaml", overrides)
+
+
+def _parsed(
+    text: str, where: str, overrides: Sequence[str], may_change: Sequence[str] = ()
+) -> tuple[DictConfig, Settings]:
+    try:
+        cfg = OmegaConf.create(text)
+        if not isinstance(cfg, DictConfig):
+            raise ValueError("it holds a list")
+    except (OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{where} cannot be read ({sentence(error)}).") from error
+    for word in overrides:
+        _change(cfg, word, may_change)
+    return cfg, check(cfg)
+
+
+def _change(cfg: DictConfig, word: str, may_change: Sequence[str]) -> None:
     """Apply one KEY=VALUE to the settings of the run.
 
     Raises:
@@ -123,7 +161,8 @@ def _change(cfg: DictConfig, word: str) -> None:
     if not equals:
         raise UserError(f"{shlex.quote(word)} is not of the form KEY=VALUE, such as device=cpu.")
     top, *inside = key.split(".")
-    if top not in _MAY_CHANGE or key == "task" or (inside and inside[0] in _OF_THE_TRAINING):
+    allowed = top in _MAY_CHANGE or key in may_change
+    if not allowed or key == "task" or (inside and inside[0] in _OF_THE_TRAINING):
         raise UserError(
             f"{key}: a trained run keeps this setting; what may change is which rows it sees (such "
             "as task.num_test or task.data_dir), device, dtype and compute_dtype."
@@ -139,26 +178,75 @@ def _change(cfg: DictConfig, word: str) -> None:
         raise UserError(f"cannot read {shlex.quote(word)}: {sentence(error)}.") from error
 
 
-def _trained(folder: "RunFolder", state: "State", job: "Job", step: int | None) -> int:
+def _trained(
+    folder: "RunFolder",
+    state: "State",
+    job: "Job",
+    step: int | None,
+    say: Callable[[str], None],
+) -> int:
     """Put the trained weights into the model; the step that they are of."""
-    if step is not None and not folder.has_weights(step):
-        steps = ", ".join(map(str, folder.steps_kept()))
-        raise UserError(
-            f"--step {step}: {folder.path} keeps the weights of step {steps}; "
-            "a run with keep=all keeps those of every look at dev."
-        )
+    from smezo_cli.replay import rebuild
+    from smezo_cli.trajectory import read
+
     chosen = state.best_step if step is None else step
     assert chosen is not None  # _opened refuses a run without
-    job.set_weights(folder.load_weights(chosen), folder.path)
+    path = folder.path / "trajectory.bin"
+    if not path.exists():
+        if chosen not in state.weights():
+            steps = ", ".join(map(str, state.weights()))
+            raise UserError(
+                f"--step {step}: {folder.path} keeps the weights of step {steps}; "
+                "a run with keep=all keeps those of every look at dev."
+            )
+        job.set_weights(folder.load_weights(state, chosen), folder.path)
+        return chosen
+    saved = folder.nearest(state, chosen, say)
+    if saved is not None and saved[0] == chosen:
+        job.set_weights(saved[1], folder.path)
+        return chosen
+    records = read(path)
+    if not 0 <= chosen <= len(records):
+        raise UserError(f"--step {step}: {folder.path} has made {len(records)} steps.")
+    rebuild(job, _replayed(job, records, str(path)), folder, state, records, chosen, say)
     return chosen
+
+
+def _replayed(job: "Job", records: "Trajectory", where: str) -> "ZeroOrder":
+    """The method that made the records, at their start.
+
+    Raises:
+        UserError: the method or the model is another.
+    """
+    from smezo_cli.trajectory import differences
+    from smezo_cli.zo import ZeroOrder
+
+    if records.header.get("model") != job.fingerprint():
+        raise UserError(
+            f"{where} was made from another model than {job.settings.model['name']} is here: "
+            "put its weights back, or leave dtype out."
+        )
+    method = job.build_method()
+    if not isinstance(method, ZeroOrder):
+        raise UserError(f"{where}: method {job.settings.method['name']} has no trajectory.")
+    mine = {"identity": method.identity()}
+    if other := differences({"identity": records.header["identity"]}, mine):
+        raise UserError(
+            f"{where} was made with another {' and '.join(other)}: its steps cannot be applied "
+            "by these settings and this version of smezo."
+        )
+    return method
 
 
 def _prompt(state: "State") -> "Prompt":
     """The prompt that was trained with."""
+    return _as_prompt(state.notes["prompts"][state.notes["prompt"]])
+
+
+def _as_prompt(note: Mapping[str, Any]) -> "Prompt":
     from smezo_cli.tasks import Prompt
 
-    trained = state.notes["prompts"][state.notes["prompt"]]
-    return Prompt(trained["template"], tuple(trained["labels"]), trained["option"])
+    return Prompt(note["template"], tuple(note["labels"]), note["option"])
 
 
 def _check_model(state: "State", job: "Job", overrides: Sequence[str], run: str) -> None:
@@ -205,10 +293,12 @@ def evaluate(words: Sequence[str]) -> int:
                 f"{given.overrides[0]}: predictions under other settings need a file of their own: "
                 "add --out FILE."
             )
+        if given.out is None and not os.access(folder.path, os.W_OK):
+            raise UserError(f"{folder.path} cannot be written to: add --out FILE.")
         console = Console()
         job = Job(settings, device, console.say)
         _check_model(state, job, given.overrides, given.run)
-        step = 0 if given.base else _trained(folder, state, job, given.step)
+        step = 0 if given.base else _trained(folder, state, job, given.step, console.say)
         rows = getattr(job.task, given.split)
         same_task = not any(word.startswith("task.") for word in given.overrides)
         if same_task and state.notes["rows"][given.split] != fingerprint(rows):
@@ -274,35 +364,89 @@ def export(words: Sequence[str]) -> int:
     parser.add_argument("run")
     parser.add_argument("folder")
     parser.add_argument("--step", type=int)
+    parser.add_argument("--delta", action="store_true")
     given = parser.parse_args(list(words))
     target = Path(given.folder)
     if target.exists():
-        raise UserError(f"{target} is there already: name a new folder.")
+        raise UserError(
+            f"{target} is there already: name a new {'file' if given.delta else 'folder'}."
+        )
+    if given.delta:
+        return _export_delta(given.run, target, given.step)
     with _opened(given.run) as (folder, state, settings, cfg):
         from smezo_cli.job import Job
-        from smezo_cli.runs import check_space
 
         # Weights are copied, not computed with: the CPU will do wherever the run was trained.
         job = Job(settings, "cpu", lambda line: None, with_rows=False)
         _check_model(state, job, [], given.run)
-        step = _trained(folder, state, job, given.step)
-        size = sum(p.numel() * p.element_size() for p in job.model.parameters())
-        partial = target.with_name(f".{target.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            check_space(target.parent, size)
-            job.save(partial)
-            (partial / "smezo.yaml").write_text(OmegaConf.to_yaml(cfg), encoding="utf-8")
-            os.replace(partial, target)
-        except OSError as error:
-            raise UserError(f"cannot write {target}: {error.strerror or error}.") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        step = _trained(folder, state, job, given.step, print)
+        size = _save_model(job, target, cfg)
         print(f"{target}: {settings.model['name']} after {step} steps, {size / 1e9:.2f} GB")
         family = "Masked" if settings.model["family"] == "masked" else "Causal"
         loads = f"AutoModelFor{family}LM.from_pretrained(FOLDER)"
         print(f"  transformers loads it: {loads}")
+    return 0
+
+
+def _save_model(job: "Job", target: Path, cfg: DictConfig) -> int:
+    """Model, tokenizer and settings in a new folder, whole or not at all; its bytes."""
+    from smezo_cli.runs import check_space
+
+    size = sum(p.numel() * p.element_size() for p in job.model.parameters())
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        check_space(target.parent, size)
+        job.save(partial)
+        (partial / "smezo.yaml").write_text(OmegaConf.to_yaml(cfg), encoding="utf-8")
+        os.replace(partial, target)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return size
+
+
+def _export_delta(run: str, target: Path, step: int | None) -> int:
+    from smezo_cli.runs import tensors_digest, write_bytes
+    from smezo_cli.trajectory import delta, read
+
+    with _opened(run) as (folder, state, settings, cfg):
+        path = folder.path / "trajectory.bin"
+        if not path.exists():
+            raise UserError(
+                f"--delta: {run} has no trajectory.bin, as only the runs of zeroth-order methods "
+                "have; export it as a folder."
+            )
+        records = read(path)
+        chosen = state.best_step if step is None else step
+        assert chosen is not None  # _opened refuses a run without
+        if not 0 <= chosen <= len(records):
+            raise UserError(f"--step {step}: {run} has {len(records)} good steps in {path.name}.")
+        noted = {note["step"]: note["sha256"] for note in state.notes.get("weights", {}).values()}
+        if chosen not in noted:
+            from smezo_cli.job import Job
+
+            job = Job(settings, "cpu", lambda line: None, with_rows=False)
+            _trained(folder, state, job, chosen, print)
+            noted[chosen] = tensors_digest(job.build_method().trained)
+        result = folder.result() or {}
+        about = {
+            "config": OmegaConf.to_yaml(cfg),
+            "prompt": state.notes["prompts"][state.notes["prompt"]],
+            "weights": {"step": chosen, "sha256": noted[chosen]},
+            "test": result.get("test") if chosen == state.best_step else None,
+            "dev": state.notes.get("best_look") if chosen == state.best_step else None,
+            "versions": result.get("versions"),
+        }
+        write_bytes(target, delta(records, chosen, about))
+        size = target.stat().st_size
+        print(
+            f"{target}: {chosen} steps of {run}, {size} bytes ({size / max(chosen, 1):.1f} a step)"
+        )
+        print(f"  weights sha256 {noted[chosen]}")
+        print(f"  made again by: smezo replay {shlex.quote(str(target))}")
     return 0
 
 
@@ -346,7 +490,7 @@ def predict(words: Sequence[str]) -> int:
         rows = unlabelled(settings.task, prompt, files[0] if files else fields)
         job = Job(settings, choose_device(settings.device), lambda line: None, with_rows=False)
         _check_model(state, job, overrides, given.run)
-        _trained(folder, state, job, None)
+        _trained(folder, state, job, None, console.say)
         encoded = job.encode(rows, prompt)
         bar = console.bar("predict", len(rows))
         found = evaluate_rows(job.scorer, encoded, bar, lambda: False)
@@ -362,3 +506,143 @@ def predict(words: Sequence[str]) -> int:
             for prediction in predictions:
                 print(json.dumps(prediction, ensure_ascii=False))
     return 0
+
+
+# --- replay ----------------------------------------------------------------------------------
+
+
+def replay(words: Sequence[str]) -> int:
+    """`smezo replay`: weights from base model and trajectory alone; 1 where they are others.
+
+    Raises:
+        UserError: a mistake on the line, a file that is damaged or of another model or method.
+    """
+    from smezo_cli.trajectory import is_delta
+
+    parser = _Flags("replay")
+    parser.add_argument("source")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--step", type=int)
+    parser.add_argument("--split", choices=("test", "dev", "none"), default="test")
+    parser.add_argument("--out")
+    given = parser.parse_intermixed_args(list(words))
+    if given.out is not None and Path(given.out).exists():
+        raise UserError(f"--out {given.out} is there already: name a new folder.")
+    find = _of_delta if is_delta(Path(given.source)) else _of_run
+    cfg, settings, records, prompt, known = find(given.source, given.overrides)
+    step = known["step"] if given.step is None else given.step
+    if not 0 <= step <= len(records):
+        raise UserError(f"--step {step}: {given.source} holds {len(records)} good steps.")
+    same = _replay(given, cfg, settings, records, prompt, known, step)
+    return 0 if same else 1
+
+
+def _replay(
+    given: argparse.Namespace,
+    cfg: DictConfig,
+    settings: Settings,
+    records: "Trajectory",
+    prompt: "Prompt",
+    known: Mapping[str, Any],
+    step: int,
+) -> bool:
+    """Do it and say it; is everything as the run recorded it?"""
+    import time
+
+    from smezo_cli.device import choose_device
+    from smezo_cli.job import Job
+    from smezo_cli.log import Console
+    from smezo_cli.loop import evaluate as evaluate_rows
+    from smezo_cli.runs import tensors_digest
+    from smezo_cli.tasks.base import fingerprint
+    from smezo_cli.trajectory import replay as apply
+
+    console = Console()
+    device = choose_device(settings.device)
+    job = Job(settings, device, console.say, with_rows=given.split != "none")
+    method = _replayed(job, records, given.source)
+    start = time.perf_counter()
+    apply(method, records, step)
+    spent = time.perf_counter() - start
+    each = f" ({spent / step:.3g} s a step)" if step else ""
+    console.say(f"{given.source}: {step} steps applied in {spent:.3g} s{each}")
+    found, wanted = tensors_digest(method.trained), known["weights"].get(step)
+    same = wanted in (None, found)
+    what = "none was recorded at this step" if wanted is None else _said(same)
+    console.say(f"  weights sha256 {found}: {what}")
+    if given.out is not None:
+        size = _save_model(job, Path(given.out), cfg)
+        console.say(f"  {given.out}: {size / 1e9:.2f} GB")
+    if given.split == "none":
+        return same
+    rows = getattr(job.task, given.split)
+    same_task = not any(word.startswith("task.") for word in given.overrides)
+    if same_task and records.header.get("rows", {}).get(given.split) != fingerprint(rows):
+        raise UserError(
+            f"the {given.split} rows are not those of {given.source}: the data has changed since; "
+            "put it back, say which to use (such as task.data=FILE), or add --split none."
+        )
+    encoded, bar = job.encode(rows, prompt), console.bar(given.split, len(rows))
+    figures = (scored := evaluate_rows(job.scorer, encoded, bar, lambda: False)).figures()
+    recorded = known[given.split] if step == known["step"] and same_task else None
+    what = ""
+    if recorded:
+        other = [k for k, v in figures.items() if k in recorded and recorded[k] != v]
+        same = same and not other
+        what = ": " + (_said(True) if not other else f"{_said(False)} in {', '.join(other)}")
+    console.say(
+        f"  {given.split} {scored.metric} {figures[scored.metric]:.4f} +- "
+        f"{figures['standard_error']:.4f} (n={figures['n']}){what}"
+    )
+    return same
+
+
+def _said(same: bool) -> str:
+    return "the same as the run's" if same else "NOT the same as the run's"
+
+
+_Source = tuple[DictConfig, Settings, "Trajectory", "Prompt", dict[str, Any]]
+
+
+def _of_delta(name: str, overrides: Sequence[str]) -> _Source:
+    from smezo_cli.trajectory import Damaged, read_delta
+
+    about, records = read_delta(Path(name))
+    with_path = ("model.path", "model.revision")  # the base may lie elsewhere here
+    cfg, settings = _parsed(str(about.get("config")), name, overrides, with_path)
+    try:
+        prompt = _as_prompt(about["prompt"])
+        weights = {about["weights"]["step"]: about["weights"]["sha256"]}
+        known = {"step": about["step"], "weights": weights}
+        known |= {"test": about["test"], "dev": about["dev"]}
+    except (LookupError, TypeError) as error:
+        raise Damaged(f"{name} is damaged: get it anew.") from error
+    return cfg, settings, records, prompt, known
+
+
+def _of_run(name: str, overrides: Sequence[str]) -> _Source:
+    from smezo_cli.runs import RunFolder
+    from smezo_cli.trajectory import read
+
+    path = Path(name)
+    cfg, settings = _read_config(path, overrides)
+    if not (path / "trajectory.bin").exists():
+        raise UserError(
+            f"{name} has no trajectory.bin, as only the runs of zeroth-order methods have."
+        )
+    records = read(path / "trajectory.bin")
+    folder = RunFolder(path, to_read=True)
+    try:
+        result = folder.result() or {}
+    finally:
+        folder.close()
+    if result.get("prompt") is None:
+        raise UserError(f"{name} has no good result.json yet: finish it with smezo train.")
+    best = (result.get("dev") or {}).get("best") or {}
+    noted = (result.get("weights") or {}).values()
+    known = {
+        "step": best.get("step") if best.get("step") is not None else len(records),
+        "weights": {note["step"]: note["sha256"] for note in noted},
+        **{"test": result.get("test"), "dev": best},
+    }
+    return cfg, settings, records, _as_prompt(result["prompt"]), known

@@ -1,21 +1,31 @@
 """What a run works on, made from its settings: task, model, scorer; shared by all verbs."""
 
 import hashlib
+import inspect
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from smezo_cli.allocator import keep_freed_memory
 from smezo_cli.assets import cache_dir
+from smezo_cli.config import build
 from smezo_cli.errors import UserError
 from smezo_cli.linear import use_onednn
 from smezo_cli.model import load_model, quiet
+from smezo_cli.passes import NoCompiler
 from smezo_cli.scoring import Candidates, Scorer, encode
 from smezo_cli.settings import Settings
 from smezo_cli.tasks import Prompt, Row, load_task
+
+if TYPE_CHECKING:
+    from smezo_cli.loop import Method
+
+# Weights times steps from which Numba's start, some 4 s, is repaid (eager: some 1e8 a second).
+_WORTH_IT = 5e8
 
 
 class Job:
@@ -71,6 +81,34 @@ class Job:
                 f"model={settings.model['name']} is {kind}, and task {self.task.name} has no "
                 f"prompt for such models: give task.prompt {place} and task.labels."
             )
+
+    def build_method(self) -> "Method":
+        """The method; compiled passes only where the run is long enough to earn them.
+
+        Raises:
+            UserError: the settings of the method cannot be had.
+        """
+        s = self.settings
+        runtime: dict[str, Any] = {"model": self.model, "seed": s.seed}
+        parameters = inspect.signature(pkgutil.resolve_name(s.method["_target_"])).parameters
+        if "check" in parameters:
+            runtime["check"] = False  # asked by the run, with two rows
+        if "backend" in parameters:
+            chosen = {"True": "compiled", "False": "eager", "auto": "auto"}
+            runtime["backend"] = chosen[str(s.compile)]
+            weights = sum(p.numel() for p in self.model.parameters())
+            if s.compile == "auto" and self.device.type == "cpu" and weights * s.steps < _WORTH_IT:
+                runtime["backend"] = "eager"
+        elif s.compile != "auto":
+            raise UserError(
+                f"compile={str(s.compile).lower()}: method {s.method['name']} has no passes to "
+                "compile; leave compile out."
+            )
+        try:
+            method: Method = build(s.method, "method", **runtime)
+        except NoCompiler as error:
+            raise UserError(f"compile=true: {error}; mend that or leave compile out.") from error
+        return method
 
     def fingerprint(self) -> str:
         """Twelve hex digits of the model as it is: names, shapes, dtypes, 64 weights of each."""

@@ -1,11 +1,13 @@
 """Where a run speaks: the console (a bar on a terminal, plain lines elsewhere) and its loggers."""
 
+import contextlib
+import hashlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -32,24 +34,41 @@ class JsonlLogger:
     """metrics.jsonl: one JSON object a line."""
 
     def __init__(self, path: Path, keep_bytes: int) -> None:
-        self._file = path.open("a", encoding="utf-8")
-        # What lies after the checkpoint is done again; a shorter file must not grow by zeros.
-        self._file.truncate(min(keep_bytes, path.stat().st_size))
-        self._file.seek(0, 2)
+        self._path = path
+        with self._saying():
+            self._file = path.open("ab+", buffering=0)
+            # What lies after the checkpoint is done again; a shorter file must not grow by zeros.
+            self._file.truncate(min(keep_bytes, path.stat().st_size))
+            self._file.seek(0)
+            self._digest = hashlib.sha256(self._file.read())
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """See :class:`Logger`."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """See :class:`Logger`.
 
-    @property
-    def num_bytes(self) -> int:
-        """Length of the file so far."""
-        return self._file.tell()
+        Raises:
+            UserError: the disk is full.
+        """
+        line = (json.dumps(record) + "\n").encode()
+        with self._saying():
+            done = 0
+            while done < len(line):
+                done += self._file.write(line[done:])
+        self._digest.update(line)
+
+    def standing(self) -> tuple[int, str]:
+        """Length of the file so far, and its SHA-256."""
+        return self._file.tell(), self._digest.hexdigest()
 
     def close(self, summary: Mapping[str, Any], ok: bool) -> None:
         """See :class:`Logger`."""
         self._file.close()
+
+    @contextlib.contextmanager
+    def _saying(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot write {self._path}: {error.strerror or error}.") from error
 
 
 class WandbLogger:
@@ -114,8 +133,13 @@ class Console:
     def say(self, text: str = "") -> None:
         """One line or more."""
         if self._file:
-            self._file.write(text + "\n")
-            self._file.flush()
+            try:
+                self._file.write(text + "\n")
+                self._file.flush()
+            except OSError:  # a full disk; what counts is written elsewhere, and says so itself
+                with contextlib.suppress(OSError):
+                    self._file.close()
+                self._file = None
         (self._progress.console if self._progress else self._rich).print(Text(text))
 
     def bar(self, title: str, total: int, done: int = 0) -> "Bar":

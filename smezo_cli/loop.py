@@ -15,6 +15,7 @@ from smezo_cli.log import Bar, Console, Logger
 from smezo_cli.runs import PeakMemory, RunFolder, State, Stopped
 from smezo_cli.schedule import lr_factor
 from smezo_cli.scoring import Candidates, Scorer
+from smezo_cli.trajectory import Recorder, seconds_between
 from smezo_cli.watch import Watch
 from smezo_cli.zo import Closure, NonFiniteLoss, StepRecord
 
@@ -239,8 +240,10 @@ def fit(
     seed: int,
     state: State,
     folder: RunFolder,
+    recorder: Recorder | None,
+    full_save_every: int,
     loggers: Sequence[Logger],
-    log_bytes: Callable[[], int],
+    log_standing: Callable[[], tuple[int, str]],
     console: Console,
     memory: PeakMemory,
     watch: Watch,
@@ -252,6 +255,9 @@ def fit(
     end earlier, at a look after which ``watch`` says why. With ``keep="last"`` the last weights
     count as the best, with "all" those of every look are kept.
 
+    With a recorder a step that it holds is applied, not computed, and the figures are those that it
+    holds; weights are then saved every ``full_save_every`` steps, for the others follow from it.
+
     Raises:
         Stopped: asked to; the state is saved and the same call goes on from there.
         NonFiniteLoss: the weights are those before that step, the checkpoint that of the last look.
@@ -261,8 +267,17 @@ def fit(
     def save() -> None:
         state.method, tensors = method.snapshot()
         state.peak_memory_bytes = max(state.peak_memory_bytes, memory.read())
-        state.metrics_bytes = log_bytes()
-        folder.save(state, method.trained, tensors, keep)
+        state.metrics_bytes, state.metrics_sha256 = log_standing()
+        if recorder is not None:
+            recorder.sync()
+        if recorder is None or full_due():
+            folder.save(state, method.trained, tensors, keep)
+        else:
+            folder.settle(state, keep)
+
+    def full_due() -> bool:
+        looked = keep == "all" and state.looked == state.step
+        return state.step > 0 and (looked or state.step % full_save_every == 0)
 
     def is_look(step: int) -> bool:
         return step % eval_every == 0 or step == steps
@@ -306,19 +321,28 @@ def fit(
                     f"dev loss {look['loss']:.4f}  active share {share:.3f}"
                     + ("  (best)" if is_best else "")
                 )
+            elif recorder is not None and full_due() and state.step not in state.weights():
+                save()
             if state.step == steps or watch.why is not None:
                 return
             if stopped():
                 save()
                 raise Stopped
 
-            batch = [train[i] for i in batches(state.step)]
-            method.set_lr_factor(lr_factor(lr_schedule, state.step, steps, warmup_steps))
-            scorer.model.train(method.mode == "train")
             watch.before_step(is_look(state.step + 1))
-            start = time.perf_counter()
-            record = method.step(lambda rows=batch: scorer.loss(rows))  # type: ignore[misc]  # bound now
-            seconds = time.perf_counter() - start
+            made = None if recorder is None else recorder.apply(state.step)
+            if made is not None and recorder is not None:
+                record = recorder.method.record(made.loss, made.projected_grad)
+                seconds = made.seconds
+            else:
+                batch = [train[i] for i in batches(state.step)]
+                method.set_lr_factor(lr_factor(lr_schedule, state.step, steps, warmup_steps))
+                scorer.model.train(method.mode == "train")
+                start = time.perf_counter()
+                record = method.step(lambda rows=batch: scorer.loss(rows))  # type: ignore[misc]  # bound now
+                seconds = seconds_between(start, time.perf_counter())
+                if recorder is not None:
+                    seconds = recorder.append(state.step, record, seconds)
 
             state.step += 1
             state.train_seconds += seconds

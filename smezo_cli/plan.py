@@ -529,7 +529,7 @@ class _Planner:
 
     def _passes(self, weights: int, num_queries: int) -> tuple[bool, bool]:
         """Are passes compiled, and is the noise of a step kept? As train and zo decide."""
-        from smezo_cli import train, zo
+        from smezo_cli import job, zo
 
         s = self.settings
         if s.compile != "auto":
@@ -538,7 +538,7 @@ class _Planner:
             compiled = True
         else:
             total = sum(p.numel() for p in self.model.parameters())
-            compiled = total * s.steps >= train._WORTH_IT and weights >= zo._WORTH_COMPILING
+            compiled = total * s.steps >= job._WORTH_IT and weights >= zo._WORTH_COMPILING
         plain = num_queries == 1 and s.method.get("rounding") != "stochastic"
         room = self.capacity > 10 * weights
         return compiled, plain and room and not compiled and self.device == "cpu"

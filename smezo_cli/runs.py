@@ -1,16 +1,19 @@
 """The run folder: its name, its lock, its checkpoints, its result.
 
     RUNS_DIR/NAME/TASK-MODEL-METHOD-sSEED-DIGEST/
-        config.yaml  metrics.jsonl  console.log  result.json  scores.safetensors
+        config.yaml  metrics.jsonl  console.log  result.json  scores.safetensors  trajectory.bin
         checkpoint/state.json  weights-STEP.safetensors  optimizer-STEP.safetensors
 
-Every file is written beside its place and then renamed, so a reader (or a resumed run) sees the old
-one or the new one, never a half.
+Every file but those that grow line by line is written beside its place and then renamed, so a
+reader (or a resumed run) sees the old one or the new one, never a half. JSON and tensor files carry
+a SHA-256 of what is in them; a file that does not agree with its own is never used.
 """
 
 import contextlib
 import fcntl
+import hashlib
 import json
+import math
 import os
 import platform
 import resource
@@ -23,7 +26,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,8 +36,8 @@ from torch import Tensor
 from smezo_cli import __version__, allocator
 from smezo_cli.errors import UserError
 
-SCHEMA = 1  # of result.json
-_STATE = 1  # of checkpoint/state.json
+SCHEMA = 2  # of result.json; 1 had no checksum
+_STATE = 2  # of checkpoint/state.json
 
 
 @dataclass
@@ -52,6 +55,8 @@ class State:
         num_forwards: forward passes of steps.
         peak_memory_bytes: of the process so far.
         metrics_bytes: length of metrics.jsonl at this step.
+        metrics_sha256: of so much of it.
+        files: the tensor files that it may need, each with the digest of what is in it.
     """
 
     step: int = 0
@@ -64,14 +69,43 @@ class State:
     num_forwards: int = 0
     peak_memory_bytes: int = 0
     metrics_bytes: int = 0
+    metrics_sha256: str = hashlib.sha256().hexdigest()
+    files: dict[str, str] = field(default_factory=dict)
+
+    def weights(self, most: float = math.inf) -> list[int]:
+        """Steps whose weights are saved, up to one, in order."""
+        names = [Path(name).stem for name in self.files if name.startswith("weights-")]
+        return sorted(n for name in names if (n := int(name.removeprefix("weights-"))) <= most)
+
+    def start_over(self) -> None:
+        """Forget the training, but not what was found before it."""
+        before = {k: v for k, v in self.notes.items() if k not in _OF_LOOKS}
+        self.__dict__.update(State(notes=before).__dict__)
+
+
+_OF_LOOKS = ("lowest_loss", "best_look", "final_share")
 
 
 class RunFolder:
-    """One run on disk. Holds a lock as long as it is open."""
+    """One run on disk. Holds a lock as long as it is open.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the folder; made where it is not there.
+        to_read: nothing will be written to it, and others may read it, too; it may be read-only.
+
+    Raises:
+        UserError: it cannot be written to, or is in use.
+    """
+
+    def __init__(self, path: Path, to_read: bool = False) -> None:
         self.path = path
         self.checkpoint = path / "checkpoint"
+        self._lock: TextIO | None = None
+        if to_read:
+            with contextlib.suppress(OSError):  # nobody can train in a folder that has no lock
+                self._lock = (path / ".lock").open(encoding="utf-8")
+                self._get(fcntl.LOCK_SH)
+            return
         try:
             self.checkpoint.mkdir(parents=True, exist_ok=True)
             self._lock = (path / ".lock").open("a+", encoding="utf-8")
@@ -81,36 +115,68 @@ class RunFolder:
                 "choose another with runs_dir=PATH."
             ) from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._get(fcntl.LOCK_EX)
         except OSError as error:
-            if not isinstance(error, BlockingIOError):
-                self._lock.close()
-                raise UserError(
-                    f"runs_dir: the file system of {path} cannot lock files ({error.strerror}); "
-                    "choose another with runs_dir=PATH."
-                ) from error
-            self._lock.seek(0)
-            owner = self._lock.read().strip() or "unknown"
             self._lock.close()
             raise UserError(
-                f"{path} is in use by process {owner}; wait for it, "
-                "or give this run another name=NAME."
+                f"runs_dir: the file system of {path} cannot lock files ({error.strerror}); "
+                "choose another with runs_dir=PATH."
             ) from error
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
+        try:
+            self._lock.truncate(0)
+            self._lock.write(str(os.getpid()))
+            self._lock.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {path}/.lock: {error.strerror}.") from error
+
+    def _get(self, kind: int) -> None:
+        assert self._lock is not None
+        try:
+            fcntl.flock(self._lock, kind | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.seek(0)
+            owner = self._lock.read(20).strip()
+            self._lock.close()
+            known = owner.isdecimal() and Path(f"/proc/{owner}").exists()
+            who = f"process {owner}" if known else "a process that reads it (such as smezo eval)"
+            raise UserError(
+                f"{self.path} is in use by {who}; wait for it, or give this run another name=NAME."
+            ) from error
 
     def close(self) -> None:
         """Give the lock back."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def result(self) -> dict[str, Any] | None:
-        """result.json, or None where there is none (or it cannot be read)."""
-        return read_json(self.path / "result.json")
+        """result.json, or None where there is none (or it is damaged)."""
+        found = read_json(self.path / "result.json")
+        if found is None or found.get("schema") == 1:
+            return found
+        return _unsealed(found)
 
     def write_result(self, result: Mapping[str, Any], name: str = "result.json") -> None:
         """Replace result.json, or the record of a shorter run beside it."""
-        write_text(self.path / name, json.dumps(result, indent=2) + "\n")
+        write_text(self.path / name, json.dumps(_sealed(result), indent=2) + "\n")
+
+    def damaged(self) -> list[str]:
+        """Names of the files that are there and not what was written; weights are not read."""
+        found = []
+        state, of_state = self.load_state(), self.checkpoint / "state.json"
+        if state is None and of_state.exists() and (read_json(of_state) or {}).get("schema") != 1:
+            found.append("state.json")
+        if (self.path / "scores.safetensors").exists() and not self.load_scores():
+            found.append("scores.safetensors")
+        if state is not None and (self.path / "metrics.jsonl").exists():
+            found += [] if self.has_metrics(state) else ["metrics.jsonl"]
+        return found
+
+    def has_metrics(self, state: State) -> bool:
+        """Does metrics.jsonl begin with what the state knows of it?"""
+        content = b""
+        with contextlib.suppress(OSError), (self.path / "metrics.jsonl").open("rb") as file:
+            content = file.read(state.metrics_bytes)
+        return hashlib.sha256(content).hexdigest() == state.metrics_sha256
 
     def clear(self) -> None:
         """Start over: remove all but the lock."""
@@ -136,60 +202,114 @@ class RunFolder:
 
         With ``keep="all"`` the weights of every look at dev stay.
         """
-        self._save_tensors(self._weights(state.step), weights)
+        self.save_weights(state, state.step, weights, state.method)
         if optimizer:
-            self._save_tensors(self._optimizer(state.step), optimizer)
-        self.save_state(state, has_optimizer=bool(optimizer))
-        self._keep(state, keep)
+            path = self._optimizer(state.step)
+            state.files[path.name] = self._save_tensors(path, optimizer)
+        self.settle(state, keep)
 
-    def save_state(self, state: State, has_optimizer: bool = False) -> None:
-        """The state alone: before the first step there are no tensors of its own."""
-        content = {"schema": _STATE, "has_optimizer": has_optimizer, **asdict(state)}
+    def save_weights(
+        self, state: State, step: int, weights: Mapping[str, Tensor], method: Mapping[str, Any]
+    ) -> None:
+        """Weights of any step, with the method's numbers at it; named when the state is saved."""
+        path = self._weights(step)
+        state.files[path.name] = self._save_tensors(path, weights, {"method": method})
+
+    def save_state(self, state: State) -> None:
+        """The state alone: the tensors that it names are there already."""
+        content = _sealed({"schema": _STATE, **asdict(state)})
         write_text(self.checkpoint / "state.json", json.dumps(content, indent=1) + "\n")
 
-    def tidy(self, state: State, keep: str, extensible: bool) -> None:
-        """After the run: where it cannot be extended, only what the test used (or all) stays."""
-        self._keep(state, keep, go_on=extensible)
+    def settle(self, state: State, keep: str, go_on: bool = True) -> None:
+        """Save the state; of the tensors what is needed stays, with ``keep="all"`` all weights.
+
+        Needed are the nearest weights up to the best step and, to go on, up to the present one:
+        those of a run without a trajectory are saved at these very steps.
+        """
+        steps = state.weights(state.best_step or 0)[-1:]
+        if go_on:
+            steps += state.weights(state.step)[-1:]
+        wanted = {self._weights(step).name for step in steps}
+        if go_on:
+            wanted.add(self._optimizer(state.step).name)
+        state.files = {
+            name: digest
+            for name, digest in state.files.items()
+            if name in wanted or (keep == "all" and name.startswith("weights-"))
+        }
+        self.save_state(state)
+        for entry in self.checkpoint.iterdir():
+            if entry.name != "state.json" and entry.name not in state.files:
+                entry.unlink()
 
     def load_state(self) -> State | None:
         """The state to go on from, or None."""
         saved = read_json(self.checkpoint / "state.json")
+        saved = None if saved is None else _unsealed(saved)
         if saved is None or saved.pop("schema", None) != _STATE:
             return None
-        saved.pop("has_optimizer", None)  # load_optimizer reads it
+        default = asdict(State())
+        if saved.keys() != default.keys():
+            return None
+        for name, value in default.items():
+            if value is not None and not isinstance(saved[name], type(value)):
+                return None
         return State(**saved)
 
-    def load_weights(self, step: int) -> Mapping[str, Tensor]:
+    def load_weights(self, state: State, step: int) -> "Saved":
         """Tensors by name, on the CPU, each read when it is asked for.
 
         Raises:
             UserError: the file is missing or damaged.
         """
-        return _Saved(self._weights(step))
+        path = self._weights(step)
+        return self._verified(path, state.files.get(path.name))
 
-    def has_weights(self, step: int) -> bool:
-        """Are the weights of that step kept?"""
-        return self._weights(step).is_file()
+    def nearest(
+        self, state: State, step: int, say: Callable[[str], None]
+    ) -> "tuple[int, Saved] | None":
+        """The last good weights up to a step; what is damaged on the way is said and left out."""
+        for found in reversed(state.weights(step)):
+            try:
+                return found, self.load_weights(state, found)
+            except UserError:
+                name = self._weights(found).name
+                say(f"  checkpoint/{name} is damaged or missing: its steps are applied again")
+                del state.files[name]
+        return None
 
-    def steps_kept(self) -> list[int]:
-        """Steps whose weights are kept, in order."""
-        files = self.checkpoint.glob("weights-*.safetensors")
-        return sorted(int(file.stem.removeprefix("weights-")) for file in files)
+    @staticmethod
+    def _verified(path: Path, digest: str | None) -> "Saved":
+        saved = Saved(path)
+        if digest is None or saved.about.get("sha256") != digest or not saved.is_whole():
+            raise UserError(
+                f"{path} cannot be read (it is not what was written); "
+                "start this run over with if_exists=fresh."
+            )
+        return saved
 
-    def load_optimizer(self, step: int) -> dict[str, Tensor]:
-        """Tensors of the optimizer by name; none for a method that has none."""
-        path = self._optimizer(step)
-        saved = read_json(self.checkpoint / "state.json") or {}
-        return self._load_tensors(path) if saved.get("has_optimizer") else {}
+    def load_optimizer(self, state: State) -> dict[str, Tensor]:
+        """Tensors of the optimizer by name; none for a method that has none.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        path = self._optimizer(state.step)
+        if path.name not in state.files:
+            return {}
+        return dict(self._verified(path, state.files[path.name]))
 
     def save_scores(self, scores: Mapping[str, Tensor]) -> None:
         """scores.safetensors: candidate scores and labels, row by row."""
         self._save_tensors(self.path / "scores.safetensors", scores)
 
     def load_scores(self) -> dict[str, Tensor]:
-        """Undo :meth:`save_scores`; empty where there is no such file."""
-        path = self.path / "scores.safetensors"
-        return self._load_tensors(path) if path.exists() else {}
+        """Undo :meth:`save_scores`; empty where there is no such file, or it is damaged."""
+        try:
+            saved = Saved(self.path / "scores.safetensors")
+            return dict(saved) if saved.is_whole() else {}
+        except UserError:
+            return {}
 
     def _weights(self, step: int) -> Path:
         return self.checkpoint / f"weights-{step}.safetensors"
@@ -197,36 +317,42 @@ class RunFolder:
     def _optimizer(self, step: int) -> Path:
         return self.checkpoint / f"optimizer-{step}.safetensors"
 
-    def _save_tensors(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+    def _save_tensors(
+        self, path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None
+    ) -> str:
         content = {name: t.detach().contiguous() for name, t in tensors.items()}
         needed = sum(t.numel() * t.element_size() for t in content.values())
         check_space(path.parent, needed)
+        digest = tensors_digest(content)
+        words = json.dumps({"sha256": digest, **(about or {})})
         with _replacing(path) as partial:
-            save_file(content, partial)
-
-    def _load_tensors(self, path: Path) -> dict[str, Tensor]:
-        return dict(_Saved(path))
-
-    def _best(self, state: State) -> Path | None:
-        return None if state.best_step is None else self._weights(state.best_step)
-
-    def _keep(self, state: State, keep: str, go_on: bool = True) -> None:
-        wanted = {self.checkpoint / "state.json", self._best(state)}
-        if go_on:
-            wanted |= {self._weights(state.step), self._optimizer(state.step)}
-        for entry in self.checkpoint.iterdir():
-            is_weights = entry.name.startswith("weights-")
-            if entry not in wanted and not (keep == "all" and is_weights):
-                entry.unlink()
+            save_file(content, partial, {"smezo": words})
+        return digest
 
 
-class _Saved(Mapping[str, Tensor]):
-    """A safetensors file. Every tensor has a mapping of its own, so that no two lie in memory."""
+class Saved(Mapping[str, Tensor]):
+    """A safetensors file. Every tensor has a mapping of its own, so that no two lie in memory.
+
+    Attributes:
+        about: what was saved beside the tensors: their digest, the method's numbers.
+
+    Raises:
+        UserError: the file is missing or no safetensors file.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         with self._open() as file:
             self._names: list[str] = list(file.keys())
+            try:
+                about = json.loads((file.metadata() or {}).get("smezo", "{}"))
+            except (ValueError, RecursionError):
+                about = {}
+        self.about: dict[str, Any] = about if isinstance(about, dict) else {}
+
+    def is_whole(self) -> bool:
+        """Are the tensors those that were saved?"""
+        return self.about.get("sha256") == tensors_digest(self)
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[Any]:
@@ -248,6 +374,30 @@ class _Saved(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes, in the order of the names; one copy at a time."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.contiguous().view(-1).cpu()
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content with a SHA-256 of itself."""
+    plain = {key: value for key, value in content.items() if key != "sha256"}
+    text = json.dumps(plain, sort_keys=True)
+    return plain | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _unsealed(content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Undo :func:`_sealed`; None where it is not the content that was sealed."""
+    plain = {key: value for key, value in content.items() if key != "sha256"}
+    return plain if _sealed(plain)["sha256"] == content.get("sha256") else None
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:
@@ -285,11 +435,17 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file as a whole."""
+    with _replacing(path) as partial:
+        partial.write_bytes(content)
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object, or None where the file is missing or not one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

@@ -26,7 +26,7 @@ CONF_DIR = _PACKAGED if _PACKAGED.is_dir() else _PACKAGED.parent.parent / "conf"
 # Top-level settings that a method has or has not.
 KNOBS = ("lr", "eps", "sparsity")
 # Cannot change a result, hence not part of a run's digest.
-_NOT_IN_DIGEST = ("name", "runs_dir", "logger", "if_exists", "compile", "hydra")
+_NOT_IN_DIGEST = ("name", "runs_dir", "logger", "if_exists", "compile", "hydra", "full_save_every")
 # Came later; null is what runs did before there was such a key, and they keep their digest.
 _NOT_IN_DIGEST_IF_NULL = ("stop_if_diverged", "patience", "clip_projected_grad")
 
@@ -222,6 +222,7 @@ class Settings:
     lr_schedule: Annotated[str, Choice("constant", "linear", "cosine")]
     warmup_steps: Annotated[int, Whole(0, example="0")]
     keep: Annotated[str, Choice("best", "last", "all")]
+    full_save_every: Annotated[int, Whole(1, example="500")]
     device: Annotated[str, _DEVICE]
     dtype: Annotated[str, _DTYPE]
     compute_dtype: Annotated[str | None, _DTYPE]

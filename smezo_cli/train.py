@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from smezo_cli.config import build, command, launch, recipes
+from smezo_cli.config import command, launch, recipes
 from smezo_cli.device import choose_device
 from smezo_cli.errors import UserError
 from smezo_cli.settings import Settings, check, digest, is_extensible, plain
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from smezo_cli.log import Console
     from smezo_cli.loop import Evaluation, Method
     from smezo_cli.runs import RunFolder
+    from smezo_cli.trajectory import Recorder, Trajectory
     from smezo_cli.watch import Numerics, Watch
 
 
@@ -46,6 +49,17 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     path = Path(settings.runs_dir) / settings.name / _run_name(cfg, settings)
     folder = RunFolder(path)
     console = Console()
+
+    def finish() -> dict[str, Any]:
+        console.keep(path / "console.log")
+        with StopRequest(console.say, patient=False) as stop:
+            try:
+                return _Run(cfg, settings, folder, console, stop, device_name).finish()
+            except Stopped:
+                words = [w for w in shlex.split(command()) if not w.startswith("if_exists=")]
+                console.say(f"stopped; the same command goes on from here:\n  {shlex.join(words)}")
+                raise KeyboardInterrupt from None
+
     try:
         done = folder.result()
         if settings.if_exists == "fresh":
@@ -61,6 +75,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             )
         elif done is not None and done.get("status") == "done" and done["steps"] == settings.steps:
             _check_done(done, settings, path)
+            if damaged := _damaged(folder, done["step"]):
+                console.say(f"{path}: done, but {' and '.join(damaged)} damaged: mended")
+                return finish()
+            if not _has_config(folder, cfg):
+                _write_config(folder, cfg)
             metric = done.get("metric", "accuracy")
             console.say(
                 f"{path}: done already, test {metric} {done['test'][metric]:.4f} "
@@ -70,14 +89,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         elif done is not None and done.get("status") == "done":
             # What it goes on from was a result; the longer run may never end.
             folder.write_result(done, f"result-{done['steps']}.json")
-        console.keep(path / "console.log")
-        with StopRequest(console.say, patient=False) as stop:
-            try:
-                return _Run(cfg, settings, folder, console, stop, device_name).finish()
-            except Stopped:
-                words = [w for w in shlex.split(command()) if not w.startswith("if_exists=")]
-                console.say(f"stopped; the same command goes on from here:\n  {shlex.join(words)}")
-                raise KeyboardInterrupt from None
+        return finish()
     finally:
         console.close()
         folder.close()
@@ -105,12 +117,13 @@ class _Run:
         self.device = torch.device(device_name)
         self.memory = runs.PeakMemory(self.device)
         self.started = runs.now()
-        runs.write_text(folder.path / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        _write_config(folder, cfg)
         self.state = folder.load_state() or runs.State()
         self.resumed = self.state.step > 0
         self.versions = runs.versions()
         self.backend: str | None = None
         self.loggers: list[Any] = []
+        self.recorder: Recorder | None = None
 
     def finish(self) -> dict[str, Any]:
         """Do what is left."""
@@ -145,8 +158,10 @@ class _Run:
                 seed=self.settings.seed,
                 state=self.state,
                 folder=self.folder,
+                recorder=self.recorder,
+                full_save_every=self.settings.full_save_every,
                 loggers=self.loggers,
-                log_bytes=lambda: self.loggers[0].num_bytes,
+                log_standing=lambda: self.loggers[0].standing(),
                 console=self.console,
                 memory=self.memory,
                 watch=(watch := self._watch(numerics)),
@@ -170,7 +185,9 @@ class _Run:
             raise
         self._close(result)
         s = self.settings
-        self.folder.tidy(self.state, s.keep, extensible=is_extensible(s.lr_schedule))
+        # A run with a trajectory needs the best weights alone, to go on too.
+        goes_on = self.recorder is None and is_extensible(s.lr_schedule)
+        self.folder.settle(self.state, s.keep, goes_on)
         self._summary(result)
         return result
 
@@ -194,32 +211,8 @@ class _Run:
             self.console.say(f"  going on from step {self.state.step}")
 
     def _build_method(self) -> "Method":
-        """The method; compiled passes only where the run is long enough to earn them."""
-        import inspect
-        import pkgutil
-
-        from smezo_cli.passes import NoCompiler
-
-        s = self.settings
-        runtime: dict[str, Any] = {"model": self.job.model, "seed": s.seed}
-        target = pkgutil.resolve_name(s.method["_target_"])
-        if "check" in inspect.signature(target).parameters:
-            runtime["check"] = False  # asked below, with two rows
-        if "backend" in inspect.signature(target).parameters:
-            chosen = {"True": "compiled", "False": "eager", "auto": "auto"}
-            runtime["backend"] = chosen[str(s.compile)]
-            weights = sum(p.numel() for p in self.job.model.parameters())
-            if s.compile == "auto" and self.device.type == "cpu" and weights * s.steps < _WORTH_IT:
-                runtime["backend"] = "eager"
-        elif s.compile != "auto":
-            raise UserError(
-                f"compile={str(s.compile).lower()}: method {s.method['name']} has no passes to "
-                "compile; leave compile out."
-            )
-        try:
-            method: Method = build(s.method, "method", **runtime)
-        except NoCompiler as error:
-            raise UserError(f"compile=true: {error}; mend that or leave compile out.") from error
+        """The method, and a line on its passes."""
+        method = self.job.build_method()
         passes = getattr(method, "passes", None)
         if passes is not None:
             self.backend = passes.name
@@ -352,17 +345,65 @@ class _Run:
         self.console.say(f"  test {score:.4f} +- {figures['standard_error']:.4f}{words}")
 
     def _restore(self, method: "Method") -> None:
-        if self.resumed:
-            self._load_weights(method, self.state.step)
-            method.restore(self.state.method, self.folder.load_optimizer(self.state.step))
+        """Weights and method as they were at the state; what of the state is not good is undone."""
+        from smezo_cli.replay import rebuild
+        from smezo_cli.trajectory import Recorder, check_length
+        from smezo_cli.zo import ZeroOrder
 
-    def _load_weights(self, method: "Method", step: int) -> None:
-        saved = self.folder.load_weights(step)
-        if saved.keys() != method.trained.keys():
+        state, folder, say = self.state, self.folder, self.console.say
+        if not isinstance(method, ZeroOrder):
+            if state.step:
+                if not folder.has_metrics(state):
+                    say("  metrics.jsonl is damaged: what it lacks is lost, the training goes on")
+                saved = folder.load_weights(state, state.step)
+                self.job.set_weights(saved, folder.path)
+                method.restore(state.method, folder.load_optimizer(state))
+            return
+        check_length(self.settings.steps, method.num_queries)
+        path = folder.path / "trajectory.bin"
+        header = {
+            "identity": method.identity(),
+            "model": state.notes["model"],
+            "config": digest(self.config),
+            "rows": state.notes["rows"],
+        }
+        known = self._known_steps(path, header)
+        best = state.best_step or 0
+        if self.settings.keep == "best" and folder.nearest(state, best, say) is None:
+            # The model itself may be anywhere; of its own the run keeps what it may go back to.
+            folder.save_weights(state, 0, method.trained, method.snapshot()[0])
+            folder.save_state(state)
+        if known is not None:
+            rebuild(self.job, method, folder, state, known, state.step, say)
+        self.recorder = Recorder(path, header, method, known)
+
+    def _known_steps(self, path: Path, header: Mapping[str, Any]) -> "Trajectory | None":
+        """The recorded steps that are good; the state is put back where it says more than they."""
+        from smezo_cli.trajectory import Damaged, differences, read
+
+        state, say, known = self.state, self.console.say, None
+        if path.exists():
+            try:
+                known = read(path)
+            except Damaged as error:
+                say(f"  {error}")
+        count = 0 if known is None else len(known)
+        if known is not None and (other := differences(known.header, header)):
             raise UserError(
-                f"{self.folder.path}/checkpoint is of another model; start over: if_exists=fresh."
+                f"{path} was written with another {' and '.join(other)}: put that back, or start "
+                "over with if_exists=fresh."
             )
-        self.job.set_weights(saved, self.folder.path)
+        if known is not None and known.damage:
+            say(f"  trajectory.bin: {known.damage}")
+        if count < state.step:
+            say(f"  the {state.step - count} steps from step {count} on are trained again")
+            state.start_over()
+        elif not self.folder.has_metrics(state):
+            say("  metrics.jsonl is damaged: it is written anew")
+            state.start_over()
+        if count > state.step:
+            say(f"  {count - state.step} steps after step {state.step} are recorded: applied")
+        return known
 
     def _check_method(self, method: "Method") -> None:
         """Refuse what functional probes cannot reach; record the realised sparsity."""
@@ -460,10 +501,11 @@ class _Run:
         if "executor" in self.state.notes:
             self.state.notes["executor"] = getattr(method, "executor", None)
         assert self.state.best_step is not None  # dev is looked at after the last step
-        if self.state.best_step != self.state.step:
-            self._load_weights(method, self.state.best_step)
+        self._put_best(method, self.state.best_step)
         found = self._evaluate(self.test, "test")
         scores = self.folder.load_scores()
+        if "dev" not in scores:  # it was damaged
+            scores["dev"] = self._evaluate(self.dev, "dev").scores
         scores |= {"test": found.scores, "outcome.test": found.per_row()}
         self.folder.save_scores(scores)
         lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in found.predictions()]
@@ -478,6 +520,27 @@ class _Run:
                 gain, error = metrics.paired_gain(found.per_row(), scores[f"outcome.{name}"])
                 test[f"over_{key}"] = {"gain": gain, "standard_error": error}
         return self._result("done", test=test)
+
+    def _put_best(self, method: "Method", best: int) -> None:
+        """Have the model hold the best weights, and the folder too; note what they are."""
+        from smezo_cli.replay import rebuild
+        from smezo_cli.runs import tensors_digest
+        from smezo_cli.zo import ZeroOrder
+
+        state, folder = self.state, self.folder
+        last = tensors_digest(method.trained)
+        if self.recorder is not None and isinstance(method, ZeroOrder):
+            records = self.recorder.trajectory()
+            rebuild(self.job, method, folder, state, records, best, self.console.say)
+            if best not in state.weights():
+                folder.save_weights(state, best, method.trained, method.snapshot()[0])
+        elif best != state.step:
+            self.job.set_weights(folder.load_weights(state, best), folder.path)
+        state.notes["weights"] = {
+            "best": {"step": best, "sha256": tensors_digest(method.trained)},
+            "last": {"step": state.step, "sha256": last},
+        }
+        folder.save_state(state)
 
     def _result(
         self, status: str, *, test: Mapping[str, Any] | None = None, error: str | None = None
@@ -507,6 +570,7 @@ class _Run:
             "zero_shot_calibrated": notes.get("zero_shot_calibrated"),
             "metric": "f1" if s.task["kind"] == "generation" else "accuracy",
             "dev": {"best": {"step": state.best_step, **notes.get("best_look", {})}},
+            "weights": notes.get("weights"),
             "prompt": notes["prompts"][notes["prompt"]] if "prompt" in notes else None,
             "truncated_prompts": notes.get("truncated"),
             "data_fingerprint": self.job.task.fingerprint if hasattr(self, "job") else None,
@@ -545,6 +609,8 @@ class _Run:
         }
 
     def _close(self, result: dict[str, Any]) -> None:
+        if self.recorder is not None:
+            self.recorder.close()
         self.folder.write_result(result)
         for logger in self.loggers:
             logger.close(result, result["status"] == "done")
@@ -602,10 +668,6 @@ class _Run:
         self.console.say("\n".join([*lines, f"  {self.folder.path}/result.json"]))
 
 
-# Weights times steps from which Numba's start, some 4 s, is repaid (eager: some 1e8 a second).
-_WORTH_IT = 5e8
-
-
 def _check_done(done: Mapping[str, Any], settings: Settings, path: Path) -> None:
     """Refuse to call a run done that asks for more than the finished one has."""
     from smezo_cli.tasks.load import local_fingerprint
@@ -621,6 +683,36 @@ def _check_done(done: Mapping[str, Any], settings: Settings, path: Path) -> None
             f"keep=all: {path} is done, and the weights of its looks are gone; repeat it with "
             "if_exists=fresh."
         )
+
+
+def _damaged(folder: "RunFolder", steps: int) -> list[str]:
+    """Names of files of a finished run that are there and not what was written."""
+    from smezo_cli.trajectory import Damaged, read
+
+    found, path = folder.damaged(), folder.path / "trajectory.bin"
+    if path.exists():
+        try:
+            records = read(path)
+            if records.damage or len(records) < steps:
+                found.append(path.name)
+        except Damaged:
+            found.append(path.name)
+    return found
+
+
+def _write_config(folder: "RunFolder", cfg: DictConfig) -> None:
+    from smezo_cli.runs import write_text
+
+    write_text(folder.path / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+
+
+def _has_config(folder: "RunFolder", cfg: DictConfig) -> bool:
+    """Is config.yaml there, and that of such a run?"""
+    try:
+        found = OmegaConf.load(folder.path / "config.yaml")
+        return isinstance(found, DictConfig) and digest(found) == digest(cfg)
+    except (OSError, ValueError, OmegaConfBaseException, YAMLError, UserError):
+        return False
 
 
 def _run_name(cfg: DictConfig, settings: Settings) -> str:

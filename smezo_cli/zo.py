@@ -7,6 +7,8 @@ Works on any torch module; knows nothing of Hydra or transformers.
 """
 
 import fnmatch
+import hashlib
+import json
 import math
 import os
 import re
@@ -35,6 +37,10 @@ from smezo_cli.passes import (
 from smezo_cli.probe import FunctionalProbe
 
 Closure = Callable[[], Tensor]
+
+#: Raise it when noise, masks, thresholds or the arithmetic of an update give other bits than
+#: before: a trajectory of another version is not replayed.
+NUMERICS = 1
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -381,16 +387,8 @@ class ZeroOrder(torch.optim.Optimizer):
         self._streams.clear()  # of the step before
         if self.executor == "auto":
             self.choose_executor(closure)
-        self._kept.clear()
-        group = self.param_groups[0]
-        lr, eps, decay = group["lr"], group["eps"], group["weight_decay"]
-        if (
-            self.mask_refresh_every
-            and self.num_steps
-            and not self.num_steps % self.mask_refresh_every
-        ):
-            self.set_thresholds()
-
+        self._begin()
+        eps = self.param_groups[0]["eps"]
         losses: list[float] = []
         projected_grad: list[float] = []
         for query in range(self.num_queries):
@@ -409,11 +407,64 @@ class ZeroOrder(torch.optim.Optimizer):
             losses += [l_plus, l_minus]
             projected_grad.append((l_plus - l_minus) / (2 * eps))
 
-        self.update(self.coefficients(projected_grad, lr), lr * decay)
+        self._end(projected_grad)
+        return self.record(sum(losses) / len(losses), projected_grad)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def replay(self, lr: float, projected_grad: Sequence[float]) -> None:
+        """Apply a step that was made before, without a forward: the weights get the same bits.
+
+        Args:
+            lr: that of the step (the next ones keep it, as after :meth:`set_lr_factor`).
+            projected_grad: what :meth:`step` returned of it.
+        """
+        _check(len(projected_grad) == self.num_queries, "one projected gradient a query")
+        self._streams.clear()
+        self._begin()
+        group = self.param_groups[0]
+        group["lr"] = lr
+        if isinstance(self._executor, InPlace):  # its probes leave rounding errors in the weights
+            eps, nothing = group["eps"], torch.zeros(())
+            plus, minus = self.direction([0], [eps]), self.direction([0], [-eps])
+            self._executor.losses(lambda: nothing, plus, minus)
+        self._end(projected_grad)
+
+    def identity(self) -> dict[str, Any]:
+        """What an update follows from, beside weights, lr and projected gradients; plain JSON."""
+        tensors = [[t.name, list(t.parameter.shape), str(t.parameter.dtype)] for t in self.targets]
+        dense = [t.name for t in self.targets if not t.masked]
+        group = self.param_groups[0]
+        return {
+            "numerics": NUMERICS,
+            "seed": self.seed,
+            "num_queries": self.num_queries,
+            "noise": self._rule.noise,
+            "mask": self.mask,
+            "sparsity": self.sparsity,
+            "mask_refresh_every": self.mask_refresh_every,
+            "mask_resample": self.mask_resample,
+            "constant_tensors": self.constant_tensors,
+            "rounding": "stochastic" if self._rule.stochastic else "nearest",
+            "weight_decay": group["weight_decay"],
+            "eps": group["eps"],
+            "clip_projected_grad": None if math.isinf(limit := self.clip_projected_grad) else limit,
+            "in_place": isinstance(self._executor, InPlace),
+            "tensors": hashlib.sha256(json.dumps([tensors, dense]).encode()).hexdigest(),
+        }
+
+    def _begin(self) -> None:
+        self._kept.clear()
+        every = self.mask_refresh_every
+        if every and self.num_steps and not self.num_steps % every:
+            self.set_thresholds()
+
+    def _end(self, projected_grad: Sequence[float]) -> None:
+        group = self.param_groups[0]
+        lr = group["lr"]
+        self.update(self.coefficients(projected_grad, lr), lr * group["weight_decay"])
         self._kept.clear()
         self.num_steps += 1
-        clipped = sum(abs(g) > self.clip_projected_grad for g in projected_grad)
-        return StepRecord(sum(losses) / len(losses), tuple(projected_grad), len(losses), clipped)
 
     def coefficients(self, projected_grad: Sequence[float], lr: float) -> list[float]:
         """a_q = -lr projected_grad_q / Q of an update, from projected gradients as measured.
@@ -422,6 +473,11 @@ class ZeroOrder(torch.optim.Optimizer):
         """
         limit = self.clip_projected_grad
         return [-lr * max(-limit, min(g, limit)) / self.num_queries for g in projected_grad]
+
+    def record(self, loss: float, projected_grad: Sequence[float]) -> StepRecord:
+        """What a step tells of itself, from what is recorded of it."""
+        clipped = sum(abs(g) > self.clip_projected_grad for g in projected_grad)
+        return StepRecord(loss, tuple(projected_grad), 2 * self.num_queries, clipped)
 
     @torch.inference_mode(False)
     @torch.no_grad()

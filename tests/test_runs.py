@@ -9,7 +9,7 @@ import re
 import shutil
 import signal
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,17 @@ def folder(tmp_path: Path) -> Iterator[RunFolder]:
 
 def weights(value: float, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     return {"a.weight": torch.full((3, 2), value, dtype=dtype), "b": torch.tensor([value, -0.0])}
+
+
+def state_of(folder: RunFolder) -> State:
+    loaded = folder.load_state()
+    assert loaded is not None
+    return loaded
+
+
+def saved(folder: RunFolder, step: int) -> Mapping[str, Tensor]:
+    """The weights of a step, which the state names."""
+    return folder.load_weights(state_of(folder), step)
 
 
 def names(folder: RunFolder) -> set[str]:
@@ -111,7 +122,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_the_old_tensors_stay(
     folder.save_scores({"zero_shot": torch.ones(3)})
     before = {path.name for path in folder.path.iterdir()}
 
-    def fills_up(content: dict[str, Tensor], path: Path) -> None:
+    def fills_up(content: dict[str, Tensor], path: Path, about: dict[str, str]) -> None:
         path.write_bytes(b"half")
         raise error
 
@@ -137,8 +148,8 @@ def test_a_checkpoint_is_refused_where_there_is_no_room_for_it(
     folder.save(State(step=1), weights(1), {})
     big = {"w": torch.zeros(1).expand(25_000_000)}  # 100 MB once it is written out
     message_of(lambda: folder.save(State(step=2), big, {}))
-    assert folder.load_state() == State(step=1)
-    assert folder.load_weights(1)["b"].tolist() == [1, 0]
+    assert state_of(folder).step == 1
+    assert saved(folder, 1)["b"].tolist() == [1, 0]
 
 
 # --------------------------------------------------------------------------------- one process only
@@ -204,11 +215,10 @@ def test_a_state_comes_back_as_it_was(folder: RunFolder) -> None:
         metrics_bytes=123,
     )
     folder.save(state, weights(1), {})
+    assert list(state.files) == ["weights-7.safetensors"]
     assert folder.load_state() == state
-    folder.save(State(), weights(1), {})
-    loaded = folder.load_state()
-    assert loaded is not None
-    assert asdict(loaded) == asdict(State())
+    folder.save_state(State())
+    assert asdict(state_of(folder)) == asdict(State())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -218,9 +228,9 @@ def test_tensors_come_back_bit_for_bit(folder: RunFolder, dtype: torch.dtype) ->
     parameter = torch.nn.Parameter(tensor.clone())
     folder.save(State(step=2), {"w": parameter, "wt": parameter.T}, {"w/exp_avg": tensor})
     for loaded, of in (
-        (folder.load_weights(2)["w"], tensor),
-        (folder.load_weights(2)["wt"].T, tensor),
-        (folder.load_optimizer(2)["w/exp_avg"], tensor),
+        (saved(folder, 2)["w"], tensor),
+        (saved(folder, 2)["wt"].T, tensor),
+        (folder.load_optimizer(state_of(folder))["w/exp_avg"], tensor),
     ):
         assert loaded.dtype == dtype
         assert not loaded.requires_grad
@@ -230,18 +240,20 @@ def test_tensors_come_back_bit_for_bit(folder: RunFolder, dtype: torch.dtype) ->
 
 def test_only_the_last_and_the_best_weights_are_kept(folder: RunFolder) -> None:
     """What no state names is removed at once; after the run the best alone is left."""
-    folder.save(State(step=10, best_step=10), weights(10), weights(0))
+    state = State(step=10, best_step=10)
+    folder.save(state, weights(10), weights(0))
     assert names(folder) == {"state.json", "weights-10.safetensors", "optimizer-10.safetensors"}
-    folder.save(State(step=20, best_step=10), weights(20), weights(0))
+    state.step = 20
+    folder.save(state, weights(20), weights(0))
     assert names(folder) == {
         *("state.json", "weights-10.safetensors"),
         *("weights-20.safetensors", "optimizer-20.safetensors"),
     }
-    folder.save(State(step=30, best_step=10), weights(30), {})
-    assert folder.load_optimizer(30) == {}
-    assert folder.load_weights(10)["b"][0] == 10
-    state = State(step=30, best_step=10)
-    folder.tidy(state, "best", extensible=False)
+    state.step = 30
+    folder.save(state, weights(30), {})
+    assert folder.load_optimizer(state_of(folder)) == {}
+    assert saved(folder, 10)["b"][0] == 10
+    folder.settle(state, "best", go_on=False)
     assert names(folder) == {"state.json", "weights-10.safetensors"}
 
 
@@ -260,14 +272,15 @@ def test_a_save_killed_at_any_file_leaves_a_checkpoint_that_can_be_read(
         done.append(args)
         real(*args)
 
-    new = State(step=2, best_step=2)
+    new = state_of(folder)
+    new.step = new.best_step = 2
     dies(os, "replace", counted, lambda: folder.save(new, weights(2), weights(-2)))
     assert len(done) == num_renames
     state = folder.load_state()
     assert state is not None
     assert (state.step, state.best_step) == (1, 1)
-    assert folder.load_weights(1)["b"][0] == 1
-    assert folder.load_optimizer(1)["b"][0] == -1
+    assert saved(folder, 1)["b"][0] == 1
+    assert folder.load_optimizer(state)["b"][0] == -1
     folder.save(new, weights(2), weights(-2))
     assert names(folder) == {"state.json", "weights-2.safetensors", "optimizer-2.safetensors"}
 
@@ -276,13 +289,13 @@ def test_a_save_killed_in_the_clean_up_has_happened(folder: RunFolder) -> None:
     """Old files that are still there neither count nor stay after the next save."""
     folder.save(State(step=1), weights(1), {})
     dies(Path, "unlink", killed, lambda: folder.save(State(step=2), weights(2), {}))
-    assert folder.load_state() == State(step=2)
-    assert folder.load_weights(2)["b"][0] == 2
+    assert state_of(folder).step == 2
+    assert saved(folder, 2)["b"][0] == 2
     folder.save(State(step=3), weights(3), {})
     assert names(folder) == {"state.json", "weights-3.safetensors"}
 
 
-@pytest.mark.parametrize("damage", ["cut", "garbage", "empty", "missing"])
+@pytest.mark.parametrize("damage", ["cut", "garbage", "empty", "missing", "flipped"])
 def test_damaged_tensors_are_one_sentence_with_the_way_out(folder: RunFolder, damage: str) -> None:
     """The file is named, and the setting that starts the run over."""
     folder.save(State(step=4), weights(4), {})
@@ -291,8 +304,10 @@ def test_damaged_tensors_are_one_sentence_with_the_way_out(folder: RunFolder, da
     if damage == "missing":
         path.unlink()
     else:
-        path.write_bytes({"cut": content[:-3], "garbage": b"{}" * 50, "empty": b""}[damage])
-    said = message_of(lambda: folder.load_weights(4))
+        flipped = content[:-1] + bytes([content[-1] ^ 1])
+        damaged = {"cut": content[:-3], "garbage": b"{}" * 50, "empty": b"", "flipped": flipped}
+        path.write_bytes(damaged[damage])
+    said = message_of(lambda: saved(folder, 4))
     assert "weights-4.safetensors" in said
     assert "if_exists=fresh" in said
 
@@ -304,6 +319,62 @@ def test_a_state_that_is_none_counts_as_none(folder: RunFolder, text: str) -> No
     assert folder.load_state() is None
 
 
+def test_a_state_with_a_flipped_bit_counts_as_none(folder: RunFolder) -> None:
+    """Also where it is JSON still; one of other keys or types, too."""
+    folder.save_state(State(step=13))
+    path = folder.checkpoint / "state.json"
+    text = path.read_text()
+    path.write_text(text.replace('"step": 13', '"step": 12'))
+    assert folder.load_state() is None
+    for change in ({"step": "13"}, {"notes": []}, {"more": 1}):
+        content = json.loads(text) | change
+        path.write_text(json.dumps(runs._sealed(content)))
+        assert folder.load_state() is None
+
+
+def test_the_nearest_good_weights_are_found_and_damaged_ones_said(folder: RunFolder) -> None:
+    """A damaged file is left out with one line; what is left may be nothing."""
+    state, said = State(best_step=3), list[str]()
+    for state.step in (2, 5, 9):
+        folder.save(state, weights(state.step), {}, "all")
+    assert (folder.nearest(state, 8, said.append) or (0,))[0] == 5
+    path = folder.checkpoint / "weights-5.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    assert (folder.nearest(state, 8, said.append) or (0,))[0] == 2
+    assert len(said) == 1
+    assert "weights-5.safetensors is damaged" in said[0]
+    assert folder.nearest(state, 1, said.append) is None
+    folder.settle(state, "best")  # the nearest up to step 3, and up to step 9
+    assert names(folder) == {"state.json", "weights-2.safetensors", "weights-9.safetensors"}
+
+
+def test_readers_share_a_folder_and_keep_writers_out(folder: RunFolder) -> None:
+    """One who trains keeps readers out, naming itself; readers do not disturb each other."""
+    said = message_of(lambda: RunFolder(folder.path, to_read=True))
+    assert f"in use by process {os.getpid()};" in said
+    folder.close()
+    (folder.path / ".lock").write_text("")
+    readers = [RunFolder(folder.path, to_read=True) for _ in range(2)]
+    assert "a process that reads it" in message_of(lambda: RunFolder(folder.path))
+    for reader in readers:
+        reader.close()
+    (folder.path / ".lock").unlink()
+    RunFolder(folder.path, to_read=True).close()
+    assert not (folder.path / ".lock").exists()
+
+
+def test_damaged_scores_are_none(folder: RunFolder) -> None:
+    """To be computed again, whatever bit it is."""
+    folder.save_scores({"dev": torch.ones(3)})
+    path = folder.path / "scores.safetensors"
+    content = path.read_bytes()
+    for place in range(8, len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        found = folder.load_scores()
+        assert not found or torch.equal(found["dev"], torch.ones(3))
+    assert not found
+
+
 # ------------------------------------------------------------------------------- results and scores
 
 
@@ -312,8 +383,13 @@ def test_a_result_is_plain_json(folder: RunFolder) -> None:
     assert folder.result() is None
     folder.write_result({"status": "done", "test": {"accuracy": 0.5}})
     folder.write_result({"status": "running"})
-    assert json.loads((folder.path / "result.json").read_text()) == {"status": "running"}
+    found = json.loads((folder.path / "result.json").read_text())
+    assert found.pop("sha256")
+    assert found == {"status": "running"}
     assert folder.result() == {"status": "running"}
+    text = (folder.path / "result.json").read_text()
+    (folder.path / "result.json").write_text(text.replace("running", "runnjng"))
+    assert folder.result() is None
     (folder.path / "result.json").write_text('{"status": "do')
     assert folder.result() is None
 

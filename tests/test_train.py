@@ -28,7 +28,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from smezo_cli import loop, metrics, model, train, zo
+from smezo_cli import job, loop, metrics, model, train, zo
 from smezo_cli.model import load_model
 from smezo_cli.scoring import Scorer, encode
 from smezo_cli.tasks import load_task
@@ -698,7 +698,7 @@ def test_compiled_passes_change_no_bit(finished: Callable[[str], Path], tmp_path
 
 def always_worth_it() -> None:
     """As if every run were long enough to compile for."""
-    train._WORTH_IT = zo._WORTH_COMPILING = 0
+    job._WORTH_IT = zo._WORTH_COMPILING = 0
 
 
 def numba_is_broken() -> None:

@@ -1,0 +1,388 @@
+"""The trajectory of a zeroth-order run: what its weights follow from, a few bytes a step.
+
+The noise, the masks and the rounding of a step are functions of (seed, step, query, tensor name)
+alone (:mod:`smezo_cli.noise`), so seed and step number are the keys, and a step is its learning
+rate and its projected gradients. The base model and this file give the weights of every step again
+without a forward: :meth:`smezo_cli.zo.ZeroOrder.replay`.
+
+``trajectory.bin``, little-endian, is only ever appended to::
+
+    "SMEZOTRJ"  version u32  length u32  header, JSON of that length  crc u32 of all before
+    step u32  lr f64  loss f64  seconds f32  projected_grad f64 a query  crc u32          (repeated)
+
+A record's CRC-32 goes on from that of the record before it, so a record that is changed, missing,
+repeated or moved ends the good part of the file. 36 bytes a step with one query.
+
+A delta (``smezo export RUN FILE --delta``) is the same for other users: a JSON of the header, the
+settings, the prompt, the figures and the digest of the weights, then lr and projected gradients
+alone, compressed, and a SHA-256 of all of it::
+
+    "SMEZODLT"  version u32  length u32  JSON  zlib of the columns' bytes by significance  sha256
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import stat
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from smezo_cli.errors import UserError
+from smezo_cli.zo import StepRecord
+
+_RUN, _DELTA, _VERSION = b"SMEZOTRJ", b"SMEZODLT", 1
+_START = struct.Struct("<8sII")
+_CRC = struct.Struct("<I")
+# A file may be anybody's: what is read of it, and what is made of that, is bounded.
+MAX_BYTES = 1 << 26
+_MAX_JSON = 1 << 20
+_MAX_QUERIES = 1 << 12
+
+
+class Damaged(UserError):
+    """A file is not, or no longer, what it should be."""
+
+
+@runtime_checkable
+class Replayable(Protocol):
+    """What replaying asks of a method; see :class:`smezo_cli.zo.ZeroOrder`."""
+
+    num_steps: int
+    param_groups: list[dict[str, Any]]
+
+    def identity(self) -> dict[str, Any]:
+        """What its updates follow from, beside the base model and the records."""
+
+    def replay(self, lr: float, projected_grad: Sequence[float]) -> None:
+        """Apply a step that was made before."""
+
+    def record(self, loss: float, projected_grad: Sequence[float]) -> StepRecord:
+        """What the step told of itself."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One record: what was applied in a step (from 0), and what the metrics say of it."""
+
+    step: int
+    lr: float
+    loss: float
+    seconds: float
+    projected_grad: tuple[float, ...]
+
+
+class Trajectory:
+    """The header and the good part of the records of a file.
+
+    Attributes:
+        header: what the steps belong to: "identity" (of the method), "model", and of a run
+            "config" and "rows".
+        damage: where the good part ends and why, None where that is the end of the file.
+    """
+
+    def __init__(self, header: dict[str, Any], records: npt.NDArray[Any], damage: str | None):
+        self.header, self.damage = header, damage
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, step: int) -> Step:
+        found = self._records[step]
+        number, lr, loss, seconds = (found[k].item() for k in ("step", "lr", "loss", "seconds"))
+        return Step(number, lr, loss, seconds, tuple(found["projected_grad"].tolist()))
+
+    def columns(self, steps: int) -> npt.NDArray[np.float64]:
+        """Learning rates and projected gradients of the first steps, (1 + queries, steps)."""
+        some = self._records[:steps]
+        return np.concatenate([some["lr"][None], some["projected_grad"].T])
+
+
+def replay(method: Replayable, trajectory: Trajectory, step: int) -> None:
+    """Apply the recorded steps from where the method is up to ``step``."""
+    while method.num_steps < step:
+        made = trajectory[method.num_steps]
+        method.replay(made.lr, made.projected_grad)
+
+
+def differences(header: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Names of what two headers disagree in."""
+    flat = [{**h, **h.get("identity", {})} for h in (header, other)]
+    names = (flat[0].keys() | flat[1].keys()) - {"identity"}
+    return sorted(name for name in names if flat[0].get(name) != flat[1].get(name))
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+def read(path: Path) -> Trajectory:
+    """The trajectory of a run as far as it is good; nothing in the file can do more than end it.
+
+    Raises:
+        Damaged: the file is missing, or its header is not good.
+    """
+    with _opened(path) as file:
+        header, crc = _read_start(path, file, _RUN)
+        kind = _record_type(_queries(path, header))
+        stored = _CRC.unpack(_exactly(path, file, _CRC.size))[0]
+        if stored != crc:
+            raise Damaged(f"{path} is damaged in its header.")
+        content = file.read(MAX_BYTES)
+    size = kind.itemsize
+    whole, rest = divmod(len(content), size)
+    records = np.frombuffer(content, kind, whole)
+    with np.errstate(invalid="ignore"):
+        good = records["step"] == np.arange(whole)
+        for name in ("lr", "loss", "seconds"):
+            good &= np.isfinite(records[name])
+        good &= np.isfinite(records["projected_grad"]).all(1)
+    count = whole if good.all() else int(good.argmin())
+    body, bytes_ = size - _CRC.size, memoryview(content)
+    for i, stored in enumerate(records["crc"][:count].tolist()):
+        crc = zlib.crc32(bytes_[i * size : i * size + body], crc)
+        if crc != stored:
+            count = i
+            break
+    damage = None
+    if count < whole:
+        damage = f"the record of step {count} is damaged ({whole - count} from there)"
+    elif rest:
+        damage = f"the record of step {count} is incomplete"
+    return Trajectory(header, records[:count], damage)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        # What is no file (a pipe, a device) might never end, nor open.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
+        with open(handle, "rb") as file:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise Damaged(f"{path} is not a file.")
+            yield file
+    except OSError as error:
+        raise Damaged(f"{path} cannot be read ({error.strerror or error}).") from error
+
+
+def _exactly(path: Path, file: Any, count: int) -> bytes:
+    found: bytes = file.read(count)
+    if len(found) != count:
+        raise Damaged(f"{path} is cut off.")
+    return found
+
+
+def _read_start(path: Path, file: Any, magic: bytes) -> tuple[dict[str, Any], int]:
+    start = _exactly(path, file, _START.size)
+    found, version, length = _START.unpack(start)
+    if found != magic:
+        what = "trajectory" if magic == _RUN else "delta"
+        raise Damaged(f"{path} is no {what} of smezo.")
+    if version != _VERSION:
+        raise Damaged(f"{path} has version {version}, this smezo reads {_VERSION}.")
+    if length > _MAX_JSON:
+        raise Damaged(f"{path} is damaged in its header.")
+    text = _exactly(path, file, length)
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{path} is damaged in its header.") from error
+    if not isinstance(header, dict):
+        raise Damaged(f"{path} is damaged in its header.")
+    return header, zlib.crc32(text, zlib.crc32(start))
+
+
+def _queries(path: Path, header: Mapping[str, Any]) -> int:
+    identity = header.get("identity")
+    queries = identity.get("num_queries") if isinstance(identity, dict) else None
+    if type(queries) is not int or not 1 <= queries <= _MAX_QUERIES:
+        raise Damaged(f"{path} is damaged in its header.")
+    return queries
+
+
+def _record_type(queries: int) -> np.dtype[Any]:
+    return np.dtype(
+        [
+            *(("step", "<u4"), ("lr", "<f8"), ("loss", "<f8"), ("seconds", "<f4")),
+            *(("projected_grad", "<f8", (queries,)), ("crc", "<u4")),
+        ]
+    )
+
+
+# --- recording ---------------------------------------------------------------------------------
+
+
+class Recorder:
+    """The trajectory of a run under way: applies what it holds, records what is new.
+
+    Args:
+        path: of trajectory.bin; cut to its good part, made anew where that has no header.
+        header: of this run.
+        method: whose steps these are.
+        known: the good part of the file, None to begin it.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        header: Mapping[str, Any],
+        method: Replayable,
+        known: Trajectory | None,
+    ) -> None:
+        self.path, self.method, self._known = path, method, known
+        self.count = 0 if known is None else len(known)
+        kind = _record_type(method.identity()["num_queries"])
+        self._kind, text = kind, json.dumps(header, sort_keys=True).encode()
+        start = _START.pack(_RUN, _VERSION, len(text)) + text
+        start += _CRC.pack(zlib.crc32(start))
+        self._crc = zlib.crc32(start[: -_CRC.size])
+        if known is not None and self.count:
+            self._crc = int(known._records[-1]["crc"])
+        self._end = len(start) + self.count * kind.itemsize
+        with self._saying():
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+            if known is None:
+                os.ftruncate(self._file, 0)
+                self._write(start, 0)
+            os.ftruncate(self._file, self._end)
+            os.fsync(self._file)
+
+    def apply(self, step: int) -> Step | None:
+        """Apply the recorded step, or None: it is to be made."""
+        if self._known is None or step >= len(self._known):
+            return None
+        made = self._known[step]
+        self.method.replay(made.lr, made.projected_grad)
+        return made
+
+    def append(self, step: int, record: StepRecord, seconds: float) -> float:
+        """Record a step that the method has just made; the seconds as they are recorded."""
+        assert step == self.count
+        row = np.zeros(1, self._kind)
+        row["step"], row["lr"] = step, self.method.param_groups[0]["lr"]
+        row["loss"], row["seconds"] = record.loss, seconds
+        row["projected_grad"] = record.projected_grad
+        self._crc = zlib.crc32(row.tobytes()[: -_CRC.size], self._crc)
+        row["crc"] = self._crc
+        with self._saying():
+            self._write(row.tobytes(), self._end)
+        self._end += self._kind.itemsize
+        self.count += 1
+        return float(row["seconds"][0])
+
+    def trajectory(self) -> Trajectory:
+        """All that is recorded now."""
+        return read(self.path)
+
+    def sync(self) -> None:
+        """Have the system write it to the disk."""
+        with self._saying():
+            os.fsync(self._file)
+
+    def close(self) -> None:
+        """No more records."""
+        os.close(self._file)
+
+    def _write(self, content: bytes, place: int) -> None:
+        done = 0
+        while done < len(content):  # a disk that fills up takes a part
+            done += os.pwrite(self._file, content[done:], place + done)
+
+    @contextlib.contextmanager
+    def _saying(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror or error}.") from error
+
+
+def check_length(steps: int, queries: int) -> None:
+    """Refuse a run whose trajectory could not be read again.
+
+    Raises:
+        UserError: more than `MAX_BYTES`.
+    """
+    if queries > _MAX_QUERIES or steps * _record_type(queries).itemsize > MAX_BYTES:
+        most = MAX_BYTES // _record_type(min(queries, _MAX_QUERIES)).itemsize
+        raise UserError(
+            f"steps={steps} with method.num_queries={queries}: a trajectory holds at most {most} "
+            f"steps of so many and {_MAX_QUERIES} queries; take fewer."
+        )
+
+
+# --- deltas ------------------------------------------------------------------------------------
+
+
+def delta(trajectory: Trajectory, steps: int, about: Mapping[str, Any]) -> bytes:
+    """The content of a delta of the first ``steps`` steps; ``about`` is plain JSON."""
+    text = json.dumps({"header": trajectory.header, "step": steps, **about}).encode()
+    columns = np.ascontiguousarray(trajectory.columns(steps), "<f8")
+    # Bytes of like significance lie together: those of equal learning rates then take no room.
+    by_place = columns.view(np.uint8).reshape(len(columns), steps, 8).transpose(0, 2, 1)
+    content = _START.pack(_DELTA, _VERSION, len(text)) + text + zlib.compress(by_place.tobytes(), 9)
+    return content + hashlib.sha256(content).digest()
+
+
+def read_delta(path: Path) -> tuple[dict[str, Any], Trajectory]:
+    """Undo :func:`delta`: what it says about itself, and the steps (loss and seconds are 0).
+
+    Raises:
+        Damaged: it is not one, or not whole.
+    """
+    with _opened(path) as file:
+        about, _ = _read_start(path, file, _DELTA)
+        file.seek(0)
+        content = file.read(MAX_BYTES + 1)
+    damaged = Damaged(f"{path} is damaged: get it anew.")
+    if len(content) > MAX_BYTES or hashlib.sha256(content[:-32]).digest() != content[-32:]:
+        raise damaged
+    header, steps = about.get("header"), about.get("step")
+    if not isinstance(header, dict) or type(steps) is not int or steps < 0:
+        raise damaged
+    kind = _record_type(_queries(path, header))
+    columns = 1 + kind["projected_grad"].shape[0]
+    size = columns * steps * 8
+    if size > MAX_BYTES:
+        raise damaged
+    packed = content[_START.size + _START.unpack(content[: _START.size])[2] : -32]
+    unpack = zlib.decompressobj()
+    try:
+        found = unpack.decompress(packed, size + 1)
+    except zlib.error as error:
+        raise damaged from error
+    if len(found) != size or (steps and not unpack.eof):
+        raise damaged
+    by_place = np.frombuffer(found, np.uint8).reshape(columns, 8, steps).transpose(0, 2, 1)
+    numbers = np.ascontiguousarray(by_place).view("<f8").reshape(columns, steps)
+    if not np.isfinite(numbers).all():
+        raise damaged
+    records = np.zeros(steps, kind)
+    records["step"], records["lr"] = np.arange(steps), numbers[0]
+    records["projected_grad"] = numbers[1:].T
+    return about, Trajectory(header, records, None)
+
+
+def is_delta(path: Path) -> bool:
+    """Does the file begin as a delta does?"""
+    if not path.is_file():
+        return False
+    with _opened(path) as file:
+        found: bytes = file.read(len(_DELTA))
+    return found == _DELTA
+
+
+def seconds_between(start: float, end: float) -> float:
+    """What a clock measured; 0 where it jumped back, and never more than a float32 holds."""
+    spent = end - start
+    return min(max(spent, 0.0), 3e38) if math.isfinite(spent) else 0.0
