@@ -14,6 +14,7 @@ Nothing of this is in the product: a child patches functions in itself.
 import argparse
 import collections
 import errno
+import functools
 import json
 import os
 import random
@@ -269,7 +270,9 @@ def kinds() -> dict[str, Callable[[Trial], int]]:
     }
     for place in PLACES:
         for number in (signal.SIGKILL, signal.SIGINT):
-            found[f"{number.name} at {place}"] = lambda t, p=place, n=number: t.signal_at(p, n)
+            found[f"{number.name} at {place}"] = functools.partial(
+                Trial.signal_at, place=place, number=number
+            )
     return found
 
 
@@ -350,7 +353,7 @@ def table(report: dict[str, Any]) -> Iterator[str]:
 
 def main() -> int:
     """0 where nothing was lost, different or unclean."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]  # there
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--faults", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
