@@ -23,4 +23,4 @@ def test_runs_that_suffer_faults_end_as_if_they_had_not(tmp_path: Path) -> None:
     assert found.returncode == 0, found.stdout + found.stderr
     report = json.loads((tmp_path / "soak.json").read_text())
     assert (report["faults"], report["lost"], report["different"]) == (12, 0, 0)
-    assert len(report["kinds"]) == 12
+    assert len(report["kinds"]) >= 12
