@@ -171,6 +171,19 @@ class RunFolder:
             found += [] if self.has_metrics(state) else ["metrics.jsonl"]
         return found
 
+    def damaged_weights(self, state: State) -> list[str]:
+        """Names of the weights that the state names and that are not, or no longer, what they were.
+
+        Reads them all.
+        """
+        found = []
+        for step in state.weights():
+            try:
+                self.load_weights(state, step)
+            except UserError:
+                found.append(self._weights(step).name)
+        return found
+
     def has_metrics(self, state: State) -> bool:
         """Does metrics.jsonl begin with what the state knows of it?"""
         content = b""

@@ -401,6 +401,9 @@ class _Run:
         elif not self.folder.has_metrics(state):
             say("  metrics.jsonl is damaged: it is written anew")
             state.start_over()
+        elif self.settings.keep == "all" and (bad := self.folder.damaged_weights(state)):
+            say(f"  {' and '.join(bad)} damaged or missing: every look is saved anew")
+            state.start_over()
         if count > state.step:
             say(f"  {count - state.step} steps after step {state.step} are recorded: applied")
         return known
@@ -691,6 +694,8 @@ def _damaged(folder: "RunFolder", steps: int) -> list[str]:
 
     found, path = folder.damaged(), folder.path / "trajectory.bin"
     if path.exists():
+        state = folder.load_state()
+        found += folder.damaged_weights(state) if state is not None else []
         try:
             records = read(path)
             if records.damage or len(records) < steps:

@@ -245,3 +245,151 @@ def test_an_export_of_a_step_has_its_weights(run: Path) -> None:
     shared = saved.keys() & kept.keys()
     assert len(shared) >= len(saved) - 1
     assert all(torch.equal(saved[name], kept[name]) for name in shared)
+
+
+# ----------------------------------------------------- trajectories: replay, deltas, any step
+
+SPARSE = (
+    "train task=toy task.num_train=16 task.num_dev=8 task.num_test=12 model=tiny-llama device=cpu "
+    "method=sparse_mezo lr=1e-3 sparsity=0.5 steps=7 eval_every=3 batch_size=4 full_save_every=2 "
+    "method.executor=sequential method.mask_refresh_every=2 compile=false"
+)
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of a finished zeroth-order run; the working folder is two above."""
+    cwd, here = tmp_path_factory.mktemp("sparse"), Path.cwd()
+    os.chdir(cwd)
+    try:
+        assert main(shlex.split(SPARSE)) == 0
+        (folder,) = Path("runs/default").iterdir()
+        yield folder
+    finally:
+        os.chdir(here)
+
+
+def refused(words: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """The sentence that refuses a command."""
+    assert main(shlex.split(words)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("smezo: ")
+    assert said.count("\n") == 1
+    return said
+
+
+def test_replay_gives_the_weights_and_the_figures_of_the_run(
+    sparse: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the base model and trajectory.bin alone, in two threads too, by compiled passes too."""
+    smezo("replay", sparse, "--out", "replayed")
+    out = capsys.readouterr().out
+    result = result_of(sparse)
+    best = result["weights"]["best"]
+    assert f"weights sha256 {best['sha256']}: the same as the run's" in out
+    assert f"test accuracy {result['test']['accuracy']:.4f}" in out
+    assert out.count("the same as the run's") == 2
+    saved = load_file(sparse / f"checkpoint/weights-{best['step']}.safetensors")
+    replayed = load_file("replayed/model.safetensors")
+    assert all(torch.equal(replayed[name], saved[name]) for name in saved.keys() & replayed)
+    torch.set_num_threads(2)
+    smezo("replay", sparse, "--split", "none", "--step", 7)
+    torch.set_num_threads(1)
+    assert f"{result['weights']['last']['sha256']}: the same" in capsys.readouterr().out
+
+
+def test_a_delta_alone_gives_the_model_again(
+    sparse: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """No run folder is needed; its size is said; a step of its own has a digest, too."""
+    result = result_of(sparse)
+    smezo("export", sparse, tmp_path / "a.delta", "--delta")
+    assert f"{(tmp_path / 'a.delta').stat().st_size} bytes" in capsys.readouterr().out
+    smezo("export", sparse, tmp_path / "b.delta", "--delta", "--step", 5)
+    here = Path.cwd()
+    os.chdir(tmp_path)
+    try:
+        capsys.readouterr()
+        smezo("replay", "a.delta")
+        out = capsys.readouterr().out
+        assert out.count("the same as the run's") == 2
+        assert result["weights"]["best"]["sha256"] in out
+        smezo("replay", "b.delta", "--split", "none")
+        assert "5 steps applied" in (out := capsys.readouterr().out)
+        assert "the same as the run's" in out
+    finally:
+        os.chdir(here)
+
+
+def test_weights_that_are_others_are_said_and_fail(
+    sparse: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Exit code 1 where the digest does not agree with what was recorded."""
+    from smezo_cli import trajectory
+
+    smezo("export", sparse, tmp_path / "a.delta", "--delta")
+    about, records = trajectory.read_delta(tmp_path / "a.delta")
+    about["weights"]["sha256"] = "0" * 64
+    content = trajectory.delta(records, about.pop("step"), about)
+    (tmp_path / "b.delta").write_bytes(content)
+    assert main(["replay", str(tmp_path / "b.delta"), "--split", "none"]) == 1
+    assert "NOT the same" in capsys.readouterr().out
+
+
+def test_another_model_or_method_is_refused(
+    sparse: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """One sentence each, before a step is applied."""
+    from smezo_cli import trajectory
+
+    smezo("export", sparse, tmp_path / "a.delta", "--delta")
+    about, records = trajectory.read_delta(tmp_path / "a.delta")
+    step = about.pop("step")
+    for key, value, says in (
+        ("model", "0" * 12, "another model"),
+        ("identity", records.header["identity"] | {"numerics": 0}, "another numerics"),
+    ):
+        other = dict(about)
+        header = records.header | {key: value}
+        changed = trajectory.Trajectory(header, records._records, None)
+        other.pop("header")
+        (tmp_path / "b.delta").write_bytes(trajectory.delta(changed, step, other))
+        assert says in refused(f"replay {tmp_path / 'b.delta'}", capsys)
+    assert "has no config.yaml" in refused("replay .", capsys)
+    assert "holds" in refused(f"replay {sparse} --step 99", capsys)
+
+
+def test_any_step_can_be_scored_and_exported(
+    sparse: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By replay from the nearest save; damaged saves are said and replayed over."""
+    looks = {r["step"]: r["dev.loss"] for r in lines(sparse / "metrics.jsonl") if "dev.loss" in r}
+    assert sorted(looks) == [3, 6, 7]
+    for step, loss in looks.items():
+        smezo("eval", sparse, "--split", "dev", "--step", step, "--out", "step.jsonl")
+        assert f"loss  {loss:.4f}" in capsys.readouterr().out
+    assert "has made 7 steps" in refused(f"eval {sparse} --step 8", capsys)
+    best = result_of(sparse)["dev"]["best"]
+    path = sparse / f"checkpoint/weights-{best['step']}.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    try:
+        smezo("eval", sparse, "--split", "dev", "--out", "step.jsonl")
+        out = capsys.readouterr().out
+        assert f"{path.name} is damaged" in out
+        assert f"loss  {best['loss']:.4f}" in out
+    finally:
+        path.write_bytes(content)
+
+
+def test_a_folder_that_is_read_only_can_be_read(
+    sparse: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """eval asks for --out before the work; predict and replay need none; the lock stays."""
+    lock = (sparse / ".lock").stat().st_mtime_ns
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    assert "--out FILE" in refused(f"eval {sparse}", capsys)
+    smezo("eval", sparse, "--out", "elsewhere.jsonl")
+    smezo("predict", sparse, "--field", "text=the film was warm")
+    smezo("replay", sparse, "--split", "none")
+    assert (sparse / ".lock").stat().st_mtime_ns == lock

@@ -14,6 +14,7 @@ import random
 import re
 import select
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from smezo_cli import job, loop, metrics, model, train, zo
+from smezo_cli import job, loop, metrics, train, zo
 from smezo_cli.model import load_model
 from smezo_cli.scoring import Scorer, encode
 from smezo_cli.tasks import load_task
@@ -76,7 +77,7 @@ class Fault:
         loss = Scorer.loss
         places: dict[str, list[tuple[Any, str]]] = {
             "loss": [(Scorer, "loss")],  # inside a probe, or a first-order step
-            "load": [(model, "load_model")],
+            "load": [(job, "load_model")],
             "evaluate": [(loop, "evaluate")],
             "rename": [(os, "replace")],  # a file takes its place
             "nan": [(Scorer, "loss")],
@@ -239,7 +240,7 @@ def records_of(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
-CLOCKS_AND_BYTES = {"started", "ended", "train_seconds", "peak_memory_bytes", "command"}
+CLOCKS_AND_BYTES = {"started", "ended", "train_seconds", "peak_memory_bytes", "command", "sha256"}
 
 
 def assert_same_run(folder: Path, other: Path) -> None:
@@ -291,6 +292,7 @@ def test_every_method_trains_to_a_result(finished: Callable[[str], Path], method
     assert {path.name for path in folder.iterdir()} == {
         *("config.yaml", "metrics.jsonl", "console.log", "result.json", "scores.safetensors"),
         *("checkpoint", ".lock", "predictions-test.jsonl"),
+        *(["trajectory.bin"] if "mezo" in method else []),
     }
     result = result_of(folder)
     steps, forwards = 12, {"mezo": 24, "sparse_mezo": 24, "adamw": 12, "sgd": 12}[method]
@@ -433,7 +435,7 @@ def no_model() -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a model is loaded")
 
-    model.load_model = refuse  # type: ignore[assignment]  # in a child process of its own
+    job.load_model = refuse  # type: ignore[assignment]  # in a child process of its own
 
 
 def test_a_finished_run_is_skipped_in_one_line(finished: Callable[[str], Path]) -> None:
@@ -648,7 +650,8 @@ def test_a_step_size_far_too_large_leaves_no_result_and_no_ruined_checkpoint(
     folder = run_folder(tmp_path)
     assert result_of(folder)["status"] == "diverged"
     assert result_of(folder)["test"] is None
-    assert not list(folder.glob("checkpoint/weights-*"))
+    kept = {path.name for path in folder.glob("checkpoint/weights-*")}
+    assert kept == ({"weights-0.safetensors"} if method == "sparse_mezo" else set())
     assert_finite(folder)
 
 
@@ -680,6 +683,81 @@ def test_a_sweep_goes_on_after_a_refused_job(tmp_path: Path) -> None:
     assert "task.num_dev=9999" in sentence_of(ended)
     statuses = {result_of(path.parent)["status"] for path in tmp_path.glob("runs/*/*/result.json")}
     assert statuses == {"failed", "done"}
+
+
+def flip(path: Path, share: float) -> None:
+    """Turn one bit over, so far into the file."""
+    content = bytearray(path.read_bytes())
+    content[int(share * (len(content) - 1))] ^= 16
+    path.write_bytes(content)
+
+
+DAMAGED = ("trajectory.bin", "checkpoint/state.json", "metrics.jsonl", "scores.safetensors")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
+@pytest.mark.parametrize("name", [*DAMAGED, "checkpoint/weights-*"])
+def test_a_damaged_file_of_a_stopped_run_is_made_again(
+    finished: Callable[[str], Path], tmp_path: Path, name: str, share: float
+) -> None:
+    """One flipped bit anywhere: the same command ends with the bits of a run never harmed."""
+    words = words_of("sparse_mezo", "full_save_every=4")
+    ended = smezo(words, tmp_path, faults=[Fault("loss", 21, signal.SIGKILL).install])
+    assert ended.code == -signal.SIGKILL
+    for path in run_folder(tmp_path).glob(name):
+        flip(path, share)
+    ended = smezo(words, tmp_path)
+    assert (ended.code, ended.err) == (0, "")
+    assert_same_run(run_folder(tmp_path), run_folder(finished("sparse_mezo")))
+
+
+@pytest.mark.parametrize("name", [*DAMAGED, "result.json", "config.yaml", "checkpoint/weights-*"])
+def test_a_damaged_file_of_a_finished_run_is_made_again(
+    finished: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    """It is not skipped as if nothing had happened."""
+    shutil.copytree(finished("sparse_mezo"), tmp_path / "run")
+    folder = run_folder(tmp_path / "run")
+    (path,) = folder.glob(name)
+    before = path.read_bytes()
+    flip(path, 0.7)
+    ended = smezo(words_of("sparse_mezo"), tmp_path / "run")
+    assert (ended.code, ended.err) == (0, "")
+    if name in ("trajectory.bin", "config.yaml"):  # the seconds of a step are another's
+        assert len(path.read_bytes()) == len(before)
+    assert_same_run(folder, run_folder(finished("sparse_mezo")))
+
+
+def test_a_killed_run_computes_no_step_twice(
+    finished: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """What was made after the last look is applied from the trajectory, without a forward."""
+    killed = Fault("loss", 12, signal.SIGKILL)  # within step 6; looks are at 3, 6, 9 and 12
+    assert smezo(words_of("sparse_mezo"), tmp_path, faults=[killed.install]).code < 0
+    folder = run_folder(tmp_path)
+    assert state_of(folder)["step"] == 3
+    assert (folder / "metrics.jsonl").read_text().splitlines()[-1].startswith('{"step": 5, "loss"')
+    again = Fault("loss", 2 * (12 - 5) + 1, signal.SIGKILL)  # one loss more than is needed
+    ended = smezo(words_of("sparse_mezo"), tmp_path, faults=[again.install])
+    assert ended.code == 0, ended.err
+    assert "2 steps after step 3 are recorded: applied" in ended.out
+    assert_same_run(folder, run_folder(finished("sparse_mezo")))
+
+
+def test_a_trajectory_of_other_settings_is_refused(
+    finished: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """One sentence names what differs; nothing is applied or overwritten."""
+    shutil.copytree(finished("sparse_mezo"), tmp_path / "run")
+    folder = run_folder(tmp_path / "run")
+    smezo(words_of("sparse_mezo", "seed=1"), tmp_path)
+    foreign = (run_folder(tmp_path) / "trajectory.bin").read_bytes()
+    (folder / "trajectory.bin").write_bytes(foreign)
+    (folder / "result.json").unlink()
+    said = sentence_of(smezo(words_of("sparse_mezo"), tmp_path / "run"))
+    assert "another config and seed" in said
+    assert "if_exists=fresh" in said
+    assert (folder / "trajectory.bin").read_bytes() == foreign
 
 
 def test_compiled_passes_change_no_bit(finished: Callable[[str], Path], tmp_path: Path) -> None:
