@@ -1,5 +1,7 @@
 #!/usr/bin/env python
-"""What bfloat16 adds to a projected gradient, against eps: .venv/bin/python scripts/low_precision.py
+"""What bfloat16 adds to a projected gradient, against eps.
+
+    .venv/bin/python scripts/low_precision.py
 
 The embedded model on batches of its own data. For each eps and each of the same directions and
 batches the projected gradient is measured in float32, with float32 weights computed in bfloat16,
@@ -78,7 +80,9 @@ def main() -> None:
             rms = {"float32": float(exact.square().mean().sqrt())}
             rms |= {k: float((found[k][e] - exact).square().mean().sqrt()) for k in [*KINDS][1:]}
             records.append({"sparsity": sparsity, "eps": e, "rms": rms})
-            print(f"| {sparsity:g} | {e:g} | " + " | ".join(f"{v:.3g}" for v in rms.values()) + " |")
+            print(
+                f"| {sparsity:g} | {e:g} | " + " | ".join(f"{v:.3g}" for v in rms.values()) + " |"
+            )
     if given.json is not None:
         given.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 

@@ -182,7 +182,7 @@ TOY = [
     *("model=tiny-opt", "method=mezo", "method.executor=sequential", "batch_size=4"),
 ]
 DIVERGES = [*TOY, "lr=0.01", "steps=40", "eval_every=4", "stop_if_diverged=3", "patience=7"]
-CLOCKS = {"started", "ended", "train_seconds", "peak_memory_bytes", "command"}
+CLOCKS = {"sha256", "started", "ended", "train_seconds", "peak_memory_bytes", "command"}
 
 
 def run_of(words: Sequence[str], cwd: Path, code: int = 0) -> Path:
