@@ -721,7 +721,7 @@ class ZeroOrder(torch.optim.Optimizer):
             return 0
         kinds = self._kinds()
         for kind, targets in kinds.items():
-            if not self._agrees(targets, closure):
+            if not all(self._agrees(some, closure) for some in self._few(targets)):
                 wrong = [t.name for t in targets if not self._agrees([t], closure)] or [kind]
                 raise ValueError(
                     f"functional probes do not reach {', '.join(wrong[:5])} ({kind}): "
@@ -744,6 +744,19 @@ class ZeroOrder(torch.optim.Optimizer):
         kinds = kinds_to_check(self._probe, names)
         return {kind: [by_name[name] for name in chosen] for kind, chosen in kinds.items()}
 
+    def _few(self, targets: list[Target]) -> list[list[Target]]:
+        """In parts of at most a fiftieth of all weights, or of one tensor: each is saved once."""
+        parts: list[list[Target]] = []
+        left = 0
+        for target in targets:
+            size = target.parameter.numel()
+            if size > left:
+                parts.append([])
+                left = self.num_weights // 50
+            parts[-1].append(target)
+            left -= size
+        return parts
+
     def _agrees(self, targets: list[Target], closure: Closure) -> bool:
         """Are the functional and the exact in-place loss of moving ``targets`` alone equal?"""
         direction = self.direction([0], [max(self.param_groups[0]["eps"], 1e-2)])
@@ -751,10 +764,8 @@ class ZeroOrder(torch.optim.Optimizer):
             functional = closure()
         saved = [t.flat.clone() for t in targets]
         try:
-            for target, copy in zip(targets, saved, strict=True):
-                moved = torch.empty_like(copy)
-                direction.whole(target.parameter, moved)
-                target.flat.copy_(moved)
+            for target in targets:
+                direction.whole(target.parameter, target.flat)
             in_place = closure()
         finally:
             for target, copy in zip(targets, saved, strict=True):

@@ -1,0 +1,66 @@
+#!/usr/bin/env python
+"""The peak memory of a whole run, over that of inference on the same batches.
+
+    .venv/bin/python scripts/peak.py [KEY=VALUE ...]        (as for smezo train)
+
+Two processes. One is the run: zero-shot, self-check, thresholds, steps, looks at dev, checkpoints,
+test. The other loads the same model and data and computes the losses of the run's batches and the
+scores of its dev rows, with the compiler loaded as in a run, and does nothing else.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from smezo_cli.config import compose
+from smezo_cli.settings import check, quoted
+
+
+def inference(words: list[str]) -> int:
+    """Peak bytes of this process from before the model is loaded."""
+    import torch
+
+    from smezo_cli import runs
+    from smezo_cli.device import choose_device
+    from smezo_cli.job import Job
+    from smezo_cli.loop import Batches
+    from smezo_cli.passes import Rule, choose_passes
+
+    settings = check(compose([*map(quoted, words)]))
+    device = torch.device(choose_device(settings.device))
+    memory = runs.PeakMemory(device)
+    choose_passes(Rule(), "auto", device)
+    job = Job(settings, str(device), lambda line: None)
+    longest = settings.task["max_train_tokens"] or settings.model["max_length"]
+    rows = [c for c in job.encode(job.task.train, job.prompts[0]) if c.width <= longest]
+    dev = job.encode(job.task.dev, job.prompts[0])
+    batches = Batches(len(rows), settings.batch_size, settings.seed)
+    with torch.inference_mode():
+        for step in range(settings.steps):
+            job.scorer.loss([rows[i] for i in batches(step)])
+    for _ in job.scorer.score_all(dev):
+        pass
+    return memory.read()
+
+
+def main() -> None:
+    """Measure and print."""
+    words = sys.argv[1:]
+    if words[:1] == ["--inference"]:
+        print(inference(words[1:]))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "smezo_cli", "train", *words, f"runs_dir={folder}"]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        (path,) = Path(folder).glob("*/*/result.json")
+        run = json.loads(path.read_text(encoding="utf-8"))["peak_memory_bytes"]
+    command = [sys.executable, __file__, "--inference", *words]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    alone = int(output.splitlines()[-1])
+    print(f"run {run / 2**20:.0f} MiB, inference {alone / 2**20:.0f} MiB: {run / alone:.3f} x")
+
+
+if __name__ == "__main__":
+    main()
