@@ -16,6 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from smezo_cli.errors import UserError
+from smezo_cli.intake import load_yaml
+from smezo_cli.redaction import redacted
 from smezo_cli.settings import Settings, check, near, sentence
 
 if TYPE_CHECKING:
@@ -94,12 +96,7 @@ def _opened(
     if not (path / "config.yaml").is_file():
         there = "has no config.yaml" if path.is_dir() else "is not there"
         raise UserError(f"{run} {there}: give the folder of a run (smezo runs lists them).")
-    try:
-        cfg = OmegaConf.create((path / "config.yaml").read_text(encoding="utf-8"))
-        if not isinstance(cfg, DictConfig):
-            raise ValueError("it holds a list")
-    except (OSError, OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise UserError(f"{path}/config.yaml cannot be read ({sentence(error)}).") from error
+    cfg = load_yaml(path / "config.yaml")
     for word in overrides:
         _change(cfg, word)
     settings = check(cfg)
@@ -293,7 +290,7 @@ def export(words: Sequence[str]) -> int:
             target.parent.mkdir(parents=True, exist_ok=True)
             check_space(target.parent, size)
             job.save(partial)
-            (partial / "smezo.yaml").write_text(OmegaConf.to_yaml(cfg), encoding="utf-8")
+            (partial / "smezo.yaml").write_text(redacted(OmegaConf.to_yaml(cfg)), encoding="utf-8")
             os.replace(partial, target)
         except OSError as error:
             raise UserError(f"cannot write {target}: {error.strerror or error}.") from error

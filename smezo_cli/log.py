@@ -13,9 +13,20 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
+from smezo_cli import intake
 from smezo_cli.errors import UserError
+from smezo_cli.redaction import redacted, redacted_tree
 
 LINE_EVERY_S = 10.0  # between plain progress lines
+
+
+def _open(path: Path) -> TextIO:
+    try:
+        return intake.open_own(path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; it must be a file of the run folder."
+        ) from error
 
 
 class Logger(Protocol):
@@ -32,7 +43,7 @@ class JsonlLogger:
     """metrics.jsonl: one JSON object a line."""
 
     def __init__(self, path: Path, keep_bytes: int) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._file = _open(path)
         # What lies after the checkpoint is done again; a shorter file must not grow by zeros.
         self._file.truncate(min(keep_bytes, path.stat().st_size))
         self._file.seek(0, 2)
@@ -67,7 +78,7 @@ class WandbLogger:
                 dir=str(folder),
                 id=f"{folder.parent.name}-{folder.name}"[-128:],  # the longest that W&B takes
                 name=folder.name,
-                config=dict(config),
+                config=redacted_tree(config),
                 resume="allow",
                 reinit="finish_previous",
                 settings=wandb.Settings(silent=True, console="off"),
@@ -85,7 +96,7 @@ class WandbLogger:
     def close(self, summary: Mapping[str, Any], ok: bool) -> None:
         """See :class:`Logger`."""
         self._run.summary.update(
-            {k: v for k, v in summary.items() if k not in ("config", "versions")}
+            redacted_tree({k: v for k, v in summary.items() if k not in ("config", "versions")})
         )
         self._run.finish(exit_code=0 if ok else 1)
 
@@ -109,10 +120,11 @@ class Console:
 
     def keep(self, path: Path) -> None:
         """Write every line to this file too."""
-        self._file = path.open("a", encoding="utf-8")
+        self._file = _open(path)
 
     def say(self, text: str = "") -> None:
-        """One line or more."""
+        """One line or more; secrets are redacted."""
+        text = redacted(text)
         if self._file:
             self._file.write(text + "\n")
             self._file.flush()

@@ -19,7 +19,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
@@ -30,8 +30,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smezo_cli import __version__
+from smezo_cli import __version__, intake
 from smezo_cli.errors import UserError
+from smezo_cli.redaction import redacted_tree
 
 SCHEMA = 1  # of result.json
 _STATE = 1  # of checkpoint/state.json
@@ -74,7 +75,9 @@ class RunFolder:
         self.checkpoint = path / "checkpoint"
         try:
             self.checkpoint.mkdir(parents=True, exist_ok=True)
-            self._lock = (path / ".lock").open("a+", encoding="utf-8")
+            if self.checkpoint.is_symlink():
+                raise OSError(20, "its checkpoint is a link to elsewhere")
+            self._lock = intake.open_own(path / ".lock")
         except OSError as error:
             raise UserError(
                 f"runs_dir: cannot write to {path} ({error.strerror}); "
@@ -106,11 +109,12 @@ class RunFolder:
 
     def result(self) -> dict[str, Any] | None:
         """result.json, or None where there is none (or it cannot be read)."""
-        return read_json(self.path / "result.json")
+        result = intake.read_json(self.path / "result.json")
+        return result if result is not None and intake.is_sound_result(result) else None
 
     def write_result(self, result: Mapping[str, Any], name: str = "result.json") -> None:
         """Replace result.json, or the record of a shorter run beside it."""
-        write_text(self.path / name, json.dumps(result, indent=2) + "\n")
+        write_text(self.path / name, json.dumps(redacted_tree(result), indent=2) + "\n")
 
     def clear(self) -> None:
         """Start over: remove all but the lock."""
@@ -153,11 +157,10 @@ class RunFolder:
 
     def load_state(self) -> State | None:
         """The state to go on from, or None."""
-        saved = read_json(self.checkpoint / "state.json")
-        if saved is None or saved.pop("schema", None) != _STATE:
+        saved = intake.read_json(self.checkpoint / "state.json")
+        if saved is None or saved.get("schema") != _STATE or not intake.is_sound_state(saved):
             return None
-        saved.pop("has_optimizer", None)  # load_optimizer reads it
-        return State(**saved)
+        return State(**{known.name: saved[known.name] for known in fields(State)})
 
     def load_weights(self, step: int) -> Mapping[str, Tensor]:
         """Tensors by name, on the CPU, each read when it is asked for.
@@ -174,12 +177,13 @@ class RunFolder:
     def steps_kept(self) -> list[int]:
         """Steps whose weights are kept, in order."""
         files = self.checkpoint.glob("weights-*.safetensors")
-        return sorted(int(file.stem.removeprefix("weights-")) for file in files)
+        steps = (file.stem.removeprefix("weights-") for file in files)
+        return sorted(int(step) for step in steps if step.isdecimal())
 
     def load_optimizer(self, step: int) -> dict[str, Tensor]:
         """Tensors of the optimizer by name; none for a method that has none."""
         path = self._optimizer(step)
-        saved = read_json(self.checkpoint / "state.json") or {}
+        saved = intake.read_json(self.checkpoint / "state.json") or {}
         return self._load_tensors(path) if saved.get("has_optimizer") else {}
 
     def save_scores(self, scores: Mapping[str, Tensor]) -> None:
@@ -231,6 +235,7 @@ class _Saved(Mapping[str, Tensor]):
     @contextlib.contextmanager
     def _open(self) -> Iterator[Any]:
         try:
+            intake.check_ordinary(self._path)
             with safe_open(self._path, framework="pt") as file:
                 yield file
         except (OSError, SafetensorError) as error:
@@ -269,6 +274,7 @@ def _replacing(path: Path) -> Iterator[Path]:
     """A name to write to that takes the place of ``path`` at the end, on disk before it does."""
     partial = path.with_name(f".{path.name}.partial")
     try:
+        partial.unlink(missing_ok=True)  # of a killed run, or a link to elsewhere
         yield partial
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
@@ -283,15 +289,6 @@ def write_text(path: Path, text: str) -> None:
     """Replace a text file as a whole."""
     with _replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None where the file is missing or not one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 # --- signals ----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from smezo_cli.config import build, command, launch, recipes
+from smezo_cli.config import build, command, launch, recipes, target_of
 from smezo_cli.device import choose_device
 from smezo_cli.errors import UserError
 from smezo_cli.settings import Settings, check, digest, is_extensible, plain
@@ -187,13 +187,12 @@ class _Run:
     def _build_method(self) -> "Method":
         """The method; compiled passes only where the run is long enough to earn them."""
         import inspect
-        import pkgutil
 
         from smezo_cli.passes import NoCompiler
 
         s = self.settings
         runtime: dict[str, Any] = {"model": self.job.model, "seed": s.seed}
-        target = pkgutil.resolve_name(s.method["_target_"])
+        target = target_of(s.method, "method")
         if "check" in inspect.signature(target).parameters:
             runtime["check"] = False  # asked below, with two rows
         if "backend" in inspect.signature(target).parameters:
