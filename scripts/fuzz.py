@@ -945,7 +945,7 @@ def _load(case: Case, path: str) -> None:
 
 
 class Watch:
-    """What a case did through Python that no case may do; an audit hook that cannot be taken off."""
+    """What a case did through Python that no case may do; an audit hook, which stays for ever."""
 
     def __init__(self, allowed: Sequence[Path]) -> None:
         self.allowed = [os.path.realpath(path) for path in allowed]

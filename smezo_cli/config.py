@@ -33,6 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from smezo_cli.errors import UserError
 from smezo_cli.intake import check_folder
+from smezo_cli.redaction import redacted
 from smezo_cli.settings import (
     CONF_DIR,
     KNOBS,
@@ -688,6 +689,7 @@ def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
 
     def job(cfg: DictConfig) -> object:
         try:
+            _redact_sweep()
             return run(cfg)
         except UserError as error:
             _say(f"{_which_job()}{error}")
@@ -725,7 +727,24 @@ def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
 
 
 def _say(text: str) -> None:
-    print(f"smezo: {text}", file=sys.stderr, flush=True)
+    print(f"smezo: {redacted(text)}", file=sys.stderr, flush=True)
+
+
+def _redact_sweep() -> None:
+    """Take secrets out of the multirun.yaml that Hydra has written of the command line."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    if HydraConfig.get().mode != RunMode.MULTIRUN:
+        return
+    file = Path(HydraConfig.get().sweep.dir) / "multirun.yaml"
+    if not file.is_file():
+        return
+    text = file.read_text(encoding="utf-8")
+    if (clean := redacted(text)) != text:
+        partial = file.with_name(f".{file.name}.{os.getpid()}")
+        partial.write_text(clean, encoding="utf-8")
+        os.replace(partial, file)
 
 
 @contextmanager

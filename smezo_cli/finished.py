@@ -103,7 +103,8 @@ def _opened(
     folder = RunFolder(path)
     try:
         state = folder.load_state()
-        if state is None or state.best_step is None:
+        needed = {"prompts", "prompt", "rows"}
+        if state is None or state.best_step is None or not needed <= state.notes.keys():
             raise UserError(f"{path} has no trained weights yet: finish it with smezo train.")
         yield folder, state, settings, cfg
     finally:

@@ -345,9 +345,7 @@ def is_sound_state(saved: Mapping[str, Any]) -> bool:
     notes = saved["notes"]
     if not _fit(notes, _NOTES):
         return False
-    if "prompt" in notes and notes["prompt"] >= len(notes.get("prompts", ())):
-        return False
-    return saved["best_step"] is None or {"prompt", "rows"} <= notes.keys()
+    return "prompt" not in notes or notes["prompt"] < len(notes.get("prompts", ()))
 
 
 def is_sound_result(result: Mapping[str, Any]) -> bool:
@@ -359,11 +357,11 @@ def is_sound_result(result: Mapping[str, Any]) -> bool:
     if any(result.get(name) is None for name in _DONE):
         return False
     test = result["test"]
-    named = (result.get("metric", "accuracy"), "standard_error")
+    metric = result.get("metric", "accuracy")
     gains = [value for name, value in test.items() if name.startswith("over_")]
     return (
-        all(_is_number(test.get(name)) for name in named)
-        and _or_none(_is_number)(test.get("auc"))
+        _is_number(test.get(metric))
+        and all(_or_none(_is_number)(test.get(name)) for name in ("standard_error", "auc"))
         and all(isinstance(gain, dict) for gain in gains)
     )
 
@@ -420,7 +418,7 @@ def check_model_folder(folder: Path) -> None:
     """
     config = read_json(folder / "config.json")
     if config is None:
-        raise UserError(f"{folder}/config.json is no JSON object; the folder is damaged.")
+        raise UserError(f"model.path={folder}: its config.json is no JSON object.")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         if (folder / name).exists():
             check_ordinary(folder / name)
@@ -431,16 +429,18 @@ def check_model_folder(folder: Path) -> None:
         index = read_json(folder / "model.safetensors.index.json") or {}
         names = index.get("weight_map")
         if not isinstance(names, dict) or not all(map(_is_text, names.values())):
-            raise UserError(f"{folder}/model.safetensors.index.json has no weight_map of files.")
+            raise UserError(
+                f"model.path={folder}: model.safetensors.index.json has no weight_map of files."
+            )
         for name in set(names.values()):
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise UserError(
-                    f"{folder}/model.safetensors.index.json names {name!r}; only safetensors "
-                    "files beside it are read."
+                    f"model.path={folder}: model.safetensors.index.json names {name!r}; only "
+                    "safetensors files beside it are read."
                 )
         shards = [folder / name for name in set(names.values())]
         weights = sum(count_weights(shard) for shard in shards if shard.exists())
-    check_sizes(config, f"{folder}/config.json", weights)
+    check_sizes(config, f"model.path={folder}: config.json", weights)
 
 
 def count_weights(path: Path) -> int:
@@ -463,7 +463,10 @@ def count_weights(path: Path) -> int:
         if total > 8 * size:
             raise ValueError(f"{total} weights in {size} bytes")
     except (OSError, struct.error, *_BAD_VALUES) as error:
-        raise UserError(f"{path} is no safetensors file that can be read ({error}).") from error
+        raise UserError(
+            f"model.path={path.parent} could not be loaded ({path.name}: {error}); check that it "
+            "is whole and of a known kind."
+        ) from error
     return int(total)
 
 

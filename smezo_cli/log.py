@@ -81,7 +81,8 @@ class WandbLogger:
                 config=redacted_tree(config),
                 resume="allow",
                 reinit="finish_previous",
-                settings=wandb.Settings(silent=True, console="off"),
+                # Its metadata would hold the command line as it was typed.
+                settings=wandb.Settings(silent=True, console="off", x_disable_meta=True),
             )
         except (wandb.errors.UsageError, wandb.errors.CommError) as error:
             raise UserError(

@@ -243,7 +243,7 @@ def _pretrained(
     common: dict[str, Any] = {
         "local_files_only": isinstance(where, Path) or offline,
         "revision": cfg.get("revision") or "main",
-        "trust_remote_code": False,
+        "trust_remote_code": bool(cfg.get("trust_remote_code")),
     }
     if isinstance(where, Path) and where.is_file():
         common["gguf_file"] = where.name
@@ -322,6 +322,11 @@ def _explain(
 ) -> str:
     """One sentence for what transformers or the hub said: what is wrong and the way out."""
     attention, line = cfg["attention"], _line(error)
+    if "trust_remote_code" in str(error):
+        return (
+            f"model.path={where} brings Python code of its own, which is not executed: read that "
+            "code, then add model.trust_remote_code=true, which runs it with all your rights."
+        )
     if any(word in str(error) for word in ("attn_implementation", "FlashAttention", "flash_attn")):
         return (
             f"model.attention={attention} cannot be used with {cfg['name']} here ({line}); "

@@ -253,6 +253,7 @@ _NODE_RULES: dict[str, Rule] = {
     "model.revision": Text(r"\S+", "a branch, a tag or a commit", "main"),
     "model.bos_token": Text(r"(?s).+", "a token", "'<s>'"),
     "model.family": Choice("causal", "masked"),
+    "model.trust_remote_code": Choice(True, False),
     "model.dtype": _DTYPE,
     "model.compute_dtype": _DTYPE,
     "model.attention": Choice(
@@ -295,7 +296,7 @@ _NODE_KEYS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         ("name",),
         {"package": None, "path": None, "tiny": None, "revision": None, "family": "causal"}
         | {"config": None, "bos_token": None, "dtype": "float32", "compute_dtype": None}
-        | {"attention": "sdpa", "max_length": 2048},
+        | {"attention": "sdpa", "max_length": 2048, "trust_remote_code": False},
     ),
     "logger": (
         ("name",),

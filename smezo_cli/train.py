@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from smezo_cli.config import build, command, launch, recipes, target_of
 from smezo_cli.device import choose_device
 from smezo_cli.errors import UserError
+from smezo_cli.redaction import redacted_tree
 from smezo_cli.settings import Settings, check, digest, is_extensible, plain
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class _Run:
         self.device = torch.device(device_name)
         self.memory = runs.PeakMemory(self.device)
         self.started = runs.now()
-        runs.write_text(folder.path / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        runs.write_text(folder.path / "config.yaml", _settings_text(cfg))
         self.state = folder.load_state() or runs.State()
         self.resumed = self.state.step > 0
         self.versions = runs.versions()
@@ -179,6 +180,8 @@ class _Run:
             f"batch_size={s.batch_size} seed={s.seed} | {s.dtype} on {self.device}"
         )
         self.console.say(f"  folder  {self.folder.path}")
+        if s.model.get("trust_remote_code"):
+            self.console.say("  remote code  Python files of the model are executed, as asked")
         if self.recipes:
             self.console.say(f"  recipe  {' and '.join(self.recipes)}")
         if self.resumed:
@@ -466,6 +469,7 @@ class _Run:
             "truncated_prompts": notes.get("truncated"),
             "data_fingerprint": self.job.task.fingerprint if hasattr(self, "job") else None,
             "model_fingerprint": notes.get("model"),
+            "trust_remote_code": bool(s.model.get("trust_remote_code")),
             "train_rows": notes.get("rows", {}).get("train"),
             "test_rows": notes.get("rows", {}).get("test"),
             "sparsity": {"requested": s.sparsity, **sparsities},
@@ -571,6 +575,11 @@ def _check_done(done: Mapping[str, Any], settings: Settings, path: Path) -> None
             f"keep=all: {path} is done, and the weights of its looks are gone; repeat it with "
             "if_exists=fresh."
         )
+
+
+def _settings_text(cfg: DictConfig) -> str:
+    """config.yaml: the resolved settings, without secrets."""
+    return OmegaConf.to_yaml(OmegaConf.create(redacted_tree(plain(cfg))))
 
 
 def _run_name(cfg: DictConfig, settings: Settings) -> str:
