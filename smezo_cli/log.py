@@ -72,9 +72,9 @@ class WandbLogger:
         try:
             self._run = wandb.init(
                 mode=node["mode"],
-                project=node["project"],
-                entity=node["entity"],
-                tags=list(node["tags"]),
+                project=redacted(node["project"]),
+                entity=redacted_tree(node["entity"]),
+                tags=redacted_tree(node["tags"]),
                 dir=str(folder),
                 id=f"{folder.parent.name}-{folder.name}"[-128:],  # the longest that W&B takes
                 name=folder.name,

@@ -274,7 +274,8 @@ def _replacing(path: Path) -> Iterator[Path]:
     """A name to write to that takes the place of ``path`` at the end, on disk before it does."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.unlink(missing_ok=True)  # of a killed run, or a link to elsewhere
+        if os.path.lexists(partial):
+            partial.unlink()  # of a killed run, or a link to elsewhere
         yield partial
         with partial.open("rb+") as file:
             os.fsync(file.fileno())

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from smezo_cli.errors import UserError
 from smezo_cli.intake import check_expansion
+from smezo_cli.redaction import redacted_tree
 
 # In a wheel the files lie inside the package, in a checkout beside it.
 _PACKAGED = Path(__file__).resolve().parent / "conf"
@@ -390,6 +391,13 @@ def check(cfg: DictConfig) -> Settings:
         group, _, name = key.partition(".")
         if name in checked[group]:
             checked[group][name] = _checked(key, checked[group][name], rule)
+    for name in ("prompt", "prompts", "labels", "option_template"):
+        text = checked["task"].get(name)
+        if text is not None and redacted_tree(text) != text:
+            raise UserError(
+                f"task.{name} holds a secret (a login, or the value of an environment variable "
+                "that is named like one), and prompts are stored with the run: take it out."
+            )
     _check_targets(checked["method"], "method")
     _check_method(checked["method"], {knob: checked[knob] for knob in KNOBS if knob in checked})
     if checked["compute_dtype"] == "float32" != checked["dtype"]:

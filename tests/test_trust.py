@@ -100,7 +100,7 @@ def test_the_line_cannot_name_other_code_or_folders(
     word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert word.lstrip("+").partition("=")[0].split(".")[-1] in refused([*SMALL, word], capsys)
+    assert word.lstrip("+").partition("=")[0].split(".")[1] in refused([*SMALL, word], capsys)
     assert not list(tmp_path.iterdir())
 
 
@@ -147,8 +147,7 @@ def test_no_secret_reaches_the_run_folder(
     planted = [
         "++model.bos_token=null",
         "logger=wandb" if logger == "wandb" else "logger=jsonl",
-        'task.prompt="{text} ${oc.env:DB_PASSWORD} ' + LOGIN + ' It was"',
-        "task.labels=[bad,good]",
+        f"++model.revision='${{oc.env:DB_PASSWORD}}{LOGIN}'",
         f"runs_dir='{tmp_path}/runs'",
     ]
     if logger == "wandb":
@@ -177,6 +176,17 @@ def test_errors_are_redacted(
     assert "planted" not in refused([*SMALL, "keep=${oc.env:HF_TOKEN}"], capsys)
 
 
+def test_a_prompt_with_a_secret_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A redacted prompt would be another one."""
+    monkeypatch.setenv("DB_PASSWORD", "planted-password")
+    words = ["task.prompt='{text} ${oc.env:DB_PASSWORD}'", "task.labels=[bad,good]"]
+    said = refused([*SMALL, *words], capsys)
+    assert "task.prompt holds a secret" in said
+    assert "planted" not in said
+
+
 def test_what_is_no_secret_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"TOKENIZERS_PARALLELISM": "false", "A_TOKEN": "", "B_TOKEN": "1"}.items():
         monkeypatch.setenv(name, value)
@@ -190,15 +200,19 @@ def test_a_message_is_one_line_without_controls() -> None:
     assert len(str(UserError("x" * 10**6))) < 5000
 
 
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{below}'] * 10)}]\n"
+    for below, name in zip("abcde", "bcdef", strict=True)
+)
+
+
 # --- files -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
-            f"{c}: &{c} [{', '.join(['*' + p] * 10)}]\n" for p, c in zip("abcde", "bcdef", strict=True)
-        ), "unpacks to more"),
+        (BOMB, "unpacks to more"),
         ("a: &a [*a]", "names nothing"),
         ("a: " + "[" * 99 + "]" * 99, "nests deeper"),
         ("a: '" + "x" * 200_000 + "'", "bytes"),
