@@ -210,7 +210,10 @@ def check_expansion(tree: Mapping[str, Any]) -> None:
             raise UserError(f"{path} holds more than 100 references.")
         total = 0.0
         for piece in text.split("${")[1:]:
-            for name in _REFERENCE.findall(piece):
+            resolver, colon, words = piece.partition("}")[0].partition(":")
+            # Of the resolvers, these alone look up what they are given.
+            follows = resolver.strip() in ("oc.select", "oc.dict.keys", "oc.dict.values")
+            for name in _REFERENCE.findall((words if follows else "") if colon else resolver):
                 dots = len(name) - len(name.lstrip("."))
                 base = path.split(".")[:-dots] if dots else []
                 full = ".".join([*base, name.lstrip(".")]).strip(".")

@@ -548,7 +548,7 @@ def test_build_hands_on_a_nested_target_as_a_partial(target: str) -> None:
         ({}, ["method._target_=null is not allowed"]),
         ({"_target_": "smezo_cli.methods.nothing.X"}, ["methods.nothing.X is not there"]),
         ({"_target_": "smezo_cli.methods.mezo.MeZo"}, ["is not there", "MeZO"]),
-        ({"_target_": "smezo_cli.methods.mezo"}, ["is not there"]),
+        ({"_target_": "smezo_cli.methods.mezo"}, ["is a module"]),
         ({"lr": 1, "sise": 2}, ["method takes no sise", "did you mean size", "inner, lr, size"]),
         ({"size": 2}, ["method.lr is needed"]),
         ({"lr": -1}, ["method: lr=-1: must be above 0"]),

@@ -233,6 +233,7 @@ def test_references_that_grow_are_refused() -> None:
         intake.check_expansion(tree)
     with pytest.raises(UserError, match="refers to itself"):
         intake.check_expansion({"a": "${b}", "b": {"c": "${a}"}})
+    intake.check_expansion({"a": "${b} see a or ${oc.env:HOME,a}", "b": "x"})
     ours = yaml.safe_load((ROOT / "conf" / "train.yaml").read_text(encoding="utf-8"))
     intake.check_expansion(ours)
 
