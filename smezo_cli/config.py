@@ -6,6 +6,7 @@ one sentence and exit code 2, in a sweep before its first run.
 
 import argparse
 import difflib
+import importlib
 import inspect
 import itertools
 import os
@@ -31,18 +32,20 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from smezo_cli.errors import UserError
+from smezo_cli.intake import check_folder
+from smezo_cli.redaction import redacted
 from smezo_cli.settings import (
     CONF_DIR,
     KNOBS,
     Settings,
     check,
+    check_target,
     digest,
     lacks,
     near,
     plain,
     quoted,
     sentence,
-    shown,
 )
 
 __all__ = [
@@ -59,9 +62,10 @@ __all__ = [
     "recipes",
 ]
 
-ALLOWED_TARGETS = ("smezo_cli.", "torch.optim.")
 _MIN_FREE_BYTES = 256 * 2**20
 _VERSION_BASE = "1.3"
+# Hydra's parser is slow on what nobody types: seconds for a thousand brackets.
+_LONGEST_WORD, _MOST_BRACKETS = 8000, 200
 
 
 # --- objects from nodes ----------------------------------------------------------------------
@@ -79,7 +83,7 @@ def build(node: Mapping[str, Any], key: str = "method", /, **runtime: Any) -> An
             or its own ValueError.
     """
     values = plain(node)
-    target = _target(values, key)
+    target = target_of(values, key)
     parameters = _signature(target)
     given = _keywords(values, key, target, runtime)
     given |= {name: value for name, value in runtime.items() if name in parameters}
@@ -92,19 +96,40 @@ def build(node: Mapping[str, Any], key: str = "method", /, **runtime: Any) -> An
         raise UserError(f"{key}: {error}.") from error
 
 
-def _target(node: Mapping[str, Any], key: str) -> Callable[..., Any]:
-    name = node.get("_target_")
-    if not isinstance(name, str) or not name.startswith(ALLOWED_TARGETS):
+def target_of(node: Mapping[str, Any], key: str) -> Callable[..., Any]:
+    """The class that the `_target_` of a node names: a method of smezo, an optimizer of torch.
+
+    A name leads to a module that is listed in one of the two packages and to a class in it, never
+    through what a module has imported, so that settings from elsewhere run no code but these.
+
+    Raises:
+        UserError: the name leads to anything else.
+    """
+    name = check_target(node, key)
+    package = importlib.import_module(".".join(name.split(".")[:2]))
+    *inside, word = name.split(".")[2:]
+    module = package
+    if inside:
+        known = [found.name for found in pkgutil.iter_modules(package.__path__)]
+        if inside[0] not in known:
+            raise UserError(f"{key}._target_={name} is not there{near(inside[0], known)}.")
+        module = importlib.import_module(f"{package.__name__}.{inside[0]}")
+    target = vars(module).get(word)
+    if target is None:
+        classes = [name for name, value in vars(module).items() if inspect.isclass(value)]
+        raise UserError(f"{key}._target_={name} is not there{near(word, classes)}.")
+    if package.__name__ == "torch.optim":
+        from torch.optim import Optimizer
+
+        allowed = inspect.isclass(target) and issubclass(target, Optimizer)
+    else:
+        allowed = inspect.isclass(target) and target.__module__ == module.__name__
+    if not allowed:
+        what = "class" if inspect.isclass(target) else type(target).__name__
         raise UserError(
-            f"{key}._target_={shown(name)} is not allowed: it must be a class of "
-            f"{' or '.join(prefix + '*' for prefix in ALLOWED_TARGETS)}."
+            f"{key}._target_={name} is a {what} and neither a method of smezo_cli.methods nor an "
+            "optimizer of torch.optim, the only ones allowed."
         )
-    try:
-        target = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{key}._target_={name} is not there ({error}).") from error
-    if not callable(target):
-        raise UserError(f"{key}._target_={name} is a {type(target).__name__}, not a class.")
     return typing.cast(Callable[..., Any], target)
 
 
@@ -120,7 +145,7 @@ def _keywords(
         if name not in taken:
             raise UserError(f"{key} takes no {name}{near(name, taken)}.")
         if isinstance(value, Mapping) and "_target_" in value:
-            inner = _target(value, f"{key}.{name}")
+            inner = target_of(value, f"{key}.{name}")
             value = partial(inner, **_keywords(value, f"{key}.{name}", inner))
         keywords[name] = value
     return keywords
@@ -288,18 +313,20 @@ class _Composer:
     def compose(self, overrides: Sequence[str], *, with_hydra: bool = False) -> DictConfig:
         """Compose, with or without Hydra's own node; its errors become sentences."""
         import hydra
-        from hydra.errors import HydraException
 
         try:
             return hydra.compose(
                 "train", [*overrides, *self._searchpath], return_hydra_config=with_hydra
             )
-        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        except Exception as error:  # Hydra and its parsers raise anything for a malformed file
             raise UserError(sentence(error)) from error
 
     def options(self, group: str) -> list[str]:
         """The choices of a group."""
         return self._listed(group, "CONFIG")
+
+    def _below(self, group: str) -> list[str]:
+        return [group, *(f"{group}/{inner}" for inner in self.groups(group))]
 
     def groups(self, parent: str = "") -> list[str]:
         """The groups inside a group; "" is the top."""
@@ -321,6 +348,8 @@ class _Composer:
         overrides = [self._parse(text) for text in request.overrides]
         if self.config_dir is not None:
             self._searchpath = [f"hydra.searchpath=[{self._quoted(overrides)}]"]
+            groups = [group for top in self.groups() for group in self._below(top)]
+            check_folder(Path(self.config_dir), groups)
             overrides = [o for o in overrides if o.key_or_group != "hydra.searchpath"]
         multirun, swept = self._asked_by_experiment(overrides)
         multirun = multirun or request.multirun
@@ -342,6 +371,10 @@ class _Composer:
                 raise
             if len(first) < len(keys):
                 self._check_keys(keys, chosen)  # of an interval, no value was composed
+            if self.config_dir is not None or any(
+                override.key_or_group.startswith("hydra") for override in overrides
+            ):
+                _check_hydra(self.compose([*chosen, *first], with_hydra=True))
             yield cfg, check(cfg)
             for lines in values:
                 for line in lines[1:]:
@@ -372,11 +405,15 @@ class _Composer:
 
     def _parse(self, text: str) -> Any:
         from hydra.core.override_parser.overrides_parser import OverridesParser
-        from hydra.errors import HydraException
 
+        if len(text) > _LONGEST_WORD or sum(map(text.count, "([{")) > _MOST_BRACKETS:
+            raise UserError(
+                f"{text[:60]}... has more than {_LONGEST_WORD} characters or {_MOST_BRACKETS} "
+                "brackets: put it into a file of --config-dir."
+            )
         try:
             override = OverridesParser.create(self._loader).parse_overrides([text])[0]
-        except HydraException as error:
+        except Exception as error:  # HydraException, and what Hydra's parser lets through
             raise UserError(self._unreadable(text, sentence(error))) from error
         if not override.key_or_group:
             raise UserError(self._unreadable(text, "the key is missing"))
@@ -493,6 +530,80 @@ class _Composer:
         return self.compose([*kept, f"{group}={option}"])
 
 
+# What Hydra is told by conf/hydra/smezo.yaml; other values would write elsewhere than a run may.
+_FIXED: dict[str, Any] = {
+    "run.dir": ".",
+    "sweep.dir": "${runs_dir}/${name}",
+    "sweep.subdir": ".",
+    "output_subdir": None,
+    "job.chdir": False,
+    "job.env_set": {},
+    "callbacks": {},
+}
+_LOG_HANDLERS = ("logging.StreamHandler", "logging.NullHandler")
+_LOG_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
+
+
+def _check_hydra(cfg: DictConfig) -> None:
+    """Refuse what would make Hydra call or write anything but what smezo asks it to.
+
+    Raises:
+        UserError: naming the key.
+    """
+    node = OmegaConf.to_container(cfg.hydra, resolve=False)
+    for key, fixed in _FIXED.items():
+        value: Any = node
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value != fixed and not (fixed == {} and value is None):
+            raise UserError(
+                f"hydra.{key} is smezo's own and must stay as it is; results lie in runs_dir/name, "
+                "and environment variables are set before the command."
+            )
+    _check_hydra_node(node, "hydra")
+
+
+def _check_hydra_node(node: object, key: str) -> None:
+    if isinstance(node, dict):
+        for name, value in node.items():
+            at = f"{key}.{name}"
+            if name == "_target_":
+                _check_plugin(value, at)
+            elif name == "()" or (name == "class" and value not in _LOG_HANDLERS):
+                raise UserError(
+                    f"{at}={value} is not allowed: log handlers are {' and '.join(_LOG_HANDLERS)}."
+                )
+            _check_hydra_node(value, at)
+    elif isinstance(node, list):
+        for value in node:
+            _check_hydra_node(value, key)
+    elif isinstance(node, str) and "ext://" in node and node not in _LOG_STREAMS:
+        raise UserError(f"{key}={node} is not allowed: streams are {' and '.join(_LOG_STREAMS)}.")
+
+
+_PLUGIN = r"hydra(\._internal\.core_plugins|_plugins)\.[\w.]+"
+
+
+def _check_plugin(name: object, key: str) -> None:
+    """A launcher or sweeper of Hydra, or of a plugin of Hydra's that is installed."""
+    from hydra.plugins.plugin import Plugin
+
+    plugin: object = None
+    if isinstance(name, str) and re.fullmatch(_PLUGIN, name):
+        module, _, word = name.rpartition(".")
+        try:
+            plugin = vars(importlib.import_module(module)).get(word)
+        except ImportError as error:
+            raise UserError(f"{key}={name} is not there ({error}).") from error
+        if getattr(plugin, "__module__", None) != module:
+            plugin = None
+    if not (inspect.isclass(plugin) and issubclass(plugin, Plugin)):
+        raise UserError(
+            f"{key}={name} is not allowed: it must be a launcher or sweeper of Hydra or of an "
+            "installed plugin of Hydra."
+        )
+
+
 def _unresolved(cfg: DictConfig) -> dict[str, Any]:
     tree = typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))
     tree.pop("hydra", None)
@@ -580,6 +691,7 @@ def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
 
     def job(cfg: DictConfig) -> object:
         try:
+            _redact_sweep()
             return run(cfg)
         except UserError as error:
             _say(f"{_which_job()}{error}")
@@ -617,7 +729,24 @@ def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
 
 
 def _say(text: str) -> None:
-    print(f"smezo: {text}", file=sys.stderr, flush=True)
+    print(f"smezo: {redacted(text)}", file=sys.stderr, flush=True)
+
+
+def _redact_sweep() -> None:
+    """Take secrets out of the multirun.yaml that Hydra has written of the command line."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    if HydraConfig.get().mode != RunMode.MULTIRUN:
+        return
+    file = Path(HydraConfig.get().sweep.dir) / "multirun.yaml"
+    if not file.is_file():
+        return
+    text = file.read_text(encoding="utf-8")
+    if (clean := redacted(text)) != text:
+        partial = file.with_name(f".{file.name}.{os.getpid()}")
+        partial.write_text(clean, encoding="utf-8")
+        os.replace(partial, file)
 
 
 @contextmanager

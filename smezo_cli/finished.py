@@ -16,6 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from smezo_cli.errors import UserError
+from smezo_cli.intake import load_yaml, parse_yaml
+from smezo_cli.redaction import redacted
 from smezo_cli.settings import Settings, check, near, sentence
 
 if TYPE_CHECKING:
@@ -114,7 +116,8 @@ def _opened(
     folder = RunFolder(path, to_read=True)
     try:
         state = folder.load_state()
-        if state is None or state.best_step is None:
+        needed = {"prompts", "prompt", "rows"}
+        if state is None or state.best_step is None or not needed <= state.notes.keys():
             damaged = "state.json" in folder.damaged()
             broken = " (its state.json is damaged)" if damaged else ""
             raise UserError(
@@ -130,22 +133,12 @@ def _read_config(path: Path, overrides: Sequence[str]) -> tuple[DictConfig, Sett
     if not (path / "config.yaml").is_file():
         there = "has no config.yaml" if path.is_dir() else "is not there"
         raise UserError(f"{path} {there}: give the folder of a run (smezo runs lists them).")
-    try:
-        text = (path / "config.yaml").read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}/config.yaml cannot be read ({sentence(error)}).") from error
-    return _parsed(text, f"{path}/config.yaml", overrides)
+    return _parsed(load_yaml(path / "config.yaml"), overrides)
 
 
 def _parsed(
-    text: str, where: str, overrides: Sequence[str], may_change: Sequence[str] = ()
+    cfg: DictConfig, overrides: Sequence[str], may_change: Sequence[str] = ()
 ) -> tuple[DictConfig, Settings]:
-    try:
-        cfg = OmegaConf.create(text)
-        if not isinstance(cfg, DictConfig):
-            raise ValueError("it holds a list")
-    except (OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{where} cannot be read ({sentence(error)}).") from error
     for word in overrides:
         _change(cfg, word, may_change)
     return cfg, check(cfg)
@@ -399,7 +392,7 @@ def _save_model(job: "Job", target: Path, cfg: DictConfig) -> int:
         target.parent.mkdir(parents=True, exist_ok=True)
         check_space(target.parent, size)
         job.save(partial)
-        (partial / "smezo.yaml").write_text(OmegaConf.to_yaml(cfg), encoding="utf-8")
+        (partial / "smezo.yaml").write_text(redacted(OmegaConf.to_yaml(cfg)), encoding="utf-8")
         os.replace(partial, target)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}.") from error
@@ -609,7 +602,7 @@ def _of_delta(name: str, overrides: Sequence[str]) -> _Source:
 
     about, records = read_delta(Path(name))
     with_path = ("model.path", "model.revision")  # the base may lie elsewhere here
-    cfg, settings = _parsed(str(about.get("config")), name, overrides, with_path)
+    cfg, settings = _parsed(parse_yaml(str(about.get("config")), Path(name)), overrides, with_path)
     try:
         prompt = _as_prompt(about["prompt"])
         weights = {about["weights"]["step"]: about["weights"]["sha256"]}

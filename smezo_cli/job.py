@@ -2,7 +2,6 @@
 
 import hashlib
 import inspect
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from smezo_cli.allocator import keep_freed_memory
 from smezo_cli.assets import cache_dir
-from smezo_cli.config import build
+from smezo_cli.config import build, target_of
 from smezo_cli.errors import UserError
 from smezo_cli.linear import use_onednn
 from smezo_cli.model import load_model, quiet
@@ -90,7 +89,7 @@ class Job:
         """
         s = self.settings
         runtime: dict[str, Any] = {"model": self.model, "seed": s.seed}
-        parameters = inspect.signature(pkgutil.resolve_name(s.method["_target_"])).parameters
+        parameters = inspect.signature(target_of(s.method, "method")).parameters
         if "check" in parameters:
             runtime["check"] = False  # asked by the run, with two rows
         if "backend" in parameters:

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from io import BufferedRandom, FileIO, TextIOWrapper
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -15,9 +16,20 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
+from smezo_cli import intake
 from smezo_cli.errors import UserError
+from smezo_cli.redaction import redacted, redacted_tree
 
 LINE_EVERY_S = 10.0  # between plain progress lines
+
+
+def _open(path: Path) -> FileIO:
+    try:
+        return intake.open_own_bytes(path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; it must be a file of the run folder."
+        ) from error
 
 
 class Logger(Protocol):
@@ -35,8 +47,8 @@ class JsonlLogger:
 
     def __init__(self, path: Path, keep_bytes: int) -> None:
         self._path = path
+        self._file = _open(path)
         with self._saying():
-            self._file = path.open("ab+", buffering=0)
             # What lies after the checkpoint is done again; a shorter file must not grow by zeros.
             self._file.truncate(min(keep_bytes, path.stat().st_size))
             self._file.seek(0)
@@ -80,16 +92,17 @@ class WandbLogger:
         try:
             self._run = wandb.init(
                 mode=node["mode"],
-                project=node["project"],
-                entity=node["entity"],
-                tags=list(node["tags"]),
+                project=redacted(node["project"]),
+                entity=redacted_tree(node["entity"]),
+                tags=redacted_tree(node["tags"]),
                 dir=str(folder),
                 id=f"{folder.parent.name}-{folder.name}"[-128:],  # the longest that W&B takes
                 name=folder.name,
-                config=dict(config),
+                config=redacted_tree(config),
                 resume="allow",
                 reinit="finish_previous",
-                settings=wandb.Settings(silent=True, console="off"),
+                # Its metadata would hold the command line as it was typed.
+                settings=wandb.Settings(silent=True, console="off", x_disable_meta=True),
             )
         except (wandb.errors.UsageError, wandb.errors.CommError) as error:
             raise UserError(
@@ -104,7 +117,7 @@ class WandbLogger:
     def close(self, summary: Mapping[str, Any], ok: bool) -> None:
         """See :class:`Logger`."""
         self._run.summary.update(
-            {k: v for k, v in summary.items() if k not in ("config", "versions")}
+            redacted_tree({k: v for k, v in summary.items() if k not in ("config", "versions")})
         )
         self._run.finish(exit_code=0 if ok else 1)
 
@@ -128,10 +141,11 @@ class Console:
 
     def keep(self, path: Path) -> None:
         """Write every line to this file too."""
-        self._file = path.open("a", encoding="utf-8")
+        self._file = TextIOWrapper(BufferedRandom(_open(path)), encoding="utf-8")
 
     def say(self, text: str = "") -> None:
-        """One line or more."""
+        """One line or more; secrets are redacted."""
+        text = redacted(text)
         if self._file:
             try:
                 self._file.write(text + "\n")

@@ -37,7 +37,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from smezo_cli import assets
+from smezo_cli import assets, intake
 from smezo_cli.errors import UserError
 
 # Raise it when `_convert` writes something else: what an older version wrote is converted anew.
@@ -87,6 +87,12 @@ def load_model(
         # What transformers raises for an absent network, a gated or unknown model, a folder
         # without weights, an attention that is not installed, a file that was cut off.
         except (OSError, ValueError, ImportError, HTTPError, *_DAMAGED) as error:
+            raise UserError(_explain(error, cfg, where, offline)) from error
+        except UserError:
+            raise
+        except Exception as error:  # hostile files: whatever the libraries trip over
+            if where is None:
+                raise
             raise UserError(_explain(error, cfg, where, offline)) from error
     limit = _context(model)
     if limit is not None and cfg["max_length"] > limit:
@@ -193,8 +199,12 @@ def _set_up(tokenizer: PreTrainedTokenizerBase, cfg: Mapping[str, Any]) -> None:
 
 def _found(path: str) -> str | Path:
     """Return the local folder or GGUF file that `path` names, else `path` itself as a hub id."""
-    local = Path(path).expanduser()
-    if local.is_dir():
+    try:
+        local = Path(path).expanduser()
+        is_folder, is_file = local.is_dir(), local.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"model.path={path} can be no path ({error}).") from error
+    if is_folder:
         names = {file.name for file in local.iterdir()}
         if "config.json" not in names:
             ggufs = sorted(name for name in names if name.endswith(".gguf"))
@@ -206,13 +216,15 @@ def _found(path: str) -> str | Path:
             name.endswith((".bin", ".pt", ".pth")) for name in names
         ):
             raise UserError(f"model.path={path}: {_NO_PICKLE}.")
+        intake.check_model_folder(local)
         return local
-    if local.is_file():
+    if is_file:
         if local.suffix != ".gguf":
             raise UserError(
                 f"model.path={path} is a file and no GGUF; give the folder that it lies in, "
                 "with config.json, the tokenizer and safetensors."
             )
+        intake.check_gguf(local)
         return local
     if path.endswith(".gguf") or path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise UserError(f"model.path={path}: there is no such folder or file (nor is it a hub id).")
@@ -231,14 +243,16 @@ def _pretrained(
     common: dict[str, Any] = {
         "local_files_only": isinstance(where, Path) or offline,
         "revision": cfg.get("revision") or "main",
-        "trust_remote_code": False,
+        "trust_remote_code": bool(cfg.get("trust_remote_code")),
     }
     if isinstance(where, Path) and where.is_file():
         common["gguf_file"] = where.name
         where = where.parent
     if not common["local_files_only"] and _commit(str(where), common["revision"]) is None:
         assets.say(f"fetching {where} from the hub, once")
-    _compare(AutoConfig.from_pretrained(where, **common), cfg)
+    config = AutoConfig.from_pretrained(where, **common)
+    intake.check_sizes(config.to_dict(), f"model.path={where}")
+    _compare(config, cfg)
     tokenizer = AutoTokenizer.from_pretrained(where, **common)
     loading = {"dtype": dtype, "attn_implementation": cfg["attention"], **common}
     if "gguf_file" in common:
@@ -308,6 +322,11 @@ def _explain(
 ) -> str:
     """One sentence for what transformers or the hub said: what is wrong and the way out."""
     attention, line = cfg["attention"], _line(error)
+    if "trust_remote_code" in str(error):
+        return (
+            f"model.path={where} brings Python code of its own, which is not executed: read that "
+            "code, then add model.trust_remote_code=true, which runs it with all your rights."
+        )
     if any(word in str(error) for word in ("attn_implementation", "FlashAttention", "flash_attn")):
         return (
             f"model.attention={attention} cannot be used with {cfg['name']} here ({line}); "

@@ -15,14 +15,13 @@ from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from smezo_cli import intake
 from smezo_cli.errors import UserError
 from smezo_cli.settings import digest, near, plain
 
@@ -87,6 +86,7 @@ class Run:
         """
         path = self.path / "scores.safetensors"
         try:
+            intake.check_ordinary(path)
             found = {
                 name.removeprefix("outcome."): rows.astype(np.float64)
                 for name, rows in load_file(path).items()
@@ -118,12 +118,11 @@ def find(runs_dir: Path) -> list[Run]:
 def load(folder: Path) -> Run | None:
     """The run in a folder, None where there is none that can be read."""
     try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        config = OmegaConf.create((folder / "config.yaml").read_text(encoding="utf-8"))
-        if not isinstance(result, dict) or "status" not in result:
+        result = intake.read_json(folder / "result.json")
+        if result is None or not intake.is_sound_result(result):
             return None
-        return Run(folder, result, plain(config))  # type: ignore[arg-type]  # a mapping
-    except (OSError, ValueError, OmegaConfBaseException, UserError):
+        return Run(folder, result, plain(intake.load_yaml(folder / "config.yaml")))
+    except UserError:
         return None
 
 
@@ -297,7 +296,7 @@ def _sorted(runs: list[Run], key: str) -> list[Run]:
     def place(run: Run) -> tuple[bool, float, str]:
         value = run.get(key) if _has(run, key) else None
         number = isinstance(value, int | float)
-        return value is None, float(value) if number else 0.0, str(value)  # type: ignore[arg-type]
+        return value is None, value if number else 0.0, str(value)  # type: ignore[return-value]
 
     return sorted(runs, key=place)
 

@@ -33,8 +33,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smezo_cli import __version__, allocator
+from smezo_cli import __version__, allocator, intake
 from smezo_cli.errors import UserError
+from smezo_cli.redaction import redacted_tree
 
 SCHEMA = 2  # of result.json; 1 had no checksum
 _STATE = 2  # of checkpoint/state.json
@@ -108,7 +109,9 @@ class RunFolder:
             return
         try:
             self.checkpoint.mkdir(parents=True, exist_ok=True)
-            self._lock = (path / ".lock").open("a+", encoding="utf-8")
+            if self.checkpoint.is_symlink():
+                raise OSError(20, "its checkpoint is a link to elsewhere")
+            self._lock = intake.open_own(path / ".lock")
         except OSError as error:
             raise UserError(
                 f"runs_dir: cannot write to {path} ({error.strerror}); "
@@ -150,21 +153,22 @@ class RunFolder:
 
     def result(self) -> dict[str, Any] | None:
         """result.json, or None where there is none (or it is damaged)."""
-        found = read_json(self.path / "result.json")
-        if found is None or found.get("schema") == 1:
-            return found
-        return _unsealed(found)
+        found = intake.read_json(self.path / "result.json")
+        if found is not None and found.get("schema") != 1:
+            found = _unsealed(found)
+        return found if found is not None and intake.is_sound_result(found) else None
 
     def write_result(self, result: Mapping[str, Any], name: str = "result.json") -> None:
         """Replace result.json, or the record of a shorter run beside it."""
-        write_text(self.path / name, json.dumps(_sealed(result), indent=2) + "\n")
+        write_text(self.path / name, json.dumps(_sealed(redacted_tree(result)), indent=2) + "\n")
 
     def damaged(self) -> list[str]:
         """Names of the files that are there and not what was written; weights are not read."""
         found = []
         state, of_state = self.load_state(), self.checkpoint / "state.json"
-        if state is None and of_state.exists() and (read_json(of_state) or {}).get("schema") != 1:
-            found.append("state.json")
+        if state is None and of_state.exists():
+            is_old = (intake.read_json(of_state) or {}).get("schema") == 1
+            found += [] if is_old else ["state.json"]
         if (self.path / "scores.safetensors").exists() and not self.load_scores():
             found.append("scores.safetensors")
         if state is not None and (self.path / "metrics.jsonl").exists():
@@ -257,17 +261,11 @@ class RunFolder:
 
     def load_state(self) -> State | None:
         """The state to go on from, or None."""
-        saved = read_json(self.checkpoint / "state.json")
+        saved = intake.read_json(self.checkpoint / "state.json")
         saved = None if saved is None else _unsealed(saved)
         if saved is None or saved.pop("schema", None) != _STATE:
             return None
-        default = asdict(State())
-        if saved.keys() != default.keys():
-            return None
-        for name, value in default.items():
-            if value is not None and not isinstance(saved[name], type(value)):
-                return None
-        return State(**saved)
+        return State(**saved) if intake.is_sound_state(saved) else None
 
     def load_weights(self, state: State, step: int) -> "Saved":
         """Tensors by name, on the CPU, each read when it is asked for.
@@ -370,6 +368,7 @@ class Saved(Mapping[str, Tensor]):
     @contextlib.contextmanager
     def _open(self) -> Iterator[Any]:
         try:
+            intake.check_ordinary(self._path)
             with safe_open(self._path, framework="pt") as file:
                 yield file
         except (OSError, SafetensorError) as error:
@@ -432,6 +431,8 @@ def _replacing(path: Path) -> Iterator[Path]:
     """A name to write to that takes the place of ``path`` at the end, on disk before it does."""
     partial = path.with_name(f".{path.name}.partial")
     try:
+        if os.path.lexists(partial):
+            partial.unlink()  # of a killed run, or a link to elsewhere
         yield partial
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
@@ -452,15 +453,6 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file as a whole."""
     with _replacing(path) as partial:
         partial.write_bytes(content)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None where the file is missing or not one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 # --- signals ----------------------------------------------------------------------------------

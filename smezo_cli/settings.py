@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from smezo_cli.errors import UserError
+from smezo_cli.intake import check_expansion
+from smezo_cli.redaction import redacted_tree
 
 # In a wheel the files lie inside the package, in a checkout beside it.
 _PACKAGED = Path(__file__).resolve().parent / "conf"
@@ -245,6 +246,10 @@ _SETTINGS: dict[str, Rule] = {
 }
 # Settings inside the groups, checked where they are present.
 _NODE_RULES: dict[str, Rule] = {
+    # Names of run folders are made of these.
+    "task.name": _FOLDER_NAME,
+    "model.name": _FOLDER_NAME,
+    "method.name": _FOLDER_NAME,
     "task.num_train": _COUNT,
     "task.num_dev": _COUNT,
     "task.num_test": _COUNT,
@@ -254,6 +259,7 @@ _NODE_RULES: dict[str, Rule] = {
     "model.revision": Text(r"\S+", "a branch, a tag or a commit", "main"),
     "model.bos_token": Text(r"(?s).+", "a token", "'<s>'"),
     "model.family": Choice("causal", "masked"),
+    "model.trust_remote_code": Choice(True, False),
     "model.dtype": _DTYPE,
     "model.compute_dtype": _DTYPE,
     "model.attention": Choice(
@@ -297,7 +303,7 @@ _NODE_KEYS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         ("name",),
         {"package": None, "path": None, "tiny": None, "revision": None, "family": "causal"}
         | {"config": None, "bos_token": None, "dtype": "float32", "compute_dtype": None}
-        | {"attention": "sdpa", "max_length": 2048},
+        | {"attention": "sdpa", "max_length": 2048, "trust_remote_code": False},
     ),
     "logger": (
         ("name",),
@@ -394,6 +400,14 @@ def check(cfg: DictConfig) -> Settings:
         group, _, name = key.partition(".")
         if name in checked[group]:
             checked[group][name] = _checked(key, checked[group][name], rule)
+    for name in ("prompt", "prompts", "labels", "option_template"):
+        text = checked["task"].get(name)
+        if text is not None and redacted_tree(text) != text:
+            raise UserError(
+                f"task.{name} holds a secret (a login, or the value of an environment variable "
+                "that is named like one), and prompts are stored with the run: take it out."
+            )
+    _check_targets(checked["method"], "method")
     _check_method(checked["method"], {knob: checked[knob] for knob in KNOBS if knob in checked})
     if checked["compute_dtype"] == "float32" != checked["dtype"]:
         raise UserError(
@@ -414,6 +428,36 @@ def check(cfg: DictConfig) -> Settings:
             "always the lowest so far): lower patience or eval_every."
         )
     return Settings(**checked)
+
+
+def check_target(node: Mapping[str, Any], key: str) -> str:
+    """The `_target_` of a node where it has the form of an allowed one; nothing is imported.
+
+    Raises:
+        UserError: it has not.
+    """
+    name = node.get("_target_")
+    if not isinstance(name, str) or not re.fullmatch(_TARGET, name):
+        raise UserError(
+            f"{key}._target_={shown(name)} is not allowed: it must be a class of "
+            "smezo_cli.methods.* or an optimizer of torch.optim.*."
+        )
+    return name
+
+
+# A class, or a class in a module; a longer walk would lead into what a module has imported.
+_TARGET = r"(smezo_cli\.methods|torch\.optim)\.([a-z][a-z_]*\.)?[A-Za-z]\w*"
+
+
+def _check_targets(node: object, key: str) -> None:
+    if isinstance(node, Mapping):
+        if "_target_" in node or key == "method":
+            check_target(node, key)
+        for name, value in node.items():
+            _check_targets(value, f"{key}.{name}")
+    elif isinstance(node, list):
+        for value in node:
+            _check_targets(value, key)
 
 
 def _task_keys(task: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -518,8 +562,11 @@ def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(cfg, DictConfig):
         return dict(cfg)
     try:
+        check_expansion(typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False)))
         values = OmegaConf.to_container(cfg, resolve=True)
-    except OmegaConfBaseException as error:
+    except UserError:
+        raise
+    except Exception as error:  # OmegaConf's own, and what its parser and resolvers let through
         raise UserError(sentence(error)) from error
     return typing.cast(dict[str, Any], values)
 

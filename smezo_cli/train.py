@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
+from smezo_cli import intake
 from smezo_cli.config import command, launch, recipes
 from smezo_cli.device import choose_device
 from smezo_cli.errors import UserError
+from smezo_cli.redaction import redacted_tree
 from smezo_cli.settings import Settings, check, digest, is_extensible, plain
 
 if TYPE_CHECKING:
@@ -205,6 +206,8 @@ class _Run:
             f"batch_size={s.batch_size} seed={s.seed} | {s.dtype} on {self.device}"
         )
         self.console.say(f"  folder  {self.folder.path}")
+        if s.model.get("trust_remote_code"):
+            self.console.say("  remote code  Python files of the model are executed, as asked")
         if self.recipes:
             self.console.say(f"  recipe  {' and '.join(self.recipes)}")
         if self.resumed:
@@ -578,6 +581,7 @@ class _Run:
             "truncated_prompts": notes.get("truncated"),
             "data_fingerprint": self.job.task.fingerprint if hasattr(self, "job") else None,
             "model_fingerprint": notes.get("model"),
+            "trust_remote_code": bool(s.model.get("trust_remote_code")),
             "train_rows": notes.get("rows", {}).get("train"),
             "test_rows": notes.get("rows", {}).get("test"),
             "sparsity": {"requested": s.sparsity, **sparsities},
@@ -708,16 +712,21 @@ def _damaged(folder: "RunFolder", steps: int) -> list[str]:
 def _write_config(folder: "RunFolder", cfg: DictConfig) -> None:
     from smezo_cli.runs import write_text
 
-    write_text(folder.path / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    write_text(folder.path / "config.yaml", _settings_text(cfg))
 
 
 def _has_config(folder: "RunFolder", cfg: DictConfig) -> bool:
     """Is config.yaml there, and that of such a run?"""
     try:
-        found = OmegaConf.load(folder.path / "config.yaml")
-        return isinstance(found, DictConfig) and digest(found) == digest(cfg)
-    except (OSError, ValueError, OmegaConfBaseException, YAMLError, UserError):
+        found = intake.load_yaml(folder.path / "config.yaml")
+        return digest(found) == digest(OmegaConf.create(_settings_text(cfg)))
+    except (OmegaConfBaseException, UserError):
         return False
+
+
+def _settings_text(cfg: DictConfig) -> str:
+    """config.yaml: the resolved settings, without secrets."""
+    return OmegaConf.to_yaml(OmegaConf.create(redacted_tree(plain(cfg))))
 
 
 def _run_name(cfg: DictConfig, settings: Settings) -> str:

@@ -530,10 +530,11 @@ class Thing:
 
 @pytest.fixture
 def target(monkeypatch: pytest.MonkeyPatch) -> str:
-    import smezo_cli.errors
+    from smezo_cli.methods import mezo
 
-    monkeypatch.setattr(smezo_cli.errors, "Thing", Thing, raising=False)
-    return "smezo_cli.errors.Thing"
+    monkeypatch.setattr(mezo, "Thing", Thing, raising=False)
+    monkeypatch.setattr(Thing, "__module__", mezo.__name__)  # as if it were written there
+    return "smezo_cli.methods.mezo.Thing"
 
 
 def test_build_calls_the_target_with_node_and_runtime(target: str) -> None:
@@ -560,9 +561,9 @@ def test_build_hands_on_a_nested_target_as_a_partial(target: str) -> None:
     [
         ({"_target_": "os.system"}, ["method._target_=os.system is not allowed", "smezo_cli."]),
         ({}, ["method._target_=null is not allowed"]),
-        ({"_target_": "smezo_cli.nothing.X"}, ["smezo_cli.nothing.X is not there"]),
-        ({"_target_": "smezo_cli.errors.X"}, ["smezo_cli.errors.X is not there"]),
-        ({"_target_": "smezo_cli.errors"}, ["not a class"]),
+        ({"_target_": "smezo_cli.methods.nothing.X"}, ["methods.nothing.X is not there"]),
+        ({"_target_": "smezo_cli.methods.mezo.MeZo"}, ["is not there", "MeZO"]),
+        ({"_target_": "smezo_cli.methods.mezo"}, ["is a module"]),
         ({"lr": 1, "sise": 2}, ["method takes no sise", "did you mean size", "inner, lr, size"]),
         ({"size": 2}, ["method.lr is needed"]),
         ({"lr": -1}, ["method: lr=-1: must be above 0"]),

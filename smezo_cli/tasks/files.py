@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from smezo_cli.errors import UserError
+from smezo_cli.intake import check_ordinary
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
@@ -34,6 +35,7 @@ def sha256_of(*paths: Path) -> str:
     digests = []
     for path in paths:
         try:
+            check_ordinary(path)
             with path.open("rb") as file:
                 digests.append(hashlib.file_digest(file, "sha256").hexdigest())
         except OSError as error:
@@ -54,6 +56,7 @@ def read_file(path: Path, *, quotes: bool = True) -> Iterator[Record]:
     suffix = path.suffix.lower()
     readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
     try:
+        check_ordinary(path)
         if suffix in readers:
             records = readers[suffix](path)
         elif suffix in (".csv", ".tsv"):
@@ -83,6 +86,7 @@ def _jsonl(path: Path) -> Iterator[Record]:
                     value = json.loads(line.decode("utf-8-sig"))
                 except (ValueError, RecursionError) as error:
                     raise UserError(f"{where}: not JSON in UTF-8 ({error}).") from error
+                _check_characters(line, value, where)
                 yield Record(where, number, value)
 
 
@@ -102,11 +106,23 @@ def _json(path: Path) -> Iterator[Record]:
         ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON in UTF-8 ({error}).") from error
+    _check_characters(data, value, str(path))
     if not isinstance(value, list):
         yield Record(str(path), 1, value)
         return
     for number, element in enumerate(value, start=1):
         yield Record(f"{path}, row {number}", number, element)
+
+
+def _check_characters(data: bytes, value: Any, where: str) -> None:
+    """Half of a character, which JSON can spell and nothing can write."""
+    if b"\\ud" in data or b"\\uD" in data:
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{where}: a text holds half of a character, \\ud800 to \\udfff alone; mend it."
+            ) from error
 
 
 def _table(path: Path, delimiter: str, quotes: bool) -> Iterator[Record]:
@@ -168,13 +184,37 @@ def _parquet(path: Path) -> Iterator[Record]:
     import pyarrow  # type: ignore[import-untyped]  # the library ships no types
     from pyarrow import parquet
 
+    # A table of a kilobyte can unpack to a terabyte; one of texts grows by far less than this.
+    most = _FREE_BYTES + _MOST_GROWTH * path.stat().st_size
     try:
         with parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches():
+            about = file.metadata
+            groups = [about.row_group(at).total_byte_size for at in range(about.num_row_groups)]
+            unpacked = max(sum(groups), 0) + _BYTES_A_CELL * about.num_rows * about.num_columns
+            if unpacked > most:
+                raise UserError(_unpacks(path, most))
+            number, unpacked = 0, 0
+            for batch in file.iter_batches(batch_size=1024):
+                unpacked += batch.nbytes
+                if unpacked > most:
+                    raise UserError(_unpacks(path, most))
                 for value in batch.to_pylist():
                     number += 1
                     yield Record(f"{path}, row {number}", number, value)
-    except pyarrow.ArrowException as error:
+    except UserError:
+        raise
+    # Arrow's own, and what Python makes of a cell: a day beyond the calendar, bytes for text.
+    except (pyarrow.ArrowException, ValueError, TypeError, ArithmeticError, MemoryError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
         raise UserError(f"{path} is no Parquet file that can be read ({reason}).") from error
+
+
+_FREE_BYTES, _MOST_GROWTH = 1 << 26, 200
+_BYTES_A_CELL = 32  # at least, of a value of Python
+
+
+def _unpacks(path: Path, most: int) -> str:
+    return (
+        f"{path} has {path.stat().st_size} bytes and unpacks to more than {most}; give the rows as "
+        ".jsonl."
+    )

@@ -135,15 +135,23 @@ def _load(cfg: Mapping[str, Any]) -> tuple[list[_Split], str]:
 
 
 def _is_file(data: str) -> bool:
-    path = Path(data).expanduser()
-    return path.exists() or path.suffix.lower() in SUFFIXES or data.count("/") > 1
+    try:
+        path = Path(data).expanduser()
+        return path.exists() or path.suffix.lower() in SUFFIXES or data.count("/") > 1
+    # A zero byte, a user that is not there, a name longer than names are.
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"task.data={data} can be no path ({error}).") from error
 
 
 def _path(key: str, data: str) -> Path:
-    path = Path(data).expanduser().absolute()
-    if path.is_dir():
+    try:
+        path = Path(data).expanduser().absolute()
+        is_folder, is_there = path.is_dir(), path.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{key}={data} can be no path ({error}).") from error
+    if is_folder:
         raise UserError(f"{key}={data} is a folder; give a file, one of {', '.join(SUFFIXES)}.")
-    if not path.exists():
+    if not is_there:
         like = [file.name for file in path.parent.glob("*") if file.suffix.lower() in SUFFIXES]
         hint = near(path.name, like) if like else ""
         raise UserError(f"{key}={data}: there is no such file{hint}.")

@@ -1,0 +1,608 @@
+"""What is checked of a file of unknown origin before a library reads it.
+
+Libraries trust a file's own numbers (lengths, counts, sizes of a model), follow links and wait for
+pipes. Here each claim is compared with the bytes that are there. No torch in this module.
+"""
+
+import json
+import math
+import os
+import re
+import stat
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from io import BufferedRandom, FileIO, TextIOWrapper
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from smezo_cli.errors import UserError
+
+_MOST_YAML_BYTES = 1 << 17  # ours have 8 kB at most
+_MOST_YAML_NODES = 20_000
+_MOST_DEPTH = 50
+_MOST_JSON_BYTES = 1 << 26
+_MOST_EXPANDED = 1 << 18  # characters and nodes of settings after interpolation
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def check_ordinary(path: Path) -> int:
+    """Bytes of an ordinary file: a device or a pipe may have no end, or wait for ever.
+
+    Raises:
+        UserError: it is something else.
+        OSError: there is none.
+    """
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(21, "Is a directory", str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path} is no ordinary file (a device, pipe or socket); give a file.")
+    return status.st_size
+
+
+def read_text(path: Path, most_bytes: int) -> str:
+    """The text of a small ordinary file.
+
+    Raises:
+        UserError: it cannot be read, is larger, or is not UTF-8.
+    """
+    try:
+        size = check_ordinary(path)
+        if size > most_bytes:
+            raise UserError(f"{path} has {size} bytes, and {most_bytes} are the most that is read.")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}).") from error
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None where the file is missing or not one."""
+    try:
+        value = json.loads(read_text(path, _MOST_JSON_BYTES))
+    except (UserError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def open_own(path: Path) -> TextIO:
+    """As :func:`open_own_bytes`, for text."""
+    return TextIOWrapper(BufferedRandom(open_own_bytes(path)), encoding="utf-8")
+
+
+def open_own_bytes(path: Path) -> FileIO:
+    """Open a file of a run folder to read and append; a link might lead out of the folder.
+
+    Raises:
+        OSError: it cannot be opened, or is a link or no ordinary file.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    handle = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(22, "no ordinary file", str(path))
+    return FileIO(handle, "a+")
+
+
+# --- settings --------------------------------------------------------------------------------
+
+
+def load_yaml(path: Path) -> DictConfig:
+    """The settings in a YAML file.
+
+    Raises:
+        UserError: it cannot be read, is no mapping, or unpacks to far more than it is.
+    """
+    return parse_yaml(read_text(path, _MOST_YAML_BYTES), path)
+
+
+def parse_yaml(text: str, path: Path) -> DictConfig:
+    """The settings in a text of YAML, which comes from this file.
+
+    Raises:
+        UserError: it is no mapping, or unpacks to far more than it is.
+    """
+    if len(text) > _MOST_YAML_BYTES:
+        raise UserError(f"{path}: its settings are longer than {_MOST_YAML_BYTES} characters.")
+    _check_yaml(text, path)
+    try:
+        cfg = OmegaConf.create(text)
+    except (OmegaConfBaseException, yaml.YAMLError, *_BAD_VALUES) as error:
+        raise UserError(f"{path} cannot be read ({error}).") from error
+    if not isinstance(cfg, DictConfig):
+        raise UserError(f"{path} cannot be read (it holds a list).")
+    return cfg
+
+
+# What constructing hostile YAML raises beside YAML's own errors: 1e99999 years, unhashable keys.
+_BAD_VALUES = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
+
+
+def check_folder(folder: Path, groups: Iterator[str] | list[str]) -> None:
+    """Check the YAML files of some config groups, before Hydra opens them.
+
+    Raises:
+        UserError: naming the first that is not sound.
+    """
+    for group in groups:
+        for file in sorted((folder / group).glob("*.yaml")):
+            if not file.is_dir():
+                _check_yaml(read_text(file, _MOST_YAML_BYTES), file)
+
+
+def _check_yaml(text: str, path: Path) -> None:
+    """Count what the text unpacks to, alias by alias, from the parser's events alone."""
+    sizes: dict[str, int] = {}
+    opened: list[tuple[str | None, int]] = [(None, 0)]
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        for event in yaml.parse(text, Loader=loader):
+            size = 0
+            anchor = getattr(event, "anchor", None)
+            if isinstance(event, yaml.CollectionStartEvent):
+                opened.append((anchor, 1))
+                if len(opened) > _MOST_DEPTH:
+                    raise UserError(f"{path} nests deeper than {_MOST_DEPTH} levels.")
+            elif isinstance(event, yaml.CollectionEndEvent):
+                anchor, size = opened.pop()
+                if anchor is not None:
+                    sizes[anchor] = size
+            elif isinstance(event, yaml.ScalarEvent):
+                size = 1
+                if anchor is not None:
+                    sizes[anchor] = size
+            elif isinstance(event, yaml.AliasEvent):
+                if event.anchor not in sizes:
+                    raise UserError(f"{path}: *{event.anchor} names nothing, or what it lies in.")
+                size = sizes[event.anchor]
+            name, inside = opened[-1]
+            opened[-1] = (name, inside + size)
+            if inside + size > _MOST_YAML_NODES:
+                raise UserError(
+                    f"{path} unpacks to more than {_MOST_YAML_NODES} values; that is no file of "
+                    "settings."
+                )
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}).") from error
+
+
+_REFERENCE = re.compile(r"[A-Za-z_][\w.\[\]-]*|\.+[\w.]*")
+_COMPUTED = re.compile(r"\$\{[^{}:]*\$\{|\$\{oc\.select:[^{}]*\$\{")
+
+
+def check_expansion(tree: Mapping[str, Any]) -> None:
+    """Refuse settings (as written, unresolved) whose interpolations grow without bound.
+
+    Raises:
+        UserError: naming the key.
+    """
+    sizes: dict[str, float] = {}
+    under_way: set[str] = set()
+
+    def look(path: str) -> Any:
+        node: Any = tree
+        for part in filter(None, path.split(".")):
+            node = node.get(part) if isinstance(node, Mapping) else None
+        return node
+
+    def size(node: Any, path: str) -> float:
+        if path in sizes:
+            return sizes[path]
+        if path in under_way:
+            raise UserError(f"{path} refers to itself.")
+        if len(under_way) > 10 * _MOST_DEPTH:
+            raise UserError(f"{path} stands at the end of too many references.")
+        under_way.add(path)
+        total = 1.0
+        if isinstance(node, Mapping):
+            for name, item in node.items():
+                total += size(item, f"{path}.{name}".lstrip("."))
+        elif isinstance(node, list):
+            for at, item in enumerate(node):
+                total += size(item, f"{path}[{at}]")
+        elif isinstance(node, str):
+            total += len(node)
+            if "${" in node:
+                total += referred(node, path)
+        under_way.discard(path)
+        sizes[path] = total
+        if total > _MOST_EXPANDED and "${" in str(node):
+            raise UserError(
+                f"{path} unpacks to more than {_MOST_EXPANDED} characters; that is no setting."
+            )
+        return total
+
+    def referred(text: str, path: str) -> float:
+        if _COMPUTED.search(text):
+            raise UserError(f"{path}: a reference inside the name of a reference is not followed.")
+        if text.count("${") > 100:
+            raise UserError(f"{path} holds more than 100 references.")
+        total = 0.0
+        for piece in text.split("${")[1:]:
+            resolver, colon, words = piece.partition("}")[0].partition(":")
+            # Of the resolvers, these alone look up what they are given.
+            follows = resolver.strip() in ("oc.select", "oc.dict.keys", "oc.dict.values")
+            for name in _REFERENCE.findall((words if follows else "") if colon else resolver):
+                dots = len(name) - len(name.lstrip("."))
+                base = path.split(".")[:-dots] if dots else []
+                full = ".".join([*base, name.lstrip(".")]).strip(".")
+                node = look(full)
+                if node is not None:
+                    total += size(node, full)
+        return total
+
+    for name, item in tree.items():
+        size(item, str(name))
+
+
+# --- what a run left behind ------------------------------------------------------------------
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, float) or abs(value) < 1 << 63
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and _is_number(value) and value >= 0
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _or_none(rule: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: value is None or rule(value)
+
+
+def _is_figures(value: object) -> bool:
+    """Figures of an evaluation by name: numbers, and mappings or lists of numbers."""
+    if isinstance(value, dict):
+        return all(item is None or _is_text(item) or _is_figures(item) for item in value.values())
+    if isinstance(value, list):
+        return all(map(_is_number, value))
+    return _is_number(value) or isinstance(value, bool)
+
+
+def _is_tested(value: object) -> bool:
+    """Figures with the value of the metric that they are of."""
+    return isinstance(value, dict) and _is_figures(value) and _is_number(value.get("loss", 0.0))
+
+
+def _is_prompts(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_prompt, value))
+
+
+def _is_prompt(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and _is_text(value.get("template"))
+        and isinstance(labels := value.get("labels"), list)
+        and all(map(_is_text, labels))
+        and _or_none(_is_text)(value.get("option"))
+        and _or_none(_is_figures)(value.get("dev"))
+        and _or_none(_is_figures)(value.get("dev_calibrated"))
+        and isinstance(offsets := value.get("offsets", []), list)
+        and all(map(_is_number, offsets))
+    )
+
+
+def _is_digests(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() >= {"train", "dev", "test"}
+        and all(map(_is_text, value.values()))
+    )
+
+
+_SAVED_NAME = re.compile(r"(weights|optimizer)-[0-9]{1,12}\.safetensors")
+
+
+def _is_saved(item: tuple[object, object]) -> bool:
+    """Name and digest of a tensor file; it lies where the state does, and nowhere else."""
+    name, digest = item
+    return isinstance(name, str) and _SAVED_NAME.fullmatch(name) is not None and _is_text(digest)
+
+
+Rules = Mapping[str, Callable[[object], bool]]
+_STATE: Rules = {
+    "step": _is_count,
+    "looked": _is_count,
+    "best_step": _or_none(_is_count),
+    "best_loss": _or_none(_is_number),
+    "method": lambda value: isinstance(value, dict),
+    "notes": lambda value: isinstance(value, dict),
+    "train_seconds": _is_number,
+    "num_forwards": _is_count,
+    "peak_memory_bytes": _is_count,
+    "metrics_bytes": _is_count,
+    "metrics_sha256": _is_text,
+    "files": lambda value: isinstance(value, dict) and all(map(_is_saved, value.items())),
+}
+_NOTES: Rules = {
+    "prompts": _is_prompts,
+    "prompt": _is_count,
+    "rows": _is_digests,
+    "model": _is_text,
+    "zero_shot": _is_figures,
+    "zero_shot_calibrated": _is_figures,
+    "truncated": _is_count,
+    "active_share": _or_none(_is_number),
+    "final_share": _or_none(_is_number),
+    "num_trained": _is_count,
+    "executor": _or_none(_is_text),
+    "best_look": _is_figures,
+    "lowest_loss": _or_none(_is_number),
+    "watch": lambda value: isinstance(value, dict),
+    "numerics": lambda value: isinstance(value, dict),
+    "stopped_early": lambda value: isinstance(value, dict),
+}
+_RESULT: Rules = {
+    "status": _is_text,
+    "task": _is_text,
+    "model": _is_text,
+    "method": _is_text,
+    "metric": lambda value: value in ("accuracy", "f1"),
+    "test": _or_none(_is_tested),
+    "zero_shot": _or_none(_is_figures),
+    "zero_shot_calibrated": _or_none(_is_figures),
+    "sparsity": lambda value: isinstance(value, dict) and _is_figures(value),
+    "lr": _or_none(_is_number),
+    "eps": _or_none(_is_number),
+    "steps": _is_count,
+    "step": _is_count,
+    "seed": _is_count,
+    "train_seconds": _is_number,
+    "peak_memory_bytes": _is_count,
+    "keep": _is_text,
+}
+# Of a finished run, what is computed with.
+_DONE = ("task", "model", "method", "test", "steps", "seed", "train_seconds", "peak_memory_bytes")
+
+
+def _fit(values: Mapping[str, Any], rules: Rules) -> bool:
+    return all(rule(values[name]) for name, rule in rules.items() if name in values)
+
+
+def is_sound_state(saved: Mapping[str, Any]) -> bool:
+    """Could a run have written this state.json? Its numbers are names of files later."""
+    if not _fit(saved, _STATE) or saved.keys() != _STATE.keys():
+        return False
+    notes = saved["notes"]
+    if not _fit(notes, _NOTES):
+        return False
+    return "prompt" not in notes or notes["prompt"] < len(notes.get("prompts", ()))
+
+
+def is_sound_result(result: Mapping[str, Any]) -> bool:
+    """Could a run have written this result.json?"""
+    if "status" not in result or not _fit(result, _RESULT):
+        return False
+    if result["status"] != "done":
+        return True
+    if any(result.get(name) is None for name in _DONE):
+        return False
+    test = result["test"]
+    metric = result.get("metric", "accuracy")
+    gains = [value for name, value in test.items() if name.startswith("over_")]
+    return (
+        _is_number(test.get(metric))
+        and all(_or_none(_is_number)(test.get(name)) for name in ("standard_error", "auc"))
+        and all(isinstance(gain, dict) for gain in gains)
+    )
+
+
+# --- models ----------------------------------------------------------------------------------
+
+# Larger than any model that there is; a number beyond is damage or malice.
+_MOST = {
+    "num_hidden_layers": 10_000,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "vocab_size": 1 << 24,
+    "max_position_embeddings": 1 << 27,
+}
+_MOST_NUMBER = 1 << 40  # of any other number of a configuration (some write 1e12 and mean no limit)
+
+
+def check_sizes(numbers: Mapping[str, Any], where: str, num_weights: float = math.inf) -> None:
+    """Refuse a model's configuration whose sizes cannot be, before anything is made of it.
+
+    Args:
+        numbers: the configuration.
+        where: names it in the message.
+        num_weights: in the file beside it; no matrix of the model is larger.
+
+    Raises:
+        UserError: naming the number.
+    """
+    for name, value in numbers.items():
+        if isinstance(value, Mapping):
+            check_sizes(value, f"{where} {name}", num_weights)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            low = 1 if name in _MOST else -_MOST_NUMBER
+            if not low <= value <= _MOST.get(name, _MOST_NUMBER):
+                raise UserError(f"{where}: {name}={value} is no size of a model; it is damaged.")
+    hidden = numbers.get("hidden_size")
+    for name in ("vocab_size", "intermediate_size", "num_hidden_layers"):
+        other = numbers.get(name)
+        if isinstance(hidden, int) and isinstance(other, int) and hidden * other > num_weights:
+            raise UserError(
+                f"{where}: {name}={other} times hidden_size={hidden} is more than the "
+                f"{num_weights:g} weights in its file; one of them is damaged."
+            )
+
+
+def check_model_folder(folder: Path) -> None:
+    """Compare the sizes in config.json with the header of the weights beside it.
+
+    Raises:
+        UserError: a file that cannot be, or that names one outside of the folder.
+    """
+    config = read_json(folder / "config.json")
+    if config is None:
+        raise UserError(f"model.path={folder}: its config.json is no JSON object.")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        if (folder / name).exists():
+            check_ordinary(folder / name)
+    weights = math.inf
+    if (folder / "model.safetensors").exists():
+        weights = count_weights(folder / "model.safetensors")
+    elif (folder / "model.safetensors.index.json").exists():
+        index = read_json(folder / "model.safetensors.index.json") or {}
+        names = index.get("weight_map")
+        if not isinstance(names, dict) or not all(map(_is_text, names.values())):
+            raise UserError(
+                f"model.path={folder}: model.safetensors.index.json has no weight_map of files."
+            )
+        for name in set(names.values()):
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise UserError(
+                    f"model.path={folder}: model.safetensors.index.json names {name!r}; only "
+                    "safetensors files beside it are read."
+                )
+        shards = [folder / name for name in set(names.values())]
+        weights = sum(count_weights(shard) for shard in shards if shard.exists())
+    check_sizes(config, f"model.path={folder}: config.json", weights)
+
+
+def count_weights(path: Path) -> int:
+    """Numbers in a safetensors file, as its header has them; the file holds no fewer bytes.
+
+    Raises:
+        UserError: the header is not one.
+    """
+    try:
+        size = check_ordinary(path)
+        with path.open("rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            if length > min(size - 8, _MOST_JSON_BYTES):
+                raise ValueError(f"its header would have {length} bytes")
+            header = json.loads(file.read(length))
+        shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
+        if not all(_is_count(n) for shape in shapes for n in shape):
+            raise ValueError("a shape is none")
+        total = sum(math.prod(shape) for shape in shapes)
+        if total > 8 * size:
+            raise ValueError(f"{total} weights in {size} bytes")
+    except (OSError, struct.error, *_BAD_VALUES) as error:
+        raise UserError(
+            f"model.path={path.parent} could not be loaded ({path.name}: {error}); check that it "
+            "is whole and of a known kind."
+        ) from error
+    return int(total)
+
+
+# Bytes of the scalars of GGUF by their number; 8 is a string, 9 an array (ggml's docs/gguf.md).
+_GGUF_SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_GGUF_STRING, _GGUF_ARRAY = 8, 9
+_MOST_ITEMS = 1 << 22  # of an array: the largest vocabularies have 2^18 tokens
+
+
+def check_gguf(path: Path) -> None:
+    """Walk through the header of a GGUF file; no count, length or offset may leave the file.
+
+    Raises:
+        UserError: it may, or the file is not GGUF of version 2 or 3.
+    """
+    from gguf.constants import GGML_QUANT_SIZES
+
+    try:
+        size = check_ordinary(path)
+        with path.open("rb") as file:
+            reader = _Gguf(file, size)
+            if reader.read(4) != b"GGUF" or reader.number("<I") not in (2, 3):
+                raise ValueError("it does not begin as a GGUF file of version 2 or 3")
+            num_tensors, num_pairs = reader.number("<Q"), reader.number("<Q")
+            reader.room(24 * num_tensors + 13 * num_pairs)
+            alignment, layers = 32, 1
+            for _ in range(num_pairs):
+                name, form = reader.text(), reader.number("<I")
+                value = reader.value(form)
+                if name == b"general.alignment":
+                    alignment = value if isinstance(value, int) else 0
+                if name.endswith(b".block_count"):
+                    layers = value if isinstance(value, int) else 0
+            if not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
+                raise ValueError("its alignment is no power of two")
+            if not 0 < layers <= num_tensors + 1:
+                raise ValueError(f"it has {num_tensors} tensors for {layers} layers")
+            kinds = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
+            taken = []
+            for _ in range(num_tensors):
+                name, dims = reader.text(), reader.number("<I")
+                if dims > 8:
+                    raise ValueError(f"tensor {name!r} has {dims} dimensions")
+                count = math.prod(reader.number("<Q") for _ in range(dims))
+                form, offset = reader.number("<I"), reader.number("<Q")
+                if form not in kinds:
+                    raise ValueError(f"tensor {name!r} is of an unknown kind")
+                block, width = kinds[form]
+                taken.append((offset, count // block * width))
+            start = -(-file.tell() // alignment) * alignment
+            if any(start + offset + length > size for offset, length in taken):
+                raise ValueError("a tensor ends behind the end of the file")
+            if sum(length for _, length in taken) > size:
+                raise ValueError("tensors lie upon each other")
+    except (OSError, ValueError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"model.path={path} is no GGUF file that can be read ({error}); check that it is whole "
+            "and of a known kind."
+        ) from error
+
+
+class _Gguf:
+    """Reads numbers and texts that must lie inside the file."""
+
+    def __init__(self, file: Any, size: int) -> None:
+        self.file, self.size = file, size
+
+    def room(self, length: int) -> None:
+        """ValueError unless so many bytes are left."""
+        if length > self.size - self.file.tell():
+            raise ValueError(f"{length} bytes are announced where fewer are left")
+
+    def read(self, length: int) -> bytes:
+        self.room(length)
+        data: bytes = self.file.read(length)
+        return data
+
+    def number(self, form: str) -> int:
+        value: int = struct.unpack(form, self.read(struct.calcsize(form)))[0]
+        return value
+
+    def text(self) -> bytes:
+        data = self.read(self.number("<Q"))
+        data.decode("utf-8")  # the library decodes it, strictly
+        return data
+
+    def value(self, form: int, depth: int = 0) -> int | None:
+        """Step over a value; a whole number is returned."""
+        if form in _GGUF_SCALARS:
+            data = self.read(_GGUF_SCALARS[form])
+            return int.from_bytes(data, "little") if form not in (6, 12) else None
+        if form == _GGUF_STRING:
+            self.text()
+        elif form == _GGUF_ARRAY and depth < 4:
+            inner, count = self.number("<I"), self.number("<Q")
+            if count > _MOST_ITEMS:
+                raise ValueError(f"an array of {count} values")
+            if inner in _GGUF_SCALARS:
+                self.read(_GGUF_SCALARS[inner] * count)
+            else:
+                for _ in range(count):
+                    self.value(inner, depth + 1)
+        else:
+            raise ValueError(f"a value of the unknown kind {form}")
+        return None

@@ -1,0 +1,70 @@
+"""A short run of scripts/fuzz.py: every kind of hostile input, no finding."""
+
+import importlib.util
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def fuzz() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("fuzz", ROOT / "scripts" / "fuzz.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["fuzz"] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+# A worker is forked from a process that may have threads, which do nothing then.
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_hostile_inputs_give_results_or_one_sentence(
+    fuzz: ModuleType, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    found = fuzz.fuzz(200, seed=1)
+    assert [r for r in found if r["finding"] is not None] == []
+    assert set(Counter(r["kind"] for r in found)) == set(fuzz.KINDS)
+    refused = sum(r["refused"] for r in found)
+    assert 0.3 * len(found) < refused < len(found)  # both outcomes are seen
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ("raise KeyError('x')", "KeyError"),
+        ("print('two\\nlines'); raise UserErrors", "NameError"),
+        ("Path('../outside/new.txt').write_text('x')", "changed outside"),
+        ("Path('../outside/keep.txt').unlink()", "changed outside"),
+        ("import pickle; pickle.loads(pickle.dumps(Path))", "pickle.find_class"),
+        ("os.kill(os.getpid(), 9)", "status -9"),
+        ("bytearray(1 << 40)", "MemoryError"),
+        ("case.smezo('train', 'x=1'); raise fuzz.Finding('seen')", "seen"),
+    ],
+)
+def test_the_harness_sees_what_it_is_there_for(
+    fuzz: ModuleType, one_thread: None, monkeypatch: pytest.MonkeyPatch, bad: str, says: str
+) -> None:
+    import os
+
+    def make(case: object) -> None:
+        exec(bad, {"Path": Path, "os": os, "case": case, "fuzz": fuzz})
+
+    monkeypatch.setitem(fuzz.KINDS, "bad", fuzz.Kind(make, 1.0))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setattr(fuzz, "prepare", lambda scratch: fuzz.restore(scratch))
+    (record,) = fuzz.fuzz(1, seed=0, kinds=["bad"])
+    assert says in record["finding"]
+
+
+def test_a_case_is_keyed_by_seed_kind_and_number(fuzz: ModuleType) -> None:
+    jobs = fuzz.planned(500, list(fuzz.KINDS))
+    assert len(jobs) == len(set(jobs))
+    assert abs(len(jobs) - 500) < len(fuzz.KINDS)

@@ -1,0 +1,266 @@
+"""Nothing in smezo executes what it reads, and no secret is written down."""
+
+import ast
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from smezo_cli import intake
+from smezo_cli.cli import main
+from smezo_cli.config import target_of
+from smezo_cli.errors import UserError
+from smezo_cli.redaction import redacted, redacted_tree
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted((ROOT / "smezo_cli").rglob("*.py"))
+TOY = ["task=toy", "model=tiny-llama", "device=cpu", "steps=1", "batch_size=2", "compile=false"]
+SMALL = [*TOY, "task.num_train=4", "task.num_dev=2", "task.num_test=2"]
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["train", *words]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    return said
+
+
+# --- nothing is executed ---------------------------------------------------------------------
+
+_NEVER = {"eval", "exec", "compile", "__import__", "breakpoint"}
+_NEVER_OF = {
+    *("os.system", "os.popen", "torch.load", "torch.save", "yaml.load", "yaml.unsafe_load"),
+    *("pkgutil.resolve_name", "numpy.load", "np.load", "joblib.load", "shutil.unpack_archive"),
+}
+_NO_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "code", "runpy"}
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.name)
+def test_no_source_file_executes_or_unpickles(file: Path) -> None:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        where = f"{file.name}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [a.name for a in node.names] + [getattr(node, "module", None) or ""]
+            assert not {name.split(".")[0] for name in names} & _NO_MODULES, where
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            assert name not in _NEVER | _NEVER_OF, f"{where}: {name}"
+            for keyword in node.keywords:
+                given = ast.unparse(keyword.value)
+                assert keyword.arg != "shell" or given == "False", where
+        if isinstance(node, ast.Dict):
+            for key, value in zip(node.keys, node.values, strict=True):
+                if isinstance(key, ast.Constant) and key.value == "trust_remote_code":
+                    # False, or the user's own flag.
+                    assert ast.unparse(value) == "False" or "trust_remote_code" in ast.unparse(
+                        value
+                    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("os.system", "builtins.eval", "smezo_cli.runs.write_text", "smezo_cli.zo.ZerothOrder"),
+        *("smezo_cli.methods.first_order.torch.load", "smezo_cli.methods.first_order.stream_key"),
+        *("smezo_cli.methods.first_order.NonFiniteLoss", "smezo_cli.methods.mezo.__builtins__"),
+        *("torch.optim.lr_scheduler.os.system", "torch.optim.lr_scheduler.LambdaLR"),
+        *("torch.optim.swa_utils.copy.deepcopy", "torch.optim.sys", "torch.optim._functional.adam"),
+        *("torch.optim.Adam.step", "torch.optim.adam.torch", "torch.load", "my_package.Method"),
+        *("smezo_cli.methods", "smezo_cli.methods.mezo", "torch.optim.adam.adam", "", None, 1),
+    ],
+)
+def test_no_target_but_a_method_or_an_optimizer(name: Any) -> None:
+    with pytest.raises(UserError, match="_target_"):
+        target_of({"_target_": name}, "method")
+
+
+@pytest.mark.parametrize(
+    "name", ["torch.optim.AdamW", "torch.optim.adamw.AdamW", "smezo_cli.methods.mezo.MeZO"]
+)
+def test_methods_and_optimizers_are_found(name: str) -> None:
+    assert target_of({"_target_": name}, "method").__name__ == name.rpartition(".")[2]
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("hydra.launcher._target_=os.system", "hydra.sweeper._target_=builtins.exec"),
+        "hydra.launcher._target_=hydra._internal.core_plugins.basic_launcher.Path",
+        *("+hydra.callbacks.x._target_=os.getcwd", "hydra.run.dir=elsewhere"),
+        *("hydra.output_subdir=x", "hydra.job.chdir=true", "+hydra.job.env_set.PYTHONPATH=x"),
+        "+hydra.job_logging.handlers={x: {class: logging.FileHandler, filename: x}}",
+        "+hydra.hydra_logging.formatters={x: {'()': os.system}}",
+        "+hydra.job_logging.y=ext://os.environ",
+        *("method._target_=os.system", "task.name=../../x", "model.name=/x", "method.name=a/b"),
+    ],
+)
+def test_the_line_cannot_name_other_code_or_folders(
+    word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert word.lstrip("+").partition("=")[0].split(".")[1] in refused([*SMALL, word], capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_with_code_is_refused_naming_the_flag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "config.json").write_text(
+        '{"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}'
+    )
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    words = ["task=toy", "model=own", "model.path=./m", "device=cpu", "steps=1"]
+    said = refused(words, capsys)
+    assert "model.trust_remote_code=true" in said
+    assert "with all your rights" in said
+    assert not (tmp_path / "ran").exists()
+    assert "trust_remote_code" in refused([*words, "model.trust_remote_code=yes"], capsys)
+
+
+# --- secrets ---------------------------------------------------------------------------------
+
+TOKENS = {
+    "HF_TOKEN": "hf_planted0123456789abcdefghij",
+    "WANDB_API_KEY": "planted-key-0123456789",
+    "MY_SECRET": "planted secret: with {blanks} and 'quotes' \"two\"",
+    "DB_PASSWORD": "planted+pass/word",
+}
+LOGIN = "https://user:planted-pw@example.org/model"
+
+
+@pytest.mark.parametrize("logger", ["jsonl", "wandb"])
+def test_no_secret_reaches_the_run_folder(
+    logger: str,
+    tmp_path: Path,
+    one_thread: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, value in TOKENS.items():
+        monkeypatch.setenv(name, value)
+    planted = [
+        "++model.bos_token=null",
+        "logger=wandb" if logger == "wandb" else "logger=jsonl",
+        f"++model.revision='${{oc.env:DB_PASSWORD}}{LOGIN}'",
+        f"runs_dir='{tmp_path}/runs'",
+    ]
+    if logger == "wandb":
+        planted.append("logger.tags=['${oc.env:WANDB_API_KEY}']")
+    code = main(["train", "-m", *SMALL, *planted, "seed=0,1"])
+    out = capfd.readouterr()
+    assert code == 0, out.err[-2000:]
+    said = out.out + out.err
+    written = [f for f in (tmp_path / "runs").rglob("*") if f.is_file()]
+    assert any(f.name == "multirun.yaml" for f in written)
+    assert any(f.name == "result.json" for f in written)
+    for secret in (*TOKENS.values(), "planted-pw"):
+        assert secret not in said
+        for file in written:
+            if not file.name.startswith(("predictions-", ".lock")):
+                assert secret.encode() not in file.read_bytes(), file
+
+
+def test_errors_are_redacted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "planted-token")
+    said = refused(["task=toy", "model=own", f"model.path={LOGIN}", "steps=1"], capsys)
+    assert "planted" not in said
+    assert "https://[login]@example.org" in said
+    assert "planted" not in refused([*SMALL, "keep=${oc.env:HF_TOKEN}"], capsys)
+
+
+def test_a_prompt_with_a_secret_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A redacted prompt would be another one."""
+    monkeypatch.setenv("DB_PASSWORD", "planted-password")
+    words = ["task.prompt='{text} ${oc.env:DB_PASSWORD}'", "task.labels=[bad,good]"]
+    said = refused([*SMALL, *words], capsys)
+    assert "task.prompt holds a secret" in said
+    assert "planted" not in said
+
+
+def test_what_is_no_secret_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"TOKENIZERS_PARALLELISM": "false", "A_TOKEN": "", "B_TOKEN": "1"}.items():
+        monkeypatch.setenv(name, value)
+    text = "model.path=https://example.org/a@b 1 false a@b.c step 11"
+    assert redacted(text) == text
+    assert redacted_tree({"a": [1, None, "x"], "b": (True,)}) == {"a": [1, None, "x"], "b": [True]}
+
+
+def test_a_message_is_one_line_without_controls() -> None:
+    assert str(UserError("a\nb\x1b[31m\u202e\ud800 é")) == "a b\\x1b[31m\\u202e\\ud800 é"
+    assert len(str(UserError("x" * 10**6))) < 5000
+
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{below}'] * 10)}]\n"
+    for below, name in zip("abcde", "bcdef", strict=True)
+)
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (BOMB, "unpacks to more"),
+        ("a: &a [*a]", "names nothing"),
+        ("a: " + "[" * 99 + "]" * 99, "nests deeper"),
+        ("a: '" + "x" * 200_000 + "'", "bytes"),
+        ("- a", "holds a list"),
+        ("a: !!python/object/apply:os.getcwd []", "cannot be read"),
+    ],
+    ids=["bomb", "cycle", "deep", "long", "list", "object"],
+)  # fmt: skip
+def test_settings_that_are_none(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(UserError, match=says):
+        intake.load_yaml(tmp_path / "x.yaml")
+
+
+def test_references_that_grow_are_refused() -> None:
+    tree = {f"a{i}": f"${{a{i + 1}}}${{a{i + 1}}}" for i in range(40)} | {"a40": "x"}
+    with pytest.raises(UserError, match="unpacks to more"):
+        intake.check_expansion(tree)
+    with pytest.raises(UserError, match="refers to itself"):
+        intake.check_expansion({"a": "${b}", "b": {"c": "${a}"}})
+    intake.check_expansion({"a": "${b} see a or ${oc.env:HOME,a}", "b": "x"})
+    ours = yaml.safe_load((ROOT / "conf" / "train.yaml").read_text(encoding="utf-8"))
+    intake.check_expansion(ours)
+
+
+def test_a_link_in_a_run_folder_leads_nowhere(tmp_path: Path) -> None:
+    from smezo_cli.runs import RunFolder, write_text
+
+    kept = tmp_path / "kept.txt"
+    kept.write_text("keep")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".lock").symlink_to(kept)
+    with pytest.raises(UserError, match="cannot write"):
+        RunFolder(run)
+    (run / ".result.json.partial").symlink_to(kept)
+    write_text(run / "result.json", "new")
+    assert kept.read_text() == "keep"
+    assert (run / "result.json").read_text() == "new"
+    (run / ".lock").unlink()
+    (run / "checkpoint").rmdir()
+    (run / "checkpoint").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="link to elsewhere"):
+        RunFolder(run)
+
+
+def test_a_pipe_is_no_file_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x")
+    with pytest.raises(UserError, match="no ordinary file"):
+        intake.check_ordinary(tmp_path / "x")
+    assert intake.read_json(tmp_path / "x") is None
