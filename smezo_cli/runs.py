@@ -80,11 +80,12 @@ class State:
 
     def start_over(self) -> None:
         """Forget the training, but not what was found before it."""
-        before = {k: v for k, v in self.notes.items() if k not in _OF_LOOKS}
-        self.__dict__.update(State(notes=before).__dict__)
+        for name in _OF_LOOKS:
+            self.notes.pop(name, None)
+        self.__dict__.update(State(notes=self.notes).__dict__)
 
 
-_OF_LOOKS = ("lowest_loss", "best_look", "final_share")
+_OF_LOOKS = ("lowest_loss", "best_look", "final_share", "watch", "numerics", "stopped_early")
 
 
 class RunFolder:

@@ -719,7 +719,7 @@ def _has_config(folder: "RunFolder", cfg: DictConfig) -> bool:
     """Is config.yaml there, and that of such a run?"""
     try:
         found = intake.load_yaml(folder.path / "config.yaml")
-        return digest(found) == digest(OmegaConf.create(_settings_text(cfg)))
+        return digest(found) == digest(redacted_tree(plain(cfg)))
     except (OmegaConfBaseException, UserError):
         return False
 

@@ -194,7 +194,7 @@ class Numerics:
 
     def __init__(self, method: "Method", seed: int, notes: dict[str, Any]) -> None:
         self._method = method if isinstance(method, ZeroOrder) else None
-        self._figures: dict[str, Any] = notes.setdefault("numerics", {})
+        self._notes = notes
         self._samples: list[_Sample] = []
         self._before: list[Tensor] = []
         for name, parameter in method.trained.items():
@@ -207,6 +207,11 @@ class Numerics:
             sample = _Sample(name, parameter, index, torch.empty(0))
             sample.base = sample.now
             self._samples.append(sample)
+
+    @property
+    def _figures(self) -> dict[str, Any]:
+        figures: dict[str, Any] = self._notes.setdefault("numerics", {})
+        return figures
 
     def before_step(self, is_last: bool) -> None:
         """Keep the sampled weights where dev is looked at right after the step."""
@@ -237,7 +242,7 @@ class Numerics:
             now = s.now
             moved += s.weight * int((now != s.base).sum())
             squares += s.weight * float((now.double() - s.base.double()).square().sum())
-        self._figures |= {"moved_share": moved / total, "rms_move": math.sqrt(squares / total)}
+        self._figures.update({"moved_share": moved / total, "rms_move": math.sqrt(squares / total)})
         self._figures["sampled"] = sum(len(s.base) for s in self._samples)
         names = ("moved_share", "rms_move", "underflow")
         return {name: self._figures[name] for name in names if self._figures.get(name) is not None}

@@ -745,14 +745,14 @@ class ZeroOrder(torch.optim.Optimizer):
         return {kind: [by_name[name] for name in chosen] for kind, chosen in kinds.items()}
 
     def _few(self, targets: list[Target]) -> list[list[Target]]:
-        """In parts of at most a fiftieth of all weights, or of one tensor: each is saved once."""
+        """In parts that are small beside the model, or of one tensor: a part is saved at a time."""
         parts: list[list[Target]] = []
         left = 0
         for target in targets:
             size = target.parameter.numel()
             if size > left:
                 parts.append([])
-                left = self.num_weights // 50
+                left = max(self.num_weights // 50, _ALWAYS_SAVED)
             parts[-1].append(target)
             left -= size
         return parts
@@ -799,6 +799,7 @@ def kinds_to_check(probe: FunctionalProbe, names: Mapping[int, str]) -> dict[str
     return chosen
 
 
+_ALWAYS_SAVED = 1_000_000  # weights; few beside a model that is worth training
 _WORTH_COMPILING = 1_000_000  # weights; fewer are moved some hundred times while Numba starts
 
 
