@@ -439,7 +439,8 @@ def _replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:  # the latter is what a full disk gives here
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a system that became read-only
+            partial.unlink()
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write {path}: {reason}.") from error
 
