@@ -35,7 +35,7 @@ _SCRIPTS = {
 }
 _FLAGS = {
     "train": ("--multirun", "--cfg", "--info", "--config-dir", "--help"),
-    "plan": ("--memory", "--tokens", "--json", "--help"),
+    "plan": ("--memory", "--tokens", "--bench", "--json", "--help"),
     "runs": ("--mean", "--compare", "--runs-dir", "--sort", "--json", "--help"),
     "eval": ("--split", "--base", "--step", "--out", "--help"),
     "predict": ("--field", "--out", "--help"),

@@ -25,6 +25,7 @@ smezo plan [KEY=VALUE ...]      what the run of `smezo train KEY=VALUE ...` will
 
     --memory SIZE     of the device, such as 80GB or 24GiB (default: what this machine has)
     --tokens N        rows are at most so long (default: model.max_length)
+    --bench FILE      of `smezo bench --json FILE` for this model on this machine: adds the time
     --json            the same for programs, in bytes
 Nothing is fetched, no weights are read, and device=cuda needs no such device beside --memory.
 Examples:
@@ -59,6 +60,8 @@ class Plan:
         work: forwards, rows and tokens, by name; tokens are an upper bound.
         capacity: memory of the device.
         assumptions: sentences on what the settings do not say.
+        seconds: of a step ("step") as it was measured, "rows" and "tokens" of its batch, and of all
+            "steps" if theirs are like that; None where nothing was measured.
     """
 
     run: str
@@ -71,6 +74,7 @@ class Plan:
     work: Mapping[str, int]
     capacity: int
     assumptions: Sequence[str]
+    seconds: Mapping[str, float] | None = None
 
     @property
     def peak(self) -> int:
@@ -103,6 +107,13 @@ class Plan:
             f"  {'disk':<46}{self.disk / gb:10.3f} GB ({self.disk_peak / gb:.3f} GB while saving)"
         )
         lines += [f"  {name:<46}{number:10,}" for name, number in self.work.items()]
+        if self.seconds is not None:
+            step, rows, tokens = (self.seconds[key] for key in ("step", "rows", "tokens"))
+            what = f"a step of {rows} rows of {tokens} tokens, measured"
+            lines.append(f"  {what:<46}{step:10.3f} s")
+            lines.append(
+                f"  {'all steps, if theirs are like that':<46}{self.seconds['steps']:10.0f} s"
+            )
         lines.append("  assumed")
         lines += [f"    {sentence}" for sentence in self.assumptions]
         return "\n".join(lines)
@@ -121,6 +132,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--memory")
     parser.add_argument("--tokens")
+    parser.add_argument("--bench")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_intermixed_args(list(words))
     capacity = None if given.memory is None else parse_memory(given.memory)
@@ -129,9 +141,48 @@ def main(words: Sequence[str]) -> int:
 
     settings = check(compose(list(map(quoted, given.overrides))))
     tokens = None if given.tokens is None else _parse_tokens(given.tokens, settings)
+    seconds = None if given.bench is None else _benched(Path(given.bench), settings)
     found = plan(settings, capacity=capacity, tokens=tokens)
+    if seconds is not None:
+        found = dataclasses.replace(found, seconds=seconds)
     print(json.dumps(found.record(), indent=2) if given.json else found.text())
     return 0
+
+
+def _benched(path: Path, settings: Settings) -> dict[str, float]:
+    """Seconds of steps from a file of `smezo bench --json`.
+
+    Raises:
+        UserError: it cannot be read, or measured something else.
+    """
+    from smezo_cli.intake import read_json
+
+    found = read_json(path)
+    if found is None or not isinstance(found.get("median_seconds"), dict):
+        raise UserError(f"--bench {path} is no file of smezo bench --json FILE; make one first.")
+    compute = settings.compute_dtype or settings.dtype
+    for key, wanted in (
+        ("model", settings.model["name"]),
+        ("dtype", settings.dtype),
+        ("compute_dtype", compute),
+        ("batch_size", settings.batch_size),
+    ):
+        if found.get(key) != wanted:
+            raise UserError(
+                f"--bench {path} is of {key}={found.get(key)}, and this run has {wanted}: smezo "
+                f"bench {key}={wanted} --json FILE measures it."
+            )
+    step = found["median_seconds"].get(settings.method["name"])
+    if not isinstance(step, float) or not step > 0:
+        raise UserError(
+            f"--bench {path} holds no step of method {settings.method['name']}: smezo bench "
+            "measures mezo and sparse_mezo."
+        )
+    length = found.get("length")
+    if not isinstance(length, int):
+        raise UserError(f"--bench {path} does not say its length; make it anew.")
+    rows = settings.batch_size
+    return {"step": step, "rows": rows, "tokens": length, "steps": step * settings.steps}
 
 
 class _Flags(argparse.ArgumentParser):
@@ -416,7 +467,7 @@ class _Planner:
         if self.device == "cpu":
             own["best weights read back"] = max(_bytes([p]) for p in self.trained.values())
         state = more.get("optimizer state", 0)
-        disk, disk_peak = self._disk(trained, state)
+        disk, disk_peak = self._disk(trained, state, isinstance(method, ZeroOrder))
         looks = math.ceil(s.steps / s.eval_every)
         work = {
             "forwards of training": s.steps * per_step,
@@ -621,11 +672,21 @@ class _Planner:
         }
         return held, stages, 1
 
-    def _disk(self, trained: int, state: int) -> tuple[int, int]:
-        """At the end, and while a checkpoint is written: the best, the last and the new one."""
+    def _disk(self, trained: int, state: int, is_recorded: bool) -> tuple[int, int]:
+        """At the end, and while a checkpoint is written: the best, the last and the new one.
+
+        Of a run whose steps are recorded: what it goes back to, and the new one.
+        """
         s = self.settings
         looks = math.ceil(s.steps / s.eval_every)
         goes_on = is_extensible(s.lr_schedule)
+        if is_recorded:
+            whole = s.steps // s.full_save_every
+            if s.keep == "all":
+                return (looks + whole) * trained, (looks + whole) * trained
+            few = 2 if goes_on and whole else 1
+            before = min(2, whole + (s.keep == "best"))
+            return few * trained, (before + 1) * trained
         if s.keep == "all":
             kept = looks * trained
             return kept + goes_on * state, kept + 2 * state

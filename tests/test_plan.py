@@ -209,14 +209,27 @@ def test_compute_dtype_narrows_what_is_between_the_weights() -> None:
 @pytest.mark.parametrize(
     ("words", "files", "while_saving"),
     [
-        (("keep=best",), 2, 2),
-        (("keep=best", "lr_schedule=linear"), 1, 2),
-        (("keep=last", "eval_every=2"), 1, 3),
+        (("keep=best",), 1, 2),
+        (("keep=best", "full_save_every=5"), 2, 3),
+        (("keep=best", "full_save_every=5", "lr_schedule=linear"), 1, 3),
+        (("keep=last", "eval_every=2"), 1, 1),
         (("keep=all", "eval_every=2"), 10, 10),
     ],
 )
 def test_disk(words: tuple[str, ...], files: int, while_saving: int) -> None:
     found = planned("method=mezo", *words)
+    assert (found.disk, found.disk_peak) == (files * WEIGHTS * 4, while_saving * WEIGHTS * 4)
+
+
+@pytest.mark.parametrize(
+    ("words", "files", "while_saving"),
+    [(("keep=best",), 2, 2), (("keep=best", "lr_schedule=linear"), 1, 2), (("keep=last",), 1, 2)],
+)
+def test_disk_of_a_method_whose_steps_are_not_recorded(
+    words: tuple[str, ...], files: int, while_saving: int
+) -> None:
+    """The best and the last weights; with an optimizer that has no state."""
+    found = planned("method=sgd", "eval_every=10", *words)
     assert (found.disk, found.disk_peak) == (files * WEIGHTS * 4, while_saving * WEIGHTS * 4)
 
 
@@ -281,6 +294,33 @@ def test_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
     assert record["capacity"] == 1_000_000
     assert record["fits"] is False
     assert record["peak"] == sum(record["resident"].values()) + max(record["phases"].values())
+
+
+def test_time_is_what_a_bench_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = {
+        "model": "tiny-llama",
+        "dtype": "float32",
+        "compute_dtype": "float32",
+        "batch_size": 4,
+        "length": 32,
+        "median_seconds": {"mezo": 0.25},
+    }
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(record))
+    words = ["task=toy", "model=tiny-llama", "batch_size=4", "steps=20", "--bench", str(path)]
+    assert cli.main(["plan", *words, "method=mezo", "--json"]) == 0
+    seconds = json.loads(capsys.readouterr().out)["seconds"]
+    assert seconds == {"step": 0.25, "rows": 4, "tokens": 32, "steps": 5.0}
+    assert cli.main(["plan", *words, "method=mezo"]) == 0
+    assert "a step of 4 rows of 32 tokens, measured" in capsys.readouterr().out
+    for change, says in (
+        (["method=sparse_mezo"], "holds no step of method sparse_mezo"),
+        (["method=mezo", "dtype=bfloat16"], "is of dtype=float32, and this run has bfloat16"),
+        (["method=mezo", "batch_size=8"], "smezo bench batch_size=8 --json FILE"),
+        (["method=mezo", "--bench", str(tmp_path / "none")], "is no file of smezo bench"),
+    ):
+        assert cli.main(["plan", *words, *change]) == 2
+        assert says in capsys.readouterr().err
 
 
 def test_for_readers(capsys: pytest.CaptureFixture[str]) -> None:
