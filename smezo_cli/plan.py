@@ -571,11 +571,9 @@ class _Planner:
         held["scratch of probes"] = twice * copies
         found["step"] = twice * step + (_KEPT * weights if keeps else 0)
         pair, _ = self._probed(batch[:2])
-        # An exact copy of all tensors of one kind is put back after they were perturbed in place.
-        kind, itemsize = self._largest_kind(), self.dtype.itemsize
-        found["self-check"] = kind * (itemsize + (_KEPT if keeps else 0)) + max(
-            pair, largest * itemsize
-        )
+        # An exact copy of some tensors is put back after they were perturbed in place.
+        saved = self._checked_together()
+        found["self-check"] = saved * (self.dtype.itemsize + (_KEPT if keeps else 0)) + pair
         return held, found, 2 * num_queries
 
     def _passes(self, weights: int, num_queries: int) -> tuple[bool, bool]:
@@ -616,14 +614,16 @@ class _Planner:
         # The scratch has the dtype of the weights.
         return peak - left + self._cast(), left * self.dtype.itemsize // self.compute.itemsize
 
-    def _largest_kind(self) -> int:
-        """Weights of the parameters that the self-check moves together, at most."""
+    def _checked_together(self) -> int:
+        """Weights that the self-check moves together, at most."""
         from smezo_cli.probe import FunctionalProbe
-        from smezo_cli.zo import kinds_to_check
+        from smezo_cli.zo import checked_together, kinds_to_check
 
         names = {id(parameter): name for name, parameter in self.trained.items()}
         kinds = kinds_to_check(FunctionalProbe(self.model, list(self.trained.values())), names)
-        return max(sum(int(self.trained[n].numel()) for n in chosen) for chosen in kinds.values())
+        sizes = [[int(self.trained[n].numel()) for n in chosen] for chosen in kinds.values()]
+        total = sum(p.numel() for p in self.trained.values())
+        return max(sum(of[part]) for of in sizes for part in checked_together(of, total))
 
     def _first_order(self) -> tuple[dict[str, int], dict[str, int], int]:
         """Held, by stage, and forwards a step."""

@@ -721,7 +721,8 @@ class ZeroOrder(torch.optim.Optimizer):
             return 0
         kinds = self._kinds()
         for kind, targets in kinds.items():
-            if not all(self._agrees(some, closure) for some in self._few(targets)):
+            parts = checked_together([t.parameter.numel() for t in targets], self.num_weights)
+            if not all(self._agrees(targets[part], closure) for part in parts):
                 wrong = [t.name for t in targets if not self._agrees([t], closure)] or [kind]
                 raise ValueError(
                     f"functional probes do not reach {', '.join(wrong[:5])} ({kind}): "
@@ -743,19 +744,6 @@ class ZeroOrder(torch.optim.Optimizer):
         names = {id(t.parameter): t.name for t in self.targets}
         kinds = kinds_to_check(self._probe, names)
         return {kind: [by_name[name] for name in chosen] for kind, chosen in kinds.items()}
-
-    def _few(self, targets: list[Target]) -> list[list[Target]]:
-        """In parts that are small beside the model, or of one tensor: a part is saved at a time."""
-        parts: list[list[Target]] = []
-        left = 0
-        for target in targets:
-            size = target.parameter.numel()
-            if size > left:
-                parts.append([])
-                left = max(self.num_weights // 50, _ALWAYS_SAVED)
-            parts[-1].append(target)
-            left -= size
-        return parts
 
     def _agrees(self, targets: list[Target], closure: Closure) -> bool:
         """Are the functional and the exact in-place loss of moving ``targets`` alone equal?"""
@@ -797,6 +785,24 @@ def kinds_to_check(probe: FunctionalProbe, names: Mapping[int, str]) -> dict[str
         for alike in map(list, places.values()):
             chosen.setdefault(kind, []).extend([alike[0], *alike[1:][-1:]])
     return chosen
+
+
+def checked_together(sizes: Sequence[int], num_weights: int) -> list[slice]:
+    """Parts of a kind that the self-check moves at once: small beside the model, or one tensor.
+
+    Args:
+        sizes: weights of the kind's parameters.
+        num_weights: of all.
+    """
+    parts: list[slice] = []
+    left = 0
+    for i, size in enumerate(sizes):
+        if size > left or not parts:
+            parts.append(slice(i, i))
+            left = max(num_weights // 50, _ALWAYS_SAVED)
+        parts[-1] = slice(parts[-1].start, i + 1)
+        left -= size
+    return parts
 
 
 _ALWAYS_SAVED = 1_000_000  # weights; few beside a model that is worth training
