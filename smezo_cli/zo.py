@@ -660,7 +660,10 @@ class ZeroOrder(torch.optim.Optimizer):
     def active_share(self) -> float:
         """Fraction of the trained weights that the present mask perturbs; 1 - realised sparsity."""
         direction, eager = self.direction([0], [0.0]), EagerPasses(self._rule)
-        active = sum(int(eager.mask_of(t.flat, direction.draw(t)).sum()) for t in self.targets)
+        # Not .sum(): it would write the mask out as int64.
+        active = sum(
+            int(eager.mask_of(t.flat, direction.draw(t)).count_nonzero()) for t in self.targets
+        )
         return active / self.num_weights
 
     @property
