@@ -475,10 +475,13 @@ class _Planner:
             "tokens in them, at most": s.steps * per_step * s.batch_size * self.train_tokens,
             "looks at dev": looks,
         }
-        if s.task["num_dev"] and s.task["num_test"]:
+        num_dev = s.task["num_dev"]
+        if (each := s.task.get("num_per_class")) and "classes" in s.task.get("source", {}):
+            num_dev = each * len(s.task["source"]["classes"])
+        if num_dev and s.task["num_test"]:
             work["rows in evaluations, at most"] = (
                 looks + len(s.task.get("prompts") or [0])
-            ) * s.task["num_dev"] + 2 * s.task["num_test"]
+            ) * num_dev + 2 * s.task["num_test"]
         return Plan(
             run=f"{s.task['name']} | {s.model['name']} | {s.method['name']} | {s.dtype} weights, "
             f"{s.compute_dtype or s.dtype} compute | {self.device}",

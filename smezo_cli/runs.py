@@ -21,7 +21,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -342,6 +342,9 @@ class RunFolder:
         return digest
 
 
+_PIECE = 1 << 22  # entries of a saved tensor that are read at a time
+
+
 class Saved(Mapping[str, Tensor]):
     """A safetensors file. Every tensor has a mapping of its own, so that no two lie in memory.
 
@@ -382,6 +385,21 @@ class Saved(Mapping[str, Tensor]):
             tensor: Tensor = file.get_tensor(name)
         return tensor
 
+    def in_pieces(self, name: str) -> tuple[torch.dtype, Sequence[int], Iterator[Tensor]]:
+        """Dtype, shape and some rows of a tensor after the other: mapped pages count as memory."""
+        with self._open() as file:
+            shape: list[int] = file.get_slice(name).get_shape()
+        if not shape or 0 in shape:
+            return self[name].dtype, shape, iter([self[name]])
+        rows = max(1, _PIECE // math.prod(shape[1:]))
+
+        def pieces() -> Iterator[Tensor]:
+            for start in range(0, shape[0], rows):
+                with self._open() as file:
+                    yield file.get_slice(name)[start : start + rows]
+
+        return next(pieces()).dtype, shape, pieces()
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
@@ -393,11 +411,22 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of names, dtypes, shapes and bytes, in the order of the names; one copy at a time."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.contiguous().view(-1).cpu()
-        digest.update(flat.view(torch.uint8).numpy().data)
+        dtype, shape, pieces = _in_pieces(tensors, name)
+        digest.update(f"{name} {dtype} {tuple(shape)}\n".encode())
+        for piece in pieces:
+            flat = piece.contiguous().view(-1).cpu()
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _in_pieces(
+    tensors: Mapping[str, Tensor], name: str
+) -> tuple[torch.dtype, Sequence[int], Iterator[Tensor]]:
+    """Dtype, shape and contents of a tensor; of a file some rows at a time, which are let go."""
+    if not isinstance(tensors, Saved):
+        tensor = tensors[name].detach()
+        return tensor.dtype, tensor.shape, iter([tensor])
+    return tensors.in_pieces(name)
 
 
 def _sealed(content: Mapping[str, Any]) -> dict[str, Any]:

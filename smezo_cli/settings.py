@@ -29,7 +29,7 @@ KNOBS = ("lr", "eps", "sparsity")
 # Cannot change a result, hence not part of a run's digest.
 _NOT_IN_DIGEST = ("name", "runs_dir", "logger", "if_exists", "compile", "hydra", "full_save_every")
 # Came later; null is what runs did before there was such a key, and they keep their digest.
-_NOT_IN_DIGEST_IF_NULL = ("stop_if_diverged", "patience", "clip_projected_grad")
+_NOT_IN_DIGEST_IF_NULL = ("stop_if_diverged", "patience", "clip_projected_grad", "num_per_class")
 
 
 def near(word: str, options: Iterable[str]) -> str:
@@ -253,6 +253,7 @@ _NODE_RULES: dict[str, Rule] = {
     "task.num_train": _COUNT,
     "task.num_dev": _COUNT,
     "task.num_test": _COUNT,
+    "task.num_per_class": _COUNT,
     "task.max_train_tokens": _COUNT,
     "task.max_new_tokens": _COUNT,
     "model.path": Text(r"(?s).+", "a folder, a GGUF file or a hub id", "facebook/opt-125m"),
@@ -314,7 +315,7 @@ _TASK_KEYS = {"prompt": None, "num_train": None, "num_dev": None, "num_test": No
     "max_train_tokens": None,
 }
 _TASK_KEYS_OF_KIND: dict[str, dict[str, Any]] = {
-    "classification": {"labels": None},
+    "classification": {"labels": None, "num_per_class": None},
     "choice": {"option_template": None},
     "generation": {"max_new_tokens": 50},
 }
@@ -350,6 +351,7 @@ _NULLABLE = {
     "task.num_train",
     "task.num_dev",
     "task.num_test",
+    "task.num_per_class",
     "task.max_train_tokens",
     "task.prompt",
     "task.option_template",
@@ -408,6 +410,7 @@ def check(cfg: DictConfig) -> Settings:
                 "that is named like one), and prompts are stored with the run: take it out."
             )
     _check_targets(checked["method"], "method")
+    _check_counts(checked["task"])
     _check_method(checked["method"], {knob: checked[knob] for knob in KNOBS if knob in checked})
     if checked["compute_dtype"] == "float32" != checked["dtype"]:
         raise UserError(
@@ -496,6 +499,18 @@ def _checked(key: str, value: object, rule: Rule) -> Any:
             f"{key}={shown(value)}: {key} must be {rule.words}{null}, "
             f"for example {key}={rule.example}."
         ) from None
+
+
+def _check_counts(task: Mapping[str, Any]) -> None:
+    """Refuse counts that others leave nothing to do."""
+    idle = [f"task.{key}" for key in ("num_train", "num_dev") if task[key] is not None]
+    if task.get("num_per_class") is not None and idle:
+        also = " and ".join(f"{key}={task[key.removeprefix('task.')]}" for key in idle)
+        raise UserError(
+            f"task.num_per_class={task['num_per_class']} takes as many rows of each class for "
+            f"train and again for dev, so {also} would be ignored: add "
+            f"{' '.join(f'{key}=null' for key in idle)}, or task.num_per_class=null."
+        )
 
 
 def _check_method(method: Mapping[str, Any], knobs: Mapping[str, float]) -> None:

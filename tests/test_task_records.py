@@ -20,7 +20,7 @@ BENCHMARKS = sorted(
 
 def load(name: str, folder: Path | None, **changes: Any) -> Task:
     node: Any = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
-    few = {"num_train": 2, "num_dev": 1, "num_test": 1000}
+    few = {"num_train": 2, "num_dev": 1, "num_test": 1000, "num_per_class": None}
     cfg = node | few | {"data_dir": folder and str(folder)} | changes
     return load_task(cfg, data_seed=0, cache=Path("/nowhere"))
 
@@ -80,6 +80,9 @@ def test_a_path_that_leads_nowhere_says_where_it_ends(rows: str, path: str, says
 
 SPANS = [{"start": 0, "end": 2}, {"start": 9, "end": 11}, {"start": 14, "end": 16}]
 ARTICLE = {"text": "Ann beat Eve. Ann won.", "entities": SPANS}
+
+
+STORY = {"context": "A saw B.", "question": "Why?", "answerA": "a", "answerB": "b", "answerC": "c"}
 
 
 def answer(**given: Any) -> dict[str, Any]:
@@ -159,8 +162,57 @@ SAME: dict[str, tuple[Any, Any, dict[str, str], dict[str, Any]]] = {
         {"passage": "P", "question": "q"},
         {"label": 0, "answers": ("4",)},
     ),
+    "sst5": (
+        "(3 (2 a) (4 (3 fine) (2 film)))",
+        {"text": "a fine film", "label": 3, "label_text": "positive"},
+        {"text": "a fine film"},
+        {"label": 3},
+    ),
+    "trec": (
+        "NUM:date When was it ? ",
+        {"text": "When was it ?", "label": 40, "label_coarse_original": "NUM"},
+        {"text": "When was it ?"},
+        {"label": 5},
+    ),
+    "snli": (
+        {"sentence1": "P", "sentence2": "H", "gold_label": "neutral", "annotator_labels": ["-"]},
+        {"premise": "P", "hypothesis": "H", "label": 1},
+        {"premise": "P", "hypothesis": "H"},
+        {"label": 1},
+    ),
+    "mnli": (
+        'P "q"\tH\tcontradiction',
+        {"premise": 'P "q"', "hypothesis": "H", "label": 2, "idx": 0},
+        {"premise": 'P "q"', "hypothesis": "H"},
+        {"label": 2},
+    ),
+    "piqa": (
+        ({"goal": "G", "sol1": "A", "sol2": "B"}, 1),
+        {"goal": "G", "sol1": "A", "sol2": "B", "label": 1},
+        {"goal": "G", "sol1": "A", "sol2": "B"},
+        {"label": 1, "options": ("A", "B"), "right": frozenset({1})},
+    ),
+    "siqa": (
+        (STORY, 3),
+        {**STORY, "label": "3"},
+        STORY,
+        {"label": 2, "options": ("a", "b", "c"), "right": frozenset({2})},
+    ),
+    "aqua": (
+        {"question": "q", "options": ["A)1", "B) 2", "C)1"], "rationale": "r", "correct": "C"},
+        {"question": "q", "options": ["A)1", "B) 2", "C)1"], "rationale": "r", "correct": "C"},
+        {"question": "q", "choices": "(A) 1 (B) 2 (C) 1"},
+        # An option of the same text is as right.
+        {"label": 2, "options": ("1", "2", "1"), "right": frozenset({0, 2})},
+    ),
 }
+NLI_NAMES = ["entailment", "neutral", "contradiction"]
 CLASSES = {
+    "snli": NLI_NAMES,
+    "mnli": NLI_NAMES,
+    "piqa": ["0", "1"],
+    "sst5": [],  # plain numbers and texts
+    "siqa": [],
     "rte": ["entailment", "not_entailment"],
     "sst2": ["negative", "positive"],
     "cb": ["entailment", "contradiction", "neutral"],
@@ -173,6 +225,14 @@ def write(folder: Path, name: str, records: list[Any]) -> None:
     for split in ("train", "test"):
         if name == "sst2":
             text = "sentence\tlabel\n" + "".join(line + "\n" for line in records)
+        elif name == "mnli":
+            text = "sentence1\tsentence2\tgold_label\n" + "".join(f"{line}\n" for line in records)
+        elif name in ("sst5", "trec"):
+            text = "".join(f"{line}\n" for line in records)
+        elif name in ("piqa", "siqa"):
+            text = "".join(json.dumps(record) + "\n" for record, _ in records)
+            labels = "".join(f"{label}\n" for _, label in records)
+            (folder / node["source"]["files"]["labels"][split]).write_text(labels)
         elif name == "squad":
             text = json.dumps({"data": [{"title": "T", "paragraphs": records}]})
         elif name == "drop":

@@ -22,6 +22,7 @@ def prompts(name: str, key: str = "prompts") -> list[Prompt]:
 
 
 NLI = {"premise": "It rained. ", "hypothesis": "It was wet."}
+PAIR = {"premise": "A man naps.", "hypothesis": "He is Tall."}
 SCHEMA = {"text": "Ann met Eve. She smiled.", "span1_text": "Ann", "span2_text": "She"}
 WORD = {"word": "bank", "sentence1": "The bank lent.", "sentence2": "A river bank."}
 PASSAGE = {"paragraph": "A cat sat.", "question": "Who sat?", "answer": "the cat"}
@@ -70,6 +71,26 @@ PASSAGE = {"paragraph": "A cat sat.", "question": "Who sat?", "answer": "the cat
             "Yes or No?\n",
             "No Yes",
         ),
+        # Not MeZO's own: of SST-2 with more words, of CB, and ours.
+        ("sst5", {"text": "A Joy ."}, "a joy . It was", "terrible bad okay good great"),
+        (
+            "snli",
+            NLI,
+            'Suppose It rained.  Can we infer that "It was wet."? Yes, No, or Maybe?\n',
+            "Yes Maybe No",
+        ),
+        (
+            "mnli",
+            NLI,
+            'Suppose It rained.  Can we infer that "It was wet."? Yes, No, or Maybe?\n',
+            "Yes Maybe No",
+        ),
+        (
+            "trec",
+            {"text": "Who ran ?"},
+            "Question: Who ran ?\nType of the answer:",
+            "Description Entity Expression Human Location Number",
+        ),
     ],
 )
 def test_classification_prompts_are_those_of_mezo(
@@ -87,6 +108,20 @@ def test_classification_prompts_are_those_of_mezo(
     [
         ("sst2", {"sentence": "a joy . "}, "a joy . It was <m> .", ("terrible", "great")),
         ("rte", NLI, "It rained.  ? <m> , It was wet.", ("Yes", "No")),
+        (
+            "sst5",
+            {"text": "A joy ."},
+            "a joy . It was <m>.",
+            ("terrible", "bad", "okay", "good", "great"),
+        ),
+        ("snli", PAIR, "A man naps? <m>, he is Tall.", ("Yes", "Maybe", "No")),
+        ("mnli", PAIR, "A man naps? <m>, he is Tall.", ("Yes", "Maybe", "No")),
+        (
+            "trec",
+            {"text": "Who ran ?"},
+            "<m>: Who ran ?",
+            ("Description", "Entity", "Expression", "Human", "Location", "Number"),
+        ),
     ],
 )
 def test_masked_prompts(
@@ -116,6 +151,81 @@ def test_copa(conjunction: str, options: tuple[str, ...], ends: tuple[str, ...])
     )
     assert prompt.context(row.fields) == f"The dog barked. {conjunction}"
     assert prompt.candidates(row) == tuple("The dog barked." + end for end in ends)
+
+
+GOAL = {"goal": "Dry a cup.", "sol1": "Wipe it.", "sol2": "Fill it."}
+SCENE = {"context": "Ann fell.", "question": "What next?"}
+ANSWERS = {"answerA": "rest", "answerB": "run", "answerC": "sing"}
+SUM = {"question": "What is 1 + 1?", "choices": "(A) 1 (B) 2"}
+
+
+@pytest.mark.parametrize(
+    ("task", "number", "fields", "options", "context", "ends"),
+    [
+        (
+            "piqa",
+            0,
+            GOAL,
+            ("Wipe it.", "Fill it."),
+            "Question: Dry a cup.\nAnswer:",
+            (" Wipe it.", " Fill it."),
+        ),
+        (
+            "piqa",
+            1,
+            GOAL,
+            ("Wipe it.", "Fill it."),
+            "Please choose the correct solution to the question: Dry a cup.\n\nSolution1: Wipe it."
+            "\n\nSolution2: Fill it.\n\nAnswer format: solution1/solution2\n",
+            ("the correct answer is solution1", "the correct answer is solution2"),
+        ),
+        (
+            "siqa",
+            0,
+            SCENE | ANSWERS,
+            ("rest", "run", "sing"),
+            "Question: Ann fell. What next?\nAnswer:",
+            (" rest", " run", " sing"),
+        ),
+        (
+            "siqa",
+            1,
+            SCENE | ANSWERS,
+            ("rest", "run", "sing"),
+            "Please choose the correct answer to the question: Ann fell. What next?\n\n"
+            "Answer1: rest\n\nAnswer2: run\n\nAnswer3: sing\n\n"
+            "Answer format: answer1/answer2/answer3\n",
+            tuple(f"the correct answer is answer{k}" for k in (1, 2, 3)),
+        ),
+        ("aqua", 0, SUM, ("1", "2"), "Question: What is 1 + 1?\nAnswer:", (" 1", " 2")),
+        (
+            "aqua",
+            1,
+            SUM,
+            ("1", "2"),
+            "What is 1 + 1? Answer Choices: (A) 1 (B) 2\nThe answer is",
+            (" (A).", " (B)."),
+        ),
+    ],
+)
+def test_prompts_of_the_commonsense_tasks(
+    task: str,
+    number: int,
+    fields: dict[str, str],
+    options: tuple[str, ...],
+    context: str,
+    ends: tuple[str, ...],
+) -> None:
+    prompt = prompts(task)[number]
+    row = Row(fields, 0, "train/1", options=options)
+    assert prompt.context(fields) == context
+    assert prompt.candidates(row) == tuple(context + end for end in ends)
+
+
+def test_a_field_of_the_row_goes_before_the_number_of_an_option() -> None:
+    prompt = Prompt("{q}", option="{number}{letter} {option}")
+    row = Row({"q": "Q", "number": "n", "option": "x"}, 0, "1", options=("a", "b"))
+    assert prompt.candidates(row) == ("Q nA a", "Q nB b")
 
 
 def test_record() -> None:
@@ -169,6 +279,9 @@ def test_generation(task: str, fields: dict[str, str], context: str) -> None:
         ("no_period", "So. ", "So. "),
         ("lower_first", "The Cat", "the Cat"),
         ("lower_first", "I am", "I am"),
+        ("uncapital", "I AM", "i AM"),
+        ("uncapital", "", ""),
+        ("less_last", "So? ", "So?"),
         ("highlights", "a\n@highlight\nb", "a\n- b"),
         ("strip|no_period|lower", " A. ", "a"),  # from the left to the right
         ("lower | strip", " A ", "a"),
@@ -193,9 +306,9 @@ def test_text_that_looks_like_a_template_stays() -> None:
 def test_an_option_template_must_show_the_option() -> None:
     known = ("query", "option")
     for template in ("{option}", "{query|with_option}", "x {option|lower_first}"):
-        check_template(template, known, key="task.option_template", needed="option")
+        check_template(template, known, key="task.option_template", needed=("option",))
     with pytest.raises(UserError, match="does not show the option"):
-        check_template("{query}", known, key="task.option_template", needed="option")
+        check_template("{query}", known, key="task.option_template", needed=("option",))
 
 
 def test_every_filter_is_used_by_a_prompt_of_ours() -> None:

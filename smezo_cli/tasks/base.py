@@ -2,12 +2,21 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from smezo_cli.errors import UserError
-from smezo_cli.tasks.templates import MASK, OPTION, check_template, fill, places
+from smezo_cli.tasks.templates import (
+    LETTER,
+    MASK,
+    NUMBER,
+    OPTION,
+    check_template,
+    fill,
+    places,
+)
 
 KINDS = ("classification", "choice", "generation")
 
@@ -40,7 +49,8 @@ class Prompt:
     Attributes:
         template: the context; with a `{mask}` place it is for masked language models.
         labels: of a classification task the label words by class index.
-        option: of a choice task how an option is written behind the context.
+        option: of a choice task how an option is written behind the context; beside the fields it
+            has places for `{option}`, its `{number}` from 1 and its `{letter}` from A.
     """
 
     template: str
@@ -71,9 +81,17 @@ class Prompt:
         if row.answers:
             # Not stripped: the newline behind an answer is what ends it.
             return (context + f" {row.answers[0]}\n",)
-        words = [fill(self.option, {**row.fields, OPTION: text}) for text in row.options]
+        words = [
+            fill(self.option, {**option_fields(text, k), **row.fields, OPTION: text})
+            for k, text in enumerate(row.options)
+        ]
         blank = "" if context[-1:].isspace() else " "
         return tuple((context + blank + word).strip(" ") for word in words or self.labels)
+
+
+def option_fields(text: str, index: int) -> dict[str, str]:
+    """What the template of an option can show of the option at `index` (from 0)."""
+    return {OPTION: text, NUMBER: str(index + 1), LETTER: chr(ord("A") + index)}
 
 
 @dataclass(frozen=True)
@@ -141,15 +159,21 @@ def cut(
     is an upper limit, and so is `num_train` where the rows are fewer: dev is served first. With
     `test_from: train` the test rows are those behind train and dev, and are served first of all.
 
+    With `num_per_class` k, `num_train` and `num_dev` play no part: of each class the first k
+    permuted train rows are for train and the next k for dev, or as many as there are, as in MeZO's
+    experiments with RoBERTa (arXiv 2305.17333, section 3.1).
+
     Raises:
-        UserError: nothing would be left for one of them.
+        UserError: nothing would be left for one of them; a class without a row.
     """
-    for key in ("num_train", "num_dev", "num_test"):
-        value = cfg[key]
+    for key in ("num_train", "num_dev", "num_test", "num_per_class"):
+        value = cfg.get(key)
         if value is not None and (type(value) is not int or value < 1):
             raise UserError(f"task.{key}={value} is no row count; give an integer from 1, or null.")
     num_train, num_dev, num_test = cfg["num_train"], cfg["num_dev"], cfg["num_test"]
     from_train = cfg.get("test_from", "test") == "train"
+    if cfg.get("num_per_class") is not None:
+        return _cut_by_class(tables, cfg, data_seed)
     asked = {"num_train": num_train, "num_dev": num_dev}
     if from_train:
         asked["num_test"] = num_test
@@ -177,6 +201,50 @@ def cut(
     split = num_train + num_dev
     rest = order[split:] if from_train else permute(tables.test, data_seed)
     return tuple(order[:num_train]), tuple(order[num_train:split]), tuple(rest[:num_test])
+
+
+def _cut_by_class(
+    tables: Tables, cfg: Mapping[str, Any], data_seed: int
+) -> tuple[tuple[Row, ...], tuple[Row, ...], tuple[Row, ...]]:
+    key = f"task.num_per_class={cfg['num_per_class']}"
+    size: int = cfg["num_per_class"]
+    for index, name in enumerate(tables.classes):
+        if not any(row.label == index for row in tables.train):
+            raise UserError(
+                f"{key}: task {cfg['name']} has no train rows of class {name}; give rows of every "
+                "class, or task.num_per_class=null."
+            )
+    seen: Counter[int] = Counter()
+    parts: tuple[list[Row], list[Row], list[Row]] = ([], [], [])
+    for row in permute(tables.train, data_seed):
+        parts[min(seen[row.label] // size, 2)].append(row)
+        seen[row.label] += 1
+    train, dev, rest = parts
+    if not dev:
+        raise UserError(
+            f"{key} leaves no rows for dev, which gets as many of each class: task {cfg['name']} "
+            f"has {max(seen.values())} rows of a class at most; lower it."
+        )
+    test = rest if cfg.get("test_from", "test") == "train" else permute(tables.test, data_seed)
+    if not test:
+        raise UserError(
+            f"{key} leaves no rows for test: task {cfg['name']} has {len(tables.train)} rows for "
+            "train, dev and test; lower it."
+        )
+    return tuple(train), tuple(dev), tuple(test[: cfg["num_test"]])
+
+
+def lacking(
+    train: Sequence[Row], dev: Sequence[Row], classes: Sequence[str], num_per_class: int
+) -> list[str]:
+    """Say of each class with fewer than `num_per_class` train or dev rows how many it has."""
+    counts = [Counter(row.label for row in rows) for rows in (train, dev)]
+    return [
+        f"{num_per_class} rows of class {name} asked for, {counts[0][index]} there for train and "
+        f"{counts[1][index]} for dev"
+        for index, name in enumerate(classes)
+        if counts[1][index] < num_per_class
+    ]
 
 
 def prompts_of(cfg: Mapping[str, Any], tables: Tables) -> tuple[Prompt, ...]:
@@ -256,8 +324,12 @@ def _check(prompt: Prompt, tables: Tables, kind: str) -> None:
     if kind != "classification":
         check_template(prompt.template, tables.fields)
         if kind == "choice":
+            own = [name for name in (NUMBER, LETTER) if name not in tables.fields]
             check_template(
-                prompt.option, (*tables.fields, OPTION), key="task.option_template", needed=OPTION
+                prompt.option,
+                (*tables.fields, OPTION, *own),
+                key="task.option_template",
+                needed=(OPTION, *own),
             )
         return
     check_template(prompt.template, (*tables.fields, MASK))

@@ -1,9 +1,13 @@
-"""Table files as records: JSON lines, JSON, CSV, TSV and Parquet, with exact places in messages."""
+"""Files as records: JSON lines, JSON, CSV, TSV, Parquet, and by request parsed lines and trees.
+
+Every record knows its exact place, for messages.
+"""
 
 import csv
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,19 +49,38 @@ def sha256_of(*paths: Path) -> str:
     )
 
 
-def read_file(path: Path, *, quotes: bool = True) -> Iterator[Record]:
-    """Records of a file, by its extension; `quotes=False`: in a TSV they are ordinary characters.
+def read_file(
+    path: Path,
+    *,
+    quotes: bool = True,
+    form: str | None = None,
+    line: str | None = None,
+    encoding: str = "utf-8-sig",
+) -> Iterator[Record]:
+    """Records of a file, by its extension unless `form` or `line` says otherwise.
 
     A JSON file gives its elements if it is a list, else itself as the only record.
+
+    Args:
+        path: the file.
+        quotes: False: in a TSV they are ordinary characters.
+        form: `jsonl`, whatever the extension; `trees`: a bracketed tree a line, `(3 (2 A) (4 b))`,
+            gives the label of its root as `label` and its words, joined by blanks, as `text`.
+        line: a regular expression with named groups that each line must match; they are the fields.
+        encoding: of parsed lines.
 
     Raises:
         UserError: naming file, line and column of what cannot be read; a file without records.
     """
     suffix = path.suffix.lower()
-    readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
+    readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".trees": _trees}
+    if form is not None:
+        suffix = f".{form}"
     try:
         check_ordinary(path)
-        if suffix in readers:
+        if line is not None:
+            records = _parsed(path, re.compile(line), encoding)
+        elif suffix in readers:
             records = readers[suffix](path)
         elif suffix in (".csv", ".tsv"):
             records = _table(path, "," if suffix == ".csv" else "\t", quotes)
@@ -88,6 +111,48 @@ def _jsonl(path: Path) -> Iterator[Record]:
                     raise UserError(f"{where}: not JSON in UTF-8 ({error}).") from error
                 _check_characters(line, value, where)
                 yield Record(where, number, value)
+
+
+def lines_of(path: Path, encoding: str = "utf-8-sig") -> list[str]:
+    """The lines of a text file without their ends, and without an empty last one.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        text = path.read_bytes().decode(encoding)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not {error.encoding.upper()} ({error.reason}).") from error
+    # Not str.splitlines(), which takes some characters of a text for line ends.
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    return lines if lines[-1] else lines[:-1]
+
+
+def _parsed(path: Path, pattern: re.Pattern[str], encoding: str) -> Iterator[Record]:
+    for number, line in enumerate(lines_of(path, encoding), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            if not (match := pattern.fullmatch(line)):
+                raise UserError(
+                    f"{where}: {line[:80]!r} is not of the form of such a file, {pattern.pattern}."
+                )
+            yield Record(where, number, match.groupdict())
+
+
+def _trees(path: Path) -> Iterator[Record]:
+    for number, line in enumerate(lines_of(path), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            root = re.fullmatch(r"\s*\((\S+) .*\)\s*", line)
+            words = re.findall(r"\(\S+ ([^\s()]+)\)", line)
+            if not root or not words or line.count("(") != line.count(")"):
+                raise UserError(
+                    f"{where}: {line[:80]!r} is no tree such as (3 (2 A) (4 film)), with a label "
+                    "behind each bracket."
+                )
+            yield Record(where, number, {"label": root[1], "text": " ".join(words)})
 
 
 def _json(path: Path) -> Iterator[Record]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from smezo_cli.errors import UserError
 from smezo_cli.tasks import own, records, rotten_tomatoes, toy
-from smezo_cli.tasks.base import KINDS, Tables, Task, cut, prompts_of
+from smezo_cli.tasks.base import KINDS, Tables, Task, cut, lacking, prompts_of
 from smezo_cli.tasks.files import sha256_of
 
 READERS: dict[str, Callable[[Mapping[str, Any], Path], Tables]] = {
@@ -45,7 +45,9 @@ def load_task(cfg: Mapping[str, Any], *, data_seed: int, cache: Path) -> Task:
     prompts = prompts_of(cfg, tables)
     train, dev, test = cut(tables, cfg, data_seed)
     notes = [tables.source]
-    if cfg["num_train"] is not None and len(train) < cfg["num_train"]:
+    if cfg.get("num_per_class") is not None:
+        notes += lacking(train, dev, tables.classes, cfg["num_per_class"])
+    elif cfg["num_train"] is not None and len(train) < cfg["num_train"]:
         notes.append(
             f"{len(train)} rows to train on, not {cfg['num_train']}: of {len(tables.train)} "
             f"dev takes {len(dev)}" + (f" and test {len(test)}" if not tables.test else "")
@@ -71,10 +73,7 @@ def local_fingerprint(cfg: Mapping[str, Any]) -> str | None:
     if cfg.get("data"):
         names = [cfg["data"], *([cfg["test_data"]] if cfg.get("test_data") else [])]
     elif cfg.get("data_dir"):
-        files = cfg["source"]["files"]
-        names = [str(Path(cfg["data_dir"], files[split])) for split in ("train", "test")]
-        if cfg["test_from"] == "train":
-            names = names[:1]
+        names = [str(path) for path in records.files_of(cfg)]
     else:
         return None
     paths = [Path(str(name)).expanduser() for name in names]

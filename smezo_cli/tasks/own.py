@@ -15,7 +15,7 @@ from smezo_cli.settings import near
 from smezo_cli.tasks.base import Prompt, Row, Tables
 from smezo_cli.tasks.files import SUFFIXES, Record, read_file, sha256_of
 from smezo_cli.tasks.hub import HubTable, load_hub
-from smezo_cli.tasks.templates import OPTION, check_template, fields_of
+from smezo_cli.tasks.templates import LETTER, NUMBER, OPTION, check_template, fields_of
 
 # Of one file without counts: a fifth for the test and a tenth for dev, at most MeZO's sizes.
 TEST_SHARE, MOST_TEST = 5, 1000
@@ -266,7 +266,8 @@ class _Columns:
         names: list[str] = []
         for number, template in enumerate(templates):
             key = ("task.prompt", "task.option_template")[number]
-            reserved = (OPTION,) if number else ()
+            places = [p for p in (NUMBER, LETTER) if self.map.get(p, p) not in self.there]
+            reserved = (OPTION, *places) if number else ()
             try:
                 shown = [name for name in fields_of(template) if name not in reserved]
             except ValueError:

@@ -10,21 +10,29 @@
     classes       values of the label: a list, or a mapping of each class to its values
     options       of choice: a list of paths, or one path with []
     option_spans  path of the text of which the options are {start, end} spans, the end included
+    option_prefix regular expression of what stands before the text of each option
     answers       of choice the texts of the right options; of generation the reference answers:
                   a path, or a list of which the first with a text counts ("a b" joins two)
+    unlabelled    values of the label of rows without one, which are blank rows
+    listed        further fields that list the options: {choices: "({letter}) {option}"}
     skip_blank    leave out rows with a blank text or nothing right, and say how many
+
+`files` says besides how they are read (`smezo_cli.tasks.files.read_file`): `quotes`, `format`,
+`line`, `encoding`; and its `labels` names for each split a file with one `label` a line.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from smezo_cli.errors import UserError
-from smezo_cli.tasks.base import Row, Tables
-from smezo_cli.tasks.files import Record, read_file, sha256_of
+from smezo_cli.tasks.base import Row, Tables, option_fields
+from smezo_cli.tasks.files import Record, lines_of, read_file, sha256_of
 from smezo_cli.tasks.hub import load_hub
 from smezo_cli.tasks.paths import NotThereError, Place, places_of, value_at
+from smezo_cli.tasks.templates import fill
 
 
 class _BlankError(Exception):
@@ -40,7 +48,7 @@ def read(cfg: Mapping[str, Any], cache: Path) -> Tables:
         UserError: naming file, line and field of what is missing or malformed.
     """
     source = cfg["source"]
-    splits = ("train",) if cfg.get("test_from", "test") == "train" else ("train", "test")
+    splits = _splits(cfg)
     if cfg["data_dir"] is None:
         if "hub" not in source:
             raise UserError(f"task {cfg['name']} is not on the hub: give task.data_dir=PATH.")
@@ -50,13 +58,10 @@ def read(cfg: Mapping[str, Any], cache: Path) -> Tables:
         if "files" not in source:
             raise UserError(f"task.data_dir: task {cfg['name']} reads no files; leave it out.")
         layout = _layout(source, "files")
-        folder = Path(cfg["data_dir"]).expanduser().absolute()
-        paths = [_file(folder, source["files"], split, splits) for split in splits]
-        quotes = bool(source["files"].get("quotes", True))
-        found = {
-            split: _numbered(path, read_file(path, quotes=quotes))
-            for split, path in zip(splits, paths, strict=True)
-        }
+        paths = files_of(cfg)
+        _check_files(cfg, paths)
+        folder = paths[0].parent
+        found = {split: _from_file(folder, source["files"], split) for split in splits}
         where = f"{folder} ({', '.join(path.name for path in paths)})"
         fingerprint = sha256_of(*paths)
     rows, skipped = {}, {}
@@ -68,11 +73,24 @@ def read(cfg: Mapping[str, Any], cache: Path) -> Tables:
     return Tables(
         train=rows["train"],
         test=rows.get("test", ()),
-        fields=tuple(_fields(layout)),
+        fields=(*_fields(layout), *layout.get("listed", {})),
         classes=tuple(_classes(layout)) if cfg["kind"] == "classification" else (),
         source=where,
         fingerprint=fingerprint,
     )
+
+
+def files_of(cfg: Mapping[str, Any]) -> list[Path]:
+    """The files of the folder `cfg.data_dir` that the rows come from; their bytes are the data."""
+    folder = Path(cfg["data_dir"]).expanduser().absolute()
+    files = cfg["source"]["files"]
+    names = [files[split] for split in _splits(cfg)]
+    names += [files["labels"][split] for split in _splits(cfg) if "labels" in files]
+    return [folder / name for name in names]
+
+
+def _splits(cfg: Mapping[str, Any]) -> tuple[str, ...]:
+    return ("train",) if cfg.get("test_from", "test") == "train" else ("train", "test")
 
 
 def _layout(source: Mapping[str, Any], block: str) -> dict[str, Any]:
@@ -115,16 +133,42 @@ def _from_hub(
     return where, fingerprint, {split: table.records() for split, table in tables.items()}
 
 
-def _file(folder: Path, files: Mapping[str, Any], split: str, splits: tuple[str, ...]) -> Path:
-    path: Path = folder / files[split]
-    if not path.is_file():
-        lacks = f"there is no {path.name} in it" if folder.is_dir() else "there is no such folder"
-        names = " and ".join(files[name] for name in splits)
-        # A sample of a benchmark is often a train file alone.
-        alone = split == "test" and folder.is_dir()
-        cure = "; task.test_from=train cuts test rows from the train file" if alone else ""
-        raise UserError(f"task.data_dir={folder}: {lacks}; the folder must hold {names}{cure}.")
-    return path
+def _check_files(cfg: Mapping[str, Any], paths: list[Path]) -> None:
+    folder, files = paths[0].parent, cfg["source"]["files"]
+    of_test = {files["test"], files.get("labels", {}).get("test")}
+    for path in paths:
+        if not path.is_file():
+            there = folder.is_dir()
+            lacks = f"there is no {path.name} in it" if there else "there is no such folder"
+            *names, last = [path.name for path in paths]
+            must = f"{', '.join(names)} and {last}" if names else last
+            # A sample of a benchmark is often a train file alone.
+            alone = path.name in of_test and there
+            cure = "; task.test_from=train cuts test rows from the train file" if alone else ""
+            raise UserError(f"task.data_dir={folder}: {lacks}; the folder must hold {must}{cure}.")
+
+
+def _from_file(folder: Path, files: Mapping[str, Any], split: str) -> Iterator[Record]:
+    path = folder / files[split]
+    given = {"quotes": "quotes", "format": "form", "line": "line", "encoding": "encoding"}
+    how = {given[key]: files[key] for key in given if key in files}
+    records = _numbered(path, read_file(path, **how))
+    return _labelled(records, folder / files["labels"][split]) if "labels" in files else records
+
+
+def _labelled(records: Iterator[Record], path: Path) -> Iterator[Record]:
+    """Records with the `label` that stands in the same line of another file."""
+    labels = [line.strip() for line in lines_of(path)]
+    count = 0
+    for count, record in enumerate(records, start=1):
+        if count > len(labels):
+            raise UserError(f"{path} has {len(labels)} labels, and {record.where} needs one more.")
+        labelled = isinstance(record.value, dict)
+        yield replace(
+            record, value={**record.value, "label": labels[count - 1]} if labelled else record.value
+        )
+    if count < len(labels):
+        raise UserError(f"{path} has {len(labels)} labels for {count} records; give the pair.")
 
 
 def _numbered(path: Path, records: Iterator[Record]) -> Iterator[Record]:
@@ -188,6 +232,9 @@ def _row(place: Place, layout: Mapping[str, Any], kind: str, identity: str) -> R
     if kind == "classification":
         return Row(texts, _label(place, layout), identity)
     options = _options(place, layout)
+    for name, template in layout.get("listed", {}).items():
+        parts = [fill(template, option_fields(text, k)) for k, text in enumerate(options)]
+        texts[name] = " ".join(parts)
     if "answers" in layout:
         answers = _answers(place, layout)
         right = [options.index(answer) for answer in answers if answer in options]
@@ -197,11 +244,15 @@ def _row(place: Place, layout: Mapping[str, Any], kind: str, identity: str) -> R
         right = [_label(place, layout)]
         if right[0] >= len(options):
             raise ValueError(f"field {layout['label']!r} names no option; there are {len(options)}")
+        # Another option of the same text is as right.
+        right += [k for k, text in enumerate(options) if text == options[right[0]]]
     return Row(texts, right[0], identity, options=options, right=frozenset(right))
 
 
 def _label(place: Place, layout: Mapping[str, Any]) -> int:
     value = value_at(place, layout["label"])
+    if any(type(value) is type(none) and value == none for none in layout.get("unlabelled", ())):
+        raise _BlankError(f"field {layout['label']!r} is {value!r}, which is no label")
     classes = list(_classes(layout).values())
     for index, values in enumerate(classes):
         # By type as well: in Python True is 1.
@@ -212,10 +263,12 @@ def _label(place: Place, layout: Mapping[str, Any]) -> int:
 
 
 def _options(place: Place, layout: Mapping[str, Any]) -> tuple[str, ...]:
-    """The row's own candidates; of those that come from one list each text once, in order."""
-    if not isinstance(layout["options"], str):
-        return _texts([value_at(place, path) for path in layout["options"]], "an option")
-    found = value_at(place, layout["options"])
+    """The row's own candidates; where the right ones are known by text each once, in order."""
+    paths = layout["options"]
+    if isinstance(paths, str):
+        found = value_at(place, paths)
+    else:
+        found = [value_at(place, path) for path in paths]
     if "option_spans" in layout:
         text = value_at(place, layout["option_spans"])
         try:
@@ -225,7 +278,11 @@ def _options(place: Place, layout: Mapping[str, Any]) -> tuple[str, ...]:
                 f"field {layout['options']!r} must hold spans, {{start, end}} of "
                 f"{layout['option_spans']}"
             ) from error
-    return tuple(dict.fromkeys(_texts(found, "an option")))
+    if "option_prefix" in layout:
+        prefix = re.compile(rf"\s*(?:{layout['option_prefix']})\s*")
+        found = [prefix.sub("", text, count=1) for text in _texts(found, "an option", blank=True)]
+    options = _texts(found, "an option")
+    return tuple(dict.fromkeys(options)) if "answers" in layout else options
 
 
 def _answers(place: Place, layout: Mapping[str, Any]) -> tuple[str, ...]:

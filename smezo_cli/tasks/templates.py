@@ -11,11 +11,16 @@ from smezo_cli.settings import near
 
 MASK = "mask"  # the place of the mask token of a masked language model
 OPTION = "option"  # in an option's template: the option's text
+NUMBER, LETTER = "number", "letter"  # there too: which one it is, 1 or A the first
 
 
 def _question(text: str) -> str:
     text = text if text.endswith("?") else f"{text}?"
     return text[:1].upper() + text[1:]
+
+
+def _uncapital(text: str) -> str:
+    return text[:1].lower() + text[1:]
 
 
 def _lower_first(text: str) -> str:
@@ -30,6 +35,8 @@ FILTERS: dict[str, Callable[[str, Mapping[str, str]], str]] = {
     "question": lambda text, _: _question(text),  # is it so -> Is it so?
     "no_period": lambda text, _: text.removesuffix("."),
     "lower_first": lambda text, _: _lower_first(text),  # the first word, unless it is I
+    "uncapital": lambda text, _: _uncapital(text),  # the first character
+    "less_last": lambda text, _: text[:-1],  # without the last character, which ends a sentence
     "highlights": lambda text, _: text.replace("@highlight\n", "- "),
     "with_option": lambda text, fields: text.replace("@placeholder", fields[OPTION]),
 }
@@ -69,9 +76,13 @@ def fill(template: str, fields: Mapping[str, str]) -> str:
 
 
 def check_template(
-    template: str, allowed: Sequence[str], *, key: str = "task.prompt", needed: str = ""
+    template: str,
+    allowed: Sequence[str],
+    *,
+    key: str = "task.prompt",
+    needed: Sequence[str] = (),
 ) -> None:
-    """Refuse a template that does not fit the rows; `needed` is a field that it must show.
+    """Refuse a template that does not fit the rows; of `needed` it must show a field at least.
 
     Raises:
         UserError: naming the template, the field or filter, and what there is.
@@ -105,5 +116,5 @@ def check_template(
         raise UserError(f"{shown}: {{mask}} stands there more than once; one is allowed.")
     if not any(name != MASK for name, _ in used):
         raise UserError(f"{shown} shows nothing of a row; use {names}.")
-    if needed and not any(name == needed or "with_option" in filters for name, filters in used):
-        raise UserError(f"{shown} does not show the {needed}; use {{{needed}}}.")
+    if needed and not any(name in needed or "with_option" in filters for name, filters in used):
+        raise UserError(f"{shown} does not show the {needed[0]}; use {{{needed[0]}}}.")
