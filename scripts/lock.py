@@ -3,10 +3,10 @@
     .venv/bin/pip install uv && .venv/bin/python scripts/lock.py
 
 Versions are those of constraints.txt, hashes those that the package index lists for all files of a
-version. Four files, because they are installed at different times: base.txt (PyTorch, and what
-builds packages from source), run.txt, dev.txt (tools of the tests) and cuda.txt (what a CUDA build
-of PyTorch needs besides, at versions that PyTorch asks for or, where it leaves them open, the
-newest). Stops with one sentence where constraints.txt names too little or too much.
+version. Five files, because they are installed at different times: torch.txt (PyTorch, all builds),
+build.txt (what builds packages from source), run.txt, dev.txt (tools of the tests) and cuda.txt
+(what a CUDA build of PyTorch needs besides, at versions that PyTorch asks for or, where it leaves
+them open, the newest). Stops with one sentence where constraints.txt names too little or too much.
 """
 
 import os
@@ -30,6 +30,7 @@ CPU_BUILDS = {
         "0b8f7d0423027ae8b90c7977c627f3379f325363a08224dffad9b4b2d684a83d",
     )
 }
+BUILDERS = ("setuptools", "hatchling", "editables")  # hatchling asks for the last at build time
 SUPPORTED = [
     {
         "sys_platform": "linux",
@@ -46,8 +47,9 @@ SUPPORTED = [
 ]
 ENTRY = re.compile(r"^([a-z0-9-]+)==([^\s;\\]+)(?: ; (.*?))?(?: \\)?$")
 WHAT = {
-    "base": "PyTorch, and what builds packages from source",
-    "run": "What smezo runs with, besides base.txt",
+    "torch": "PyTorch, the builds for CUDA and for CPUs",
+    "build": "What builds packages from source",
+    "run": "What smezo runs with, besides torch.txt and build.txt",
     "dev": "The tools of the tests, besides run.txt",
     "cuda": "What a CUDA build of PyTorch needs besides",
 }
@@ -77,20 +79,16 @@ def resolve(*words: str, given: str | None = None) -> dict[str, tuple[str, str, 
     return found
 
 
-def names(*requirements: str) -> set[str]:
-    """The packages that the requirements come to."""
-    return {*resolve("-", given="\n".join(requirements))}
-
-
 def main() -> None:
     """Resolve, compare with constraints.txt, write."""
     text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     pinned = dict(line.split("==") for line in text.splitlines() if line and line[0] != "#")
     project = str(ROOT / "pyproject.toml")
     run = {*resolve(project)}
-    everything = resolve(project, "--extra", "dev")
+    build = resolve("-", given="\n".join(BUILDERS))
+    everything = resolve(project, "--extra", "dev") | build
     extra = {*everything} - {*pinned}
-    if missing := extra - names("torch"):
+    if missing := extra - {*resolve("-", given="torch")}:
         rows = " ".join(f"{name}=={everything[name][0]}" for name in sorted(missing))
         sys.exit(f"lock: constraints.txt lacks {rows}; add what is missing, each on its line.")
     if idle := {*pinned} - {*everything}:
@@ -99,9 +97,9 @@ def main() -> None:
     if torch not in CPU_BUILDS:
         sys.exit(f"lock: no sha256 is known for the CPU builds of torch {torch}; see CPU_BUILDS.")
     everything["torch"][2].extend(f"sha256:{digest}" for digest in CPU_BUILDS[torch])
-    base = names("setuptools", "hatchling") | {"torch"}
-    parts = {"base": base, "run": run - base - extra, "cuda": extra}
-    parts["dev"] = {*everything} - base - run - extra
+    parts = {"torch": {"torch"}, "build": {*build}, "cuda": extra}
+    parts["run"] = run - extra - {"torch", *build}
+    parts["dev"] = {*everything} - set().union(*parts.values())
     for part, members in parts.items():
         lines = [f"# {WHAT[part]}: written by scripts/lock.py, installed by scripts/setup.sh.\n"]
         for name in sorted(members):

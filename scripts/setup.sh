@@ -10,8 +10,8 @@ venv=$root/.venv
 need_gb=${SMEZO_NEED_GB:-10}
 
 case ${1:-} in
-  "") extras="" kind=run parts="base run" ;;
-  --dev) extras="[dev]" kind=dev parts="base run dev" ;;
+  "") extras="" kind=run parts="torch build run" ;;
+  --dev) extras="[dev]" kind=dev parts="torch build run dev" ;;
   *) echo "setup: unknown option $1; the only one is --dev." >&2; exit 2 ;;
 esac
 
@@ -68,23 +68,35 @@ fi
 echo "setup: installing the packages of constraints.txt (some minutes the first time)"
 rm -f "$stamp-run" "$stamp-dev"
 log=$venv/pip.log
-pip_install() { "$venv/bin/python" -m pip install --disable-pip-version-check "$@" >>"$log" 2>&1; }
+run_pip() { PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip "$@" >>"$log" 2>&1; }
 
-# PyTorch comes first: its CUDA build needs cuda.txt, which its CPU build has no use for.
+has_torch='
+import sys
+from importlib.metadata import version
+sys.exit("torch==" + version("torch").split("+")[0] != sys.argv[1])'
 needs_cuda='
-import pathlib, re, sys
+import re, sys
 from importlib.metadata import requires
-locked = re.findall("^([a-z0-9-]+)==", pathlib.Path(sys.argv[1]).read_text(), re.M)
+locked = re.findall("^([a-z0-9-]+)==", open(sys.argv[1]).read(), re.M)
 sys.exit(not any(re.match("[A-Za-z0-9_-]+", need)[0] in locked for need in requires("torch")))'
 
-# Nothing is built from what the lock does not name: base.txt holds the build tools, and pip fetches no others.
+# Nothing is built with what the lock does not name: build.txt comes before what is built, and pip fetches no builders itself.
 install_locked() {
-  pip_install --require-hashes --no-deps --requirement "$lock/base.txt" || return
+  local torch part words=()
+  torch=$(grep -o '^torch==[0-9.]*' "$lock/torch.txt")
+  if ! "$venv/bin/python" -c "$has_torch" "$torch" 2>/dev/null; then
+    # Which build of PyTorch it is stays the choice of pip's own settings, which hashes would change (pip prefers files whose
+    # hash an index tells beforehand): so it is fetched first, and installed if it is a listed one.
+    rm -rf "$venv/torch"
+    run_pip download --no-deps --only-binary :all: --dest "$venv/torch" "$torch" || return
+    run_pip install --require-hashes --no-deps --no-index --find-links "$venv/torch" --requirement "$lock/torch.txt" || return
+    rm -rf "$venv/torch"
+  fi
   if "$venv/bin/python" -c "$needs_cuda" "$lock/cuda.txt"; then parts="$parts cuda"; fi
-  local part words=()
+  run_pip install --require-hashes --no-deps --requirement "$lock/build.txt" || return
   for part in $parts; do words+=(--requirement "$lock/$part.txt"); done
-  pip_install --require-hashes --no-build-isolation "${words[@]}" || return
-  pip_install --no-deps --no-build-isolation --editable "$root"
+  run_pip install --require-hashes --no-build-isolation "${words[@]}" || return
+  run_pip install --no-deps --no-build-isolation --editable "$root"
 }
 
 install() {
@@ -93,7 +105,7 @@ install() {
     install_locked
   else
     echo "setup: SMEZO_LOCK=0: what is downloaded is not compared with scripts/lock"
-    pip_install --constraint "$root/constraints.txt" --editable "$root$extras"
+    run_pip install --constraint "$root/constraints.txt" --editable "$root$extras"
   fi
 }
 
