@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Usage: scripts/setup.sh [--dev]
-# Makes .venv beside this folder and installs smezo into it with the pinned versions of constraints.txt; --dev adds the
-# tools of the tests. Safe to repeat: when nothing has changed since, nothing is done and no network is needed.
+# Makes .venv beside this folder and installs smezo into it with the pinned versions of constraints.txt, each file compared
+# with the sha256 in scripts/lock/ (SMEZO_LOCK=0: not compared, for a build of PyTorch that is not listed there); --dev adds
+# the tools of the tests. Safe to repeat: when nothing has changed since, nothing is done and no network is needed.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -9,17 +10,23 @@ venv=$root/.venv
 need_gb=${SMEZO_NEED_GB:-10}
 
 case ${1:-} in
-  "") extras="" kind=run ;;
-  --dev) extras="[dev]" kind=dev ;;
+  "") extras="" kind=run parts="torch build run" ;;
+  --dev) extras="[dev]" kind=dev parts="torch build run dev" ;;
   *) echo "setup: unknown option $1; the only one is --dev." >&2; exit 2 ;;
 esac
 
 fail() { echo "setup: $1" >&2; exit 1; }
 
+case ${SMEZO_LOCK:-1} in
+  0 | 1) ;;
+  *) fail "SMEZO_LOCK=$SMEZO_LOCK is neither 1 (compare every download with scripts/lock) nor 0 (do not)." ;;
+esac
+
 supported='import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'
 runs_supported() { "$1" -c "$supported" >/dev/null 2>&1; }
 
-wanted=$(cat "$root/pyproject.toml" "$root/constraints.txt" | sha256sum | cut -d' ' -f1)
+lock=$root/scripts/lock
+wanted=$(cat "$root/pyproject.toml" "$root/constraints.txt" "$lock"/*.txt | sha256sum | cut -d' ' -f1)
 stamp=$venv/.smezo
 # A stamp holds the place too: a moved folder must be installed anew. What the tests need includes what a run needs.
 is_done() { [ -f "$stamp-$1" ] && [ "$(cat "$stamp-$1")" = "$wanted $root" ]; }
@@ -61,12 +68,56 @@ fi
 echo "setup: installing the packages of constraints.txt (some minutes the first time)"
 rm -f "$stamp-run" "$stamp-dev"
 log=$venv/pip.log
-if ! "$venv/bin/python" -m pip install --disable-pip-version-check --constraint "$root/constraints.txt" \
-  --editable "$root$extras" >"$log" 2>&1; then
+run_pip() { PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip "$@" >>"$log" 2>&1; }
+
+has_torch='
+import sys
+from importlib.metadata import version
+sys.exit("torch==" + version("torch").split("+")[0] != sys.argv[1])'
+needs_cuda='
+import re, sys
+from importlib.metadata import requires
+locked = re.findall("^([a-z0-9-]+)==", open(sys.argv[1]).read(), re.M)
+sys.exit(not any(re.match("[A-Za-z0-9_-]+", need)[0] in locked for need in requires("torch")))'
+
+# Nothing is built with what the lock does not name: build.txt comes before what is built, and pip fetches no builders itself.
+install_locked() {
+  local torch part words=()
+  torch=$(grep -o '^torch==[0-9.]*' "$lock/torch.txt")
+  if ! "$venv/bin/python" -c "$has_torch" "$torch" 2>/dev/null; then
+    # Which build of PyTorch it is stays the choice of pip's own settings, which hashes would change (pip prefers files whose
+    # hash an index tells beforehand): so it is fetched first, and installed if it is a listed one.
+    rm -rf "$venv/torch"
+    run_pip download --no-deps --only-binary :all: --dest "$venv/torch" "$torch" || return
+    run_pip install --require-hashes --no-deps --no-index --find-links "$venv/torch" --requirement "$lock/torch.txt" || return
+    rm -rf "$venv/torch"
+  fi
+  if "$venv/bin/python" -c "$needs_cuda" "$lock/cuda.txt"; then parts="$parts cuda"; fi
+  run_pip install --require-hashes --no-deps --requirement "$lock/build.txt" || return
+  for part in $parts; do words+=(--requirement "$lock/$part.txt"); done
+  run_pip install --require-hashes --no-build-isolation "${words[@]}" || return
+  run_pip install --no-deps --no-build-isolation --editable "$root"
+}
+
+install() {
+  : >"$log"
+  if [ "${SMEZO_LOCK:-1}" = 1 ]; then
+    install_locked
+  else
+    echo "setup: SMEZO_LOCK=0: what is downloaded is not compared with scripts/lock"
+    run_pip install --constraint "$root/constraints.txt" --editable "$root$extras"
+  fi
+}
+
+if ! install; then
   if grep -qiE 'no space left' "$log"; then
     fail "the disk is full; make room and run this again (all of pip's messages: $log)."
   elif grep -qiE 'name resolution|connection (refused|reset|timed|broken)|max retries|unreachable|newconnectionerror|proxyerror' "$log"; then
     fail "the package registry cannot be reached; check the network and run this again (all of pip's messages: $log)."
+  elif grep -qiE 'do not match the hashes|requirements must have their versions pinned|hashes are required' "$log"; then
+    tail -n 5 "$log" >&2
+    fail "a download is not the file whose sha256 scripts/lock lists (pip's last lines are above); where it is a build of \
+PyTorch that you chose and trust, run this again with SMEZO_LOCK=0, which compares nothing."
   fi
   tail -n 5 "$log" >&2
   fail "pip could not install the packages; its last lines are above, all of them in $log."

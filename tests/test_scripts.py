@@ -117,6 +117,10 @@ def fake_venv(machine: Path) -> Path:
         ("Failed to establish a new connection: [Errno -3] name resolution", "cannot be reached"),
         ("OSError: [Errno 28] No space left on device", "the disk is full"),
         ("ERROR: ResolutionImpossible", "pip could not install the packages"),
+        (
+            "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE",
+            "SMEZO_LOCK=0",
+        ),
     ],
 )
 def test_pip_fails(setup: Setup, machine: Path, fake_venv: Path, pip: str, says: str) -> None:
@@ -126,18 +130,59 @@ def test_pip_fails(setup: Setup, machine: Path, fake_venv: Path, pip: str, says:
     assert says in message
 
 
+def calls_of_pip(machine: Path) -> list[str]:
+    return (machine / "calls").read_text().splitlines()
+
+
 def test_repeating_does_nothing_until_the_pins_change(
     setup: Setup, machine: Path, fake_venv: Path
 ) -> None:
-    calls = machine / "calls"
-    fake_venv.write_text(f'[ "$1" = --version ] || echo "$@" >>{calls}')
+    fake_venv.write_text(f'[ "$1" = --version ] || echo "$@" >>{machine}/calls')
     for words in ([], [], ["--dev"], ["--dev"], []):
         assert setup(*words).returncode == 0
-    assert [line.endswith("[dev]") for line in calls.read_text().splitlines()] == [False, True]
-    with (machine / "constraints.txt").open("a") as file:
-        file.write("# a change\n")
-    assert setup().returncode == 0
-    assert len(calls.read_text().splitlines()) == 3
+    dev = ["lock/dev.txt" in line for line in calls_of_pip(machine) if "lock/run.txt" in line]
+    assert dev == [False, True]
+    for changed in ("constraints.txt", "scripts/lock/run.txt"):
+        before = len(calls_of_pip(machine))
+        with (machine / changed).open("a") as file:
+            file.write("# a change\n")
+        assert setup().returncode == 0
+        assert len(calls_of_pip(machine)) > before
+
+
+@pytest.mark.parametrize("build", ["cpu", "cuda", "none"])
+def test_nothing_is_installed_whose_hash_is_not_locked(
+    build: str, setup: Setup, machine: Path, fake_venv: Path
+) -> None:
+    """PyTorch's own build decides on cuda.txt; without a PyTorch its build is pip's choice."""
+    site = machine / "site" / "torch-2.13.0.dist-info"
+    site.mkdir(parents=True)
+    version = {"cpu": "2.13.0+cpu", "cuda": "2.13.0", "none": "1.0"}[build]
+    needs = "Requires-Dist: nvidia-nccl-cu13==2.29.7; platform_system == 'Linux'\n"
+    (site / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\nRequires-Dist: filelock\n"
+        + needs * (build == "cuda")
+    )
+    fake_venv.write_text(f'[ "$1" = --version ] || echo "$@" >>{machine}/calls')
+    assert setup(PYTHONPATH=str(site.parent)).returncode == 0
+    calls = calls_of_pip(machine)
+    assert any("lock/cuda.txt" in call for call in calls) == (build == "cuda")
+    assert [call.split()[0] for call in calls].count("download") == (build == "none")
+    *locked, project = [call for call in calls if call.startswith("install ")]
+    assert all("--require-hashes" in call for call in locked)
+    assert project.split() == [
+        *("install", "--no-deps", "--no-build-isolation", "--editable"),
+        str(machine),
+    ]
+
+
+def test_lock_can_be_left_aside(setup: Setup, machine: Path, fake_venv: Path) -> None:
+    fake_venv.write_text(f'[ "$1" = --version ] || echo "$@" >>{machine}/calls')
+    run = setup("--dev", SMEZO_LOCK="0")
+    assert "not compared with scripts/lock" in run.stdout
+    (call,) = calls_of_pip(machine)
+    assert call == f"install --constraint {machine}/constraints.txt --editable {machine}[dev]"
+    assert "SMEZO_LOCK=no is neither 1" in setup(SMEZO_LOCK="no").stderr
 
 
 def test_failed_installation_is_tried_again(setup: Setup, machine: Path, fake_venv: Path) -> None:
