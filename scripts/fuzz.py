@@ -16,6 +16,7 @@ that writes hostile files under `case.folder` and calls `case.smezo(...)` or `ca
 import argparse
 import contextlib
 import functools
+import hashlib
 import io
 import json
 import math
@@ -31,6 +32,7 @@ import tempfile
 import time
 import traceback
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +60,8 @@ class Case:
     Attributes:
         rng: keyed by seed, kind and number.
         folder: the current folder, empty at first; the case makes its inputs here.
-        fixtures: sound files to spoil copies of: `run`, `model`, `tiny.gguf`.
+        fixtures: sound files to spoil copies of: `run`, `adamw` (a run, too), `model`,
+            `tiny.gguf`, `tiny.delta`.
     """
 
     rng: random.Random
@@ -67,8 +70,8 @@ class Case:
     refused: bool = False
     output: str = ""
 
-    def smezo(self, *words: str) -> None:
-        """The command line itself: exit code 0, or 2 with one sentence."""
+    def smezo(self, *words: str, codes: tuple[int, ...] = (0,)) -> None:
+        """The command line itself: one of these exit codes, or 2 with one sentence."""
         from smezo_cli.cli import main
 
         out, err = io.StringIO(), io.StringIO()
@@ -78,11 +81,11 @@ class Case:
         said = err.getvalue()
         # What is announced while files are fetched or prepared is no refusal.
         lines = said.strip().splitlines()
-        if code not in (0, 2) or "Traceback" in said:
+        if code not in (*codes, 2) or "Traceback" in said:
             raise Finding(f"exit code {code}: {said[-3000:]}")
         if code == 2 and (len(lines) != 1 or not lines[0].startswith("smezo: ")):
             raise Finding(f"refused in {len(lines)} lines: {said[-3000:]}")
-        if code == 0 and lines:
+        if code != 2 and lines:
             raise Finding(f"done, with complaints: {said[-3000:]}")
         self.refused |= code == 2
 
@@ -590,16 +593,18 @@ def verbs(case: Case) -> None:
     """Words for the other verbs."""
     rng = case.rng
     shutil.copytree(case.fixtures / "run", case.folder / "runs" / "a")
-    verb = rng.choice(("runs", "eval", "predict", "export", "ls", "show", "completion", "bench"))
+    verb = rng.choice(
+        ("runs", "eval", "predict", "export", "replay", "ls", "show", "completion", "bench")
+    )
     odd = ("--sort", "--mean", "--compare", "--json", "--step", "-1", "--out", "no/out.jsonl", "x")
     words = [rng.choice((*odd, override(rng))) for _ in range(rng.choice((1, 2, 3)))]
     if verb == "bench":
         words = ["task=toy", "model=nothing", *words]
-    if verb in ("eval", "predict", "export"):
+    if verb in ("eval", "predict", "export", "replay"):
         words = ["runs/a", *words]
     if any(word.startswith(("/", "..")) for word in words):
         return
-    case.smezo(verb, *words)
+    case.smezo(verb, *words, codes=(0, 1) if verb == "replay" else (0,))
 
 
 def bomb(rng: random.Random) -> bytes:
@@ -681,6 +686,59 @@ def configs(case: Case) -> None:
 # --- kinds: run folders ----------------------------------------------------------------------
 
 
+def reseal(rng: random.Random, tree: Any) -> Any:
+    """A spoiled state.json or result.json with a checksum that is right, most of the time."""
+    from smezo_cli.runs import _sealed
+
+    if not isinstance(tree, dict) or rng.random() < 0.1:
+        return tree
+    with contextlib.suppress(ValueError, TypeError):
+        # As it will be read: what JSON cannot tell apart (1 and True as keys) is one already.
+        tree = json.loads(as_json(tree))
+        return _sealed(tree) if isinstance(tree, dict) else tree
+    return tree
+
+
+def spoil_tensors(rng: random.Random, file: Path) -> None:
+    """Other tensors, and other words beside them, under digests that are right."""
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from smezo_cli.runs import tensors_digest
+
+    with safe_open(file, framework="pt") as saved:
+        about = json.loads((saved.metadata() or {}).get("smezo", "{}"))
+        tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118
+    for _ in range(rng.choice((0, 1, 1, 2))):
+        name = rng.choice(list(tensors))
+        was = tensors[name]
+        some: list[Callable[[], Any]] = [
+            lambda was=was: torch.full_like(was, math.nan) if was.is_floating_point() else -was,
+            lambda was=was: was * 1e38 if was.is_floating_point() else was + 2**40,
+            lambda was=was: was.double(),
+            lambda was=was: was.to(rng.choice((torch.int8, torch.bool, torch.bfloat16))),
+            lambda was=was: was.reshape(-1)[: rng.randrange(3)].clone(),
+            lambda was=was: was[None].clone(),
+            lambda: torch.zeros(()),
+            lambda: torch.zeros(0, 7),
+        ]
+        tensors[name] = rng.choice(some)()
+        if rng.random() < 0.3:
+            tensors[rng.choice(("x", "../x", "dev", "test", "labels"))] = tensors.pop(name)
+    if rng.random() < 0.5:
+        about = spoil_tree(rng, about)
+    if isinstance(about, dict):
+        about["sha256"] = tensors_digest(tensors)
+    words = as_json(about).decode("utf-8", "replace")
+    save_file({k: t.contiguous() for k, t in tensors.items()}, file, {"smezo": words})
+    state = file.parent / "state.json"
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        tree = json.loads(state.read_text())
+        tree["files"][file.name] = about["sha256"]
+        state.write_bytes(as_json(reseal(rng, tree)))
+
+
 def spoil_safetensors(rng: random.Random, data: bytes) -> bytes:
     """A hostile header in front of the tensors."""
     length = struct.unpack("<Q", data[:8])[0]
@@ -724,7 +782,8 @@ def run_folders(case: Case) -> None:
     """Run folders from elsewhere: state, result, settings, metrics, tensors, links."""
     rng = case.rng
     run = case.folder / "runs" / "g" / "r"
-    shutil.copytree(case.fixtures / "run", run)
+    which = rng.choice(("run", "run", "adamw"))
+    shutil.copytree(case.fixtures / which, run)
     for _ in range(rng.choice((1, 1, 2))):
         files = [f for f in sorted(run.rglob("*")) if f.is_file() and not f.is_symlink()]
         if not files:
@@ -761,15 +820,19 @@ def run_folders(case: Case) -> None:
                 elif (run / "checkpoint").is_dir() and not (run / "checkpoint").is_symlink():
                     shutil.rmtree(run / "checkpoint")
                     (run / "checkpoint").symlink_to("../../../../outside")
+            case 4 | 5 | 6 | 7 if file.suffix == ".safetensors":
+                with contextlib.suppress(Exception):  # where it is spoiled already
+                    spoil_tensors(rng, file)
             case _ if file.suffix == ".safetensors":
                 file.write_bytes(spoil_safetensors(rng, file.read_bytes()))
-            case 4 | 5 if file.suffix in (".json", ".yaml", ".jsonl", ".log"):
+            case 4 if file.suffix in (".json", ".yaml", ".jsonl", ".log"):
                 file.write_bytes(spoil_bytes(rng, file.read_bytes()))
             case 6 if file.name == "config.yaml":
                 file.write_bytes(file.read_bytes() + bomb(rng))
             case _ if file.suffix == ".json":
                 with contextlib.suppress(ValueError, OSError):
-                    file.write_bytes(as_json(spoil_tree(rng, json.loads(file.read_text()))))
+                    tree = spoil_notes(rng, json.loads(file.read_text()))
+                    file.write_bytes(as_json(reseal(rng, tree)))
             case _ if file.name == "config.yaml":
                 import yaml
 
@@ -777,7 +840,9 @@ def run_folders(case: Case) -> None:
                     file.write_bytes(as_yaml(spoil_tree(rng, yaml.safe_load(file.read_text()))))
             case _:
                 file.write_bytes(spoil_bytes(rng, file.read_bytes()))
-    match rng.randrange(9):
+    if rng.random() < 0.2:
+        (run / "result.json").unlink() if (run / "result.json").is_file() else None
+    match rng.randrange(12):
         case 0 | 1:
             case.smezo("runs")
             case.smezo("runs", "--mean")
@@ -791,10 +856,14 @@ def run_folders(case: Case) -> None:
         case 5:
             (case.folder / "rows.jsonl").write_text('{"text": "a fine film"}\n')
             case.smezo("predict", "runs/g/r", "rows.jsonl", "--out", "out.jsonl")
-        case 6:
-            shutil.move(run, case.folder / "runs" / "default" / _run_name(case))
-            case.smezo("train", *_RUN)
-        case 7:
+        case 6 | 7 | 8:
+            train(case, run, which)
+        case 9:
+            if rng.random() < 0.5:
+                case.smezo("export", "runs/g/r", "out.delta", "--delta")
+            else:
+                case.smezo("replay", "runs/g/r", codes=(0, 1))
+        case 10:
             base = rng.random() < 0.3
             case.smezo("eval", "runs/g/r", *(["--base"] if base else ["--step", "2"]))
         case _:
@@ -806,11 +875,226 @@ _RUN = (
     *("task=toy", "method=sparse_mezo", "lr=1e-3", "steps=4", "eval_every=2", "keep=all"),
     *(word for word in _QUICK if word != "steps=1"),
 )
+_ADAMW = (
+    *("task=toy", "method=adamw", "lr=1e-3", "lr_schedule=constant", "steps=4", "eval_every=2"),
+    *(w for w in _QUICK if w not in ("steps=1", "compile=false", "method.executor=sequential")),
+)
 
 
-def _run_name(case: Case) -> str:
-    (case.folder / "runs" / "default").mkdir()
-    return (case.fixtures / "name").read_text()
+def spoil_notes(rng: random.Random, tree: Any) -> Any:
+    """A spoiled tree of JSON; in most cases one of its larger parts alone, such as the notes."""
+    if not isinstance(tree, dict) or rng.random() < 0.4:
+        return spoil_tree(rng, tree)
+    notes = tree.get("notes") if isinstance(tree.get("notes"), dict) else tree
+    parts = [name for name, part in notes.items() if isinstance(part, dict | list) and part]
+    if parts and rng.random() < 0.7:
+        name = rng.choice(parts)
+        notes[name] = spoil_tree(rng, notes[name])
+    elif notes:
+        notes[rng.choice(list(notes))] = rng.choice(VALUES)
+    return tree
+
+
+def train(case: Case, run: Path, which: str) -> None:
+    """The command that trained a fixture, in the folder of a copy."""
+    (case.folder / "runs" / "default").mkdir(parents=True)
+    name = (case.fixtures / f"{which}.name").read_text()
+    shutil.move(run, case.folder / "runs" / "default" / name)
+    longer = ["steps=5"] if which == "adamw" and case.rng.random() < 0.5 else []
+    case.smezo("train", *(_RUN if which == "run" else _ADAMW), *longer)
+
+
+# --- kinds: trajectories ---------------------------------------------------------------------
+
+_FLOATS = (
+    *(math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, 1e308, -1e308, 5e-324, 1e-320),
+    *(1e38, 3.5e38, 1e30, 1e150, 2.0**53),
+)
+
+
+def floats(rng: random.Random, data: bytearray, form: str, places: Sequence[int]) -> None:
+    """Some hostile numbers at some of the places."""
+    for at in rng.sample(list(places), min(len(places), rng.choice((1, 1, 2, 9)))):
+        with contextlib.suppress(OverflowError):
+            struct.pack_into(form, data, at, rng.choice(_FLOATS))
+
+
+def rechained(header: bytes, rows: Sequence[bytes], length: int | None = None) -> bytes:
+    """A trajectory.bin with checksums that are right."""
+    start = struct.pack("<8sII", b"SMEZOTRJ", 1, len(header) if length is None else length)
+    crc = zlib.crc32(start + header)
+    content = start + header + struct.pack("<I", crc)
+    for row in rows:
+        crc = zlib.crc32(row, crc)
+        content += row + struct.pack("<I", crc)
+    return content
+
+
+def spoil_trajectory(rng: random.Random, data: bytes) -> bytes:
+    """A trajectory.bin that is not what a run has written."""
+    (length,) = struct.unpack_from("<I", data, 12)
+    header, content = data[16 : 16 + length], data[20 + length :]
+    rows = [content[at : at + 32] for at in range(0, len(content), 36)]
+    how = rng.randrange(10)
+    if how < 2:
+        return spoil_bytes(rng, data)
+    if how == 2:
+        spoiled = bytearray(data)
+        struct.pack_into("<I", spoiled, rng.choice((8, 12, 16 + length)), number(rng, 32))
+        return bytes(spoiled)
+    if how in (3, 4):
+        tree = json.loads(header)
+        if rng.random() < 0.3:
+            tree["identity"]["num_queries"] = rng.choice((0, -1, 2, 7, 4096, 4097, 2**40, 1.0))
+        elif rng.random() < 0.5:
+            tree[rng.choice(list(tree))] = rng.choice(VALUES)
+        else:
+            tree = spoil_tree(rng, tree)
+        header = as_json(tree)
+    if how == 5:
+        header = spoil_bytes(rng, header)
+    if how in (6, 7) and rows:
+        for _ in range(rng.choice((1, 4))):
+            at = rng.randrange(len(rows))
+            row = bytearray(rows[at])
+            if rng.random() < 0.2:
+                struct.pack_into("<I", row, 0, number(rng, 32))
+            elif rng.random() < 0.2:
+                struct.pack_into("<f", row, 20, rng.choice((math.nan, math.inf, 3e38, -3e38, -1.0)))
+            else:
+                floats(rng, row, "<d", (4, 12, 24))
+            rows[at] = bytes(row)
+    if how == 8:
+        count = rng.choice((0, 1, 3, 5, 40, 300))
+        rows = [struct.pack("<I", at) + rows[at % len(rows)][4:] for at in range(count)]
+    if how == 9:
+        rng.shuffle(rows)
+        rows += rows[: rng.randrange(3)]
+    return rechained(header, rows)
+
+
+@kind(2.5)
+def trajectory(case: Case) -> None:
+    """trajectory.bin of a run folder from elsewhere, through all that reads it."""
+    rng = case.rng
+    run = case.folder / "runs" / "g" / "r"
+    shutil.copytree(case.fixtures / "run", run)
+    file, checkpoint = run / "trajectory.bin", run / "checkpoint"
+    if rng.random() < 0.1:
+        file.unlink()
+        match rng.randrange(4):
+            case 0:
+                file.mkdir()
+            case 1:
+                os.mkfifo(file)
+            case _:
+                file.symlink_to(
+                    rng.choice(("/dev/zero", "../../../../outside/keep.txt", "nowhere", "/"))
+                )
+    else:
+        file.write_bytes(spoil_trajectory(rng, file.read_bytes()))
+    # The steps are applied where weights, or what was known of later ones, are gone.
+    if rng.random() < 0.5:
+        for weights in checkpoint.glob("*.safetensors"):
+            if rng.random() < 0.6:
+                weights.unlink()
+    if rng.random() < 0.4:
+        state = json.loads((checkpoint / "state.json").read_text())
+        state["step"] = state["looked"] = rng.choice((0, 1, 2, 3, 4))
+        if rng.random() < 0.7:
+            state["best_step"] = rng.choice((0, 1, 2, state["step"], None))
+        (checkpoint / "state.json").write_bytes(as_json(reseal(rng, state)))
+    if rng.random() < 0.4:
+        (run / "result.json").unlink()
+    step = ["--step", str(rng.choice((0, 1, 2, 3, 4, 5, -1, 10**30)))]
+    step = step if rng.random() < 0.7 else []
+    match rng.randrange(8):
+        case 0 | 1:
+            split = ["--split", rng.choice(("none", "dev", "test"))]
+            case.smezo("replay", "runs/g/r", *step, *split, codes=(0, 1))
+        case 2:
+            case.smezo("replay", "runs/g/r", *step, "--out", "m", codes=(0, 1))
+        case 3 | 4:
+            case.smezo("eval", "runs/g/r", *step)
+        case 5:
+            case.smezo("export", "runs/g/r", "out.delta", "--delta", *step)
+        case _:
+            train(case, run, "run")
+
+
+def spoil_delta(rng: random.Random, data: bytes) -> bytes:
+    """A delta that is not what `smezo export` has written; its digest is right in most cases."""
+    import yaml
+
+    (length,) = struct.unpack_from("<I", data, 12)
+    about, packed = json.loads(data[16 : 16 + length]), data[16 + length : -32]
+    columns = bytearray(zlib.decompress(packed))
+    told = None
+    match rng.randrange(12):
+        case 0:
+            return spoil_bytes(rng, data)
+        case 1:
+            content = spoil_bytes(rng, data[:-32])
+            return content + hashlib.sha256(content).digest()
+        case 2:
+            about = spoil_tree(rng, about)
+        case 3:
+            about[rng.choice(list(about))] = rng.choice(VALUES)
+        case 4 | 5:
+            name = rng.choice([k for k, v in about.items() if isinstance(v, dict) and v])
+            about[name] = spoil_tree(rng, about[name])
+        case 6:
+            tree = spoil_tree(rng, yaml.safe_load(about["config"]))
+            about["config"] = as_yaml(tree).decode("utf-8", "replace")
+        case 7:
+            bad = spoil_bytes(rng, about["config"].encode())
+            bad = rng.choice((bad, about["config"].encode() + bomb(rng)))
+            about["config"] = bad.decode("utf-8", "replace")
+        case 8:
+            # By significance: a number's eight bytes lie apart.
+            steps = len(columns) // 16
+            whole = [
+                bytearray(columns[(c * 8 + b) * steps + s] for b in range(8))
+                for c in (0, 1)
+                for s in range(steps)
+            ]
+            for value in rng.sample(whole, rng.choice((1, 2, len(whole)))):
+                floats(rng, value, "<d", (0,))
+            columns = bytearray(
+                whole[c * steps + s][b] for c in (0, 1) for b in range(8) for s in range(steps)
+            )
+        case 9:
+            about["step"] = rng.choice((0, 1, 3, 5, 4_194_304, 2**31, 2**63, -1, True, 4.0, "4"))
+            if rng.random() < 0.7 and isinstance(about["step"], int) and 0 <= about["step"] < 2**23:
+                columns = bytearray(16 * about["step"])
+        case 10:
+            about["header"]["identity"]["num_queries"] = rng.choice((0, 2, 4096, 4097, 2**40, "1"))
+            columns = bytearray(rng.choice((columns, bytes(1 << 26), b"", bytes(4097 * 8 * 4))))
+        case _:
+            told = number(rng, 32)
+    text = as_json(about)
+    content = struct.pack("<8sII", b"SMEZODLT", 1, len(text) if told is None else told) + text
+    packed = zlib.compress(bytes(columns))
+    if rng.random() < 0.1:
+        packed = rng.choice((packed[:-3], packed + b"x" * 9, spoil_bytes(rng, packed), b""))
+    content += packed
+    return content + hashlib.sha256(content).digest()
+
+
+@kind(2.5)
+def delta(case: Case) -> None:
+    """Deltas from elsewhere: numbers, settings, prompt and figures that somebody made up."""
+    rng = case.rng
+    data = (case.fixtures / "tiny.delta").read_bytes()
+    (case.folder / "x.delta").write_bytes(spoil_delta(rng, data))
+    words = [["--split", rng.choice(("none", "dev"))], []][rng.randrange(2)]
+    if rng.random() < 0.2:
+        words += ["--step", str(rng.choice((0, 1, 4, 5, -1, 10**30)))]
+    if rng.random() < 0.1:
+        words += ["--out", "m"]
+    if rng.random() < 0.1:
+        words += [rng.choice(("task.num_test=2", "model.path=x", "device=cpu", "steps=9", "x=1"))]
+    case.smezo("replay", "x.delta", *words, codes=(0, 1))
 
 
 # --- kinds: models ---------------------------------------------------------------------------
@@ -1070,7 +1354,7 @@ def restore(scratch: Path) -> None:
 
 
 def prepare(scratch: Path) -> None:
-    """Sound files to spoil: a finished run, a saved model, a GGUF file."""
+    """Sound files to spoil: finished runs, a saved model, a delta, a GGUF file."""
     import gguf as library
     import torch
 
@@ -1083,13 +1367,15 @@ def prepare(scratch: Path) -> None:
     fixtures.mkdir()
     os.chdir(fixtures)
     with contextlib.redirect_stdout(io.StringIO()):
-        if main(["train", *_RUN]) != 0:
-            raise SystemExit("fuzz: the run to be spoiled cannot be made; see above.")
-        (run,) = Path("runs/default").iterdir()
-        Path("name").write_text(run.name)
-        if main(["export", str(run), "model"]) != 0:
-            raise SystemExit("fuzz: the model to be spoiled cannot be made; see above.")
-    shutil.move(run, "run")
+        for name, words in (("run", _RUN), ("adamw", _ADAMW)):
+            if main(["train", *words]) != 0:
+                raise SystemExit("fuzz: the run to be spoiled cannot be made; see above.")
+            (run,) = Path("runs/default").iterdir()
+            Path(f"{name}.name").write_text(run.name)
+            shutil.move(run, name)
+        for words in (("run", "model"), ("run", "tiny.delta", "--delta")):
+            if main(["export", *words]) != 0:
+                raise SystemExit("fuzz: the model to be spoiled cannot be made; see above.")
     shutil.rmtree("runs")
     net = tiny_model()[0]
     writer = library.GGUFWriter("tiny.gguf", "llama")

@@ -469,6 +469,8 @@ class _Composer:
                 raise UserError(f"{group}=null: leave the group out by ~{group}.")
             return
         if override.is_sweep_override():
+            if not override.is_discrete_sweep():
+                raise UserError(f"{override.input_line}: of {group} there is no interval.")
             chosen = [str(value) for value in override.sweep_string_iterator()]
         else:
             value = override.value()

@@ -16,14 +16,14 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from smezo_cli.errors import UserError
-from smezo_cli.intake import load_yaml, parse_yaml
+from smezo_cli.intake import is_known, is_prompt, load_yaml, parse_yaml
 from smezo_cli.redaction import redacted
 from smezo_cli.settings import Settings, check, near, sentence
 
 if TYPE_CHECKING:
     from smezo_cli.job import Job
     from smezo_cli.runs import RunFolder, State
-    from smezo_cli.tasks import Prompt
+    from smezo_cli.tasks import Prompt, Row
     from smezo_cli.trajectory import Trajectory
     from smezo_cli.zo import ZeroOrder
 
@@ -236,10 +236,24 @@ def _prompt(state: "State") -> "Prompt":
     return _as_prompt(state.notes["prompts"][state.notes["prompt"]])
 
 
+def _encoded(job: "Job", rows: Sequence["Row"], prompt: "Prompt", where: str) -> Any:
+    """Rows under a prompt that was noted; UserError where it is none for such rows."""
+    try:
+        if len(prompt.labels) == len(job.prompts[0].labels):
+            return job.encode(rows, prompt)
+    except (LookupError, ValueError):
+        pass
+    raise UserError(
+        f"{where}: its prompt {prompt.template[:60]!r} does not fit the rows of {job.task.name}; "
+        "the file is damaged, or of another task."
+    )
+
+
 def _as_prompt(note: Mapping[str, Any]) -> "Prompt":
     from smezo_cli.tasks import Prompt
 
-    return Prompt(note["template"], tuple(note["labels"]), note["option"])
+    option = note.get("option")
+    return Prompt(note["template"], tuple(note["labels"]), option or Prompt.option)
 
 
 def _check_model(state: "State", job: "Job", overrides: Sequence[str], run: str) -> None:
@@ -299,7 +313,7 @@ def evaluate(words: Sequence[str]) -> int:
                 f"the {given.split} rows are not those that {given.run} was trained with: the data "
                 "has changed since; put it back, or say which to use (such as task.data=FILE)."
             )
-        encoded = job.encode(rows, _prompt(state))
+        encoded = _encoded(job, rows, _prompt(state), given.run)
         bar = console.bar(given.split, len(rows))
         found = evaluate_rows(job.scorer, encoded, bar, lambda: False)
         figures = found.figures()
@@ -575,7 +589,7 @@ def _replay(
             f"the {given.split} rows are not those of {given.source}: the data has changed since; "
             "put it back, say which to use (such as task.data=FILE), or add --split none."
         )
-    encoded, bar = job.encode(rows, prompt), console.bar(given.split, len(rows))
+    encoded, bar = _encoded(job, rows, prompt, given.source), console.bar(given.split, len(rows))
     figures = (scored := evaluate_rows(job.scorer, encoded, bar, lambda: False)).figures()
     recorded = known[given.split] if step == known["step"] and same_task else None
     what = ""
@@ -603,14 +617,16 @@ def _of_delta(name: str, overrides: Sequence[str]) -> _Source:
     about, records = read_delta(Path(name))
     with_path = ("model.path", "model.revision")  # the base may lie elsewhere here
     cfg, settings = _parsed(parse_yaml(str(about.get("config")), Path(name)), overrides, with_path)
-    try:
-        prompt = _as_prompt(about["prompt"])
-        weights = {about["weights"]["step"]: about["weights"]["sha256"]}
-        known = {"step": about["step"], "weights": weights}
-        known |= {"test": about["test"], "dev": about["dev"]}
-    except (LookupError, TypeError) as error:
-        raise Damaged(f"{name} is damaged: get it anew.") from error
-    return cfg, settings, records, prompt, known
+    noted, figures = about.get("weights"), {key: about.get(key) for key in ("test", "dev")}
+    if (
+        not isinstance(noted, dict)
+        or not is_known(noted.get("step"), noted.get("sha256"), list(figures.values()))
+        or not is_prompt(about.get("prompt"))
+        or about["step"] > settings.steps
+    ):
+        raise Damaged(f"{name} is damaged: get it anew.")
+    known = {"step": about["step"], "weights": {noted["step"]: noted["sha256"]}, **figures}
+    return cfg, settings, records, _as_prompt(about["prompt"]), known
 
 
 def _of_run(name: str, overrides: Sequence[str]) -> _Source:

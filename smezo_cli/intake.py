@@ -10,7 +10,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import BufferedRandom, FileIO, TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
@@ -277,6 +277,16 @@ def _is_tested(value: object) -> bool:
     return isinstance(value, dict) and _is_figures(value) and _is_number(value.get("loss", 0.0))
 
 
+def _is_scored(value: object) -> bool:
+    """Figures of an evaluation that is compared with others."""
+    return (
+        isinstance(value, dict)
+        and _is_tested(value)
+        and any(_is_number(value.get(name)) for name in ("accuracy", "f1"))
+        and _is_number(value.get("standard_error", 0.0))
+    )
+
+
 def _is_prompts(value: object) -> bool:
     return isinstance(value, list) and all(map(_is_prompt, value))
 
@@ -303,6 +313,60 @@ def _is_digests(value: object) -> bool:
     )
 
 
+def _is_noted_weights(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(note, dict) and _is_count(note.get("step")) and _is_text(note.get("sha256"))
+        for note in value.values()
+    )
+
+
+def _is_watch(value: object) -> bool:
+    """What the watchdogs have counted, whole."""
+    if not isinstance(value, dict) or not value.keys() >= _WATCH.keys() or not _fit(value, _WATCH):
+        return False
+    if (value["num"] == 0) is not (value["recent"] == []):
+        return False
+    return (value["spikes"] == 0) is (value["largest_spike"] is None)
+
+
+def _is_spike(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and _is_count(value.get("step"))
+        and all(_is_number(value.get(name)) for name in ("value", "times_median"))
+    )
+
+
+def _is_best(value: object) -> bool:
+    """The best look at dev: its step and its figures."""
+    return (
+        isinstance(value, dict)
+        and _or_none(_is_count)(value.get("step"))
+        and _is_figures({name: item for name, item in value.items() if name != "step"})
+    )
+
+
+def _is_numerics(value: object) -> bool:
+    if not isinstance(value, dict) or not all(map(_or_none(_is_number), value.values())):
+        return False
+    return ("moved_share" in value) == ("rms_move" in value)
+
+
+def _is_method(value: object) -> bool:
+    """A method's own numbers; what they are named after is for the method to say."""
+    return isinstance(value, dict) and _is_count(value.get("num_steps", 0))
+
+
+def is_prompt(value: object) -> bool:
+    """Could a run have noted this prompt?"""
+    return _is_prompt(value)
+
+
+def is_known(step: object, sha256: object, figures: Sequence[object]) -> bool:
+    """Could these be a step, the digest of its weights, and figures of it (None: none known)?"""
+    return _is_count(step) and _is_text(sha256) and all(f is None or _is_tested(f) for f in figures)
+
+
 _SAVED_NAME = re.compile(r"(weights|optimizer)-[0-9]{1,12}\.safetensors")
 
 
@@ -313,12 +377,26 @@ def _is_saved(item: tuple[object, object]) -> bool:
 
 
 Rules = Mapping[str, Callable[[object], bool]]
+_WATCH: Rules = {
+    "recent": lambda value: (
+        isinstance(value, list) and all(isinstance(g, float) and 0 <= g < math.inf for g in value)
+    ),
+    "num": _is_count,
+    "squares": lambda value: _is_number(value) and isinstance(value, float) and value >= 0,
+    "clipped": _is_count,
+    "spikes": _is_count,
+    "largest_spike": _or_none(_is_spike),
+    "losses": _is_number,
+    "num_losses": _is_count,
+    "looks_since": _is_count,
+    "why": _or_none(_is_text),
+}
 _STATE: Rules = {
     "step": _is_count,
     "looked": _is_count,
     "best_step": _or_none(_is_count),
     "best_loss": _or_none(_is_number),
-    "method": lambda value: isinstance(value, dict),
+    "method": _is_method,
     "notes": lambda value: isinstance(value, dict),
     "train_seconds": _is_number,
     "num_forwards": _is_count,
@@ -332,17 +410,19 @@ _NOTES: Rules = {
     "prompt": _is_count,
     "rows": _is_digests,
     "model": _is_text,
-    "zero_shot": _is_figures,
-    "zero_shot_calibrated": _is_figures,
+    "zero_shot": _is_scored,
+    "zero_shot_calibrated": _is_scored,
     "truncated": _is_count,
     "active_share": _or_none(_is_number),
     "final_share": _or_none(_is_number),
     "num_trained": _is_count,
     "executor": _or_none(_is_text),
-    "best_look": _is_figures,
+    "best_look": _is_scored,
     "lowest_loss": _or_none(_is_number),
-    "watch": lambda value: isinstance(value, dict),
-    "numerics": lambda value: isinstance(value, dict),
+    "watch": _is_watch,
+    "numerics": _is_numerics,
+    "weights": _is_noted_weights,
+    "dev_loss_before": _is_number,
     "stopped_early": lambda value: isinstance(value, dict),
 }
 _RESULT: Rules = {
@@ -352,8 +432,8 @@ _RESULT: Rules = {
     "method": _is_text,
     "metric": lambda value: value in ("accuracy", "f1"),
     "test": _or_none(_is_tested),
-    "zero_shot": _or_none(_is_figures),
-    "zero_shot_calibrated": _or_none(_is_figures),
+    "zero_shot": _or_none(_is_tested),
+    "zero_shot_calibrated": _or_none(_is_tested),
     "sparsity": lambda value: isinstance(value, dict) and _is_figures(value),
     "lr": _or_none(_is_number),
     "eps": _or_none(_is_number),
@@ -363,6 +443,12 @@ _RESULT: Rules = {
     "train_seconds": _is_number,
     "peak_memory_bytes": _is_count,
     "keep": _is_text,
+    "prompt": _or_none(_is_prompt),
+    "weights": _or_none(_is_noted_weights),
+    "dev": _or_none(
+        lambda value: isinstance(value, dict) and _or_none(_is_best)(value.get("best"))
+    ),
+    "versions": lambda value: isinstance(value, dict),
 }
 # Of a finished run, what is computed with.
 _DONE = ("task", "model", "method", "test", "steps", "seed", "train_seconds", "peak_memory_bytes")
@@ -378,6 +464,8 @@ def is_sound_state(saved: Mapping[str, Any]) -> bool:
         return False
     notes = saved["notes"]
     if not _fit(notes, _NOTES):
+        return False
+    if not (saved["best_step"] or 0) <= saved["looked"] <= saved["step"]:
         return False
     return "prompt" not in notes or notes["prompt"] < len(notes.get("prompts", ()))
 

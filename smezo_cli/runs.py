@@ -191,9 +191,12 @@ class RunFolder:
 
     def has_metrics(self, state: State) -> bool:
         """Does metrics.jsonl begin with what the state knows of it?"""
-        content = b""
-        with contextlib.suppress(OSError), (self.path / "metrics.jsonl").open("rb") as file:
-            content = file.read(state.metrics_bytes)
+        content, path = b"", self.path / "metrics.jsonl"
+        with contextlib.suppress(OSError, UserError):
+            if intake.check_ordinary(path) < state.metrics_bytes:
+                return False
+            with path.open("rb") as file:
+                content = file.read(state.metrics_bytes)
         return hashlib.sha256(content).hexdigest() == state.metrics_sha256
 
     def clear(self) -> None:

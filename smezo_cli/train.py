@@ -240,7 +240,10 @@ class _Run:
         self._leave_out_long()
         self._count_cut()
         scores = self.folder.load_scores()
-        if "outcome.zero_shot" not in scores or "zero_shot" not in notes:
+        of_rows = [rows for name, rows in scores.items() if name.startswith("outcome.")]
+        fits = all(rows.shape == (len(self.test),) for rows in of_rows)
+        fits = fits and "outcome.zero_shot" in scores
+        if not fits or "zero_shot" not in notes:
             found = self._evaluate(self.test, "test")
             scores = {"zero_shot": found.scores, "outcome.zero_shot": found.per_row()}
             notes["zero_shot"] = found.figures()
@@ -309,6 +312,19 @@ class _Run:
                 f"the model is not the one that {self.folder.path} began with: put its weights "
                 "back (or the same revision), or start over with if_exists=fresh."
             )
+        prompts = notes.get("prompts", [])
+        if "prompt" in notes and (
+            len(prompts) != len(self.job.prompts)
+            or any(
+                len(note["labels"]) != len(prompt.labels)
+                or len(note.get("offsets", prompt.labels)) != len(prompt.labels)
+                for note, prompt in zip(prompts, self.job.prompts, strict=True)
+            )
+        ):
+            raise UserError(
+                f"the prompts are not those that {self.folder.path} began with; start over with "
+                "if_exists=fresh."
+            )
         notes |= {"rows": rows, "model": model}
 
     def _leave_out_long(self) -> None:
@@ -349,7 +365,7 @@ class _Run:
 
     def _restore(self, method: "Method") -> None:
         """Weights and method as they were at the state; what of the state is not good is undone."""
-        from smezo_cli.replay import rebuild
+        from smezo_cli.replay import rebuild, restore
         from smezo_cli.trajectory import Recorder, check_length
         from smezo_cli.zo import ZeroOrder
 
@@ -360,7 +376,7 @@ class _Run:
                     say("  metrics.jsonl is damaged: what it lacks is lost, the training goes on")
                 saved = folder.load_weights(state, state.step)
                 self.job.set_weights(saved, folder.path)
-                method.restore(state.method, folder.load_optimizer(state))
+                restore(method, state.method, folder.load_optimizer(state), folder)
             return
         check_length(self.settings.steps, method.num_queries)
         path = folder.path / "trajectory.bin"
@@ -510,7 +526,9 @@ class _Run:
         self._put_best(method, self.state.best_step)
         found = self._evaluate(self.test, "test")
         scores = self.folder.load_scores()
-        if "dev" not in scores:  # it was damaged
+        shape = (len(self.dev), *found.scores.shape[1:])
+        is_classes = found.kind == "classification"
+        if "dev" not in scores or (is_classes and scores["dev"].shape != shape):  # it was damaged
             scores["dev"] = self._evaluate(self.dev, "dev").scores
         scores |= {"test": found.scores, "outcome.test": found.per_row()}
         self.folder.save_scores(scores)
@@ -658,7 +676,7 @@ class _Run:
                 )
         if metric == "f1":
             lines.append(f"  exact match    {test['exact_match']:.4f}")
-        if test.get("auc") is not None:
+        if test.get("auc") is not None and result["zero_shot"].get("auc") is not None:
             lines.append(f"  ranking (AUC)  {result['zero_shot']['auc']:.4f} -> {test['auc']:.4f}")
         if sparsity["requested"] is not None:
             lines.append(

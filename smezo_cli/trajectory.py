@@ -115,10 +115,11 @@ def replay(method: Replayable, trajectory: Trajectory, step: int) -> None:
 
 
 def differences(header: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Names of what two headers disagree in."""
+    """Names of what two headers disagree in; those that only the first has are not repeated."""
     flat = [{**h, **h.get("identity", {})} for h in (header, other)]
-    names = (flat[0].keys() | flat[1].keys()) - {"identity"}
-    return sorted(name for name in names if flat[0].get(name) != flat[1].get(name))
+    names = flat[1].keys() - {"identity"}
+    found = sorted(name for name in names if flat[0].get(name) != flat[1].get(name))
+    return found + (["header"] if flat[0].keys() - flat[1].keys() - {"identity"} else [])
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -195,7 +196,7 @@ def _read_start(path: Path, file: Any, magic: bytes) -> tuple[dict[str, Any], in
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{path} is damaged in its header.") from error
-    if not isinstance(header, dict):
+    if not isinstance(header, dict) or not isinstance(header.get("rows", {}), dict):
         raise Damaged(f"{path} is damaged in its header.")
     return header, zlib.crc32(text, zlib.crc32(start))
 
@@ -251,7 +252,9 @@ class Recorder:
             self._crc = int(known._records[-1]["crc"])
         self._end = len(start) + self.count * kind.itemsize
         with self._saying():
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+            # A link might lead out of the run folder.
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            self._file = os.open(path, flags, 0o666)
             if known is None:
                 os.ftruncate(self._file, 0)
                 self._write(start, 0)

@@ -124,13 +124,22 @@ class FirstOrder:
         return {"num_steps": self.num_steps, "optimizer": numbers}, tensors
 
     def restore(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Undo :meth:`snapshot`."""
+        """Undo :meth:`snapshot`.
+
+        Raises:
+            LookupError, ValueError: they are not of these weights.
+        """
         self.num_steps = numbers["num_steps"]
         index = {name: i for i, name in enumerate(self.trained)}
         state: dict[int, dict[str, Any]] = {}
         for path, value in {**numbers["optimizer"], **tensors}.items():
             name, _, key = path.rpartition("/")
             state.setdefault(index[name], {})[key] = value
+            sizes = (1, self.trained[name].numel())
+            if isinstance(value, Tensor) and value.numel() not in sizes:
+                raise ValueError(f"{path} has {value.numel()} numbers")
+        if len({frozenset(entry) for entry in state.values()}) > 1:
+            raise ValueError("tensors have unlike entries")
         saved = self._optimizer.state_dict()
         saved["state"] = state
         self._optimizer.load_state_dict(saved)

@@ -274,7 +274,7 @@ def _parquet(path: Path) -> Iterator[Record]:
         raise UserError(f"{path} is no Parquet file that can be read ({reason}).") from error
 
 
-_FREE_BYTES, _MOST_GROWTH = 1 << 26, 200
+_FREE_BYTES, _MOST_GROWTH = 1 << 24, 200
 _BYTES_A_CELL = 32  # at least, of a value of Python
 
 
