@@ -336,6 +336,8 @@ class Reader:
 
 
 _NAMES = ("task", "model", "method")
+# No part of a digest either.
+_NOT_ASKED = ("name", "runs_dir", "logger", "if_exists", "compile", "full_save_every")
 
 
 def figure(run: Run, name: str, level: float = 0.0) -> float | None:
@@ -369,7 +371,7 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, obje
     for key, value in (_stripped(node) if not prefix else node).items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
-        elif prefix or key not in ("name", "runs_dir", "logger", "if_exists", "compile"):
+        elif prefix or key not in _NOT_ASKED:
             yield f"{prefix}{key}", value
 
 
