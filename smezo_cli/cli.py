@@ -15,6 +15,7 @@ smezo: zeroth-order fine-tuning of language models
   smezo train [KEY=VALUE ...]     train and test; smezo train --help lists the settings
   smezo plan [KEY=VALUE ...]      the memory that such a run will need, and whether it fits
   smezo runs [KEY=VALUE ...]      the runs so far: list, filter, merge over seeds, compare
+  smezo table [ID]                the papers' tables: ours beside theirs, and what fills them
   smezo eval RUN                  score a trained run on a split, save every prediction
   smezo predict RUN FILE          predict rows of your own
   smezo export RUN FOLDER         the trained model, as transformers loads it
@@ -32,10 +33,10 @@ smezo VERB --help tells more. Examples:
 """
 
 _VERBS = (
-    *("train", "plan", "runs", "eval", "predict", "export", "replay", "bench"),
+    *("train", "plan", "runs", "table", "eval", "predict", "export", "replay", "bench"),
     *("ls", "show", "completion"),
 )
-_GROUPS = ("tasks", "models", "methods", "recipes", "experiments", "loggers")
+_GROUPS = ("tasks", "models", "methods", "recipes", "experiments", "tables", "loggers")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,6 +86,10 @@ def _run(words: list[str]) -> int:
         from smezo_cli.results import main as runs
 
         return runs(rest)
+    if verb == "table":
+        from smezo_cli.table import main as table
+
+        return table(rest)
     if verb in ("eval", "predict", "export", "replay"):
         from smezo_cli.finished import main as finished
 

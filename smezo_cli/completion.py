@@ -37,6 +37,7 @@ _FLAGS = {
     "train": ("--multirun", "--cfg", "--info", "--config-dir", "--help"),
     "plan": ("--memory", "--tokens", "--bench", "--json", "--help"),
     "runs": ("--mean", "--compare", "--runs-dir", "--sort", "--json", "--help"),
+    "table": ("--run", "--row", "--column", "--format", "--runs-dir", "--help"),
     "eval": ("--split", "--base", "--step", "--out", "--help"),
     "predict": ("--field", "--out", "--help"),
     "export": ("--step", "--help"),
@@ -82,6 +83,10 @@ def _query(line: str, verbs: Sequence[str], groups: Sequence[str]) -> Iterator[s
         yield from (f"{key}=" for key in KEYS if key.startswith(last))
         if last.partition("=")[0].partition(".")[0] in KEYS:
             yield from _settings([last])
+    elif verb == "table" and len(given) == 2:
+        from smezo_cli.table import names
+
+        yield from (f"{name} " for name in names() if name.startswith(last))
     elif verb in ("eval", "predict", "export") and len(given) == 2:
         yield from (run for run in _runs() if run.startswith(last))
     elif verb in ("ls", "show") and len(given) == 2:

@@ -56,6 +56,7 @@ __all__ = [
     "command",
     "compose",
     "digest",
+    "grid",
     "launch",
     "near",
     "prepare",
@@ -264,6 +265,16 @@ def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Dic
         return next(cfg for cfg, _ in composer.every(request))
 
 
+def grid(words: Sequence[str]) -> tuple[DictConfig, dict[str, list[Any]]]:
+    """The checked settings of the first job of a sweep, and the values of each key swept over.
+
+    Raises:
+        UserError: a mistake in the words, or a config group that is swept over.
+    """
+    with _Composer(None) as composer:
+        return composer.grid(words)
+
+
 def _help(request: Request) -> str:
     """The help text: what may be chosen, and conf/train.yaml (with KEY=VALUE: what they give).
 
@@ -382,6 +393,27 @@ class _Composer:
                     override = self._parse(line)
                     OmegaConf.update(other, override.key_or_group, override.value(), force_add=True)
                     yield other, check(other)
+
+    def grid(self, words: Sequence[str]) -> tuple[DictConfig, dict[str, list[Any]]]:
+        """See :func:`grid`."""
+        overrides = [self._parse(quoted(word)) for word in words]
+        _, swept = self._asked_by_experiment(overrides)
+        overrides += [self._parse(line) for line in swept]
+        first, values = [], {}
+        for override in overrides:
+            lines = self._values(override, True)
+            is_group = self._is_group(override)
+            if is_group:
+                self._check_choice(override)
+            if not lines or (is_group and len(lines) > 1):
+                raise UserError(f"{override.input_line}: a cell of a table takes one of these.")
+            if len(lines) > 1:
+                key = override.key_or_group
+                values[key] = [self._parse(line).value() for line in lines]
+            first.append(lines[0])
+        cfg = self.compose(first)
+        check(cfg)
+        return cfg, values
 
     def _asked_by_experiment(self, overrides: Sequence[Any]) -> tuple[bool, list[str]]:
         """Is a sweep asked for by hydra.mode or an experiment, and over what (KEY=VALUES)?"""

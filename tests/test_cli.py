@@ -99,7 +99,7 @@ def test_ls_names_every_file_with_its_first_sentence(
 ) -> None:
     assert main(["ls", *words]) == 0
     lines = capsys.readouterr().out.splitlines()
-    groups = words or ["task", "model", "method", "recipe", "experiment", "logger"]
+    groups = words or ["task", "model", "method", "recipe", "experiment", "table", "logger"]
     folders = [CONF_DIR / group.removesuffix("s") for group in groups]
     names = {
         file.relative_to(folder).with_suffix("").as_posix()

@@ -1,0 +1,205 @@
+"""`smezo table`: every table points at what exists, and cells say what the runs say."""
+
+import csv
+import io
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smezo_cli import table
+from smezo_cli.cli import main
+from smezo_cli.config import _Composer
+from smezo_cli.settings import CONF_DIR
+
+# What tables wait for. When it arrives, give its rows and columns their commands.
+AWAITED = {
+    *("method=adazeta", "method=icl", "method=linear_probe", "method=lora", "method=mezo_adam"),
+    *("method=mezo_lora", "method=mezo_prefix", "method=prefix", "method=zo_adamu"),
+    *("method=zo_sgd_cons", "method=zo_sgd_sign", "method.objective=metric"),
+    *("task=aqua", "task=piqa", "task=siqa", "k rows a class"),
+    *(f"task={t} with 16 rows a class" for t in ["sst2", "sst5", "snli", "mnli", "rte", "trec"]),
+    *(f"task={t} with 512 rows a class" for t in ["sst2", "sst5", "snli", "mnli", "rte", "trec"]),
+    *(f"task={t} with 512 rows a class on roberta-large" for t in ("sst2", "sst5", "snli", "trec")),
+}
+TINY = """\
+title: tiny
+source: no paper
+command: >-
+  model=tiny-llama device=cpu batch_size=4 steps=2 eval_every=1 task.prompt=0
+  task.num_train=16 task.num_dev=8 task.num_test=8
+seeds: [0, 1]
+marks: { "!": made up }
+columns:
+  toy: { command: task=toy }
+  later: { command: null, awaits: task=later }
+rows:
+  Zero-shot: { command: "", of: MeZO, figure: zero_shot, paper: [50.0] }
+  MeZO: { command: "method=mezo lr=1e-3,1e-2", paper: ["40.0 (1.5)!"] }
+  Nothing: { command: null, awaits: method=nothing }
+"""
+
+
+def test_what_is_awaited_is_listed_and_has_not_arrived() -> None:
+    lines = [line for name in table.names() for t in [table.load(name)] for line in t.rows]
+    lines += [line for name in table.names() for line in table.load(name).columns]
+    awaited = {line.awaits for line in lines if line.command is None}
+    assert awaited == AWAITED
+    arrived = [
+        what
+        for what in awaited
+        for group, equals, choice in [what.partition("=")]
+        if equals and " " not in what and (CONF_DIR / group / f"{choice}.yaml").exists()
+    ]
+    assert not arrived, "fill the commands of these in conf/table/"
+
+
+def _distinct() -> list[tuple[str, ...]]:
+    """The rows of every table on its first column that has a command."""
+    found = {}
+    for name in table.names():
+        t = table.load(name)
+        for column in t.columns:
+            for row in t.rows:
+                words = t.words(row, column)
+                if words is not None:
+                    found.setdefault((row.command, t.common), words)
+    return list(found.values())
+
+
+def test_every_row_composes_and_every_column_names_what_is_there() -> None:
+    with _Composer(None) as composer:  # one for all is faster than grid()
+        for words in _distinct():
+            assert any(word.startswith("experiment=") for word in words)
+            composer.grid(words)
+    for name in table.names():
+        t = table.load(name)
+        for row in t.rows:
+            assert len(row.paper) in {0, *range(1, len(t.columns) + 1)}
+            for printed in row.paper:
+                assert printed is None or not printed.mark or printed.mark in t.marks
+            for column in t.columns:
+                for word in t.words(row, column) or ():
+                    group, _, choice = word.partition("=")
+                    if group in ("task", "model", "method", "experiment"):
+                        assert (CONF_DIR / group / f"{choice}.yaml").is_file(), (name, word)
+
+
+@pytest.mark.parametrize("name", table.names())
+@pytest.mark.parametrize("form", ["markdown", "latex", "csv", "json"])
+def test_every_table_prints_without_runs(
+    name: str, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["table", name, "--runs-dir", str(tmp_path), "--format", form]) == 0
+    out = capsys.readouterr().out
+    t = table.load(name)
+    assert all(row.name.split("_")[0] in out for row in t.rows)
+    if form == "json":
+        cells = json.loads(out)["cells"]
+        assert len(cells) == len(t.rows) * len(t.columns)
+        assert all(bool(cell["command"]) != bool(cell["why"]) for cell in cells)
+    if form == "csv":
+        assert len(list(csv.DictReader(io.StringIO(out)))) == len(t.rows) * len(t.columns)
+
+
+@pytest.fixture
+def tiny(
+    one_thread: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Any:
+    """A table of tiny runs; call it with further words for its cells by row, and its notes."""
+    (tmp_path / "conf" / "table").mkdir(parents=True)
+    (tmp_path / "conf" / "table" / "tiny.yaml").write_text(TINY)
+    monkeypatch.setattr(table, "CONF_DIR", tmp_path / "conf")
+    monkeypatch.chdir(tmp_path)
+
+    def read(*words: str) -> tuple[dict[str, Any], list[str]]:
+        capsys.readouterr()
+        assert main(["table", "tiny", "--format", "json", "--column", "toy", *words]) == 0
+        out = capsys.readouterr().out
+        found = json.loads(out[out.index('{\n  "table"') :])
+        return {cell["row"]: cell for cell in found["cells"]}, found["notes"]
+
+    return read
+
+
+def test_a_table_is_filled_run_by_run_and_dev_chooses(tiny: Any) -> None:
+    """Empty, then half of the grid, then the grid, then all; and what differs is named."""
+    cells, notes = tiny()
+    assert cells["MeZO"]["command"].endswith("task=toy seed=0")
+    assert (cells["MeZO"]["ours"], notes) == (None, [])
+    assert cells["Nothing"]["why"] == "method=nothing is not in smezo yet"
+
+    base = cells["MeZO"]["command"].split()[2:]
+    one = ["lr=1e-3" if word.startswith("lr=") else word for word in base]
+    assert main(["train", *one]) == 0
+    cells, _ = tiny()
+    assert cells["MeZO"]["ours"] is None
+    assert cells["MeZO"]["command"].endswith("task=toy seed=0")
+
+    assert main(["train", "-m", *base]) == 0
+    cells, _ = tiny()
+    best = cells["MeZO"]
+    assert (best["n"], best["sd"]) == (1, None)
+    results = [json.loads(p.read_text()) for p in Path("runs").rglob("result.json")]
+    chosen = max(results, key=lambda r: (r["dev"]["best"]["accuracy"], -r["dev"]["best"]["loss"]))
+    assert best["ours"] == 100 * chosen["test"]["accuracy"]
+    assert best["setting"] == f"lr={chosen['lr']}"
+    assert best["command"].split()[-1] == "seed=1"
+    assert f"lr={chosen['lr']}" in best["command"].split()
+
+    cells, _ = tiny("--run")
+    results = [json.loads(p.read_text()) for p in Path("runs").rglob("result.json")]
+    ours = [100 * r["test"]["accuracy"] for r in results if r["lr"] == chosen["lr"]]
+    assert len(ours) == 2
+    assert cells["MeZO"]["ours"] == pytest.approx(statistics.mean(ours))
+    assert cells["MeZO"]["sd"] == pytest.approx(statistics.stdev(ours))
+    assert cells["MeZO"]["difference"] == pytest.approx(statistics.mean(ours) - 40)
+    assert cells["MeZO"]["command"] is None
+    zero = [100 * r["zero_shot"]["accuracy"] for r in results if r["lr"] == chosen["lr"]]
+    assert cells["Zero-shot"]["ours"] == pytest.approx(statistics.mean(zero))
+    before = {p: p.stat().st_mtime_ns for p in Path("runs").rglob("result.json")}
+    tiny("--run")
+    assert before == {p: p.stat().st_mtime_ns for p in Path("runs").rglob("result.json")}
+
+    # Other settings: nothing is taken, and why is said.
+    cells, notes = tiny("batch_size=2", "seed=0")
+    assert cells["MeZO"]["ours"] is None
+    assert any("batch_size=4 where the table has 2" in note for note in notes)
+
+    # Another version's numbers, and other rows, are refused by name.
+    for key, value, says in (
+        ("versions", {"smezo": "0.0.1"}, "it is of smezo 0.0.1"),
+        ("test_rows", "elsewhere", "its test rows are not those of"),
+    ):
+        file = next(
+            p for p in Path("runs").rglob("result.json") if json.loads(p.read_text())["seed"] == 1
+        )
+        text = file.read_text()
+        file.write_text(json.dumps(json.loads(text) | {key: value, "ended": "2000"}))
+        cells, notes = tiny()
+        assert cells["MeZO"]["n"] == 1
+        assert cells["MeZO"]["command"].endswith("seed=1")
+        assert any(str(file.parent) in note and says in note for note in notes)
+        file.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("sparse-mezo/9", "no table sparse-mezo/9"),
+        ("small/1 rt:task.data_dir=x", "no column rt, did you mean rte?"),
+        ("small/1 --row MeZo", "no such row, did you mean MeZO"),
+        ("small/1 --format xml", "no such format"),
+        ("small/1 seed", "not of the form KEY=VALUE"),
+    ],
+)
+def test_mistake_is_one_sentence(words: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["table", *words.split()]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert says in err
