@@ -147,8 +147,8 @@ def test_a_prefix_is_seen_through_the_cache_of_a_common_context(
 def test_the_adapter_must_fit_the_model() -> None:
     with pytest.raises(UserError, match=r"method.adapter.targets=\['nothing'\] do not fit"):
         made("mezo_lora", "tiny-llama", "method.adapter.targets=[nothing]")
+    settings = check(compose(["task=toy", "model=tiny-roberta", "method=mezo_prefix"]))
     with pytest.raises(UserError, match="kind=prefix needs the keys and values"):
-        settings = check(compose(["task=toy", "model=tiny-roberta", "method=mezo_prefix"]))
         Job(settings, "cpu", lambda line: None, with_rows=False)
 
 
