@@ -76,8 +76,8 @@ def build(node: Mapping[str, Any], key: str = "method", /, **runtime: Any) -> An
     """Call the `_target_` of a node with its other keys and what it takes of `runtime`.
 
     A nested node with a `_target_` becomes a `functools.partial` of its target. The key `name` is
-    ours unless the target takes it. `key` is where the node sits, for messages. Targets spell
-    their arguments out: there is no check through `**keywords`.
+    ours unless the target takes it, and so is `method.adapter`. `key` is where the node sits, for
+    messages. Targets spell their arguments out: there is no check through `**keywords`.
 
     Raises:
         UserError: a target that is not allowed or not found, a key it does not take, one it needs,
@@ -142,6 +142,8 @@ def _keywords(
     keywords: dict[str, Any] = {}
     for name, value in node.items():
         if name == "_target_" or (name == "name" and name not in parameters):
+            continue
+        if f"{key}.{name}" == "method.adapter":  # is in the model already
             continue
         if name not in taken:
             raise UserError(f"{key} takes no {name}{near(name, taken)}.")
@@ -530,7 +532,9 @@ class _Composer:
             others = [
                 option
                 for option in self.options(group)
-                if _has(self._with_choice(group, option, chosen), key)
+                if _has(cfg := self._with_choice(group, option, chosen), key)
+                # Variants with an adapter are named for the keys of adapters alone.
+                and ("adapter" not in cfg[group] or key.startswith("method.adapter"))
             ]
             if others and group == "method":
                 raise UserError(lacks(key, base.method.name, others))

@@ -53,6 +53,7 @@ Examples:
 """,
     "export": """\
 smezo export RUN FOLDER             the trained model and its tokenizer, as transformers loads them
+                                    (LoRA merged into the weights; of a prefix peft's adapter)
 smezo export RUN FILE --delta       one small file, from which smezo replay makes the weights again
 
     --step N          the weights of that step (default: the best), as for smezo eval
@@ -315,7 +316,8 @@ def evaluate(words: Sequence[str]) -> int:
             )
         encoded = _encoded(job, rows, _prompt(state), given.run)
         bar = console.bar(given.split, len(rows))
-        found = evaluate_rows(job.scorer, encoded, bar, lambda: False)
+        with job.as_it_came() if given.base else contextlib.nullcontext():
+            found = evaluate_rows(job.scorer, encoded, bar, lambda: False)
         figures = found.figures()
         which = "-base" if given.base else "" if given.step is None else f"-step{step}"
         name = f"predictions-{given.split}{which}.jsonl"
@@ -388,10 +390,8 @@ def export(words: Sequence[str]) -> int:
         _check_model(state, job, [], given.run)
         step = _trained(folder, state, job, given.step, print)
         size = _save_model(job, target, cfg)
-        print(f"{target}: {settings.model['name']} after {step} steps, {size / 1e9:.2f} GB")
-        family = "Masked" if settings.model["family"] == "masked" else "Causal"
-        loads = f"AutoModelFor{family}LM.from_pretrained(FOLDER)"
-        print(f"  transformers loads it: {loads}")
+        print(f"{target}: {settings.model['name']} after {step} steps, {_shown_bytes(size)}")
+        print(f"  {job.loaded_by}")
     return 0
 
 
@@ -399,7 +399,7 @@ def _save_model(job: "Job", target: Path, cfg: DictConfig) -> int:
     """Model, tokenizer and settings in a new folder, whole or not at all; its bytes."""
     from smezo_cli.runs import check_space
 
-    size = sum(p.numel() * p.element_size() for p in job.model.parameters())
+    size = job.saved_bytes
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -413,6 +413,10 @@ def _save_model(job: "Job", target: Path, cfg: DictConfig) -> int:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return size
+
+
+def _shown_bytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size} bytes"
 
 
 def _export_delta(run: str, target: Path, step: int | None) -> int:
@@ -579,7 +583,7 @@ def _replay(
     console.say(f"  weights sha256 {found}: {what}")
     if given.out is not None:
         size = _save_model(job, Path(given.out), cfg)
-        console.say(f"  {given.out}: {size / 1e9:.2f} GB")
+        console.say(f"  {given.out}: {_shown_bytes(size)}")
     if given.split == "none":
         return same
     rows = getattr(job.task, given.split)

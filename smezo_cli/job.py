@@ -3,12 +3,14 @@
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from smezo_cli.adapter import Adapter, attach
 from smezo_cli.allocator import keep_freed_memory
 from smezo_cli.assets import cache_dir
 from smezo_cli.config import build, target_of
@@ -55,12 +57,22 @@ class Job:
         self.model, self.tokenizer = load_model(
             settings.model, dtype=self.dtype, device=self.device, cache=cache_dir()
         )
+        total = sum(p.numel() for p in self.model.parameters())
+        self._of_base: str | None = None  # its fingerprint, where it is changed by an adapter
+        self.adapter: Adapter | None = None
+        if (node := settings.method.get("adapter")) is not None:
+            self._of_base = self.fingerprint()
+            self.adapter = attach(self.model, node, settings.seed)
         compute = getattr(torch, settings.compute_dtype or settings.dtype)
         if compute == self.dtype:
             use_onednn(self.model)
         keep_freed_memory()
-        self.scorer = Scorer(self.model, self.tokenizer, None if compute == self.dtype else compute)
-        total = sum(p.numel() for p in self.model.parameters())
+        self.scorer = Scorer(
+            self.model,
+            self.tokenizer,
+            None if compute == self.dtype else compute,
+            places_before=self.adapter.num_places if self.adapter else 0,
+        )
         say(f"  model   {settings.model['name']}, {total / 1e6:.1f} M weights")
 
     def _load_task(self, say: Callable[[str], None]) -> None:
@@ -109,8 +121,17 @@ class Job:
             raise UserError(f"compile=true: {error}; mend that or leave compile out.") from error
         return method
 
+    def as_it_came(self) -> AbstractContextManager[None]:
+        """Inside, the model computes without its adapter, if it has one."""
+        return nullcontext() if self.adapter is None else self.adapter.off()
+
     def fingerprint(self) -> str:
-        """Twelve hex digits of the model as it is: names, shapes, dtypes, 64 weights of each."""
+        """Twelve hex digits of the model as it is: names, shapes, dtypes, 64 weights of each.
+
+        Of a model with an adapter, those of the model as it came.
+        """
+        if self._of_base is not None:
+            return self._of_base
         digest = hashlib.sha256()
         for name, p in self.model.named_parameters():
             flat = p.detach().reshape(-1)
@@ -124,18 +145,36 @@ class Job:
             rows,
             prompt,
             self.tokenizer,
-            self.settings.model["max_length"],
+            self.settings.model["max_length"] - (self.adapter.num_places if self.adapter else 0),
             self.settings.task["kind"],
             self.settings.task.get("max_new_tokens", 0),
         )
 
     def save(self, folder: Path) -> None:
-        """Model and tokenizer in a new folder, as transformers saves them."""
+        """Model (or what its adapter makes of it) and tokenizer in a new folder."""
         self.model.config.use_cache = True
         saved: Any = self.model  # without types
         with quiet():
-            saved.save_pretrained(folder)
+            if self.adapter is not None:
+                self.adapter.save(folder)
+            else:
+                saved.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+    @property
+    def saved_bytes(self) -> int:
+        """Of what :meth:`save` writes, without the tokenizer."""
+        if self.adapter is not None:
+            return self.adapter.saved_bytes
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    @property
+    def loaded_by(self) -> str:
+        """What loads the folder that :meth:`save` writes."""
+        if self.adapter is not None:
+            return self.adapter.loaded_by
+        family = "Masked" if self.settings.model["family"] == "masked" else "Causal"
+        return f"transformers loads it: AutoModelFor{family}LM.from_pretrained(FOLDER)"
 
     def set_weights(self, saved: Mapping[str, Tensor], where: Path) -> None:
         """Put trained tensors into the model.

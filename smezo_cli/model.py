@@ -36,6 +36,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from smezo_cli import assets, intake
 from smezo_cli.errors import UserError
@@ -253,6 +254,13 @@ def _pretrained(
     config = AutoConfig.from_pretrained(where, **common)
     intake.check_sizes(config.to_dict(), f"model.path={where}")
     _compare(config, cfg)
+    # transformers would put it into the model, or load another in its place, without a word.
+    known = {"revision": common["revision"], "local_files_only": common["local_files_only"]}
+    if find_adapter_config_file(str(where), **known) is not None:
+        raise UserError(
+            f"model.path={where} holds an adapter of peft, and training begins at a whole model: "
+            "merge it into its base model once (peft's merge_and_unload), and give that folder."
+        )
     tokenizer = AutoTokenizer.from_pretrained(where, **common)
     loading = {"dtype": dtype, "attn_implementation": cfg["attention"], **common}
     if "gguf_file" in common:

@@ -353,11 +353,14 @@ def architecture(model: Mapping[str, Any]) -> dict[str, Any]:
     return dict(model) | {"config": {**own, "model_type": numbers["model_type"]}}
 
 
-def _build(node: Mapping[str, Any], dtype: str) -> Any:
+def _build(node: Mapping[str, Any], dtype: str, adapter: Mapping[str, Any] | None) -> Any:
+    from smezo_cli.adapter import attach
     from smezo_cli.model import build_meta
 
     model: Any = build_meta({**node, "dtype": dtype})
     model.config.use_cache = False
+    if adapter is not None:
+        attach(model, adapter, seed=0)
     return model.eval()
 
 
@@ -423,11 +426,12 @@ class _Planner:
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self.compute: torch.dtype = getattr(torch, settings.compute_dtype or settings.dtype)
         node = architecture(settings.model)
-        self.model = _build(node, settings.dtype)
+        adapter = settings.method.get("adapter")
+        self.model = _build(node, settings.dtype, adapter)
         # Of another compute dtype the activations are of a model that has it for its weights.
         self.traced = self.model
         if self.compute != self.dtype:
-            self.traced = _build(node, settings.compute_dtype or settings.dtype)
+            self.traced = _build(node, settings.compute_dtype or settings.dtype, adapter)
         self.eval_tokens = tokens or settings.model["max_length"]
         longest = settings.task["max_train_tokens"] or self.eval_tokens
         self.train_tokens = max(4, min(longest, self.eval_tokens))

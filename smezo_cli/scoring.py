@@ -351,10 +351,15 @@ class Scorer:
         model: a language model of transformers.
         tokenizer: its own.
         compute_dtype: of matrix products, whatever the weights are stored in; None: as they are.
+        places_before: positions that the model itself puts before every text: an adapter's.
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, compute_dtype: torch.dtype | None = None
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        compute_dtype: torch.dtype | None = None,
+        places_before: int = 0,
     ) -> None:
         self.model = model
         self.compute_dtype = compute_dtype
@@ -363,6 +368,7 @@ class Scorer:
         # Whether the model calls its output layer: asked of a forward that was computed, for one
         # that is given from before (executor=lockstep) calls nothing.
         self._calls_head = False
+        self.places_before = places_before
         self.num_forwards = 0  # passes over a batch; a prefix that runs first is part of one
 
     def loss(self, batch: Sequence[Candidates]) -> Tensor:
@@ -558,7 +564,7 @@ class Scorer:
         ):
             return None
         cache = DynamicCache(config=model.config)
-        width = longest_prefix + longest_rest
+        width = longest_prefix + longest_rest + self.places_before
         # Recurrent states cannot hide a prefix's padding; a window counts it as tokens.
         exact = [
             type(layer) is DynamicLayer

@@ -149,6 +149,18 @@ class Names:
         return value
 
 
+class SomeNames(Names):
+    """A list of strings that is not empty."""
+
+    words = "a list of names, at least one"
+    example = "[q_proj,v_proj]"
+
+    def __call__(self, value: object) -> list[str]:
+        if not (names := super().__call__(value)):
+            raise ValueError
+        return names
+
+
 class NamesOrName(Names):
     """A list of strings, or one."""
 
@@ -338,6 +350,16 @@ _DATA_EXAMPLES = {
     "labels": "'task.labels={0: terrible, 1: great}', a word for each value of the label column",
     "options": "task.options=[a,b], the columns of the options or one that holds a list",
 }
+# What each kind of `method.adapter` takes, all of it needed.
+_ADAPTER_KINDS = Choice("lora", "prefix")
+_ADAPTER_KEYS: dict[str, dict[str, Rule]] = {
+    "lora": {
+        "r": Whole(1, example="8"),
+        "alpha": Number(0, above=True, example="16"),
+        "targets": SomeNames(),
+    },
+    "prefix": {"num_tokens": Whole(1, example="5")},
+}
 # null is a value of these ("not limited", "the default").
 _NULLABLE = {
     "eval_every",
@@ -412,6 +434,8 @@ def check(cfg: DictConfig) -> Settings:
     _check_targets(checked["method"], "method")
     _check_counts(checked["task"])
     _check_method(checked["method"], {knob: checked[knob] for knob in KNOBS if knob in checked})
+    if "adapter" in checked["method"]:
+        checked["method"]["adapter"] = _checked_adapter(checked["method"]["adapter"])
     if checked["compute_dtype"] == "float32" != checked["dtype"]:
         raise UserError(
             f"compute_dtype=float32 beside dtype={checked['dtype']}: products are computed in the "
@@ -543,6 +567,22 @@ def _check_method(method: Mapping[str, Any], knobs: Mapping[str, float]) -> None
         )
 
 
+def _checked_adapter(node: object) -> dict[str, Any]:
+    """The node of an adapter with its values in their own types."""
+    if not isinstance(node, Mapping):
+        raise UserError(
+            f"method.adapter={shown(node)}: it must be a mapping with a kind; a method without an "
+            "adapter is chosen by its name, such as method=mezo."
+        )
+    kind = _checked("method.adapter.kind", node.get("kind"), _ADAPTER_KINDS)
+    rules = _ADAPTER_KEYS[kind]
+    for name in node:
+        if name != "kind" and name not in rules:
+            raise UserError(f"there is no method.adapter.{name} of kind {kind}{near(name, rules)}.")
+    values = {n: _checked(f"method.adapter.{n}", node.get(n), rule) for n, rule in rules.items()}
+    return {"kind": kind} | values
+
+
 def _values_of(node: object, name: str) -> Iterator[object]:
     if isinstance(node, Mapping):
         for key, value in node.items():
@@ -554,7 +594,13 @@ def _values_of(node: object, name: str) -> Iterator[object]:
 def _methods_with(knob: str) -> list[str]:
     """Names of our methods that have a top-level knob."""
     files = sorted((CONF_DIR / "method").glob("*.yaml"))
-    return [file.stem for file in files if knob in _load_yaml(file)]
+    loaded = {file.stem: _load_yaml(file) for file in files}
+    # Those with an adapter are variants of the others, and would make the line long.
+    return [name for name, cfg in loaded.items() if knob in cfg and not _is_variant(cfg)]
+
+
+def _is_variant(cfg: DictConfig) -> bool:
+    return OmegaConf.select(cfg, "method.adapter") is not None
 
 
 def _load_yaml(file: Path) -> DictConfig:

@@ -141,7 +141,8 @@ class _Run:
             method = self._build_method()
             numerics = Numerics(method, self.settings.seed, self.state.notes)  # of the base model
             self.stop.patient = True  # from here on there is a state to save
-            self._zero_shot()
+            with self.job.as_it_came():
+                self._zero_shot()
             self._restore(method)
             self._check_method(method)
             self.loggers = self._open_loggers()

@@ -332,7 +332,7 @@ def loss_noise(method: ZeroOrder, scorer: Scorer, rows: Sequence[Candidates]) ->
         NonFiniteLoss: a loss is NaN or infinite.
         RuntimeError: the model mixes dtypes of its own accord, or memory does not suffice.
     """
-    exact = Scorer(scorer.model, scorer.tokenizer)
+    exact = Scorer(scorer.model, scorer.tokenizer, places_before=scorer.places_before)
     scorer.model.eval()
     errors: list[float] = []
     for query in range(PROBED_QUERIES):
