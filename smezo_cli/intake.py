@@ -467,6 +467,8 @@ def is_sound_state(saved: Mapping[str, Any]) -> bool:
         return False
     if max(saved["best_step"] or 0, saved["looked"]) > saved["step"]:
         return False
+    if saved["looked"] and saved["best_step"] is None:  # the first look is the best so far
+        return False
     return "prompt" not in notes or notes["prompt"] < len(notes.get("prompts", ()))
 
 
