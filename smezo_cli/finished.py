@@ -619,8 +619,15 @@ def _of_delta(name: str, overrides: Sequence[str]) -> _Source:
     from smezo_cli.trajectory import Damaged, read_delta
 
     about, records = read_delta(Path(name))
-    with_path = ("model.path", "model.revision")  # the base may lie elsewhere here
+    # The base may lie elsewhere here; and what somebody else trusted is not trusted for that.
+    with_path = ("model.path", "model.revision", "model.trust_remote_code")
     cfg, settings = _parsed(parse_yaml(str(about.get("config")), Path(name)), overrides, with_path)
+    trusted = "model.trust_remote_code=true"
+    if settings.model.get("trust_remote_code") and trusted not in overrides:
+        raise UserError(
+            f"{name}: its model brings Python files, which would run with all your rights; if you "
+            f"trust them, add {trusted}."
+        )
     noted, figures = about.get("weights"), {key: about.get(key) for key in ("test", "dev")}
     if (
         not isinstance(noted, dict)

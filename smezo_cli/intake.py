@@ -465,7 +465,9 @@ def is_sound_state(saved: Mapping[str, Any]) -> bool:
     notes = saved["notes"]
     if not _fit(notes, _NOTES):
         return False
-    if not (saved["best_step"] or 0) <= saved["looked"] <= saved["step"]:
+    if max(saved["best_step"] or 0, saved["looked"]) > saved["step"]:
+        return False
+    if saved["looked"] and saved["best_step"] is None:  # the first look is the best so far
         return False
     return "prompt" not in notes or notes["prompt"] < len(notes.get("prompts", ()))
 

@@ -104,9 +104,11 @@ class RunFolder:
         self.checkpoint = path / "checkpoint"
         self._lock: TextIO | None = None
         if to_read:
+            lock = path / ".lock"
             with contextlib.suppress(OSError):  # nobody can train in a folder that has no lock
-                self._lock = (path / ".lock").open(encoding="utf-8")
-                self._get(fcntl.LOCK_SH)
+                if lock.is_file():  # a pipe would wait
+                    self._lock = lock.open(encoding="utf-8")
+                    self._get(fcntl.LOCK_SH)
             return
         try:
             self.checkpoint.mkdir(parents=True, exist_ok=True)

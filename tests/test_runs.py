@@ -208,7 +208,7 @@ def test_a_state_comes_back_as_it_was(folder: RunFolder) -> None:
         best_step=5,
         best_loss=0.1 + 0.2,
         method={"num_steps": 7, "h": {"a": (0.1).hex()}},
-        notes={"offsets": [0.0, 1 / 3], "zero_shot": {"auc": None}},
+        notes={"offsets": [0.0, 1 / 3], "zero_shot": {"accuracy": 0.5, "auc": None}},
         train_seconds=1e-9,
         num_forwards=14,
         peak_memory_bytes=2**40,
@@ -477,3 +477,28 @@ def test_versions_name_what_a_result_depends_on() -> None:
 def test_times_are_utc_to_the_second() -> None:
     """ISO 8601, so that they sort and every tool reads them."""
     assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", runs.now())
+
+
+def test_metrics_that_are_a_pipe_or_shorter_than_told_are_none(folder: RunFolder) -> None:
+    path = folder.path / "metrics.jsonl"
+    path.write_bytes(b"x")
+    assert not folder.has_metrics(State(metrics_bytes=2**62))
+    path.unlink()
+    os.mkfifo(path)
+    assert not folder.has_metrics(State(metrics_bytes=1, metrics_sha256="0"))
+
+
+@pytest.mark.parametrize(
+    "notes",
+    [
+        {"watch": {"recent": []}},
+        {"numerics": {"moved_share": 0.5}},
+        {"weights": {"best": {"step": "1", "sha256": "0"}}},
+        {"zero_shot": 3},
+    ],
+)
+def test_notes_that_no_run_has_written_are_no_state(
+    folder: RunFolder, notes: dict[str, Any]
+) -> None:
+    folder.save_state(State(notes=notes))
+    assert folder.load_state() is None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from smezo_cli import trajectory
 from smezo_cli.errors import UserError
 from smezo_cli.methods.sparse_mezo import SparseMeZO
-from smezo_cli.trajectory import Damaged, Recorder, read
+from smezo_cli.trajectory import Damaged, Recorder, differences, read
 from smezo_cli.zo import StepRecord, ZeroOrder
 
 X = torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
@@ -377,3 +377,28 @@ def test_a_delta_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     out.write_bytes(trajectory.delta(read(path), 5, {"step": 4}))
     with pytest.raises(Damaged):
         trajectory.read_delta(out)
+
+
+def test_names_that_a_foreign_header_made_up_are_not_repeated() -> None:
+    mine = {"model": "a", "identity": {"seed": 0}}
+    theirs = {"model": "a", "identity": {"seed": 1, "evil\nname": 1}}
+    assert differences(theirs, mine) == ["seed", "header"]
+
+
+def test_a_header_whose_rows_are_no_mapping_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "trajectory.bin"
+    text = b'{"identity": {"num_queries": 1}, "rows": 3}'
+    start = struct.pack("<8sII", b"SMEZOTRJ", 1, len(text)) + text
+    path.write_bytes(start + struct.pack("<I", zlib.crc32(start)))
+    with pytest.raises(Damaged, match="header"):
+        read(path)
+
+
+def test_a_link_is_not_written_through(tmp_path: Path) -> None:
+    outside, path = tmp_path / "outside", tmp_path / "trajectory.bin"
+    outside.write_bytes(b"keep")
+    path.symlink_to(outside)
+    method = method_of(network())
+    with pytest.raises(UserError, match="cannot write"):
+        Recorder(path, header_of(method), method, None)
+    assert outside.read_bytes() == b"keep"
