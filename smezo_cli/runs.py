@@ -36,6 +36,7 @@ from torch import Tensor
 from smezo_cli import __version__, allocator, intake
 from smezo_cli.errors import UserError
 from smezo_cli.redaction import redacted_tree
+from smezo_cli.zo import NUMERICS
 
 SCHEMA = 2  # of result.json; 1 had no checksum
 _STATE = 2  # of checkpoint/state.json
@@ -554,7 +555,8 @@ class PeakMemory:
 
 def versions() -> dict[str, Any]:
     """Versions, commit and machine."""
-    found: dict[str, Any] = {"smezo": __version__, "python": platform.python_version()}
+    found: dict[str, Any] = {"smezo": __version__, "numerics": NUMERICS}
+    found["python"] = platform.python_version()
     for package in ("torch", "transformers", "datasets", "safetensors"):
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)

@@ -381,8 +381,10 @@ def _differences(its: Mapping[str, object], ours: Mapping[str, object]) -> list[
 
 
 def _version(run: Run) -> str:
-    """Numbers change with the version alone (CHANGELOG.md)."""
-    return str((run.result.get("versions") or {}).get("smezo"))
+    """Numbers change with the version (CHANGELOG.md), and between versions with the arithmetic."""
+    versions = run.result.get("versions") or {}
+    numerics = versions.get("numerics")
+    return f"{versions.get('smezo')}" + ("" if numerics is None else f", numerics {numerics}")
 
 
 # --- printing --------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from smezo_cli import table
+from smezo_cli import __version__, table
 from smezo_cli.cli import main
 from smezo_cli.config import _Composer
 from smezo_cli.settings import CONF_DIR
@@ -173,6 +173,7 @@ def test_a_table_is_filled_run_by_run_and_dev_chooses(tiny: Any) -> None:
     # Another version's numbers, and other rows, are refused by name.
     for key, value, says in (
         ("versions", {"smezo": "0.0.1"}, "it is of smezo 0.0.1"),
+        ("versions", {"smezo": __version__, "numerics": 0}, f"of smezo {__version__}, numerics 0"),
         ("test_rows", "elsewhere", "its test rows are not those of"),
     ):
         file = next(
