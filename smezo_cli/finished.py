@@ -93,6 +93,7 @@ def main(verb: str, words: Sequence[str]) -> int:
 
 # Settings that may differ from those of the training: of the task, what rows there are.
 _MAY_CHANGE = ("task", "device", "dtype", "compute_dtype")
+_SAME_BITS = ("compile",)  # may change where steps are applied again: their bits do not
 _OF_THE_TRAINING = ("name", "kind", "source", "prompt", "prompts", "masked", "option_template")
 
 
@@ -129,12 +130,14 @@ def _opened(
         folder.close()
 
 
-def _read_config(path: Path, overrides: Sequence[str]) -> tuple[DictConfig, Settings]:
+def _read_config(
+    path: Path, overrides: Sequence[str], may_change: Sequence[str] = ()
+) -> tuple[DictConfig, Settings]:
     """The settings that a run was trained with, some of them changed."""
     if not (path / "config.yaml").is_file():
         there = "has no config.yaml" if path.is_dir() else "is not there"
         raise UserError(f"{path} {there}: give the folder of a run (smezo runs lists them).")
-    return _parsed(load_yaml(path / "config.yaml"), overrides)
+    return _parsed(load_yaml(path / "config.yaml"), overrides, may_change)
 
 
 def _parsed(
@@ -620,7 +623,7 @@ def _of_delta(name: str, overrides: Sequence[str]) -> _Source:
 
     about, records = read_delta(Path(name))
     # The base may lie elsewhere here; and what somebody else trusted is not trusted for that.
-    with_path = ("model.path", "model.revision", "model.trust_remote_code")
+    with_path = ("model.path", "model.revision", "model.trust_remote_code", *_SAME_BITS)
     cfg, settings = _parsed(parse_yaml(str(about.get("config")), Path(name)), overrides, with_path)
     trusted = "model.trust_remote_code=true"
     if settings.model.get("trust_remote_code") and trusted not in overrides:
@@ -645,7 +648,7 @@ def _of_run(name: str, overrides: Sequence[str]) -> _Source:
     from smezo_cli.trajectory import read
 
     path = Path(name)
-    cfg, settings = _read_config(path, overrides)
+    cfg, settings = _read_config(path, overrides, _SAME_BITS)
     if not (path / "trajectory.bin").exists():
         raise UserError(
             f"{name} has no trajectory.bin, as only the runs of zeroth-order methods have."

@@ -293,9 +293,10 @@ def test_replay_gives_the_weights_and_the_figures_of_the_run(
     replayed = load_file("replayed/model.safetensors")
     assert all(torch.equal(replayed[name], saved[name]) for name in saved.keys() & replayed)
     torch.set_num_threads(2)
-    smezo("replay", sparse, "--split", "none", "--step", 7)
+    for compiled in ("auto", "true", "false"):
+        smezo("replay", sparse, f"compile={compiled}", "--split", "none", "--step", 7)
+        assert f"{result['weights']['last']['sha256']}: the same" in capsys.readouterr().out
     torch.set_num_threads(1)
-    assert f"{result['weights']['last']['sha256']}: the same" in capsys.readouterr().out
 
 
 def test_a_delta_alone_gives_the_model_again(
