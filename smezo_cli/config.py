@@ -248,7 +248,7 @@ def prepare(argv: Sequence[str]) -> Request:
     request = _read(argv)
     if not request.composes:
         return request
-    if request.config_dir is not None and not Path(request.config_dir).is_dir():
+    if request.config_dir is not None and not os.path.isdir(request.config_dir):
         raise UserError(f"--config-dir {request.config_dir}: there is no such folder.")
     folders: set[Path] = set()
     with _Composer(request.config_dir) as composer:

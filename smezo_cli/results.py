@@ -92,7 +92,7 @@ class Run:
                 for name, rows in load_file(path).items()
                 if name.startswith("outcome.")
             }
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, TypeError, ValueError) as error:  # of a dtype not ours
             raise UserError(f"{path} cannot be read ({error}).") from error
         if "test" not in found:
             raise UserError(f"{self.path} has no outcomes of test rows: it is of an older version.")

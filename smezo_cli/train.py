@@ -523,7 +523,11 @@ class _Run:
 
         if "executor" in self.state.notes:
             self.state.notes["executor"] = getattr(method, "executor", None)
-        assert self.state.best_step is not None  # dev is looked at after the last step
+        if self.state.best_step is None:  # dev is looked at after the last step
+            raise UserError(
+                f"{self.folder.path}/checkpoint/state.json is not what a run leaves: start over "
+                "with if_exists=fresh."
+            )
         self._put_best(method, self.state.best_step)
         found = self._evaluate(self.test, "test")
         scores = self.folder.load_scores()

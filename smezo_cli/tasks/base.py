@@ -247,6 +247,18 @@ def lacking(
     ]
 
 
+def _listed(cfg: Mapping[str, Any], key: str) -> Sequence[Mapping[str, Any]]:
+    nodes = cfg.get(key) or ()
+    if not isinstance(nodes, list | tuple) or not all(
+        isinstance(node, Mapping) and isinstance(node.get("template"), str) for node in nodes
+    ):
+        raise UserError(
+            f'task.{key} must be a list of mappings like {{template: "{{text}} It was", labels: '
+            "[bad, good]}."
+        )
+    return nodes
+
+
 def prompts_of(cfg: Mapping[str, Any], tables: Tables) -> tuple[Prompt, ...]:
     """Return the prompts that a task node lists, or the one that `prompt`, `labels` ask for.
 
@@ -262,7 +274,7 @@ def prompts_of(cfg: Mapping[str, Any], tables: Tables) -> tuple[Prompt, ...]:
                 _words(node["labels"]) if "labels" in node else (),
                 node.get("option", Prompt.option),
             )
-            for node in cfg.get(key) or ()
+            for node in _listed(cfg, key)
         ]
         for key in ("prompts", "masked")
     )
