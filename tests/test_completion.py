@@ -33,7 +33,7 @@ def offers(line: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
         ("smezo bench l", ["length="]),
         ("smezo bench st", []),
         ("smezo show meth", ["methods "]),
-        ("smezo show methods sp", ["sparse_mezo"]),
+        ("smezo show methods sp", ["sparse_mezo", "sparse_mezo_lora"]),
         ("smezo nothing ", []),
     ],
 )
