@@ -128,6 +128,7 @@ class _Run:
 
     def finish(self) -> dict[str, Any]:
         """Do what is left."""
+        from smezo_cli import allocator
         from smezo_cli.job import Job
         from smezo_cli.lockstep import NotInLockstep
         from smezo_cli.loop import fit
@@ -144,7 +145,9 @@ class _Run:
             with self.job.as_it_came():
                 self._zero_shot()
             self._restore(method)
+            allocator.give_back()  # what reading and encoding the data has freed
             self._check_method(method)
+            allocator.give_back()
             self.loggers = self._open_loggers()
             fit(
                 method,
