@@ -20,12 +20,13 @@ from smezo_cli.settings import near
 if TYPE_CHECKING:  # an optional dependency, and slow to import
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Page
+    from matplotlib.transforms import Transform
 
 USAGE = """\
 smezo plot KIND [KEY=VALUE ...]            draws the runs below runs/, filtered as smezo runs does
 smezo plot KIND TABLE [KEY=VALUE ...]      draws the runs that a table took (smezo table)
   curve       dev accuracy (or loss) along training, mean and standard deviation over seeds
-  sparsity    test accuracy against sparsity, MeZO at 0, zero-shot as a level
+  sparsity    test accuracy against sparsity, MeZO at 0, zero-shot as a level (points of one x side by side)
   lr          test accuracy against the learning rate
   memory      peak memory by method
   active      the share of weights that are perturbed, along training
@@ -249,7 +250,7 @@ def page(figure: Figure) -> "Page":
     FigureCanvasAgg(drawing)
     for k, panel in enumerate(figure.panels):
         axes = drawing.add_subplot(rows, columns, k + 1)
-        axes.set_title(panel.title)
+        axes.set_title(_plain(panel.title))
         axes.set_xlabel(figure.x)
         if figure.kind == "memory":
             _bars(axes, panel)
@@ -264,15 +265,22 @@ def _lines(axes: "Axes", panel: Panel, kind: str) -> None:
     along = kind in ("curve", "active")
     if kind == "lr":
         axes.set_xscale("log")
+    places = [x for series in panel.series for x in series.x]
+    crowd = [k for k, s in enumerate(panel.series) if any(places.count(x) > 1 for x in s.x)]
+    crowd = crowd if kind == "sparsity" else []
     for k, series in enumerate(panel.series):
         colour = _COLOURS[k]
-        style: dict[str, Any] = {"color": colour, "linestyle": _DASHES[k], "label": series.label}
+        style: dict[str, Any] = {"color": colour, "linestyle": _DASHES[k]}
+        style["label"] = _plain(series.label)
         marker = "" if along and len(series.x) > 60 else _MARKERS[k]
         sd = [value or 0.0 for value in series.sd]
         spread = any(value is not None for value in series.sd)
         if along or not spread:
             axes.plot(series.x, series.mean, marker=marker, **style)
         else:
+            # Beside each other where x is the same; the data stay at x.
+            aside = 3 * (crowd.index(k) - (len(crowd) - 1) / 2) if k in crowd else 0.0
+            style["transform"] = axes.transData + _to_the_right(axes, aside)
             axes.errorbar(series.x, series.mean, yerr=sd, marker=marker, **style)
         if along and spread:
             low = [m - s for m, s in zip(series.mean, sd, strict=True)]
@@ -287,10 +295,12 @@ def _lines(axes: "Axes", panel: Panel, kind: str) -> None:
                 color=colour,
                 linestyle="none",
                 clip_on=False,
-                label=f"{series.name}: diverged",
+                label=_plain(f"{series.name}: diverged"),
             )
     for name, value in panel.levels:
         axes.axhline(value, color="#666666", linewidth=1, linestyle=(0, (1, 2)), label=name)
+    if kind == "sparsity":  # what is moved aside does not count where matplotlib finds limits
+        _set_limits(axes, panel)
     several = any(len(v) > 1 for series in panel.series for v in series.values)
     words = "mean ± sd over n seeds" if several else "one seed each: no spread"
     count = len(panel.series) + len(panel.levels)
@@ -301,6 +311,31 @@ def _lines(axes: "Axes", panel: Panel, kind: str) -> None:
         bbox_to_anchor=(0.5, -0.2),
         ncols=1 if count <= 2 else 2,
     )
+
+
+def _set_limits(axes: "Axes", panel: Panel) -> None:
+    """Everything is seen, with a little room around it."""
+    xs = [x for series in panel.series for x in series.x]
+    ys = [value for _, value in panel.levels]
+    for series in panel.series:
+        for mean, sd in zip(series.mean, series.sd, strict=True):
+            ys += [mean - (sd or 0.0), mean + (sd or 0.0)]
+    room = 0.05 * (max(ys) - min(ys)) or 1.0
+    axes.set_xlim(min(xs) - 0.05, max(xs) + 0.05)
+    axes.set_ylim(min(ys) - room, max(ys) + room)
+
+
+def _to_the_right(axes: "Axes", points: float) -> "Transform":
+    from matplotlib.transforms import ScaledTranslation
+
+    page = axes.get_figure(root=True)
+    assert page is not None
+    return ScaledTranslation(points / 72, 0, page.dpi_scale_trans)
+
+
+def _plain(text: str) -> str:
+    """Names are no formulas."""
+    return text.replace("$", r"\$")
 
 
 def _bars(axes: "Axes", panel: Panel) -> None:
@@ -316,4 +351,4 @@ def _bars(axes: "Axes", panel: Panel) -> None:
 
 def _peak(series: Series) -> tuple[str, float]:
     (values,) = series.values
-    return f"{series.name} ({len(values)} run{'s' * (len(values) > 1)})", max(values)
+    return f"{_plain(series.name)} ({len(values)} run{'s' * (len(values) > 1)})", max(values)

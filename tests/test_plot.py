@@ -195,6 +195,9 @@ def test_accuracy_against_sparsity_has_mezo_at_zero_and_the_lr_that_dev_prefers(
     (segment,) = axes.containers[0].lines[2][0].get_segments()
     spread = 100 * statistics.stdev([0.4, 0.6])
     assert list(segment[:, 1]) == pytest.approx([50 - spread, 50 + spread])
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    assert left < 0 < 0.75 < right < 1
+    assert low < 20 < 75 < high < 100
     assert figure.notes == [
         "toy, tiny-llama, MeZO at sparsity 0: lr=0.0001 of 0.0001, 0.001, by dev of seed 0."
     ]
