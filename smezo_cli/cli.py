@@ -16,6 +16,7 @@ smezo: zeroth-order fine-tuning of language models
   smezo plan [KEY=VALUE ...]      the memory that such a run will need, and whether it fits
   smezo runs [KEY=VALUE ...]      the runs so far: list, filter, merge over seeds, compare
   smezo table [ID]                the papers' tables: ours beside theirs, and what fills them
+  smezo plot KIND                 figures as the papers have them, from runs or from a table
   smezo eval RUN                  score a trained run on a split, save every prediction
   smezo predict RUN FILE          predict rows of your own
   smezo export RUN FOLDER         the trained model, as transformers loads it
@@ -33,7 +34,8 @@ smezo VERB --help tells more. Examples:
 """
 
 _VERBS = (
-    *("train", "plan", "runs", "table", "eval", "predict", "export", "replay", "bench"),
+    *("train", "plan", "runs", "table", "plot"),
+    *("eval", "predict", "export", "replay", "bench"),
     *("ls", "show", "completion"),
 )
 _GROUPS = ("tasks", "models", "methods", "recipes", "experiments", "tables", "loggers")
@@ -90,6 +92,10 @@ def _run(words: list[str]) -> int:
         from smezo_cli.table import main as table
 
         return table(rest)
+    if verb == "plot":
+        from smezo_cli.plot import main as plot
+
+        return plot(rest)
     if verb in ("eval", "predict", "export", "replay"):
         from smezo_cli.finished import main as finished
 

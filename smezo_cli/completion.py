@@ -38,6 +38,7 @@ _FLAGS = {
     "plan": ("--memory", "--tokens", "--bench", "--json", "--help"),
     "runs": ("--mean", "--compare", "--runs-dir", "--sort", "--json", "--help"),
     "table": ("--run", "--row", "--column", "--format", "--runs-dir", "--help"),
+    "plot": ("--x", "--y", "--row", "--column", "--out", "--runs-dir", "--help"),
     "eval": ("--split", "--base", "--step", "--out", "--help"),
     "predict": ("--field", "--out", "--help"),
     "export": ("--step", "--help"),
@@ -83,7 +84,11 @@ def _query(line: str, verbs: Sequence[str], groups: Sequence[str]) -> Iterator[s
         yield from (f"{key}=" for key in KEYS if key.startswith(last))
         if last.partition("=")[0].partition(".")[0] in KEYS:
             yield from _settings([last])
-    elif verb == "table" and len(given) == 2:
+    elif verb == "plot" and len(given) == 2:
+        from smezo_cli.plot import KINDS
+
+        yield from (f"{kind} " for kind in KINDS if kind.startswith(last))
+    elif (verb == "table" and len(given) == 2) or (verb == "plot" and len(given) == 3):
         from smezo_cli.table import names
 
         yield from (f"{name} " for name in names() if name.startswith(last))

@@ -141,6 +141,19 @@ def load(name: str, extra: Sequence[str] = ()) -> Table:
     )
 
 
+def check_names(table: Table, rows: Sequence[str], columns: Sequence[str]) -> None:
+    """Has it these rows and columns?
+
+    Raises:
+        UserError: it has not.
+    """
+    for flag, wanted, lines in (("row", rows, table.rows), ("column", columns, table.columns)):
+        known = [line.name for line in lines]
+        for word in wanted:
+            if word not in known:
+                raise UserError(f"--{flag} {word}: there is no such {flag}{near(word, known)}.")
+
+
 def _split(command: str | None) -> tuple[str, ...]:
     return tuple(shlex.split(command or ""))
 
@@ -176,6 +189,8 @@ class Cell:
 
     Attributes:
         values: one a seed, of the setting that dev has chosen.
+        runs: those that the values are of.
+        searched: what finished of the grid, with the first seed.
         setting: that setting, of what was searched.
         missing: the next command of `smezo train` that it needs, None where it is complete.
         why: what it waits for, where no command fills it.
@@ -185,6 +200,8 @@ class Cell:
     column: Line
     paper: Printed | None
     values: list[float] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+    searched: list[Run] = field(default_factory=list)
     setting: str = ""
     missing: tuple[str, ...] | None = None
     why: str = ""
@@ -252,6 +269,7 @@ class Reader:
             gap = gap or run is None
             if run is not None and run.result["status"] == "done":
                 best = run.result["dev"]["best"]
+                cell.searched.append(run)
                 scored.append((best.get(run.metric, 0.0), -best.get("loss", 0.0), setting, run))
         if gap:
             cell.missing = first if swept else (*words, f"seed={seeds}")
@@ -270,6 +288,7 @@ class Reader:
                     self.notes.append(f"{one.path} never reached {t.level:g} on dev.")
                 else:
                     cell.values.append(value)
+                    cell.runs.append(one)
             elif one is not None:
                 self.notes.append(f"{one.path} diverged and is not in the mean.")
         if lacking:
@@ -326,7 +345,7 @@ class Reader:
             near_by: list[tuple[list[str], str]] = []
             for where, asked in self._asked:
                 keys = [f"{g}.name" for g in _NAMES] + ["seed", "lr", "sparsity", "method.mask"]
-                ours, its = dict(_flat(asked)), dict(_flat(run.config))
+                ours, its = dict(flat(asked)), dict(flat(run.config))
                 if all(ours.get(key) == its.get(key) for key in keys):
                     near_by.append((_differences(its, ours), where))
             if near_by:
@@ -367,10 +386,11 @@ def _stripped(values: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+def flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted keys and values of what :func:`identity` compares."""
     for key, value in (_stripped(node) if not prefix else node).items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         elif prefix or key not in _NOT_ASKED:
             yield f"{prefix}{key}", value
 
@@ -524,14 +544,7 @@ def main(words: Sequence[str]) -> int:
     if given.runs_dir != "runs":
         extra.append(f"runs_dir={given.runs_dir}")
     table = load(name, extra)
-    for flag, wanted, lines in (
-        ("row", given.row, table.rows),
-        ("column", given.column, table.columns),
-    ):
-        known = [line.name for line in lines]
-        for word in wanted:
-            if word not in known:
-                raise UserError(f"--{flag} {word}: there is no such {flag}{near(word, known)}.")
+    check_names(table, given.row, given.column)
     folder = Path(given.runs_dir)
 
     def read() -> tuple[list[Cell], list[str]]:

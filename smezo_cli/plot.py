@@ -1,0 +1,354 @@
+"""`smezo plot`: draws what :mod:`smezo_cli.figures` found, as PNG and SVG.
+
+Colours are those of Okabe and Ito, which everybody tells apart; markers and dashes differ, too. The
+same runs give the same bytes: files carry no date, and SVG ids come from a fixed salt.
+"""
+
+import argparse
+import importlib.util
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from smezo_cli import figures, table
+from smezo_cli.errors import UserError
+from smezo_cli.figures import Figure, Panel, Series, Source
+from smezo_cli.results import find, select
+from smezo_cli.settings import near
+
+if TYPE_CHECKING:  # an optional dependency, and slow to import
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Page
+    from matplotlib.transforms import Transform
+
+USAGE = """\
+smezo plot KIND [KEY=VALUE ...]            draws the runs below runs/, filtered as smezo runs does
+smezo plot KIND TABLE [KEY=VALUE ...]      draws the runs that a table took (smezo table)
+  curve       dev accuracy (or loss) along training, mean and standard deviation over seeds
+  sparsity    test accuracy against sparsity, MeZO at 0, zero-shot as a level (points of one x side by side)
+  lr          test accuracy against the learning rate
+  memory      peak memory by method
+  active      the share of weights that are perturbed, along training
+    --x X             of curve and active: steps (default), forwards or seconds
+    --y Y             of curve: accuracy (default), loss (both of dev) or train_loss
+    --row NAME, --column NAME     of TABLE, these alone (each may be given again)
+    --out FILE        FILE.png or FILE.svg; without an ending both (plot-KIND)
+    --runs-dir DIR    where the runs lie (runs)
+Runs that differ in their seed alone are one line; unfinished runs are drawn where status= asks for them.
+Examples:
+  smezo plot curve task=rotten_tomatoes lr=3e-4 --x seconds
+  smezo plot sparsity small/1 --column rotten_tomatoes --out docs/sparsity.svg
+"""  # noqa: E501  # as wide as the terminal shows it
+
+KINDS = ("curve", "sparsity", "lr", "memory", "active")
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+_STYLE: dict[str, Any] = {
+    "svg.hashsalt": "smezo",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 4.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "errorbar.capsize": 3,
+}
+
+
+class _Flags(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; smezo plot --help shows the flags.")
+
+
+def main(words: Sequence[str]) -> int:
+    """`smezo plot`: draws, and says what was left out; returns the exit code.
+
+    Raises:
+        UserError: a mistake on the line, nothing to draw, or matplotlib is not there.
+    """
+    parser = _Flags(prog="smezo plot", add_help=False, allow_abbrev=False)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--x", default="")
+    parser.add_argument("--y", default="")
+    parser.add_argument("--row", action="append", default=[])
+    parser.add_argument("--column", action="append", default=[])
+    parser.add_argument("--out", default="")
+    parser.add_argument("--runs-dir", default="runs")
+    parser.add_argument("--help", "-h", action="store_true")
+    given = parser.parse_intermixed_args(list(words))
+    if given.help or not given.words:
+        print(USAGE, end="")
+        return 0
+    kind, *rest = given.words
+    if kind not in KINDS:
+        raise UserError(f"smezo plot {kind}: there is no such figure{near(kind, KINDS)}.")
+    for flag, value, known, kinds in (
+        ("x", given.x, figures.X_OF_CURVES, ("curve", "active")),
+        ("y", given.y, figures.Y_OF_CURVES, ("curve",)),
+    ):
+        if value and kind not in kinds:
+            raise UserError(f"--{flag} has no effect with {kind}: it is of {' and '.join(kinds)}.")
+        if value and value not in known:
+            raise UserError(f"--{flag} {value}: there is no such axis{near(value, known)}.")
+    files = _files(given.out or f"plot-{kind}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(
+            "smezo plot draws with matplotlib, which is not installed: "
+            "python -m pip install 'matplotlib>=3.9,<4'."
+        )
+    ids = [word for word in rest if "=" not in word]
+    if len(ids) > 1:
+        raise UserError(f"{ids[1]!r} is neither KEY=VALUE nor the one table that may be given.")
+    if not ids and (given.row or given.column):
+        raise UserError("--row and --column are of a table: smezo plot KIND TABLE --row NAME.")
+    if ids:
+        extra = [word for word in rest if "=" in word]
+        sources, notes = _of_table(ids[0], extra, kind, given)
+    else:
+        sources, notes = _of_folders(rest, kind, Path(given.runs_dir))
+    figure = _found(kind, sources, given.x or "steps", given.y or "accuracy")
+    notes += figure.notes
+    if not figure.panels:
+        why = f" {' '.join(notes[:3])}" if notes else ""
+        raise UserError(f"smezo plot {kind}: these runs have nothing to draw.{why}")
+    from smezo_cli.runs import write_bytes  # with torch, which mistakes need not wait for
+
+    for file, content in _drawn(figure, files):
+        write_bytes(file, content)
+        print(file)
+    for note in dict.fromkeys(notes):
+        print(f"  {note}")
+    return 0
+
+
+def _files(out: str) -> list[Path]:
+    """Where to draw to.
+
+    Raises:
+        UserError: another format, or no such folder.
+    """
+    path = Path(out)
+    if not path.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {path.parent}.")
+    if path.suffix in (".png", ".svg"):
+        files = [path]
+    elif path.suffix and not path.suffix[1:].isdigit():
+        raise UserError(f"--out {out}: no such format, there are .png and .svg.")
+    else:
+        files = [path.with_name(f"{path.name}.{form}") for form in ("png", "svg")]
+    for file in files:
+        if file.is_dir():
+            raise UserError(f"--out {out}: {file} is a folder.")
+    return files
+
+
+def _of_folders(filters: Sequence[str], kind: str, folder: Path) -> tuple[list[Source], list[str]]:
+    runs = select(find(folder), filters)
+    if not runs:
+        where = f" with {' '.join(filters)}" if filters else ""
+        raise UserError(f"smezo plot {kind}: there are no runs in {folder}{where}.")
+    wanted = {"done"} | ({"diverged"} if kind == "lr" else set())
+    asked = any(word.startswith("status=") for word in filters) and kind in ("curve", "active")
+    # A folder of which nothing but the status is known names no task.
+    named = [r for r in runs if r.config and all(r.result.get(k) is not None for k in _NEEDED)]
+    kept = [run for run in named if asked or run.result["status"] in wanted]
+    left = [str(run.result["status"]) for run in runs if run not in kept]
+    counts = ", ".join(f"{left.count(s)} {s}" for s in sorted(set(left)))
+    notes = [f"{len(left)} of {len(runs)} runs are left out: {counts}."] if left else []
+    if not kept:
+        raise UserError(f"smezo plot {kind}: no run in {folder} is finished ({counts}).")
+    return [Source(tuple(kept))], notes
+
+
+_NEEDED = ("task", "model", "method", "seed", "lr")
+
+
+def _of_table(
+    name: str, extra: Sequence[str], kind: str, given: argparse.Namespace
+) -> tuple[list[Source], list[str]]:
+    """What each cell took; of `lr` the grid that it was chosen from, too."""
+    of_dir = [f"runs_dir={given.runs_dir}"] if given.runs_dir != "runs" else []
+    found = table.load(name, [*extra, *of_dir])
+    table.check_names(found, given.row, given.column)
+    folder = Path(given.runs_dir)
+    reader = table.Reader(found, find(folder) if folder.is_dir() else [])
+    sources, notes = [], []
+    for cell in reader.cells(given.row, given.column):
+        if cell.row.of:  # the same runs again
+            continue
+        where = f"{cell.row.name}, {cell.column.name}"
+        lines = dict.fromkeys(run.path for run in cell.runs)
+        runs = [*cell.runs]
+        if kind == "lr":
+            runs += [run for run in cell.searched if run.path not in lines]
+        if runs:
+            # Rows of the study of sparsities are tasks, and its columns what others have in rows.
+            own = "" if kind == "sparsity" or cell.row.name == str(runs[0].result["task"]) else None
+            label = cell.row.name if own is None else own
+            sources.append(Source(tuple(runs), label, chosen=True))
+        if cell.missing:
+            seeds = f"{len(cell.runs)} of {len(found.seeds)} seeds"
+            notes.append(f"{where}: {seeds if cell.runs else 'not run yet'}.")
+    if not sources:
+        raise UserError(
+            f"smezo plot {kind} {name}: no cell of these has runs in {folder}; "
+            f"smezo table {name} prints the commands that fill them."
+        )
+    return sources, [*notes, *reader.notes]
+
+
+def _found(kind: str, sources: Sequence[Source], x: str, y: str) -> Figure:
+    if kind == "curve":
+        return figures.curve(sources, y, x)
+    if kind == "active":
+        return figures.active(sources, x)
+    kinds: dict[str, Callable[[Sequence[Source]], Figure]] = {
+        "sparsity": figures.sparsity,
+        "lr": figures.lr,
+        "memory": figures.memory,
+    }
+    return kinds[kind](sources)
+
+
+# --- drawing ---------------------------------------------------------------------------------
+
+
+def _drawn(figure: Figure, files: Sequence[Path]) -> list[tuple[Path, bytes]]:
+    """Each file with its content."""
+    import matplotlib.style
+
+    contents = []
+    with matplotlib.style.context(["default", _STYLE]):
+        drawing = page(figure)
+        for file in files:
+            form = file.suffix[1:]
+            about = {"Software": None} if form == "png" else {"Date": None, "Creator": None}
+            out = io.BytesIO()
+            drawing.savefig(out, format=form, dpi=160, metadata=about)
+            contents.append((file, out.getvalue()))
+    return contents
+
+
+def page(figure: Figure) -> "Page":
+    """The figure as matplotlib has it: one column of at most two panels abreast."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Page
+
+    columns = min(2, len(figure.panels))
+    rows = -(-len(figure.panels) // columns)
+    longest = max(len(panel.series) for panel in figure.panels)
+    height = 0.9 + 0.34 * longest if figure.kind == "memory" else 2.6 + 0.17 * (longest + 1)
+    drawing = Page(figsize=(5.2 * columns, height * rows), layout="constrained")
+    FigureCanvasAgg(drawing)
+    for k, panel in enumerate(figure.panels):
+        axes = drawing.add_subplot(rows, columns, k + 1)
+        axes.set_title(_plain(panel.title))
+        axes.set_xlabel(figure.x)
+        if figure.kind == "memory":
+            _bars(axes, panel)
+        else:
+            axes.set_ylabel(panel.y)
+            _lines(axes, panel, figure.kind)
+    return drawing
+
+
+def _lines(axes: "Axes", panel: Panel, kind: str) -> None:
+    """Curves with bands, or points with bars; below them what they are."""
+    along = kind in ("curve", "active")
+    if kind == "lr":
+        axes.set_xscale("log")
+    places = [x for series in panel.series for x in series.x]
+    crowd = [k for k, s in enumerate(panel.series) if any(places.count(x) > 1 for x in s.x)]
+    crowd = crowd if kind == "sparsity" else []
+    for k, series in enumerate(panel.series):
+        colour = _COLOURS[k]
+        style: dict[str, Any] = {"color": colour, "linestyle": _DASHES[k]}
+        style["label"] = _plain(series.label)
+        marker = "" if along and len(series.x) > 60 else _MARKERS[k]
+        sd = [value or 0.0 for value in series.sd]
+        spread = any(value is not None for value in series.sd)
+        if along or not spread:
+            axes.plot(series.x, series.mean, marker=marker, **style)
+        else:
+            # Beside each other where x is the same; the data stay at x.
+            aside = 3 * (crowd.index(k) - (len(crowd) - 1) / 2) if k in crowd else 0.0
+            style["transform"] = axes.transData + _to_the_right(axes, aside)
+            axes.errorbar(series.x, series.mean, yerr=sd, marker=marker, **style)
+        if along and spread:
+            low = [m - s for m, s in zip(series.mean, sd, strict=True)]
+            high = [m + s for m, s in zip(series.mean, sd, strict=True)]
+            axes.fill_between(series.x, low, high, color=colour, alpha=0.15, linewidth=0)
+        if series.absent:
+            axes.plot(
+                series.absent,
+                [0.0] * len(series.absent),
+                transform=axes.get_xaxis_transform(),
+                marker="x",
+                color=colour,
+                linestyle="none",
+                clip_on=False,
+                label=_plain(f"{series.name}: diverged"),
+            )
+    for name, value in panel.levels:
+        axes.axhline(value, color="#666666", linewidth=1, linestyle=(0, (1, 2)), label=name)
+    if kind == "sparsity":  # what is moved aside does not count where matplotlib finds limits
+        _set_limits(axes, panel)
+    several = any(len(v) > 1 for series in panel.series for v in series.values)
+    words = "mean ± sd over n seeds" if several else "one seed each: no spread"
+    count = len(panel.series) + len(panel.levels)
+    axes.legend(
+        title=words,
+        title_fontsize=8,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.2),
+        ncols=1 if count <= 2 else 2,
+    )
+
+
+def _set_limits(axes: "Axes", panel: Panel) -> None:
+    """Everything is seen, with a little room around it."""
+    xs = [x for series in panel.series for x in series.x]
+    ys = [value for _, value in panel.levels]
+    for series in panel.series:
+        for mean, sd in zip(series.mean, series.sd, strict=True):
+            ys += [mean - (sd or 0.0), mean + (sd or 0.0)]
+    room = 0.05 * (max(ys) - min(ys)) or 1.0
+    axes.set_xlim(min(xs) - 0.05, max(xs) + 0.05)
+    axes.set_ylim(min(ys) - room, max(ys) + room)
+
+
+def _to_the_right(axes: "Axes", points: float) -> "Transform":
+    from matplotlib.transforms import ScaledTranslation
+
+    page = axes.get_figure(root=True)
+    assert page is not None
+    return ScaledTranslation(points / 72, 0, page.dpi_scale_trans)
+
+
+def _plain(text: str) -> str:
+    """Names are no formulas."""
+    return text.replace("$", r"\$")
+
+
+def _bars(axes: "Axes", panel: Panel) -> None:
+    """One bar a method, its number behind it: the largest peak of its runs."""
+    names = [_peak(series)[0] for series in panel.series]
+    peaks = [_peak(series)[1] for series in panel.series]
+    bars = axes.barh(names, peaks, color=_COLOURS[0], height=0.6)
+    axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set_xlim(0, max(peaks) * 1.15)
+
+
+def _peak(series: Series) -> tuple[str, float]:
+    (values,) = series.values
+    return f"{_plain(series.name)} ({len(values)} run{'s' * (len(values) > 1)})", max(values)
