@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from smezo_cli import __version__, intake, table
 from smezo_cli.cli import main
@@ -18,9 +19,7 @@ from smezo_cli.settings import CONF_DIR
 AWAITED = {
     *("method=adazeta", "method=icl", "method=linear_probe", "method=mezo_adam"),
     *("method=zo_adamu", "method=zo_sgd_cons", "method=zo_sgd_sign"),
-    *("method.objective=metric", "grids for k rows a class"),
-    *(f"task={t} with 16 rows a class" for t in ["sst2", "sst5", "snli", "mnli", "rte", "trec"]),
-    *(f"task={t} with 512 rows a class" for t in ["sst2", "sst5", "snli", "mnli", "rte", "trec"]),
+    *("method.objective=metric", "prefix tuning of masked models"),
     *(f"task={t} with 512 rows a class on roberta-large" for t in ("sst2", "sst5", "snli", "trec")),
 }
 TINY = """\
@@ -53,6 +52,15 @@ def test_what_is_awaited_is_listed_and_has_not_arrived() -> None:
         if equals and " " not in what and (CONF_DIR / group / f"{choice}.yaml").exists()
     ]
     assert not arrived, "fill the commands of these in conf/table/"
+
+
+@pytest.mark.parametrize("name", table.names())
+def test_a_line_of_a_table_has_no_key_that_is_not_read(name: str) -> None:
+    """An unquoted comma in a command makes keys of what follows it."""
+    read = {"command", "awaits", "figure", "of", "also", "paper"}
+    node: Any = OmegaConf.load(CONF_DIR / "table" / f"{name}.yaml")
+    for line in (*node["columns"].items(), *node["rows"].items()):
+        assert set(line[1]) <= read, line
 
 
 def _distinct() -> list[tuple[str, ...]]:
