@@ -688,14 +688,14 @@ def configs(case: Case) -> None:
 
 def reseal(rng: random.Random, tree: Any) -> Any:
     """A spoiled state.json or result.json with a checksum that is right, most of the time."""
-    from smezo_cli.runs import _sealed
+    from smezo_cli.intake import sealed
 
     if not isinstance(tree, dict) or rng.random() < 0.1:
         return tree
     with contextlib.suppress(ValueError, TypeError):
         # As it will be read: what JSON cannot tell apart (1 and True as keys) is one already.
         tree = json.loads(as_json(tree))
-        return _sealed(tree) if isinstance(tree, dict) else tree
+        return sealed(tree) if isinstance(tree, dict) else tree
     return tree
 
 

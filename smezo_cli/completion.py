@@ -37,7 +37,10 @@ _FLAGS = {
     "train": ("--multirun", "--cfg", "--info", "--config-dir", "--help"),
     "plan": ("--memory", "--tokens", "--bench", "--json", "--help"),
     "runs": ("--mean", "--compare", "--runs-dir", "--sort", "--json", "--help"),
-    "table": ("--run", "--row", "--column", "--format", "--runs-dir", "--help"),
+    "table": (
+        *("--run", "--row", "--column", "--format", "--runs-dir", "--collect", "--results"),
+        "--help",
+    ),
     "plot": ("--x", "--y", "--row", "--column", "--out", "--runs-dir", "--help"),
     "eval": ("--split", "--base", "--step", "--out", "--help"),
     "predict": ("--field", "--out", "--help"),

@@ -4,6 +4,7 @@ Libraries trust a file's own numbers (lengths, counts, sizes of a model), follow
 pipes. Here each claim is compared with the bytes that are there. No torch in this module.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -70,6 +71,19 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (UserError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content with a SHA-256 of itself."""
+    plain = {key: value for key, value in content.items() if key != "sha256"}
+    text = json.dumps(plain, sort_keys=True)
+    return plain | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def unsealed(content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Undo :func:`sealed`; None where it is not the content that was sealed."""
+    plain = {key: value for key, value in content.items() if key != "sha256"}
+    return plain if sealed(plain)["sha256"] == content.get("sha256") else None
 
 
 def open_own(path: Path) -> TextIO:
@@ -470,6 +484,14 @@ def is_sound_state(saved: Mapping[str, Any]) -> bool:
     if saved["looked"] and saved["best_step"] is None:  # the first look is the best so far
         return False
     return "prompt" not in notes or notes["prompt"] < len(notes.get("prompts", ()))
+
+
+def is_looks(value: object) -> bool:
+    """Steps and the figure on dev at each, as pairs?"""
+    return isinstance(value, list) and all(
+        isinstance(look, list) and len(look) == 2 and _is_count(look[0]) and _is_number(look[1])
+        for look in value
+    )
 
 
 def is_sound_result(result: Mapping[str, Any]) -> bool:

@@ -43,11 +43,15 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder: result.json, the resolved settings, and the outcome of every test row."""
+    """One run folder: result.json, the resolved settings, and the outcome of every test row.
+
+    Of a run of which there is but a small file (collected.py) `path` is that file.
+    """
 
     path: Path
     result: Mapping[str, Any]
     config: Mapping[str, Any]
+    collected: tuple[tuple[int, float], ...] | None = None
 
     @property
     def metric(self) -> str:
@@ -58,6 +62,22 @@ class Run:
     def score(self) -> float | None:
         """The primary figure on the test rows."""
         return (self.result.get("test") or {}).get(self.metric)
+
+    def looks(self) -> list[tuple[int, float]]:
+        """Step and primary figure (0 to 1) of every look at dev, in order.
+
+        Raises:
+            UserError: metrics.jsonl is missing or damaged.
+        """
+        if self.collected is not None:
+            return list(self.collected)
+        path = self.path / "metrics.jsonl"
+        try:
+            lines = intake.read_text(path, 1 << 30).splitlines()
+            found = [line for line in map(json.loads, lines) if f"dev.{self.metric}" in line]
+            return [(int(line["step"]), float(line[f"dev.{self.metric}"])) for line in found]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} cannot be read: it is damaged.") from error
 
     def get(self, key: str) -> object:
         """A value by its dotted key: of the table, of result.json, of the settings, in this order.

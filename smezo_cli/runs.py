@@ -159,12 +159,14 @@ class RunFolder:
         """result.json, or None where there is none (or it is damaged)."""
         found = intake.read_json(self.path / "result.json")
         if found is not None and found.get("schema") != 1:
-            found = _unsealed(found)
+            found = intake.unsealed(found)
         return found if found is not None and intake.is_sound_result(found) else None
 
     def write_result(self, result: Mapping[str, Any], name: str = "result.json") -> None:
         """Replace result.json, or the record of a shorter run beside it."""
-        write_text(self.path / name, json.dumps(_sealed(redacted_tree(result)), indent=2) + "\n")
+        write_text(
+            self.path / name, json.dumps(intake.sealed(redacted_tree(result)), indent=2) + "\n"
+        )
 
     def damaged(self) -> list[str]:
         """Names of the files that are there and not what was written; weights are not read."""
@@ -241,7 +243,7 @@ class RunFolder:
 
     def save_state(self, state: State) -> None:
         """The state alone: the tensors that it names are there already."""
-        content = _sealed({"schema": _STATE, **asdict(state)})
+        content = intake.sealed({"schema": _STATE, **asdict(state)})
         write_text(self.checkpoint / "state.json", json.dumps(content, indent=1) + "\n")
 
     def settle(self, state: State, keep: str, go_on: bool = True) -> None:
@@ -269,7 +271,7 @@ class RunFolder:
     def load_state(self) -> State | None:
         """The state to go on from, or None."""
         saved = intake.read_json(self.checkpoint / "state.json")
-        saved = None if saved is None else _unsealed(saved)
+        saved = None if saved is None else intake.unsealed(saved)
         if saved is None or saved.pop("schema", None) != _STATE:
             return None
         return State(**saved) if intake.is_sound_state(saved) else None
@@ -433,19 +435,6 @@ def _in_pieces(
         tensor = tensors[name].detach()
         return tensor.dtype, tensor.shape, iter([tensor])
     return tensors.in_pieces(name)
-
-
-def _sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content with a SHA-256 of itself."""
-    plain = {key: value for key, value in content.items() if key != "sha256"}
-    text = json.dumps(plain, sort_keys=True)
-    return plain | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def _unsealed(content: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Undo :func:`_sealed`; None where it is not the content that was sealed."""
-    plain = {key: value for key, value in content.items() if key != "sha256"}
-    return plain if _sealed(plain)["sha256"] == content.get("sha256") else None
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:

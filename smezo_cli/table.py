@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from omegaconf import OmegaConf
 
-from smezo_cli import intake
+from smezo_cli import collected, intake
 from smezo_cli.errors import UserError
 from smezo_cli.results import Run, find
 from smezo_cli.settings import CONF_DIR, digest, near, plain
@@ -34,9 +34,13 @@ smezo table ID [KEY=VALUE ...]                ours | paper | difference, and wha
     --row NAME, --column NAME     these alone (each may be given again)
     --format FORMAT    markdown (default), latex, csv or json
     --runs-dir DIR     where the runs lie (runs)
+    --collect DIR      write what the cells take of their runs, the search of lr too, as small files
+    --results DIR      the table from such files alone; with --run or --runs-dir beside the runs
 Examples:
   smezo table sparse-mezo/1
   smezo table small/1 --run --row MeZO --column rotten_tomatoes
+  smezo table small/1 --collect docs/results/small-1
+  smezo table small/1 --results docs/results/small-1
 """
 
 FIGURES = ("score", "zero_shot", "peak_gb", "steps_to")
@@ -223,7 +227,10 @@ class Cell:
 
 
 class Reader:
-    """Fills the cells of a table from runs; `notes` says what was left out and why."""
+    """Fills the cells of a table from runs; `notes` says what was left out and why.
+
+    `taken` has the runs that cells take, those of a search too, each with the words that ask it.
+    """
 
     def __init__(self, table: Table, runs: Sequence[Run]) -> None:
         self.table, self.notes = table, list[str]()
@@ -235,6 +242,7 @@ class Reader:
         self._alike: dict[tuple[object, ...], tuple[object, object]] = {}
         self._asked: list[tuple[str, Mapping[str, Any]]] = []
         self._used: set[Path] = set()
+        self.taken: dict[Path, tuple[Run, tuple[str, ...]]] = {}
 
     def cells(self, rows: Sequence[str] = (), columns: Sequence[str] = ()) -> list[Cell]:
         """Every cell, row by row, or those of some rows and columns."""
@@ -244,7 +252,7 @@ class Reader:
                 if (not rows or row.name in rows) and (not columns or column.name in columns):
                     paper = row.paper[k] if k < len(row.paper) else None
                     found.append(self._fill(Cell(row, column, paper)))
-        self._note_near_misses()
+        self._note_near_misses(whole=not (rows or columns))
         return found
 
     def _fill(self, cell: Cell) -> Cell:
@@ -265,7 +273,7 @@ class Reader:
         scored, gap = [], False
         for values in itertools.product(*swept.values()):
             setting = dict(zip(swept, values, strict=True))
-            run = self._find(cell, cfg, setting, t.seeds[0])
+            run = self._find(cell, words, cfg, setting, t.seeds[0])
             gap = gap or run is None
             if run is not None and run.result["status"] == "done":
                 best = run.result["dev"]["best"]
@@ -279,7 +287,7 @@ class Reader:
             return cell
         *_, setting, run = max(scored, key=lambda item: item[:2])
         cell.setting = " ".join(f"{key}={value}" for key, value in setting.items())
-        chosen = [run, *(self._find(cell, cfg, setting, seed) for seed in t.seeds[1:])]
+        chosen = [run, *(self._find(cell, words, cfg, setting, s) for s in t.seeds[1:])]
         lacking = [str(s) for s, one in zip(t.seeds, chosen, strict=True) if one is None]
         for one in chosen:
             if one is not None and one.result["status"] == "done":
@@ -303,7 +311,14 @@ class Reader:
             for run, _ in self._runs
         )
 
-    def _find(self, cell: Cell, cfg: Any, setting: Mapping[str, Any], seed: int) -> Run | None:
+    def _find(
+        self,
+        cell: Cell,
+        words: Sequence[str],
+        cfg: Any,
+        setting: Mapping[str, Any],
+        seed: int,
+    ) -> Run | None:
         cfg = copy.deepcopy(cfg)
         for key, value in {**setting, "seed": seed}.items():
             OmegaConf.update(cfg, key, value)
@@ -312,7 +327,10 @@ class Reader:
         wanted = identity(values)
         for run, found in self._runs:
             if found == wanted and self._fits(run, cell):
-                self._used.add(run.path)
+                # The same once more, collected or under another name, is no near miss.
+                self._used.update(one.path for one, same in self._runs if same == wanted)
+                chosen = (f"{key}={value}" for key, value in setting.items())
+                self.taken[run.path] = (run, _last((*words, *chosen, f"seed={seed}")))
                 return run
         return None
 
@@ -333,12 +351,30 @@ class Reader:
         return True
 
     def _refuse(self, run: Run, why: str) -> None:
-        note = f"{run.path} is left out: {why}; if_exists=fresh repeats it."
+        what = "repeat its command" if run.collected is not None else "if_exists=fresh repeats it"
+        note = f"{run.path} is left out: {why}; {what}."
         if note not in self.notes:
             self.notes.append(note)
 
-    def _note_near_misses(self) -> None:
-        """Runs of a cell's task, model and method that differ in another setting."""
+    def collect(self, folder: Path) -> int:
+        """Write files of the runs that cells took (:mod:`smezo_cli.collected`); how many are new.
+
+        Raises:
+            UserError: one cannot be written.
+        """
+        new = 0
+        for run, words in self.taken.values():
+            settings = {k: v for k, v in _stripped(run.config).items() if k not in _NOT_ASKED}
+            what = "-".join(str(run.result[key]) for key in _NAMES)
+            name = f"{what}-s{run.result['seed']}-{identity(settings).replace(' ', '-')}"
+            new += collected.write(folder, name, run, settings, words)
+        return new
+
+    def _note_near_misses(self, whole: bool) -> None:
+        """Runs of a cell's task, model and method that differ in another setting.
+
+        Of collected ones all that no cell of the whole table takes: they were written for it.
+        """
         for run, _ in self._runs:
             if run.path in self._used:
                 continue
@@ -352,6 +388,8 @@ class Reader:
                 differing, where = min(near_by, key=lambda item: len(item[0]))
                 words = "; ".join(differing[:4])
                 self.notes.append(f"{run.path} is left out of ({where}): {words}.")
+            elif whole and run.collected is not None:
+                self.notes.append(f"{run.path} is left out: no cell of this table asks for it.")
 
 
 _NAMES = ("task", "model", "method")
@@ -364,9 +402,7 @@ def figure(run: Run, name: str, level: float = 0.0) -> float | None:
     if name == "peak_gb":
         return float(run.result["peak_memory_bytes"]) / 1e9
     if name == "steps_to":
-        text = (run.path / "metrics.jsonl").read_text(encoding="utf-8")
-        looks = [look for look in map(json.loads, text.splitlines()) if f"dev.{run.metric}" in look]
-        return next((float(k["step"]) for k in looks if k[f"dev.{run.metric}"] >= level), None)
+        return next((float(step) for step, value in run.looks() if value >= level), None)
     tree = run.result["zero_shot" if name == "zero_shot" else "test"]
     return 100 * float(tree[run.metric])
 
@@ -524,7 +560,9 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--row", action="append", default=[])
     parser.add_argument("--column", action="append", default=[])
     parser.add_argument("--format", default="markdown")
-    parser.add_argument("--runs-dir", default="runs")
+    parser.add_argument("--runs-dir")
+    parser.add_argument("--collect")
+    parser.add_argument("--results")
     parser.add_argument("--help", "-h", action="store_true")
     given = parser.parse_intermixed_args(list(words))
     forms = ("markdown", "latex", "csv", "json")
@@ -541,21 +579,31 @@ def main(words: Sequence[str]) -> int:
     name, *extra = given.words
     if bad := [word for word in extra if "=" not in word]:
         raise UserError(f"{bad[0]!r} is not of the form KEY=VALUE or COLUMN:KEY=VALUE.")
-    if given.runs_dir != "runs":
+    if given.runs_dir is not None:
         extra.append(f"runs_dir={given.runs_dir}")
     table = load(name, extra)
     check_names(table, given.row, given.column)
-    folder = Path(given.runs_dir)
+    folder = Path(given.runs_dir or "runs")
+    with_runs = given.results is None or given.run or given.runs_dir is not None
 
-    def read() -> tuple[list[Cell], list[str]]:
-        reader = Reader(table, find(folder) if folder.is_dir() else [])
-        return reader.cells(given.row, given.column), reader.notes
+    def read() -> tuple[list[Cell], Reader]:
+        runs = find(folder) if with_runs and folder.is_dir() else []
+        notes = list[str]()
+        if given.results is not None:
+            files, notes = collected.find(Path(given.results))
+            runs += files
+        reader = Reader(table, runs)
+        reader.notes += notes
+        return reader.cells(given.row, given.column), reader
 
     code = _run(read) if given.run else 0
     if code == 130:
         return code
-    cells, notes = read()
-    print(shown(table, cells, notes, given.format), end="")
+    cells, reader = read()
+    if given.collect is not None:
+        new, all_of_it = reader.collect(Path(given.collect)), len(reader.taken)
+        print(f"{given.collect}: {all_of_it} results, {new} of them new", file=sys.stderr)
+    print(shown(table, cells, reader.notes, given.format), end="")
     return code
 
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from smezo_cli import runs
+from smezo_cli import intake, runs
 from smezo_cli.errors import UserError
 from smezo_cli.runs import PeakMemory, RunFolder, State, StopRequest
 
@@ -328,7 +328,7 @@ def test_a_state_with_a_flipped_bit_counts_as_none(folder: RunFolder) -> None:
     assert folder.load_state() is None
     for change in ({"step": "13"}, {"notes": []}, {"more": 1}):
         content = json.loads(text) | change
-        path.write_text(json.dumps(runs._sealed(content)))
+        path.write_text(json.dumps(intake.sealed(content)))
         assert folder.load_state() is None
 
 

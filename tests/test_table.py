@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
-from smezo_cli import __version__, table
+from smezo_cli import __version__, intake, table
 from smezo_cli.cli import main
 from smezo_cli.config import _Composer
 from smezo_cli.settings import CONF_DIR
@@ -18,9 +19,7 @@ from smezo_cli.settings import CONF_DIR
 AWAITED = {
     *("method=adazeta", "method=icl", "method=linear_probe", "method=mezo_adam"),
     *("method=zo_adamu", "method=zo_sgd_cons", "method=zo_sgd_sign"),
-    *("method.objective=metric", "grids for k rows a class"),
-    *(f"task={t} with 16 rows a class" for t in ["sst2", "sst5", "snli", "mnli", "rte", "trec"]),
-    *(f"task={t} with 512 rows a class" for t in ["sst2", "sst5", "snli", "mnli", "rte", "trec"]),
+    *("method.objective=metric", "prefix tuning of masked models"),
     *(f"task={t} with 512 rows a class on roberta-large" for t in ("sst2", "sst5", "snli", "trec")),
 }
 TINY = """\
@@ -53,6 +52,15 @@ def test_what_is_awaited_is_listed_and_has_not_arrived() -> None:
         if equals and " " not in what and (CONF_DIR / group / f"{choice}.yaml").exists()
     ]
     assert not arrived, "fill the commands of these in conf/table/"
+
+
+@pytest.mark.parametrize("name", table.names())
+def test_a_line_of_a_table_has_no_key_that_is_not_read(name: str) -> None:
+    """An unquoted comma in a command makes keys of what follows it."""
+    read = {"command", "awaits", "figure", "of", "also", "paper"}
+    node: Any = OmegaConf.load(CONF_DIR / "table" / f"{name}.yaml")
+    for line in (*node["columns"].items(), *node["rows"].items()):
+        assert set(line[1]) <= read, line
 
 
 def _distinct() -> list[tuple[str, ...]]:
@@ -186,6 +194,74 @@ def test_a_table_is_filled_run_by_run_and_dev_chooses(tiny: Any) -> None:
         assert cells["MeZO"]["command"].endswith("seed=1")
         assert any(str(file.parent) in note and says in note for note in notes)
         file.write_text(text)
+
+
+def test_collected_results_fill_the_table_without_their_runs(
+    tiny: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same cells from files alone; what was changed, or is of other settings, is named."""
+    results = Path("results")
+    by_runs, _ = tiny("--run", "--collect", "results", "task.max_train_tokens=64")
+    again, notes = tiny("--results", "results", "task.max_train_tokens=64")
+    assert (again, notes) == (by_runs, [])
+    files = sorted(results.glob("*.json"))
+    assert len(files) == 3  # two learning rates, and the chosen one with the second seed
+
+    # To the byte once more, with the runs and from the files; and nothing says where it ran.
+    before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+    tiny("--collect", "results", "task.max_train_tokens=64")
+    tiny("--collect", "results", "--results", "results", "task.max_train_tokens=64")
+    assert before == {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in results.iterdir()}
+    assert not any(str(Path.cwd()) in file.read_text() for file in files)
+    assert "runs_dir" not in files[0].read_text()
+
+    # The command of a file is its run: the run is there already.
+    runs = {p: p.stat().st_mtime_ns for p in Path("runs").rglob("result.json")}
+    for file in files:
+        line = json.loads(file.read_text())["command"]
+        assert main(line[1:]) == 0
+    assert runs == {p: p.stat().st_mtime_ns for p in Path("runs").rglob("result.json")}
+
+    # Files count beside runs when they are asked for, so that --run has nothing to do.
+    Path("runs").rename("away")
+    assert tiny("task.max_train_tokens=64")[0]["MeZO"]["ours"] is None
+    assert tiny("--run", "--results", "results", "task.max_train_tokens=64")[0] == by_runs
+    assert not Path("runs").exists()
+
+    # Other settings, a changed file, another version.
+    cells, notes = tiny("--results", "results", "batch_size=2")
+    assert cells["MeZO"]["ours"] is None
+    assert sum("batch_size=4 where the table has 2" in note for note in notes) == 2
+    assert main(["table", "tiny", "--results", "results", "seed=7"]) == 0
+    assert capsys.readouterr().out.count("left out: no cell of this table asks for it") == 3
+    text = files[0].read_text()
+    files[0].write_text(json.dumps(json.loads(text) | {"looks": []}))
+    cells, notes = tiny("--results", "results", "task.max_train_tokens=64")
+    assert cells["MeZO"]["command"] is not None
+    assert [note for note in notes if str(files[0]) in note and "changed since" in note]
+    content = json.loads(text)
+    content["result"] |= {"versions": {"smezo": "0.0.1"}, "ended": "2000"}
+    files[0].write_text(json.dumps(intake.sealed(content)))
+    _, notes = tiny("--results", "results", "task.max_train_tokens=64")
+    assert [note for note in notes if str(files[0]) in note and "of smezo 0.0.1" in note]
+
+    capsys.readouterr()
+    assert main(["table", "tiny", "--results", "nowhere"]) == 2
+    assert "--results nowhere: there is no such folder" in capsys.readouterr().err
+
+
+def test_a_result_that_names_a_place_is_not_collected(
+    tiny: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells, _ = tiny("--run", "seed=0")
+    assert cells["MeZO"]["command"] is None
+    file = next(Path("runs").rglob("result.json"))
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"recipes": ["/home/somebody/recipe.yaml"]}))
+    assert main(["table", "tiny", "seed=0", "--collect", "results"]) == 2
+    err = capsys.readouterr().err
+    assert "its result.recipes is a place on this machine" in err
+    assert err.strip().count("\n") == 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,118 @@
+"""Results as small files that can be committed: what a table takes of a run, one JSON file a run.
+
+A file has the command, the settings without places, the looks at dev and what result.json says,
+and, as result.json does, a SHA-256 of all of it. Nothing of it says where it was run. No torch.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from smezo_cli import intake
+from smezo_cli.errors import UserError
+from smezo_cli.redaction import redacted_tree
+from smezo_cli.results import Run
+
+_SCHEMA = 1
+# Of result.json: the line as it was typed and what went wrong may name folders, the seal is anew.
+_LEFT_OUT = ("command", "error", "sha256")
+_FOLDERS = ("task.data_dir", "model.path", "runs_dir")
+_ABSOLUTE = re.compile(r"(/|~/|file:|[A-Za-z]:\\)[^\s/]\S*")
+
+
+def find(folder: Path) -> tuple[list[Run], list[str]]:
+    """The runs of which a folder has files, by name, and what is no such file, in words.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"--results {folder}: there is no such folder; smezo table ID --collect {folder} "
+            "writes one from runs."
+        )
+    runs, notes = list[Run](), list[str]()
+    for path in sorted(folder.glob("*.json")):
+        run = load(path)
+        if run is None:
+            notes.append(
+                f"{path} is left out: it is not what smezo table --collect wrote (damaged, or "
+                "changed since)."
+            )
+        else:
+            runs.append(run)
+    return runs, notes
+
+
+def load(path: Path) -> Run | None:
+    """The run of which this is the file, None where it is not what was written."""
+    found = intake.read_json(path)
+    found = None if found is None else intake.unsealed(found)
+    if found is None or found.get("schema") != _SCHEMA:
+        return None
+    result, settings = found.get("result"), found.get("settings")
+    looks: Any = found.get("looks")
+    if not (isinstance(result, dict) and isinstance(settings, dict) and intake.is_looks(looks)):
+        return None
+    if not intake.is_sound_result(result):
+        return None
+    return Run(path, result, settings, tuple((int(step), float(f)) for step, f in looks))
+
+
+def write(
+    folder: Path, name: str, run: Run, settings: Mapping[str, Any], words: Sequence[str]
+) -> bool:
+    """Write the file of a run; False where it was there already, to the byte.
+
+    Args:
+        folder: made where it is not there.
+        name: of the file, less its ending.
+        run: of a folder, or of such a file.
+        settings: those of the run that say what was asked, without places.
+        words: the settings on the line of `smezo train` that ask it.
+
+    Raises:
+        UserError: it cannot be written, or would say where something lies on this machine.
+    """
+    from smezo_cli.runs import write_text
+
+    named = [word for word in words if word.partition("=")[0] not in _FOLDERS]
+    content = redacted_tree(
+        {
+            "schema": _SCHEMA,
+            "command": ["smezo", "train", *named],
+            "settings": settings,
+            "looks": run.looks(),
+            "result": {key: v for key, v in run.result.items() if key not in _LEFT_OUT},
+        }
+    )
+    for key, text in _texts(content):
+        if _ABSOLUTE.fullmatch(text.partition("=")[2] if key == "command" else text):
+            raise UserError(
+                f"--collect {folder}: {run.path} cannot be collected, for its {key} is a place on "
+                f"this machine ({text}); give it a relative path and repeat the run."
+            )
+    path = folder / f"{name}.json"
+    text = json.dumps(intake.sealed(content), indent=1) + "\n"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.is_file() and intake.read_text(path, 1 << 26) == text:
+            return False
+    except OSError as error:
+        raise UserError(f"--collect {folder}: it cannot be made ({error.strerror}).") from error
+    write_text(path, text)
+    return True
+
+
+def _texts(node: object, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text below a node with its dotted key."""
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            yield from _texts(value, f"{key}.{name}".lstrip("."))
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from _texts(value, key)
+    elif isinstance(node, str):
+        yield key, node

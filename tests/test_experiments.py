@@ -1,0 +1,79 @@
+"""conf/experiment: each grid composes, fits a model of its kind, and trains."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from smezo_cli.cli import main
+from smezo_cli.config import _Composer
+from smezo_cli.model import build_meta
+from smezo_cli.settings import CONF_DIR, plain
+
+FOLDER = CONF_DIR / "experiment"
+NAMES = sorted(f.relative_to(FOLDER).with_suffix("").as_posix() for f in FOLDER.rglob("*.yaml"))
+TWINS = {
+    node["config"]["model_type"]: file.stem
+    for file in (CONF_DIR / "model").glob("tiny-*.yaml")
+    for node in [plain(OmegaConf.load(file))]  # type: ignore[arg-type]  # a mapping
+}
+SMALL = ["batch_size=4", "eval_every=1", "device=cpu", "task.prompt=0"]
+ROWS = ["task=toy", "task.num_train=16", "task.num_dev=8", "task.num_test=8"]
+MASKED = ["task.prompt='{text}. It was {mask} .'", "task.labels=[terrible,great]"]
+
+
+def line_of(name: str) -> list[str]:
+    """What follows `smezo train` in the comment at the top: the command of the experiment."""
+    (line,) = [
+        line for line in (FOLDER / f"{name}.yaml").read_text().splitlines()
+        if line.startswith("# smezo train ")
+    ]  # fmt: skip
+    words = line.removeprefix("# smezo train ").split()
+    assert words[0] == f"experiment={name}"
+    return words
+
+
+def swept_in(name: str) -> dict[str, list[str]]:
+    node: Any = OmegaConf.load(FOLDER / f"{name}.yaml")
+    return {k: str(v).split(",") for k, v in node.hydra.sweeper.params.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_experiment_composes_fits_its_model_and_runs_two_steps(
+    name: str, one_thread: None, tmp_path: Path
+) -> None:
+    """The first point of its grid: on the meta device as it is, then with the twin of its model."""
+    words = line_of(name)
+    first = [f"{key}={values[0]}" for key, values in swept_in(name).items()]
+    with _Composer(None) as composer:
+        cfg, swept = composer.grid([*words, *first])
+    assert not swept or set(swept) == {"seed"}
+    node = plain(cfg)["model"]
+    net = build_meta(node)
+    assert all(p.is_meta for p in net.parameters())
+
+    prompt = MASKED if node.get("family") == "masked" else []
+    twin = f"model={TWINS[net.config.model_type]}"
+    given = [*first, twin, *ROWS, *prompt, "seed=13", "steps=2", f"runs_dir={tmp_path}"]
+    # A later word wins: a batch of the grid is as the grid has it.
+    last = {word.partition("=")[0]: word for word in [words[0], *SMALL, *given]}
+    assert main(["train", *last.values()]) == 0
+    (file,) = tmp_path.rglob("result.json")
+    result = json.loads(file.read_text())
+    assert (result["status"], result["step"], result["seed"]) == ("done", 2, 13)
+    method = next((w[7:] for w in first if w.startswith("method=")), plain(cfg)["method"]["name"])
+    assert result["method"] == method
+
+
+def test_a_seed_of_k_rows_a_class_draws_the_rows() -> None:
+    """The seeds of MeZO's Table 18 are those of its splits, in the search and after it."""
+    names = [name for name in NAMES if "roberta" in name]
+    assert names
+    with _Composer(None) as composer:
+        for name in names:
+            cfg, _ = composer.grid(line_of(name))
+            assert plain(cfg)["data_seed"] == 13
+            OmegaConf.update(cfg, "seed", 87)
+            assert plain(cfg)["data_seed"] == 87
