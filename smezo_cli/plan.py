@@ -568,7 +568,7 @@ class _Planner:
         if s.method["executor"] == "in_place":
             scorer = self._scorer()
             with torch.no_grad():
-                alone = self._count(lambda: scorer.loss(batch))[0] + self._cast()
+                alone = self._count(lambda: self._objective(scorer, batch))[0] + self._cast()
             # eps m z and the mask of every weight; one tensor in float32, moved and chosen.
             found["step"] = weights * (_KEPT + 4) + max(alone, 12 * largest)
             return held, found, 2 * num_queries
@@ -582,6 +582,16 @@ class _Planner:
         saved = self._checked_together()
         found["self-check"] = saved * (self.dtype.itemsize + (_KEPT if keeps else 0)) + pair
         return held, found, 2 * num_queries
+
+    def _objective(self, scorer: Any, batch: Sequence[Any]) -> None:
+        """The forwards of a step's objective, without what follows from their logits on a CPU."""
+        objective = self.settings.method.get("objective", "loss")
+        if objective == "loss":
+            scorer.loss(batch)
+        elif objective == "f1":
+            self._answers()
+        else:
+            scorer.scores(batch)
 
     def _passes(self, weights: int, num_queries: int) -> tuple[bool, bool]:
         """Are passes compiled, and is the noise of a step kept? As train and zo decide."""
@@ -612,12 +622,12 @@ class _Planner:
         probe = FunctionalProbe(self.traced, [named[name] for name in self.trained])
         scorer = self._scorer()
 
-        def loss() -> None:
+        def measure() -> None:
             with probe.at(_Keep()):
-                scorer.loss(batch)
+                self._objective(scorer, batch)
 
         with torch.no_grad():
-            peak, left = self._count(loss)
+            peak, left = self._count(measure)
         # The scratch has the dtype of the weights.
         return peak - left + self._cast(), left * self.dtype.itemsize // self.compute.itemsize
 
@@ -756,6 +766,8 @@ class _Planner:
             yield f"{self._options()} options of {_OPTION_TOKENS} tokens each"
         if self.kind == "generation":
             yield f"answers of task.max_new_tokens={s.task['max_new_tokens']} tokens"
+        if s.method.get("objective") == "f1":
+            yield "a forward of training generates an answer a row, whose tokens are not counted"
         if self.device == "cuda":
             yield f"CUDA itself takes {RUNTIME_CUDA / 1e9:.2f} GB, and nothing is fragmented"
         else:

@@ -49,8 +49,8 @@ class State:
     Attributes:
         step: updates done, and the number in the names of the tensor files.
         looked: the last step at which dev was looked at.
-        best_step: the step with the lowest dev loss so far, None before the first look.
-        best_loss: that loss.
+        best_step: that of the best look at dev so far, None before the first.
+        best_loss: its dev loss.
         method: the method's own numbers.
         notes: found before training: zero-shot figures, the prompt, the realised sparsity.
         train_seconds: spent in steps, evaluation apart.
@@ -86,7 +86,10 @@ class State:
         self.__dict__.update(State(notes=self.notes).__dict__)
 
 
-_OF_LOOKS = ("lowest_loss", "best_look", "final_share", "watch", "numerics", "stopped_early")
+_OF_LOOKS = (
+    *("lowest_loss", "highest_metric", "best_look", "final_share"),
+    *("watch", "numerics", "stopped_early"),
+)
 
 
 class RunFolder:

@@ -277,6 +277,10 @@ MISTAKES = [
     ("method.mask=big", ["method.mask=big", "small, large, random or none"]),
     ("method.num_queries=0", ["method.num_queries=0", "at least 1"]),
     ("method.freeze=embed", ["method.freeze=embed", "a list of strings"]),
+    ("method.objective=acc", ["method.objective=acc", "loss, accuracy or f1"]),
+    ("method.objective=f1", ["of kind classification", "add method.objective=accuracy"]),
+    ("task=squad method.objective=accuracy", ["task squad", "add method.objective=f1"]),
+    ("method=sgd method.objective=f1", ["method sgd has no method.objective", "mezo"]),
     ("method.mask=none", ["sparsity=0.75 would be ignored", "sparsity=0"]),
     ("method.mask_resample=step", ["method.mask=random"]),
     ("method.mask=random method.mask_refresh_every=5", ["mask_refresh_every=5", "set it to 0"]),
@@ -502,7 +506,11 @@ def test_digest_is_of_values_not_of_spelling() -> None:
 def test_keys_that_came_later_are_in_the_digest_where_they_are_set() -> None:
     """A run from before there were such keys keeps its name; set, they change results."""
     now = plain(compose())
-    method = {key: value for key, value in now["method"].items() if key != "clip_projected_grad"}
+    method = {
+        key: value
+        for key, value in now["method"].items()
+        if key not in ("clip_projected_grad", "objective")
+    }
     before = {k: v for k, v in now.items() if k not in ("stop_if_diverged", "patience")}
     first = digest(now)
     assert digest(before | {"method": method}) == first
@@ -510,8 +518,9 @@ def test_keys_that_came_later_are_in_the_digest_where_they_are_set() -> None:
         digest(now | {"stop_if_diverged": 2.0}),
         digest(now | {"patience": 3}),
         digest(now | {"method": method | {"clip_projected_grad": 9.0}}),
+        digest(now | {"method": method | {"objective": "accuracy"}}),
     ]
-    assert len({first, *later}) == 4
+    assert len({first, *later}) == 5
 
 
 def test_digest_stays_the_same_over_versions() -> None:

@@ -348,3 +348,16 @@ def test_completion_offers_flags_and_settings(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out.split() == ["--memory"]
     assert cli.main(["completion", "query", "smezo plan model=tiny-l"]) == 0
     assert capsys.readouterr().out.split() == ["model=tiny-llama"]
+
+
+def test_an_objective_takes_the_memory_of_what_it_computes() -> None:
+    """Accuracy of choices scores every option, not the gold one alone; F1 generates answers."""
+    choice = ("task=copa", "method=mezo")
+    loss, accuracy = (
+        planned(*choice, f"method.objective={objective}").phases["step"]
+        for objective in ("loss", "accuracy")
+    )
+    assert accuracy > loss
+    answers = planned("task=squad", "method=mezo", "method.objective=f1", tokens=128)
+    assert answers.phases["step"] >= answers.phases["answers"]
+    assert any("generates an answer" in sentence for sentence in answers.assumptions)
