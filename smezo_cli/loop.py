@@ -25,6 +25,7 @@ class Method(Protocol):
     """What the loop asks of a method; see :mod:`smezo_cli.methods`."""
 
     mode: str  # "eval" (dropout off) or "train"
+    keeps_state: bool  # tensors that the next step depends on, beside the weights
 
     @property
     def trained(self) -> Mapping[str, nn.Parameter]:
@@ -49,7 +50,7 @@ class Method(Protocol):
     def snapshot(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Plain numbers and tensors that the next step depends on, beside the weights."""
 
-    def restore(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    def restore(self, numbers: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Undo :meth:`snapshot`."""
 
 
@@ -265,6 +266,9 @@ def fit(
         if recorder is None or full_due():
             folder.save(state, method.trained, tensors, keep)
         else:
+            if method.keeps_state and state.best_step == state.step:
+                # To make them again would take the state of a step before, which nobody keeps.
+                folder.save_weights(state, state.step, method.trained, state.method)
             folder.settle(state, keep)
 
     def full_due() -> bool:

@@ -142,6 +142,18 @@ class Text:
         return text
 
 
+class Betas:
+    """The two decays of Adam."""
+
+    words = "a list of two numbers in [0, 1)"
+    example = "[0.9,0.999]"
+
+    def __call__(self, value: object) -> list[float]:
+        if not isinstance(value, list) or len(value) != 2:
+            raise ValueError
+        return [Number(0, 1)(item) for item in value]
+
+
 class Names:
     """A list of strings."""
 
@@ -302,6 +314,8 @@ _NODE_RULES: dict[str, Rule] = {
     "method.weight_decay": Number(0, example="0.0"),
     "method.clip_projected_grad": Number(0, above=True, example="100.0"),
     "method.objective": Choice("loss", "accuracy", "f1"),
+    "method.betas": Betas(),
+    "method.adam_eps": Number(0, above=True, example="1e-8"),
     "method.mask": Choice("small", "large", "random", "none"),
     "method.mask_refresh_every": Whole(0, example="0"),
     "method.mask_resample": Choice("run", "step"),

@@ -192,8 +192,10 @@ class _Run:
             raise
         self._close(result)
         s = self.settings
-        # A run with a trajectory needs the best weights alone, to go on too.
-        goes_on = self.recorder is None and is_extensible(s.lr_schedule)
+        # A run with a trajectory needs the best weights alone, to go on too; unless its method has
+        # tensors of its own, which would be made again from the first step on.
+        goes_on = self.recorder is None or method.keeps_state
+        goes_on = goes_on and is_extensible(s.lr_schedule)
         self.folder.settle(self.state, s.keep, goes_on)
         self._summary(result)
         return result
@@ -384,7 +386,7 @@ class _Run:
                     say("  metrics.jsonl is damaged: what it lacks is lost, the training goes on")
                 saved = folder.load_weights(state, state.step)
                 self.job.set_weights(saved, folder.path)
-                restore(method, state.method, folder.load_optimizer(state), folder)
+                restore(method, state.method, folder.load_optimizer(state, state.step), folder)
             return
         check_length(self.settings.steps, method.num_queries)
         path = folder.path / "trajectory.bin"
@@ -401,7 +403,7 @@ class _Run:
             folder.save_weights(state, 0, method.trained, method.snapshot()[0])
             folder.save_state(state)
         if known is not None:
-            rebuild(self.job, method, folder, state, known, state.step, say)
+            rebuild(self.job, method, folder, state, known, state.step, say, goes_on=True)
         self.recorder = Recorder(path, header, method, known)
 
     def _known_steps(self, path: Path, header: Mapping[str, Any]) -> "Trajectory | None":
