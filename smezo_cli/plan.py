@@ -457,7 +457,7 @@ class _Planner:
         }
         phases = self._evaluation()
         if isinstance(method, ZeroOrder):
-            more, own, per_step = self._zeroth_order(method.num_queries)
+            more, own, per_step = self._zeroth_order(method.num_queries, method.keeps_state)
         elif isinstance(method, FirstOrder):
             more, own, per_step = self._first_order()
         else:
@@ -546,7 +546,9 @@ class _Planner:
             output = self.traced(input_ids=ids, use_cache=True, logits_to_keep=1, **more)
             past = output.past_key_values
 
-    def _zeroth_order(self, num_queries: int) -> tuple[dict[str, int], dict[str, int], int]:
+    def _zeroth_order(
+        self, num_queries: int, keeps_state: bool
+    ) -> tuple[dict[str, int], dict[str, int], int]:
         """Held, by stage, and forwards a step."""
         import torch
 
@@ -555,7 +557,8 @@ class _Planner:
         s = self.settings
         weights = sum(p.numel() for p in self.trained.values())
         largest = max(p.numel() for p in self.trained.values())
-        held: dict[str, int] = {}
+        # MeZO-Adam's moments, two of float32.
+        held = {"optimizer state": 8 * weights} if keeps_state else {}
         found: dict[str, int] = {}
         compiled, keeps = self._passes(weights, num_queries)
         if compiled and self.device == "cpu":
@@ -692,13 +695,18 @@ class _Planner:
     def _disk(self, trained: int, state: int, is_recorded: bool) -> tuple[int, int]:
         """At the end, and while a checkpoint is written: the best, the last and the new one.
 
-        Of a run whose steps are recorded: what it goes back to, and the new one.
+        Of a run whose steps are recorded: what it goes back to, and the new one; of one with a
+        state of its own the best weights, too, and the state with each whole checkpoint.
         """
         s = self.settings
         looks = math.ceil(s.steps / s.eval_every)
         goes_on = is_extensible(s.lr_schedule)
         if is_recorded:
             whole = s.steps // s.full_save_every
+            if state:
+                best = looks if s.keep == "all" else 1
+                kept = best * trained + goes_on * min(1, whole) * (trained + state)
+                return kept, (best + 1) * trained + min(2, whole) * (trained + state)
             if s.keep == "all":
                 return (looks + whole) * trained, (looks + whole) * trained
             few = 2 if goes_on and whole else 1

@@ -47,11 +47,15 @@ METHODS = {
         *("model=tiny-llama", "method=sparse_mezo", "lr=1e-3", _SEQUENTIAL),
         *("sparsity=0.6", "method.mask_refresh_every=5"),
     ],
+    "mezo_adam": [
+        *("model=tiny-llama", "method=mezo_adam", "lr=1e-2", _SEQUENTIAL),
+        "full_save_every=5",
+    ],
     # So large a step that the best look is not the last.
     "adamw": ["model=tiny-opt", "method=adamw", "lr=3e-2"],
     "sgd": ["model=tiny-llama", "method=sgd", "lr=1e-2", "method.optimizer.momentum=0.9"],
 }
-EXACT = ["sparse_mezo", "adamw"]  # the methods that are killed and stopped
+EXACT = ["sparse_mezo", "mezo_adam", "adamw"]  # the methods that are killed and stopped
 
 # -------------------------------------------------------------------- a run in a process of its own
 
