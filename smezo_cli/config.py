@@ -76,8 +76,9 @@ def build(node: Mapping[str, Any], key: str = "method", /, **runtime: Any) -> An
     """Call the `_target_` of a node with its other keys and what it takes of `runtime`.
 
     A nested node with a `_target_` becomes a `functools.partial` of its target. The key `name` is
-    ours unless the target takes it, and so is `method.adapter`. `key` is where the node sits, for
-    messages. Targets spell their arguments out: there is no check through `**keywords`.
+    ours unless the target takes it, and so are `method.adapter` and the `method.objective` of a
+    zeroth-order method. `key` is where the node sits, for messages. Targets spell their arguments
+    out: there is no check through `**keywords`.
 
     Raises:
         UserError: a target that is not allowed or not found, a key it does not take, one it needs,
@@ -145,6 +146,8 @@ def _keywords(
             continue
         if f"{key}.{name}" == "method.adapter":  # is in the model already
             continue
+        if f"{key}.{name}" == "method.objective" and _compares_losses(target):  # the scorer's
+            continue
         if name not in taken:
             raise UserError(f"{key} takes no {name}{near(name, taken)}.")
         if isinstance(value, Mapping) and "_target_" in value:
@@ -152,6 +155,13 @@ def _keywords(
             value = partial(inner, **_keywords(value, f"{key}.{name}", inner))
         keywords[name] = value
     return keywords
+
+
+def _compares_losses(target: Callable[..., Any]) -> bool:
+    """Is it a method that asks for no gradient, so that any figure may be its objective?"""
+    from smezo_cli.zo import ZeroOrder
+
+    return inspect.isclass(target) and issubclass(target, ZeroOrder)
 
 
 def _signature(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

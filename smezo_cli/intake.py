@@ -433,6 +433,7 @@ _NOTES: Rules = {
     "executor": _or_none(_is_text),
     "best_look": _is_scored,
     "lowest_loss": _or_none(_is_number),
+    "highest_metric": _is_number,
     "watch": _is_watch,
     "numerics": _is_numerics,
     "weights": _is_noted_weights,

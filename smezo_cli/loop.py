@@ -14,7 +14,8 @@ from smezo_cli import metrics
 from smezo_cli.log import Bar, Console, Logger
 from smezo_cli.runs import PeakMemory, RunFolder, State, Stopped
 from smezo_cli.schedule import lr_factor
-from smezo_cli.scoring import Candidates, Scorer
+from smezo_cli.scoring import Candidates, Scorer, of_answers, outcomes
+from smezo_cli.settings import METRICS
 from smezo_cli.trajectory import Recorder, seconds_between
 from smezo_cli.watch import Watch
 from smezo_cli.zo import Closure, NonFiniteLoss, StepRecord
@@ -24,6 +25,7 @@ class Method(Protocol):
     """What the loop asks of a method; see :mod:`smezo_cli.methods`."""
 
     mode: str  # "eval" (dropout off) or "train"
+    keeps_state: bool  # tensors that the next step depends on, beside the weights
 
     @property
     def trained(self) -> Mapping[str, nn.Parameter]:
@@ -48,7 +50,7 @@ class Method(Protocol):
     def snapshot(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Plain numbers and tensors that the next step depends on, beside the weights."""
 
-    def restore(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    def restore(self, numbers: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Undo :meth:`snapshot`."""
 
 
@@ -75,7 +77,7 @@ class Evaluation:
     @property
     def metric(self) -> str:
         """Name of the figure that counts: accuracy, or of generation f1."""
-        return "f1" if self.kind == "generation" else "accuracy"
+        return METRICS[self.kind]
 
     @property
     def labels(self) -> Tensor:
@@ -88,14 +90,8 @@ class Evaluation:
         Args:
             offsets: (classes,), added to the scores.
         """
-        if self.kind == "generation":
-            return self._of_texts(metrics.f1)
         scores = self.scores if offsets is None else self.scores + offsets
-        right = torch.zeros(scores.shape, dtype=torch.bool)
-        for i, row in enumerate(self.rows):
-            right[i, list(row.correct)] = True
-        found = metrics.correct(scores, right).double()
-        return torch.where(self._labelled, found, math.nan)
+        return outcomes(self.rows, scores, self.texts)
 
     def figures(self, offsets: Tensor | None = None) -> dict[str, Any]:
         """Metric with its standard error, n, loss; over the rows whose labels are known.
@@ -128,7 +124,7 @@ class Evaluation:
         means = torch.stack([self.scores[i, k] for i, k, _ in gold]).double()
         figures["loss"] = -float((means * counts).sum() / counts.sum())
         if self.kind == "generation":
-            exact = self._of_texts(metrics.exact_match)[labelled]
+            exact = of_answers(self.rows, self.texts, metrics.exact_match)[labelled]
             figures["exact_match"] = float(exact.mean())
         return figures
 
@@ -140,7 +136,8 @@ class Evaluation:
         """
         lines = []
         scores = self.scores if offsets is None else self.scores + offsets
-        exact = self._of_texts(metrics.exact_match) if self.texts else None
+        texts = self.texts
+        exact = of_answers(self.rows, texts, metrics.exact_match) if texts else None
         for i, (row, figure) in enumerate(zip(self.rows, self.per_row(offsets), strict=True)):
             line: dict[str, Any] = {"id": row.id}
             if exact is not None:
@@ -164,13 +161,6 @@ class Evaluation:
     @property
     def _labelled(self) -> Tensor:
         return torch.tensor([row.is_labelled for row in self.rows])
-
-    def _of_texts(self, metric: Callable[[str, Sequence[str]], float]) -> Tensor:
-        found = [
-            metric(text, row.answers) if row.answers else math.nan
-            for text, row in zip(self.texts, self.rows, strict=True)
-        ]
-        return torch.tensor(found, dtype=torch.float64)
 
 
 class Batches:
@@ -231,6 +221,7 @@ def fit(
     train: Sequence[Candidates],
     dev: Sequence[Candidates],
     *,
+    objective: str,
     steps: int,
     batch_size: int,
     eval_every: int,
@@ -252,8 +243,10 @@ def fit(
     """Train from ``state.step`` to ``steps``; then ``state.best_step`` names the best weights.
 
     Dev is looked at (and everything saved) every ``eval_every`` steps and after the last; a run may
-    end earlier, at a look after which ``watch`` says why. With ``keep="last"`` the last weights
-    count as the best, with "all" those of every look are kept.
+    end earlier, at a look after which ``watch`` says why. The best look is that with the lowest dev
+    loss, or where the objective is "accuracy" or "f1" with the highest (of equals the lowest loss).
+    With ``keep="last"`` the last weights count as the best, with "all" those of every look are
+    kept.
 
     With a recorder a step that it holds is applied, not computed, and the figures are those that it
     holds; weights are then saved every ``full_save_every`` steps, for the others follow from it.
@@ -273,6 +266,9 @@ def fit(
         if recorder is None or full_due():
             folder.save(state, method.trained, tensors, keep)
         else:
+            if method.keeps_state and state.best_step == state.step:
+                # To make them again would take the state of a step before, which nobody keeps.
+                folder.save_weights(state, state.step, method.trained, state.method)
             folder.settle(state, keep)
 
     def full_due() -> bool:
@@ -299,10 +295,15 @@ def fit(
                 if not math.isfinite(look["loss"]):
                     raise NonFiniteLoss(f"dev loss {look['loss']} at step {state.step}")
                 state.notes["final_share"] = share = method.active_share()
-                lowest = state.notes.get("lowest_loss")
+                lowest, highest = map(state.notes.get, ("lowest_loss", "highest_metric"))
+                metric = None if objective == "loss" else look[objective]
                 is_best = lowest is None or look["loss"] < lowest
+                if metric is not None and highest is not None and metric != highest:
+                    is_best = metric > highest
                 if is_best:
                     state.notes["lowest_loss"] = look["loss"]
+                    if metric is not None:
+                        state.notes["highest_metric"] = metric
                 if is_best or keep == "last":
                     state.best_step, state.best_loss = state.step, look["loss"]
                     state.notes["best_look"] = look
@@ -339,7 +340,7 @@ def fit(
                 method.set_lr_factor(lr_factor(lr_schedule, state.step, steps, warmup_steps))
                 scorer.model.train(method.mode == "train")
                 start = time.perf_counter()
-                record = method.step(lambda rows=batch: scorer.loss(rows))  # type: ignore[misc]  # bound now
+                record = method.step(lambda rows=batch: scorer.objective(rows, objective))  # type: ignore[misc]  # bound now
                 seconds = seconds_between(start, time.perf_counter())
                 if recorder is not None:
                     seconds = recorder.append(state.step, record, seconds)

@@ -304,6 +304,22 @@ class EagerPasses:
         _over_pairs(weight, one)
         return mask
 
+    def along(self, weight: Tensor, draw: Draw, use: "Use") -> None:
+        """Call ``use`` for the parts of a flat tensor, each with its sum_q a_q z_q.
+
+        Parts are disjoint, come in any order and in several threads, and fit the cache, so that an
+        update that is more than a sum needs no memory of the tensor's size.
+        """
+
+        def one(first: slice, second: slice, counter: Tensor) -> None:
+            directions = _directions(counter, self.rule, draw)
+            bits = _round_bits(counter, self.rule, draw)
+            use(first, directions[0], bits[0])
+            if second != first:  # an odd last entry is both
+                use(second, directions[1], bits[1])
+
+        _over_pairs(weight, one)
+
     def move_kept(self, weight: Tensor, out: Tensor, z: Tensor, mask: Tensor, draw: Draw) -> None:
         """As :meth:`move`, from a kept z (one query, round to nearest)."""
 
@@ -312,6 +328,15 @@ class EagerPasses:
             out[part] = _blend(weight[part], direction, mask[part], None, draw, out.dtype)
 
         _over_chunks(weight.numel(), weight.device, one)
+
+    @staticmethod
+    def along_kept(z: Tensor, draw: Draw, use: "Use") -> None:
+        """As :meth:`along`, from a kept z (one query, round to nearest)."""
+
+        def one(part: slice) -> None:
+            use(part, z[part] * draw.coefficients[0], None)
+
+        _over_chunks(z.numel(), z.device, one)
 
 
 def _over_chunks(
@@ -390,6 +415,11 @@ class CompiledPasses:
         self._both = _compile(both)  # type: ignore[arg-type]  # likewise
         self._picked = _compile(picked)  # type: ignore[arg-type]  # likewise
 
+        def directions(counter: Tensor, *draw: Tensor | None) -> Tensor:
+            return torch.stack(_directions(counter, rule, Draw(*draw)))  # type: ignore[arg-type]  # spread
+
+        self._directions = _compile(directions)  # type: ignore[arg-type]  # likewise
+
     def move(self, weight: Tensor, out: Tensor, draw: Draw) -> None:
         """See :meth:`EagerPasses.move`."""
         pairs = weight.numel() // 2
@@ -412,6 +442,26 @@ class CompiledPasses:
             last, counter = slice(2 * pairs, None), torch.tensor([pairs], device=weight.device)
             outs = (plus[last], plus[last]), (minus[last], minus[last])
             move_pairs_both(weight[last], weight[last], *outs, counter, self.rule, draw)
+
+    def along(self, weight: Tensor, draw: Draw, use: "Use") -> None:
+        """See :meth:`EagerPasses.along`."""
+        pairs = weight.numel() // 2
+        if pairs < 64:
+            self._eager.along(weight, draw, use)
+            return
+
+        def one(part: slice) -> None:
+            counter = torch.arange(part.start, part.stop, device=weight.device)
+            first, second = self._directions(counter, *draw)
+            bits = _round_bits(counter, self.rule, draw)
+            use(part, first, bits[0])
+            use(slice(pairs + part.start, pairs + part.stop), second, bits[1])
+
+        _over_chunks(pairs, weight.device, one)
+        if weight.numel() % 2:
+            counter = torch.tensor([pairs], device=weight.device)
+            bits = _round_bits(counter, self.rule, draw)
+            use(slice(2 * pairs, None), _directions(counter, self.rule, draw)[0], bits[0])
 
     def move_at(self, weight: Tensor, index: Tensor, numel: int, draw: Draw) -> Tensor:
         """See :func:`move_at`."""
@@ -473,6 +523,29 @@ class NumbaPasses:
         else:
             self._move_buffered(weight.detach(), plus.detach(), numbers)
             self._move_buffered(weight.detach(), minus.detach(), _negated(numbers))
+
+    def along(self, weight: Tensor, draw: Draw | Numbers, use: "Use") -> None:
+        """See :meth:`EagerPasses.along`."""
+        numbers = Numbers.of(draw)
+        pairs, odd = weight.numel() // 2, weight.numel() % 2
+        queries = list(zip(numbers.keys, numbers.coefficients, strict=True))
+
+        def one(part: slice) -> None:
+            both = torch.empty(2, part.stop - part.start)
+            halves = both.numpy()
+            for q, (key, a) in enumerate(queries):
+                self._kernels.direction(self.rule.noise, q > 0)(*halves, part.start, key, a)
+            bits: tuple[Tensor | None, Tensor | None] = None, None
+            if self.rule.stochastic:
+                counter = torch.arange(part.start, part.stop)
+                bits = noise.rounding_pair(counter, torch.tensor(numbers.round_key))
+            use(part if part.start < pairs else slice(2 * pairs, None), both[0], bits[0])
+            if part.start < pairs:
+                use(slice(pairs + part.start, pairs + part.stop), both[1], bits[1])
+
+        _over_chunks(pairs, weight.device, one, _BUFFER)
+        if odd:  # the last entry is the first of a pair of its own
+            one(slice(pairs, pairs + 1))
 
     def _run(self, loop: Callable[..., None], arrays: tuple[Any, ...], plain: Any) -> None:
         """The loop over the halves of arrays, in threads where that pays."""
@@ -593,6 +666,8 @@ class _Arrays:
 
 
 Passes = EagerPasses | CompiledPasses | NumbaPasses
+#: Takes a part of a flat tensor, sum_q a_q z_q there (float32), and what rounds it by chance.
+Use = Callable[[slice, Tensor, Tensor | None], None]
 
 
 def _halves(flat: Tensor, pairs: int) -> tuple[Tensor, Tensor]:

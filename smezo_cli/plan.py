@@ -457,7 +457,7 @@ class _Planner:
         }
         phases = self._evaluation()
         if isinstance(method, ZeroOrder):
-            more, own, per_step = self._zeroth_order(method.num_queries)
+            more, own, per_step = self._zeroth_order(method.num_queries, method.keeps_state)
         elif isinstance(method, FirstOrder):
             more, own, per_step = self._first_order()
         else:
@@ -546,7 +546,9 @@ class _Planner:
             output = self.traced(input_ids=ids, use_cache=True, logits_to_keep=1, **more)
             past = output.past_key_values
 
-    def _zeroth_order(self, num_queries: int) -> tuple[dict[str, int], dict[str, int], int]:
+    def _zeroth_order(
+        self, num_queries: int, keeps_state: bool
+    ) -> tuple[dict[str, int], dict[str, int], int]:
         """Held, by stage, and forwards a step."""
         import torch
 
@@ -555,7 +557,8 @@ class _Planner:
         s = self.settings
         weights = sum(p.numel() for p in self.trained.values())
         largest = max(p.numel() for p in self.trained.values())
-        held: dict[str, int] = {}
+        # MeZO-Adam's moments, two of float32.
+        held = {"optimizer state": 8 * weights} if keeps_state else {}
         found: dict[str, int] = {}
         compiled, keeps = self._passes(weights, num_queries)
         if compiled and self.device == "cpu":
@@ -568,7 +571,7 @@ class _Planner:
         if s.method["executor"] == "in_place":
             scorer = self._scorer()
             with torch.no_grad():
-                alone = self._count(lambda: scorer.loss(batch))[0] + self._cast()
+                alone = self._count(lambda: self._objective(scorer, batch))[0] + self._cast()
             # eps m z and the mask of every weight; one tensor in float32, moved and chosen.
             found["step"] = weights * (_KEPT + 4) + max(alone, 12 * largest)
             return held, found, 2 * num_queries
@@ -582,6 +585,16 @@ class _Planner:
         saved = self._checked_together()
         found["self-check"] = saved * (self.dtype.itemsize + (_KEPT if keeps else 0)) + pair
         return held, found, 2 * num_queries
+
+    def _objective(self, scorer: Any, batch: Sequence[Any]) -> None:
+        """The forwards of a step's objective, without what follows from their logits on a CPU."""
+        objective = self.settings.method.get("objective", "loss")
+        if objective == "loss":
+            scorer.loss(batch)
+        elif objective == "f1":
+            self._answers()
+        else:
+            scorer.scores(batch)
 
     def _passes(self, weights: int, num_queries: int) -> tuple[bool, bool]:
         """Are passes compiled, and is the noise of a step kept? As train and zo decide."""
@@ -612,12 +625,12 @@ class _Planner:
         probe = FunctionalProbe(self.traced, [named[name] for name in self.trained])
         scorer = self._scorer()
 
-        def loss() -> None:
+        def measure() -> None:
             with probe.at(_Keep()):
-                scorer.loss(batch)
+                self._objective(scorer, batch)
 
         with torch.no_grad():
-            peak, left = self._count(loss)
+            peak, left = self._count(measure)
         # The scratch has the dtype of the weights.
         return peak - left + self._cast(), left * self.dtype.itemsize // self.compute.itemsize
 
@@ -682,13 +695,18 @@ class _Planner:
     def _disk(self, trained: int, state: int, is_recorded: bool) -> tuple[int, int]:
         """At the end, and while a checkpoint is written: the best, the last and the new one.
 
-        Of a run whose steps are recorded: what it goes back to, and the new one.
+        Of a run whose steps are recorded: what it goes back to, and the new one; of one with a
+        state of its own the best weights, too, and the state with each whole checkpoint.
         """
         s = self.settings
         looks = math.ceil(s.steps / s.eval_every)
         goes_on = is_extensible(s.lr_schedule)
         if is_recorded:
             whole = s.steps // s.full_save_every
+            if state:
+                best = looks if s.keep == "all" else 1
+                kept = best * trained + goes_on * min(1, whole) * (trained + state)
+                return kept, (best + 1) * trained + min(2, whole) * (trained + state)
             if s.keep == "all":
                 return (looks + whole) * trained, (looks + whole) * trained
             few = 2 if goes_on and whole else 1
@@ -756,6 +774,8 @@ class _Planner:
             yield f"{self._options()} options of {_OPTION_TOKENS} tokens each"
         if self.kind == "generation":
             yield f"answers of task.max_new_tokens={s.task['max_new_tokens']} tokens"
+        if s.method.get("objective") == "f1":
+            yield "a forward of training generates an answer a row, whose tokens are not counted"
         if self.device == "cuda":
             yield f"CUDA itself takes {RUNTIME_CUDA / 1e9:.2f} GB, and nothing is fragmented"
         else:

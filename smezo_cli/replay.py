@@ -1,19 +1,19 @@
 """Weights of any step of a zeroth-order run: from what is saved, the rest replayed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from smezo_cli.errors import UserError
 from smezo_cli.job import Job
-from smezo_cli.runs import RunFolder, State
+from smezo_cli.runs import RunFolder, Saved, State
 from smezo_cli.trajectory import Trajectory, replay
 from smezo_cli.zo import ZeroOrder
 
 
 def restore(
-    method: Any, numbers: dict[str, Any], tensors: dict[str, Tensor], folder: RunFolder
+    method: Any, numbers: dict[str, Any], tensors: Mapping[str, Tensor], folder: RunFolder
 ) -> None:
     """Give a method its own numbers and tensors back.
 
@@ -37,11 +37,23 @@ def rebuild(
     records: Trajectory,
     step: int,
     say: Callable[[str], None],
+    goes_on: bool = False,
 ) -> None:
     """Put the weights after ``step`` steps into the model and its method.
 
     They begin at the nearest that is good: what the model holds (``method.num_steps`` steps after
-    the base), or what is saved. Needs no memory beside the model and one tensor.
+    the base), or what is saved; with the method's own tensors, if it has some, which are made again
+    from the first step on where none are saved. Needs no memory beside the model and one tensor.
+
+    Args:
+        job: holds the model.
+        method: its own.
+        folder: of the run.
+        state: of the run.
+        records: its steps.
+        step: how many of them.
+        say: receives what is damaged.
+        goes_on: steps follow, so that saved weights without the method's own tensors will not do.
 
     Raises:
         UserError: nothing good is left before that step, or the records end before it.
@@ -51,15 +63,38 @@ def rebuild(
             f"{folder.path}/trajectory.bin holds {len(records)} good steps, not {step}: the "
             "command that trained the run mends it."
         )
-    saved = folder.nearest(state, step, say)
+    saved = _nearest(method, folder, state, step, say, goes_on)
     if saved is not None and not saved[0] <= method.num_steps <= step:
         job.set_weights(saved[1], folder.path)
         numbers = saved[1].about.get("method")
         numbers = numbers if isinstance(numbers, dict) else {}
-        restore(method, numbers | {"num_steps": saved[0]}, {}, folder)
+        restore(method, numbers | {"num_steps": saved[0]}, saved[2], folder)
     if method.num_steps > step:
         raise UserError(
             f"{folder.path}/checkpoint has no good weights up to step {step} any more: give the "
             "same command again, which makes them from the base model."
         )
     replay(method, records, step)
+
+
+def _nearest(
+    method: ZeroOrder,
+    folder: RunFolder,
+    state: State,
+    step: int,
+    say: Callable[[str], None],
+    goes_on: bool,
+) -> tuple[int, Saved, Mapping[str, Tensor]] | None:
+    """The last good weights up to a step from which the method can be brought there."""
+    last: int = step
+    while (found := folder.nearest(state, last, say)) is not None:
+        at, weights = found
+        if not method.keeps_state or at == 0 or (at == step and not goes_on):
+            return at, weights, {}
+        try:
+            if tensors := folder.load_optimizer(state, at):
+                return at, weights, tensors
+        except UserError:
+            say(f"  checkpoint/optimizer-{at}.safetensors is damaged: its steps are applied again")
+        last = at - 1
+    return None

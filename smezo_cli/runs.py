@@ -49,8 +49,8 @@ class State:
     Attributes:
         step: updates done, and the number in the names of the tensor files.
         looked: the last step at which dev was looked at.
-        best_step: the step with the lowest dev loss so far, None before the first look.
-        best_loss: that loss.
+        best_step: that of the best look at dev so far, None before the first.
+        best_loss: its dev loss.
         method: the method's own numbers.
         notes: found before training: zero-shot figures, the prompt, the realised sparsity.
         train_seconds: spent in steps, evaluation apart.
@@ -86,7 +86,10 @@ class State:
         self.__dict__.update(State(notes=self.notes).__dict__)
 
 
-_OF_LOOKS = ("lowest_loss", "best_look", "final_share", "watch", "numerics", "stopped_early")
+_OF_LOOKS = (
+    *("lowest_loss", "highest_metric", "best_look", "final_share"),
+    *("watch", "numerics", "stopped_early"),
+)
 
 
 class RunFolder:
@@ -249,15 +252,18 @@ class RunFolder:
     def settle(self, state: State, keep: str, go_on: bool = True) -> None:
         """Save the state; of the tensors what is needed stays, with ``keep="all"`` all weights.
 
-        Needed are the nearest weights up to the best step and, to go on, up to the present one:
-        those of a run without a trajectory are saved at these very steps.
+        Needed are the nearest weights up to the best step and, to go on, up to the present one
+        (where a method has tensors of its own, with them): those of a run without a trajectory are
+        saved at these very steps.
         """
         steps = state.weights(state.best_step or 0)[-1:]
+        wanted = set()
         if go_on:
-            steps += state.weights(state.step)[-1:]
-        wanted = {self._weights(step).name for step in steps}
-        if go_on:
-            wanted.add(self._optimizer(state.step).name)
+            saved = state.weights(state.step)
+            with_own = [step for step in saved if self._optimizer(step).name in state.files]
+            steps += saved[-1:] + with_own[-1:]
+            wanted = {self._optimizer(step).name for step in with_own[-1:]}
+        wanted |= {self._weights(step).name for step in steps}
         state.files = {
             name: digest
             for name, digest in state.files.items()
@@ -308,16 +314,16 @@ class RunFolder:
             )
         return saved
 
-    def load_optimizer(self, state: State) -> dict[str, Tensor]:
-        """Tensors of the optimizer by name; none for a method that has none.
+    def load_optimizer(self, state: State, step: int) -> Mapping[str, Tensor]:
+        """Tensors of the method at a step by name, each read when asked for; none where none are.
 
         Raises:
             UserError: the file is missing or damaged.
         """
-        path = self._optimizer(state.step)
+        path = self._optimizer(step)
         if path.name not in state.files:
             return {}
-        return dict(self._verified(path, state.files[path.name]))
+        return self._verified(path, state.files[path.name])
 
     def save_scores(self, scores: Mapping[str, Tensor]) -> None:
         """scores.safetensors: candidate scores and labels, row by row."""

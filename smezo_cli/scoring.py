@@ -16,7 +16,7 @@ import dataclasses
 import inspect
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from smezo_cli import generation
+from smezo_cli import generation, metrics
 from smezo_cli.errors import UserError
 from smezo_cli.probe import only_rows
 
@@ -399,6 +399,34 @@ class Scorer:
                 total = total + F.cross_entropy(self.scores(part), labels, reduction="sum")
         return total / (sum(c.num_option[0] for c in batch) if lm else len(batch))
 
+    def objective(self, batch: Sequence[Candidates], name: str = "loss") -> Tensor:
+        """What a step is to lower: the loss of the batch, or 1 less its accuracy or F1.
+
+        Those have no gradient that is of use, and need none: MeZO, arXiv 2305.17333, section 3.3.
+
+        Args:
+            batch: rows of one kind.
+            name: "loss"; or "accuracy" of classification and choice, "f1" of generation, whose
+                answers are generated for it.
+
+        Returns:
+            () float32 of the loss; else float64 in [0, 1] on the CPU.
+
+        Raises:
+            UserError: the prompt is not for this model.
+            ValueError: a row has no label.
+        """
+        if name == "loss":
+            return self.loss(batch)
+        if not all(c.is_labelled for c in batch):
+            raise ValueError(f"a row without a label has no {name}")
+        self.num_forwards += 1
+        if name == "f1":
+            found = [pair for of in self.generate_all(batch) for pair in zip(*of, strict=True)]
+            return 1 - outcomes(batch, None, [text for _, text in sorted(found)]).mean()
+        parts = _split_by_length(batch) if self._device.type == "cpu" else [batch]
+        return 1 - torch.cat([outcomes(part, self.scores(part)) for part in parts]).mean()
+
     def scores(self, batch: Sequence[Candidates]) -> Tensor:
         """(batch, most candidates of a row) float32, -inf where a row has fewer.
 
@@ -654,6 +682,39 @@ class Scorer:
         for start in range(0, len(order), EVAL_ANSWERS):
             chosen = order[start : start + EVAL_ANSWERS]
             yield chosen, self.generate([rows[i] for i in chosen])
+
+
+def outcomes(
+    rows: Sequence[Candidates], scores: Tensor | None, texts: Sequence[str] = ()
+) -> Tensor:
+    """The metric of each row, float64 (n,); nan where nothing is known to compare with.
+
+    Args:
+        rows: of one kind.
+        scores: (n, most candidates of a row), read of classification and choice.
+        texts: of generation the answers.
+    """
+    if rows[0].kind == "generation":
+        return of_answers(rows, texts, metrics.f1)
+    assert scores is not None
+    right = torch.zeros(scores.shape, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        right[i, list(row.correct)] = True
+    found = metrics.correct(scores.cpu(), right).double()
+    return torch.where(torch.tensor([row.is_labelled for row in rows]), found, math.nan)
+
+
+def of_answers(
+    rows: Sequence[Candidates],
+    texts: Sequence[str],
+    metric: Callable[[str, Sequence[str]], float],
+) -> Tensor:
+    """A metric of each row's answer, float64 (n,); nan where no reference is known."""
+    found = [
+        metric(text, row.answers) if row.answers else math.nan
+        for text, row in zip(texts, rows, strict=True)
+    ]
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def _split_by_length(batch: Sequence[Candidates]) -> list[Sequence[Candidates]]:

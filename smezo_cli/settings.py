@@ -28,8 +28,13 @@ CONF_DIR = _PACKAGED if _PACKAGED.is_dir() else _PACKAGED.parent.parent / "conf"
 KNOBS = ("lr", "eps", "sparsity")
 # Cannot change a result, hence not part of a run's digest.
 _NOT_IN_DIGEST = ("name", "runs_dir", "logger", "if_exists", "compile", "hydra", "full_save_every")
-# Came later; null is what runs did before there was such a key, and they keep their digest.
-_NOT_IN_DIGEST_IF_NULL = ("stop_if_diverged", "patience", "clip_projected_grad", "num_per_class")
+# Came later; this value is what runs did before there was such a key, and they keep their digest.
+_LATER = {
+    **dict.fromkeys(("stop_if_diverged", "patience", "clip_projected_grad", "num_per_class")),
+    "objective": "loss",
+}
+# The figure that counts, by the kind of the task.
+METRICS = {"classification": "accuracy", "choice": "accuracy", "generation": "f1"}
 
 
 def near(word: str, options: Iterable[str]) -> str:
@@ -135,6 +140,18 @@ class Text:
         if not isinstance(text, str) or not re.fullmatch(self.pattern, text):
             raise ValueError
         return text
+
+
+class Betas:
+    """The two decays of Adam."""
+
+    words = "a list of two numbers in [0, 1)"
+    example = "[0.9,0.999]"
+
+    def __call__(self, value: object) -> list[float]:
+        if not isinstance(value, list) or len(value) != 2:
+            raise ValueError
+        return [Number(0, 1)(item) for item in value]
 
 
 class Names:
@@ -296,6 +313,9 @@ _NODE_RULES: dict[str, Rule] = {
     "method.num_queries": _COUNT,
     "method.weight_decay": Number(0, example="0.0"),
     "method.clip_projected_grad": Number(0, above=True, example="100.0"),
+    "method.objective": Choice("loss", "accuracy", "f1"),
+    "method.betas": Betas(),
+    "method.adam_eps": Number(0, above=True, example="1e-8"),
     "method.mask": Choice("small", "large", "random", "none"),
     "method.mask_refresh_every": Whole(0, example="0"),
     "method.mask_resample": Choice("run", "step"),
@@ -434,6 +454,7 @@ def check(cfg: DictConfig) -> Settings:
     _check_targets(checked["method"], "method")
     _check_counts(checked["task"])
     _check_method(checked["method"], {knob: checked[knob] for knob in KNOBS if knob in checked})
+    _check_objective(checked["method"].get("objective", "loss"), checked["task"])
     if "adapter" in checked["method"]:
         checked["method"]["adapter"] = _checked_adapter(checked["method"]["adapter"])
     if checked["compute_dtype"] == "float32" != checked["dtype"]:
@@ -567,6 +588,16 @@ def _check_method(method: Mapping[str, Any], knobs: Mapping[str, float]) -> None
         )
 
 
+def _check_objective(objective: str, task: Mapping[str, Any]) -> None:
+    """Refuse an objective that the rows of the task have no figure for."""
+    metric = METRICS[task["kind"]]
+    if objective not in ("loss", metric):
+        raise UserError(
+            f"method.objective={objective}: task {task['name']} is of kind {task['kind']}, whose "
+            f"figure is {metric}: add method.objective={metric}, or leave it out."
+        )
+
+
 def _checked_adapter(node: object) -> dict[str, Any]:
     """The node of an adapter with its values in their own types."""
     if not isinstance(node, Mapping):
@@ -659,7 +690,7 @@ def digest(cfg: DictConfig | Mapping[str, Any]) -> str:
 
     A run that can be extended keeps its name when ``steps`` grows.
     """
-    values = _without_later_nulls(
+    values = _without_later_keys(
         {key: value for key, value in plain(cfg).items() if key not in _NOT_IN_DIGEST}
     )
     if is_extensible(values.get("lr_schedule")):
@@ -670,11 +701,11 @@ def digest(cfg: DictConfig | Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _without_later_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
+def _without_later_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        key: _without_later_nulls(value) if isinstance(value, Mapping) else value
+        key: _without_later_keys(value) if isinstance(value, Mapping) else value
         for key, value in values.items()
-        if value is not None or key not in _NOT_IN_DIGEST_IF_NULL
+        if key not in _LATER or value != _LATER[key]
     }
 
 

@@ -17,7 +17,7 @@ from smezo_cli.config import command, launch, recipes
 from smezo_cli.device import choose_device
 from smezo_cli.errors import UserError
 from smezo_cli.redaction import redacted_tree
-from smezo_cli.settings import Settings, check, digest, is_extensible, plain
+from smezo_cli.settings import METRICS, Settings, check, digest, is_extensible, plain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,6 +114,7 @@ class _Run:
 
         self.settings, self.folder, self.console, self.stop = settings, folder, console, stop
         self.config = plain(cfg)
+        self.objective: str = settings.method.get("objective", "loss")
         self.recipes = recipes()
         self.device = torch.device(device_name)
         self.memory = runs.PeakMemory(self.device)
@@ -154,6 +155,7 @@ class _Run:
                 self.job.scorer,
                 self.train,
                 self.dev,
+                objective=self.objective,
                 steps=self.settings.steps,
                 batch_size=self.settings.batch_size,
                 eval_every=self.settings.eval_every,
@@ -190,8 +192,10 @@ class _Run:
             raise
         self._close(result)
         s = self.settings
-        # A run with a trajectory needs the best weights alone, to go on too.
-        goes_on = self.recorder is None and is_extensible(s.lr_schedule)
+        # A run with a trajectory needs the best weights alone, to go on too; unless its method has
+        # tensors of its own, which would be made again from the first step on.
+        goes_on = self.recorder is None or method.keeps_state
+        goes_on = goes_on and is_extensible(s.lr_schedule)
         self.folder.settle(self.state, s.keep, goes_on)
         self._summary(result)
         return result
@@ -205,8 +209,10 @@ class _Run:
             for knob in ("lr", "eps", "sparsity")
             if (value := getattr(s, knob)) is not None
         )
+        objective = "" if self.objective == "loss" else f" objective={self.objective}"
         self.console.say(
-            f"{s.task['name']} | {s.model['name']} | {s.method['name']} {knobs} | steps={s.steps} "
+            f"{s.task['name']} | {s.model['name']} | {s.method['name']} {knobs}{objective} | "
+            f"steps={s.steps} "
             f"batch_size={s.batch_size} seed={s.seed} | {s.dtype} on {self.device}"
         )
         self.console.say(f"  folder  {self.folder.path}")
@@ -380,7 +386,7 @@ class _Run:
                     say("  metrics.jsonl is damaged: what it lacks is lost, the training goes on")
                 saved = folder.load_weights(state, state.step)
                 self.job.set_weights(saved, folder.path)
-                restore(method, state.method, folder.load_optimizer(state), folder)
+                restore(method, state.method, folder.load_optimizer(state, state.step), folder)
             return
         check_length(self.settings.steps, method.num_queries)
         path = folder.path / "trajectory.bin"
@@ -397,7 +403,7 @@ class _Run:
             folder.save_weights(state, 0, method.trained, method.snapshot()[0])
             folder.save_state(state)
         if known is not None:
-            rebuild(self.job, method, folder, state, known, state.step, say)
+            rebuild(self.job, method, folder, state, known, state.step, say, goes_on=True)
         self.recorder = Recorder(path, header, method, known)
 
     def _known_steps(self, path: Path, header: Mapping[str, Any]) -> "Trajectory | None":
@@ -464,7 +470,8 @@ class _Run:
             return
         s = self.settings
         rows = Batches(len(self.train), s.batch_size, s.seed)(self.state.step)
-        seconds = choose(lambda: self.job.scorer.loss([self.train[i] for i in rows]))
+        batch = [self.train[i] for i in rows]
+        seconds = choose(lambda: self.job.scorer.objective(batch, self.objective))
         words = ", ".join(f"{name} {spent:.3g} s" for name, spent in seconds.items())
         chosen: str = method.executor  # type: ignore[attr-defined]  # there, where choose_executor is
         self.state.notes["executor"] = chosen
@@ -481,6 +488,7 @@ class _Run:
             stop_if_diverged=s.stop_if_diverged,
             patience=s.patience,
             reference=notes.get("dev_loss_before"),
+            objective=self.objective,
         )
 
     def _loss_noise(self, method: "Method") -> dict[str, Any]:
@@ -495,7 +503,8 @@ class _Run:
             return {}
         rows = Batches(len(self.train), s.batch_size, s.seed)(self.state.step)
         try:
-            return loss_noise(method, self.job.scorer, [self.train[i] for i in rows])
+            batch = [self.train[i] for i in rows]
+            return loss_noise(method, self.job.scorer, batch, self.objective)
         except (RuntimeError, MemoryError, NonFiniteLoss) as error:  # the run has its result
             line = str(error).partition("\n")[0]
             self.console.say(f"  the loss noise of {s.dtype} was not measured: {line}")
@@ -600,7 +609,8 @@ class _Run:
             "test": test,
             "zero_shot": notes.get("zero_shot"),
             "zero_shot_calibrated": notes.get("zero_shot_calibrated"),
-            "metric": "f1" if s.task["kind"] == "generation" else "accuracy",
+            "metric": METRICS[s.task["kind"]],
+            "objective": self.objective,
             "dev": {"best": {"step": state.best_step, **notes.get("best_look", {})}},
             "weights": notes.get("weights"),
             "prompt": notes["prompts"][notes["prompt"]] if "prompt" in notes else None,
@@ -669,10 +679,10 @@ class _Run:
         from smezo_cli.watch import report_lines
 
         test, sparsity, metric = result["test"], result["sparsity"], result["metric"]
+        which = "last" if result["keep"] == "last" else f"best dev {self.objective} at"
         lines = [
             f"test {metric} {test[metric]:.4f} +- {test['standard_error']:.4f}"
-            f"  (n={test['n']}, {'last' if result['keep'] == 'last' else 'best dev loss at'} step "
-            f"{result['dev']['best']['step']})"
+            f"  (n={test['n']}, {which} step {result['dev']['best']['step']})"
         ]
         for name in ("zero_shot", "zero_shot_calibrated"):
             if f"over_{name}" in test:

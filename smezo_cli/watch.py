@@ -39,9 +39,11 @@ class Watch:
         stop_if_diverged: end the run where the dev loss of a look, or the mean train loss since the
             look before, is above this many times ``reference``; None never. The reference is the
             dev loss before training, for a run may have diverged long before its first look; the
-            train loss (the same objective, at perturbed weights) shows what dev rows do not.
-        patience: end it after so many looks in a row without a new lowest dev loss; None never.
+            train loss (the same objective, at perturbed weights) shows what dev rows do not. It is
+            not asked where steps lower another objective.
+        patience: end it after so many looks in a row that were not the best so far; None never.
         reference: the dev loss before training; needed by ``stop_if_diverged`` alone.
+        objective: what steps lower: "loss", or 1 less the "accuracy" or "f1".
     """
 
     def __init__(
@@ -52,9 +54,10 @@ class Watch:
         stop_if_diverged: float | None = None,
         patience: int | None = None,
         reference: float | None = None,
+        objective: str = "loss",
     ) -> None:
         self._numerics, self._factor, self._patience = numerics, stop_if_diverged, patience
-        self._reference = reference
+        self._reference, self._objective = reference, objective
         self._seen: dict[str, Any] = notes.setdefault(
             "watch",
             {
@@ -96,25 +99,25 @@ class Watch:
             seen["squares"] += g * g
         return line
 
-    def look(self, loss: float, is_lowest: bool) -> dict[str, float]:
+    def look(self, loss: float, is_best: bool) -> dict[str, float]:
         """Take in the dev loss of a look, after which :attr:`why` is decided anew.
 
         Args:
             loss: on dev.
-            is_lowest: no look before had a loss as low.
+            is_best: no look before was as good.
 
         Returns:
             The numerics report so far, for the look's record.
         """
         seen = self._seen
-        seen["looks_since"] = 0 if is_lowest else seen["looks_since"] + 1
+        seen["looks_since"] = 0 if is_best else seen["looks_since"] + 1
         seen["why"] = None
         train_loss = seen["losses"] / seen["num_losses"] if seen["num_losses"] else 0.0
         seen["losses"], seen["num_losses"] = 0.0, 0
         if self._factor is not None and self._reference is not None:
             limit = self._factor * self._reference
             found = (("dev loss", loss), ("mean train loss since the last look", train_loss))
-            for name, value in found:
+            for name, value in found if self._objective == "loss" else found[:1]:
                 if value > limit and seen["why"] is None:
                     seen["why"] = (
                         f"the {name}, {value:.4g}, is above {self._factor:g} times the dev loss "
@@ -123,7 +126,7 @@ class Watch:
                     )
         if self._patience is not None and seen["looks_since"] >= self._patience:
             seen["why"] = seen["why"] or (
-                f"{seen['looks_since']} looks without a new lowest dev loss "
+                f"{seen['looks_since']} looks without a new {best_words(self._objective)} "
                 f"(patience={self._patience})"
             )
         return self._numerics.look()
@@ -133,6 +136,11 @@ class Watch:
         """Why the run should end at the look just taken, None where it should not."""
         why: str | None = self._seen["why"]
         return why
+
+
+def best_words(objective: str) -> str:
+    """What the best look at dev is the best by."""
+    return "lowest dev loss" if objective == "loss" else f"highest dev {objective}"
 
 
 def spike_report(notes: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -316,11 +324,14 @@ def _as_float32(value: Any) -> Any:
     return value
 
 
-def loss_noise(method: ZeroOrder, scorer: Scorer, rows: Sequence[Candidates]) -> dict[str, Any]:
+def loss_noise(
+    method: ZeroOrder, scorer: Scorer, rows: Sequence[Candidates], objective: str = "loss"
+) -> dict[str, Any]:
     """How far the losses of a run in low precision are from those of the same weights in float32.
 
     On one batch at four probes of the next step, theta +- eps z of two queries, stored in the
-    weights' dtype: four forwards in the run's precision and four in float32.
+    weights' dtype: four forwards in the run's precision and four in float32. Of a run with another
+    objective "losses" are that objective.
 
     Returns:
         ``loss_error_rms`` and ``loss_error_mean`` of the differences; ``loss_noise``, their
@@ -336,9 +347,9 @@ def loss_noise(method: ZeroOrder, scorer: Scorer, rows: Sequence[Candidates]) ->
     scorer.model.eval()
     errors: list[float] = []
     for query in range(PROBED_QUERIES):
-        low = method.losses_at(lambda: scorer.loss(rows), query)
+        low = method.losses_at(lambda: scorer.objective(rows, objective), query)
         with in_float32(scorer.model):
-            high = method.losses_at(lambda: exact.loss(rows), query)
+            high = method.losses_at(lambda: exact.objective(rows, objective), query)
         errors += [a - b for a, b in zip(low, high, strict=True)]
     if not all(map(math.isfinite, errors)):
         raise NonFiniteLoss("a loss is not finite")

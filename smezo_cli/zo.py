@@ -253,6 +253,7 @@ class ZeroOrder(torch.optim.Optimizer):
     """
 
     mode = "eval"
+    keeps_state = False  # tensors that the next step depends on, beside the weights
 
     def __init__(
         self,
@@ -682,7 +683,7 @@ class ZeroOrder(torch.optim.Optimizer):
         """Plain numbers (and no tensors) that the next step depends on, beside the weights."""
         return {"num_steps": self.num_steps, "h": {t.name: t.h.hex() for t in self.targets}}, {}
 
-    def restore(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    def restore(self, numbers: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Undo :meth:`snapshot`."""
         self._kept.clear()
         self.num_steps = numbers["num_steps"]

@@ -211,7 +211,7 @@ MISTAKES = [
     ("method.num_query=2", ["did you mean method.num_queries", "method.mask"]),
     ("hydra.swep.dir=x", ["no setting hydra.swep.dir"]),
     ("method=mezo sparsity=0.8", ["method mezo has no sparsity", "sparse_mezo has"]),
-    ("method=adamw eps=1e-3", ["method adamw has no eps", "mezo, sparse_mezo have"]),
+    ("method=adamw eps=1e-3", ["method adamw has no eps", "mezo, mezo_adam, sparse_mezo have"]),
     ("method=mezo method.mask=small", ["method mezo has no method.mask", "sparse_mezo has"]),
     ("method=mezo +sparsity=0.8", ["method mezo has no sparsity", "sparse_mezo has"]),
     ("+momentum=0.9", ["no setting momentum", "steps"]),
@@ -277,6 +277,14 @@ MISTAKES = [
     ("method.mask=big", ["method.mask=big", "small, large, random or none"]),
     ("method.num_queries=0", ["method.num_queries=0", "at least 1"]),
     ("method.freeze=embed", ["method.freeze=embed", "a list of strings"]),
+    ("method=mezo_adam method.betas=0.9", ["method.betas=0.9", "two numbers in [0, 1)"]),
+    ("method=mezo_adam method.betas=[0.9,1]", ["[0.9, 1]", "for example method.betas=[0.9,0.999]"]),
+    ("method=mezo_adam method.adam_eps=0", ["method.adam_eps=0", "above 0"]),
+    ("method=mezo method.adam_eps=1e-8", ["method mezo has no method.adam_eps", "mezo_adam has"]),
+    ("method.objective=acc", ["method.objective=acc", "loss, accuracy or f1"]),
+    ("method.objective=f1", ["of kind classification", "add method.objective=accuracy"]),
+    ("task=squad method.objective=accuracy", ["task squad", "add method.objective=f1"]),
+    ("method=sgd method.objective=f1", ["method sgd has no method.objective", "mezo"]),
     ("method.mask=none", ["sparsity=0.75 would be ignored", "sparsity=0"]),
     ("method.mask_resample=step", ["method.mask=random"]),
     ("method.mask=random method.mask_refresh_every=5", ["mask_refresh_every=5", "set it to 0"]),
@@ -502,7 +510,11 @@ def test_digest_is_of_values_not_of_spelling() -> None:
 def test_keys_that_came_later_are_in_the_digest_where_they_are_set() -> None:
     """A run from before there were such keys keeps its name; set, they change results."""
     now = plain(compose())
-    method = {key: value for key, value in now["method"].items() if key != "clip_projected_grad"}
+    method = {
+        key: value
+        for key, value in now["method"].items()
+        if key not in ("clip_projected_grad", "objective")
+    }
     before = {k: v for k, v in now.items() if k not in ("stop_if_diverged", "patience")}
     first = digest(now)
     assert digest(before | {"method": method}) == first
@@ -510,8 +522,9 @@ def test_keys_that_came_later_are_in_the_digest_where_they_are_set() -> None:
         digest(now | {"stop_if_diverged": 2.0}),
         digest(now | {"patience": 3}),
         digest(now | {"method": method | {"clip_projected_grad": 9.0}}),
+        digest(now | {"method": method | {"objective": "accuracy"}}),
     ]
-    assert len({first, *later}) == 4
+    assert len({first, *later}) == 5
 
 
 def test_digest_stays_the_same_over_versions() -> None:

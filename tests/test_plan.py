@@ -348,3 +348,31 @@ def test_completion_offers_flags_and_settings(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out.split() == ["--memory"]
     assert cli.main(["completion", "query", "smezo plan model=tiny-l"]) == 0
     assert capsys.readouterr().out.split() == ["model=tiny-llama"]
+
+
+def test_an_objective_takes_the_memory_of_what_it_computes() -> None:
+    """Accuracy of choices scores every option, not the gold one alone; F1 generates answers."""
+    choice = ("task=copa", "method=mezo")
+    loss, accuracy = (
+        planned(*choice, f"method.objective={objective}").phases["step"]
+        for objective in ("loss", "accuracy")
+    )
+    assert accuracy > loss
+    answers = planned("task=squad", "method=mezo", "method.objective=f1", tokens=128)
+    assert answers.phases["step"] >= answers.phases["answers"]
+    assert any("generates an answer" in sentence for sentence in answers.assumptions)
+
+
+def test_the_moments_of_mezo_adam_are_those_of_a_step() -> None:
+    """Held all the time, and on disk with the last whole checkpoint beside the best weights."""
+    from smezo_cli.config import build
+
+    settings = settings_of(*TINY, "method=mezo_adam")
+    model = tiny_model(settings)
+    real = build(settings.method, "method", model=model, seed=0, backend="eager", check=False)
+    real.step(lambda: model(torch.ones(1, 4, dtype=torch.int64)).logits.square().mean())
+    state = sum(t.numel() * t.element_size() for t in real.snapshot()[1].values())
+    found = planned("method=mezo_adam", "full_save_every=5")
+    assert found.resident["optimizer state"] == state == 8 * WEIGHTS
+    assert found.disk == 2 * 4 * WEIGHTS + state
+    assert found.disk_peak == 4 * 4 * WEIGHTS + 2 * state

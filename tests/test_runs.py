@@ -230,7 +230,7 @@ def test_tensors_come_back_bit_for_bit(folder: RunFolder, dtype: torch.dtype) ->
     for loaded, of in (
         (saved(folder, 2)["w"], tensor),
         (saved(folder, 2)["wt"].T, tensor),
-        (folder.load_optimizer(state_of(folder))["w/exp_avg"], tensor),
+        (folder.load_optimizer(state_of(folder), 2)["w/exp_avg"], tensor),
     ):
         assert loaded.dtype == dtype
         assert not loaded.requires_grad
@@ -251,7 +251,7 @@ def test_only_the_last_and_the_best_weights_are_kept(folder: RunFolder) -> None:
     }
     state.step = 30
     folder.save(state, weights(30), {})
-    assert folder.load_optimizer(state_of(folder)) == {}
+    assert folder.load_optimizer(state_of(folder), 30) == {}
     assert saved(folder, 10)["b"][0] == 10
     folder.settle(state, "best", go_on=False)
     assert names(folder) == {"state.json", "weights-10.safetensors"}
@@ -280,7 +280,7 @@ def test_a_save_killed_at_any_file_leaves_a_checkpoint_that_can_be_read(
     assert state is not None
     assert (state.step, state.best_step) == (1, 1)
     assert saved(folder, 1)["b"][0] == 1
-    assert folder.load_optimizer(state)["b"][0] == -1
+    assert folder.load_optimizer(state, 1)["b"][0] == -1
     folder.save(new, weights(2), weights(-2))
     assert names(folder) == {"state.json", "weights-2.safetensors", "optimizer-2.safetensors"}
 

@@ -2,7 +2,7 @@
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class FirstOrder:
     """
 
     mode = "train"
+    keeps_state = True
 
     def __init__(
         self,
@@ -123,7 +124,7 @@ class FirstOrder:
                     numbers[f"{names[index]}/{key}"] = value
         return {"num_steps": self.num_steps, "optimizer": numbers}, tensors
 
-    def restore(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    def restore(self, numbers: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Undo :meth:`snapshot`.
 
         Raises:
