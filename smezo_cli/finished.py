@@ -192,6 +192,8 @@ def _trained(
         if chosen:
             raise UserError(f"--step {step}: {folder.path} took no steps; leave it out.")
         job.demonstrate(state.notes.get("demonstrations", {}).get("text", ""))
+        if 0 in state.weights():
+            job.scorer.probe = dict(folder.load_weights(state, 0))
         return 0
     path = folder.path / "trajectory.bin"
     if not path.exists():
@@ -413,8 +415,8 @@ def _check_exported(run: str) -> None:
     settings = _read_config(Path(run), ())[1]
     if is_frozen(settings.method):
         raise UserError(
-            f"{run}: method {settings.method['name']} trains no weights, so there is nothing to "
-            f"export: its model is model={settings.model['name']} as it came."
+            f"{run}: method {settings.method['name']} trains no weights of the model, so there is "
+            f"nothing to export: it is model={settings.model['name']} as it came."
         )
 
 

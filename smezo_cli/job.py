@@ -25,7 +25,7 @@ from smezo_cli.tasks import Prompt, Row, load_task
 
 if TYPE_CHECKING:
     from smezo_cli.loop import Method
-    from smezo_cli.methods.frozen import InContext, ZeroShot
+    from smezo_cli.methods.frozen import InContext, LinearProbe, ZeroShot
 
 # Weights times steps from which Numba's start, some 4 s, is repaid (eager: some 1e8 a second).
 _WORTH_IT = 5e8
@@ -125,7 +125,7 @@ class Job:
             raise UserError(f"compile=true: {error}; mend that or leave compile out.") from error
         return method
 
-    def build_frozen(self) -> "ZeroShot | InContext":
+    def build_frozen(self) -> "ZeroShot | InContext | LinearProbe":
         """The method, where it takes no steps.
 
         Raises:
@@ -137,7 +137,7 @@ class Job:
                 f"compile={str(s.compile).lower()}: method {s.method['name']} has no passes to "
                 "compile; leave compile out."
             )
-        method: ZeroShot | InContext = build(s.method, "method", seed=s.seed)
+        method: ZeroShot | InContext | LinearProbe = build(s.method, "method", seed=s.seed)
         return method
 
     def demonstrate(self, text: str) -> None:

@@ -483,7 +483,8 @@ class _Planner:
             own["best weights read back"] = max(_bytes([p]) for p in self.trained.values())
         state = more.get("optimizer state", 0)
         disk, disk_peak = self._disk(trained, state, isinstance(method, ZeroOrder))
-        looks = math.ceil(s.steps / s.eval_every) + self.shows
+        fits = "l2" in s.method  # a probe
+        looks = math.ceil(s.steps / s.eval_every) + (self.shows or fits)
         work = {
             "forwards of training": s.steps * per_step,
             "rows in them": s.steps * per_step * s.batch_size,
@@ -494,7 +495,7 @@ class _Planner:
         if (each := s.task.get("num_per_class")) and "classes" in s.task.get("source", {}):
             num_dev = each * len(s.task["source"]["classes"])
         if num_dev and s.task["num_test"]:
-            tests = 1 if frozen and not self.shows else 2
+            tests = 1 if frozen and not (self.shows or fits) else 2
             work["rows in evaluations, at most"] = (
                 looks + len(s.task.get("prompts") or [0])
             ) * num_dev + tests * s.task["num_test"]

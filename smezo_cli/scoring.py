@@ -416,6 +416,8 @@ class Scorer:
         self.places_before = places_before
         self.holds_common = False  # rows begin with the same demonstrations: see holding()
         self._held: _Held | None = None
+        #: weight (classes, hidden) and bias (classes,), float64: they score in place of label words
+        self.probe: Mapping[str, Tensor] | None = None
         self.num_forwards = 0  # passes over a batch; a prefix that runs first is part of one
 
     def loss(self, batch: Sequence[Candidates]) -> Tensor:
@@ -532,7 +534,41 @@ class Scorer:
         with self._computing():
             return self._scores(batch)
 
+    def features(self, batch: Sequence[Candidates]) -> Tensor:
+        """(batch, hidden) hidden states, as they enter the output layer.
+
+        Of a row that of the last token of its prompt, or of its mask.
+        """
+        self._check_family(batch[0])
+        with self._computing():
+            return self._features(batch)
+
+    def _features(self, batch: Sequence[Candidates]) -> Tensor:
+        masked = batch[0].mask is not None
+        prompts = [c.context if masked else c.full[0][: -c.num_option[0]] for c in batch]
+        at = [len(p) - 1 if c.mask is None else c.mask for p, c in zip(prompts, batch, strict=True)]
+        places = list(enumerate(at))
+        seen: list[Tensor] = []
+        head = self.model.get_output_embeddings()  # type: ignore[operator]  # transformers' own
+        handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try:
+            self._logits_at(
+                places,
+                (self.pad_id,),
+                input_ids=self._padded(prompts),
+                attention_mask=self._padded([[1] * len(ids) for ids in prompts], 0),
+            )
+        finally:
+            handle.remove()
+        sequences, positions = self._tensor(list(zip(*places, strict=True)))
+        hidden = seen[0]
+        return hidden[sequences.to(hidden.device), positions.to(hidden.device)]
+
     def _scores(self, batch: Sequence[Candidates]) -> Tensor:
+        if self.probe is not None:
+            weight, bias = (self.probe[name].to(self._device) for name in ("weight", "bias"))
+            logits = self._features(batch).double() @ weight.T + bias
+            return logits.log_softmax(1).float()
         if batch[0].kind == "classification":
             if batch[0].mask is not None:
                 return self._mask_scores(batch)
@@ -774,6 +810,23 @@ class Scorer:
         Yields:
             Indices of the batch's rows and their scores, float32 (batch, candidates) on the CPU.
         """
+        for chosen in self._batches(rows):
+            with torch.inference_mode():
+                scores = self.scores([rows[i] for i in chosen]).cpu()
+            yield chosen, scores
+
+    def features_of(self, rows: Sequence[Candidates]) -> Tensor:
+        """The :meth:`features` of many rows, in batches of like length: float64 on the CPU."""
+        parts, order = [], list[int]()
+        for chosen in self._batches(rows):
+            with torch.inference_mode():
+                parts.append(self.features([rows[i] for i in chosen]).double().cpu())
+            order += chosen
+        features = torch.cat(parts)
+        return torch.empty_like(features).index_copy_(0, torch.tensor(order), features)
+
+    def _batches(self, rows: Sequence[Candidates]) -> Iterator[list[int]]:
+        """Indices of rows of like length; each is a forward."""
         limit = EVAL_TOKENS if self._device.type == "cpu" else EVAL_TOKENS_GPU
         tokens = [self._tokens(row) for row in rows]
         order = sorted(range(len(rows)), key=lambda i: -tokens[i])
@@ -783,9 +836,7 @@ class Scorer:
             chosen = order[start : start + size]
             start += size
             self.num_forwards += 1
-            with torch.inference_mode():
-                scores = self.scores([rows[i] for i in chosen]).cpu()
-            yield chosen, scores
+            yield chosen
 
     def generate_all(self, rows: Sequence[Candidates]) -> Iterator[tuple[list[int], list[str]]]:
         """Continue many rows in batches of like length.

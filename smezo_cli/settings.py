@@ -305,6 +305,7 @@ _NODE_RULES: dict[str, Rule] = {
     "method.executor": Choice("auto", "sequential", "lockstep", "in_place"),
     "method.keep_noise": Choice("auto", True, False),
     "method.num_demonstrations": Whole(1, example="32"),
+    "method.l2": Number(0, above=True, example="1.0"),
     "method.max_grad_norm": Number(0, above=True, example="1.0"),
     "method.freeze": Names(),
     "method.dense": Names(),
@@ -453,6 +454,12 @@ def check(cfg: DictConfig) -> Settings:
                 f"model={checked['model']['name']} fills masks, and method "
                 f"{checked['method']['name']} is for models that go on from demonstrations: "
                 "choose a causal model, or method=zero_shot."
+            )
+        if "l2" in checked["method"] and checked["task"]["kind"] != "classification":
+            raise UserError(
+                f"task={checked['task']['name']} is of kind {checked['task']['kind']}, and method "
+                f"{checked['method']['name']} tells classes apart: choose a task of kind "
+                "classification, or method=zero_shot."
             )
         return Settings(**checked | {"eval_every": 1})
     if checked["warmup_steps"] >= checked["steps"]:

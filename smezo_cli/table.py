@@ -65,6 +65,7 @@ class Line:
     of: str = ""
     also: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     paper: tuple[Printed | None, ...] = ()
+    without: Mapping[str, str] = field(default_factory=dict)  # columns that it cannot have: why
     one_seed: bool = False  # nothing in it depends on the seed
     no_steps: bool = False  # settings of steps, which others of its table may have, are not for it
 
@@ -89,7 +90,7 @@ class Table:
         """What the cell runs: `smezo train` and these; None where something is not in smezo yet."""
         if row.of:
             row = next(line for line in self.rows if line.name == row.of)
-        if row.command is None or column.command is None:
+        if row.command is None or column.command is None or column.name in row.without:
             return None
         also = row.also.get(column.name, ())
         words = _last((*row.command, *self.common, *column.command, *also, *self.extra))
@@ -160,6 +161,7 @@ def _line(name: str, node: Mapping[str, Any], mark: str, extra: tuple[str, ...])
         of=node.get("of", ""),
         also={str(key): _split(words) for key, words in node.get("also", {}).items()},
         paper=tuple(_printed(value, mark) for value in node.get("paper", ())),
+        without=node.get("without", {}),
         one_seed=bool(node.get("one_seed")),
         no_steps=bool(node.get("no_steps")),
     )
@@ -241,6 +243,9 @@ class Reader:
         t = self.table
         words = t.words(cell.row, cell.column)
         if words is None:
+            if (why := cell.row.without.get(cell.column.name)) and cell.column.command is not None:
+                cell.why = why
+                return cell
             what = cell.row.awaits if cell.row.command is None else cell.column.awaits
             cell.why = f"{what} is not in smezo yet"
             return cell

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from smezo_cli.log import Console
     from smezo_cli.loop import Evaluation, Method
-    from smezo_cli.methods.frozen import InContext
+    from smezo_cli.methods.frozen import InContext, LinearProbe
     from smezo_cli.runs import RunFolder
     from smezo_cli.scoring import Candidates
     from smezo_cli.trajectory import Recorder, Trajectory
@@ -210,7 +210,7 @@ class _Run:
 
     def _frozen(self) -> dict[str, Any]:
         """The result of a method that takes no steps: what it asks the model, on dev and test."""
-        from smezo_cli.methods.frozen import InContext
+        from smezo_cli.methods.frozen import InContext, LinearProbe
 
         method = self.job.build_frozen()
         self.stop.patient = True
@@ -219,6 +219,9 @@ class _Run:
         if isinstance(method, InContext):
             found = {}
             self._demonstrate(method)
+        elif isinstance(method, LinearProbe):
+            found = {}
+            self._probe(method)
         dev = found.get("dev") or self._evaluate(self.dev, "dev")
         test = found.get("test") or self._evaluate(self.test, "test")
         look = dev.figures()
@@ -231,6 +234,33 @@ class _Run:
         state.metrics_bytes, state.metrics_sha256 = self.loggers[0].standing()
         self.console.say(f"  dev {dev.metric} {look[dev.metric]:.4f}  dev loss {look['loss']:.4f}")
         return self._report(test, dev.scores)
+
+    def _probe(self, method: "LinearProbe") -> None:
+        """Score by a probe from here on: that of the state, or one fitted on the train rows."""
+        import time
+
+        import torch
+
+        from smezo_cli.runs import tensors_digest
+
+        state, folder, scorer = self.state, self.folder, self.job.scorer
+        if 0 in state.weights():
+            scorer.probe = dict(folder.load_weights(state, 0))
+            return
+        start, before = time.perf_counter(), scorer.num_forwards
+        scorer.model.eval()
+        self.console.say(f"  hidden states of {len(self.train)} training rows, then the fit")
+        features = scorer.features_of(self.train)
+        labels = torch.tensor([c.label for c in self.train])
+        probe = method.fit(features, labels, len(self.train[0].full))
+        state.train_seconds = time.perf_counter() - start
+        state.num_forwards = scorer.num_forwards - before
+        state.notes["num_trained"] = sum(t.numel() for t in probe.values())
+        note = {"step": 0, "sha256": tensors_digest(probe)}
+        state.notes["weights"] = {"best": note, "last": note}
+        folder.save_weights(state, 0, probe, {})
+        folder.save_state(state)
+        scorer.probe = probe
 
     def _demonstrate(self, method: "InContext") -> None:
         """Put demonstrations before every row: those of the state, or chosen for it."""
@@ -771,7 +801,7 @@ class _Run:
         lines += report_lines(result["numerics"], result["watch"])
         work = f"{result['num_forwards']} forwards, {duration(result['train_seconds'])} of training"
         lines.append(
-            f"  {'nothing trained' if frozen else work}, "
+            f"  {work if result['num_trained'] else 'nothing trained'}, "
             f"peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB"
         )
         self.console.say("\n".join([*lines, f"  {self.folder.path}/result.json"]))

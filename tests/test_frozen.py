@@ -10,7 +10,7 @@ import torch
 
 from smezo_cli.cli import main
 from smezo_cli.config import check, compose
-from smezo_cli.methods.frozen import InContext
+from smezo_cli.methods.frozen import InContext, LinearProbe
 from smezo_cli.model import load_model
 from smezo_cli.plan import plan
 from smezo_cli.scoring import Candidates, Scorer, encode
@@ -269,6 +269,125 @@ def test_icl_of_choice_and_generation(tmp_path: Path, kind: str) -> None:
             assert scorer.generate([dataclasses.replace(row, context=ids)]) == [found["prediction"]]
 
 
+# --- linear probing ------------------------------------------------------------------------------
+
+
+def _newton(x: torch.Tensor, labels: torch.Tensor, classes: int, l2: float) -> torch.Tensor:
+    """Probabilities (n, classes) of the same regression, by Newton's method in float64.
+
+    Derivatives are autograd's; the last class has its weights, as in the probe.
+    """
+    x = (x - x.mean(0)) / x.std(0, correction=0)
+    ones = torch.ones(len(x), 1, dtype=x.dtype)
+    inputs = torch.cat([x, ones], 1)
+    size = inputs.shape[1]
+    free = torch.cat([torch.ones(size - 1), torch.zeros(1)]).repeat(classes).double()
+
+    def loss(w: torch.Tensor) -> torch.Tensor:
+        logits = inputs @ w.view(classes, size).T
+        of_rows = logits.logsumexp(1) - logits.gather(1, labels[:, None])[:, 0]
+        return of_rows.sum() + l2 / 2 * (free * w * w).sum()
+
+    w = torch.zeros(classes * size, dtype=torch.float64)
+    for _ in range(30):
+        gradient = torch.autograd.functional.jacobian(loss, w)
+        curvature = torch.autograd.functional.hessian(loss, w)
+        # A bias added to all classes changes nothing: the smallest step of all is taken.
+        w = w - torch.linalg.lstsq(curvature, gradient[:, None], driver="gelsd").solution[:, 0]
+    assert gradient.abs().max() < 1e-9
+    return (inputs @ w.view(classes, size).T).softmax(1)
+
+
+@pytest.mark.parametrize(("classes", "l2"), [(2, 1.0), (3, 0.3), (2, 50.0)])
+def test_probe_is_the_minimum_that_newton_finds(classes: int, l2: float) -> None:
+    """1e-4: the gradient allowed, 1e-5, over the curvature that the penalty guarantees."""
+    draw = torch.Generator().manual_seed(classes)
+    labels = torch.arange(80) % classes
+    features = torch.randn(80, 6, generator=draw) * torch.tensor([1, 10, 0.1, 1, 1, 5]) + 3
+    features[:, 0] += labels
+    probe = LinearProbe(l2=l2).fit(features, labels, classes)
+    ours = (features.double() @ probe["weight"].T + probe["bias"]).softmax(1)
+    assert torch.allclose(ours, _newton(features.double(), labels, classes, l2), atol=1e-4)
+
+
+def test_a_number_that_never_changes_is_no_feature_and_nan_is_refused() -> None:
+    features = torch.tensor([[1.0, 2.0], [1.0, -2.0], [1.0, 2.5], [1.0, -1.0]])
+    probe = LinearProbe(l2=1.0).fit(features, torch.tensor([0, 1, 0, 1]), 2)
+    assert torch.equal(probe["weight"][:, 0], torch.zeros(2, dtype=torch.float64))
+    with pytest.raises(Exception, match="not finite"):
+        LinearProbe(l2=1.0).fit(features / 0, torch.tensor([0, 1, 0, 1]), 2)
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt", "tiny-roberta"])
+def test_features_are_the_hidden_states_that_transformers_gives(name: str) -> None:
+    """Of the last token of each prompt; of a masked model behind the transform of its head."""
+    scorer = scorer_of(name)
+    model: Any = scorer.model
+    masked = name == "tiny-roberta"
+    template = "{text} . It was {mask} ." if masked else "{text}. It was"
+    rows = [Row({"text": text}, 0, str(k)) for k, text in enumerate(WORDS)]
+    encoded = encode(rows, Prompt(template, ("terrible", "great")), scorer.tokenizer, 100)
+    features = scorer.features_of(encoded)
+    for row, found in zip(encoded, features, strict=True):
+        ids = row.context if masked else row.full[0][:-1]
+        with torch.no_grad():
+            out = model(input_ids=torch.tensor([ids]), output_hidden_states=True)
+            hidden = out.hidden_states[-1][0, row.mask if row.mask is not None else -1]
+            if masked:
+                hidden = model.lm_head.layer_norm(
+                    torch.nn.functional.gelu(model.lm_head.dense(hidden))
+                )
+        assert torch.allclose(found.float(), hidden, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-roberta"])
+def test_probe_run_changes_the_probe_alone_and_is_used_again(
+    name: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """eval and predict repeat its numbers; the model keeps its bits; nothing is exported."""
+    from smezo_cli import train
+    from smezo_cli.runs import tensors_digest
+
+    models: list[tuple[torch.nn.Module, str]] = []
+    real = train._Run._zero_shot
+
+    def noted(run: Any) -> None:
+        model = run.job.model
+        models.append((model, tensors_digest(dict(model.named_parameters()))))
+        real(run)
+
+    monkeypatch.setattr(train._Run, "_zero_shot", noted)
+    words = [f"model={name}", "task=toy", "device=cpu", "task.num_train=40"]
+    words += ["task.num_dev=8", "task.num_test=12", "method=linear_probe"]
+    if name == "tiny-roberta":
+        words += ["task.prompt='{text} . It was {mask} .'", "task.labels=[terrible,great]"]
+    assert main(["train", *words, f"runs_dir={tmp_path}/runs"]) == 0
+    ((model, before),) = models
+    assert tensors_digest(dict(model.named_parameters())) == before
+    (file,) = (tmp_path / "runs").rglob("result.json")
+    folder, result = file.parent, json.loads(file.read_text())
+    assert bits(folder) == ["state.json", "weights-0.safetensors"]
+    hidden = check(compose(words)).model["config"]["hidden_size"]
+    assert result["num_trained"] == 2 * (hidden + 1)
+    assert result["num_forwards"] > 0
+    assert (result["status"], result["step"]) == ("done", 0)
+    lines = (folder / "predictions-test.jsonl").read_text().splitlines()
+    capsys.readouterr()
+    assert main(["eval", str(folder), "--out", str(tmp_path / "again.jsonl")]) == 0
+    assert f"test accuracy {result['test']['accuracy']:.4f}" in capsys.readouterr().out
+    again = [json.loads(line) for line in (tmp_path / "again.jsonl").read_text().splitlines()]
+    assert [line["scores"] for line in again] == [json.loads(line)["scores"] for line in lines]
+    field = again[0]["fields"]["text"]
+    assert main(["predict", str(folder), "--field", f"text={field}"]) == 0
+    scores = json.loads(capsys.readouterr().out)["scores"]
+    assert scores == pytest.approx(again[0]["scores"], abs=1e-5)
+    assert main(["export", str(folder), str(tmp_path / "x")]) == 2
+    assert "nothing to export" in capsys.readouterr().err
+
+
 # --- settings and plan ---------------------------------------------------------------------------
 
 
@@ -285,6 +404,9 @@ def test_icl_of_choice_and_generation(tmp_path: Path, kind: str) -> None:
         ("method=icl method.num_demonstrations=0", "whole number of at least 1"),
         ("method=icl model=tiny-roberta", "fills masks"),
         ("method=zero_shot method.num_demonstrations=4", "icl has"),
+        ("method=linear_probe method.l2=0", "a number above 0"),
+        ("method=linear_probe steps=3", "steps would be ignored"),
+        ("method=linear_probe task=copa", "is of kind choice"),
         ("method=mezo steps=0", "at least 1"),
     ],
 )

@@ -16,7 +16,7 @@ from smezo_cli.settings import CONF_DIR
 
 # What tables wait for. When it arrives, give its rows and columns their commands.
 AWAITED = {
-    *("method=adazeta", "method=linear_probe", "method=mezo_adam"),
+    *("method=adazeta", "method=mezo_adam"),
     *("method=zo_adamu", "method=zo_sgd_cons", "method=zo_sgd_sign"),
     *("method.objective=metric", "grids for k rows a class"),
     *(f"task={t} with 16 rows a class" for t in ["sst2", "sst5", "snli", "mnli", "rte", "trec"]),

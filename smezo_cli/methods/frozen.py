@@ -1,8 +1,15 @@
-"""Methods that take no steps and leave the model as it is: zero-shot and in-context learning."""
+"""Methods that take no steps and leave the model as it is.
+
+Zero-shot, in-context learning, and a linear probe of what the model makes of a prompt.
+"""
 
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from smezo_cli.errors import UserError
 
@@ -74,3 +81,78 @@ class InContext:
             f"row into the {limit} tokens of a prompt; raise model.max_length, or choose "
             "method=zero_shot."
         )
+
+
+class LinearProbe:
+    """Logistic regression on the frozen model's last hidden state (MeZO, appendix E: LP).
+
+    That of the last token of the prompt, or of its mask, as it enters the output layer; each of
+    its numbers is standardised by mean and spread over the training rows. Minimised is the mean
+    cross-entropy plus ``l2 / 2 n`` times the squared norm of the weights (n rows; the bias is
+    free), which is scikit-learn's with C = 1 / l2, by LBFGS in float64 from zero.
+
+    Args:
+        l2: strength of the penalty.
+    """
+
+    GRADIENT = 1e-6  # largest entry of the gradient at which the fit has converged
+    STEPS = 5000  # of LBFGS, at most
+
+    def __init__(self, *, l2: float) -> None:
+        self.l2 = l2
+
+    def fit(self, features: Tensor, labels: Tensor, num_classes: int) -> dict[str, Tensor]:
+        """The probe of some rows.
+
+        Args:
+            features: (n, size), of any dtype.
+            labels: int64 (n,).
+            num_classes: columns of the probe; every one of them gets its weights.
+
+        Returns:
+            Float64 tensors: ``weight`` (classes, size) and ``bias`` (classes,) for features as they
+            are, the standardisation taken in.
+
+        Raises:
+            UserError: features are not finite, or the fit does not converge.
+        """
+        x = features.double()
+        if not x.isfinite().all():
+            raise UserError(
+                "method=linear_probe: hidden states of the model are not finite; use dtype=float32."
+            )
+        mean, spread = x.mean(0), x.std(0, correction=0)
+        spread = torch.where(spread > 0, spread, torch.ones_like(spread))
+        x = (x - mean) / spread
+        weight = torch.zeros(num_classes, x.shape[1], dtype=torch.float64, requires_grad=True)
+        bias = torch.zeros(num_classes, dtype=torch.float64, requires_grad=True)
+        search = torch.optim.LBFGS(
+            [weight, bias],
+            max_iter=self.STEPS,
+            max_eval=2 * self.STEPS,
+            tolerance_grad=self.GRADIENT,
+            tolerance_change=0.0,
+            history_size=20,
+            line_search_fn="strong_wolfe",
+        )
+
+        def loss() -> Tensor:
+            search.zero_grad()
+            found = F.cross_entropy(x @ weight.T + bias, labels)
+            found = found + self.l2 / (2 * len(x)) * (weight**2).sum()
+            found.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+            return found
+
+        with torch.enable_grad():
+            search.step(loss)  # type: ignore[no-untyped-call]  # untyped in torch
+            loss()
+        assert weight.grad is not None
+        assert bias.grad is not None
+        largest = max(float(weight.grad.abs().max()), float(bias.grad.abs().max()))
+        if not largest <= 10 * self.GRADIENT:
+            raise UserError(
+                f"method.l2={self.l2:g}: the fit did not converge (gradient {largest:.1g} after "
+                f"{self.STEPS} steps of LBFGS); raise method.l2."
+            )
+        own = (weight / spread).detach()
+        return {"weight": own, "bias": (bias - own @ mean).detach()}
