@@ -491,6 +491,8 @@ class _Planner:
             "tokens in them, at most": s.steps * per_step * s.batch_size * self.train_tokens,
             "looks at dev": looks,
         }
+        if fits and s.task["num_train"]:
+            work["rows whose hidden states are computed"] = s.task["num_train"]
         num_dev = s.task["num_dev"]
         if (each := s.task.get("num_per_class")) and "classes" in s.task.get("source", {}):
             num_dev = each * len(s.task["source"]["classes"])

@@ -420,6 +420,13 @@ def test_mistake_is_one_sentence(
     assert says in err
 
 
+def test_plan_of_a_probe_counts_its_rows() -> None:
+    found = plan(check(compose(["model=opt-125m", "task=sst2", "method=linear_probe"])))
+    assert found.work["rows whose hidden states are computed"] == 1000
+    assert found.work["rows in evaluations, at most"] == 2 * 500 + 2 * 1000
+    assert found.phases["evaluation"] > 0
+
+
 @pytest.mark.parametrize("task", ["sst2", "copa", "squad"])
 def test_plan_of_icl_holds_the_keys_of_its_demonstrations(task: str) -> None:
     """One sequence of 2,048 tokens: 2 x 12 layers x 768 numbers a token of opt-125m in float16."""
