@@ -18,7 +18,7 @@ from yaml import YAMLError
 from smezo_cli.errors import UserError
 from smezo_cli.intake import is_known, is_prompt, load_yaml, parse_yaml
 from smezo_cli.redaction import redacted
-from smezo_cli.settings import Settings, check, near, sentence
+from smezo_cli.settings import Settings, check, is_frozen, near, sentence
 
 if TYPE_CHECKING:
     from smezo_cli.job import Job
@@ -188,6 +188,13 @@ def _trained(
 
     chosen = state.best_step if step is None else step
     assert chosen is not None  # _opened refuses a run without
+    if is_frozen(job.settings.method):
+        if chosen:
+            raise UserError(f"--step {step}: {folder.path} took no steps; leave it out.")
+        job.demonstrate(state.notes.get("demonstrations", {}).get("text", ""))
+        if 0 in state.weights():
+            job.scorer.probe = dict(folder.load_weights(state, 0))
+        return 0
     path = folder.path / "trajectory.bin"
     if not path.exists():
         if chosen not in state.weights():
@@ -335,13 +342,17 @@ def evaluate(words: Sequence[str]) -> int:
         value = figures[found.metric]
         console.say(
             f"{given.split} {found.metric} {value:.4f} +- {figures['standard_error']:.4f} "
-            f"(n={figures['n']}, {'untrained' if given.base else f'step {step}'})"
+            f"(n={figures['n']}, {'untrained' if given.base else _at(settings, step)})"
         )
         for key in ("exact_match", "loss", "auc"):
             if figures.get(key) is not None:
                 console.say(f"  {key}  {figures[key]:.4f}")
         console.say(f"  {out}")
     return 0
+
+
+def _at(settings: Settings, step: int) -> str:
+    return f"method {settings.method['name']}" if is_frozen(settings.method) else f"step {step}"
 
 
 def _check_out(out: str | None) -> None:
@@ -383,6 +394,7 @@ def export(words: Sequence[str]) -> int:
         raise UserError(
             f"{target} is there already: name a new {'file' if given.delta else 'folder'}."
         )
+    _check_exported(given.run)
     if given.delta:
         return _export_delta(given.run, target, given.step)
     with _opened(given.run) as (folder, state, settings, cfg):
@@ -396,6 +408,16 @@ def export(words: Sequence[str]) -> int:
         print(f"{target}: {settings.model['name']} after {step} steps, {_shown_bytes(size)}")
         print(f"  {job.loaded_by}")
     return 0
+
+
+def _check_exported(run: str) -> None:
+    """Refuse a run whose model is the one that it began with."""
+    settings = _read_config(Path(run), ())[1]
+    if is_frozen(settings.method):
+        raise UserError(
+            f"{run}: method {settings.method['name']} trains no weights of the model, so there is "
+            f"nothing to export: it is model={settings.model['name']} as it came."
+        )
 
 
 def _save_model(job: "Job", target: Path, cfg: DictConfig) -> int:

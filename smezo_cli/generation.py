@@ -14,7 +14,12 @@ from torch import nn
 
 @torch.no_grad()
 def greedy(
-    model: nn.Module, tokenizer: Any, contexts: Sequence[Sequence[int]], max_new_tokens: int
+    model: nn.Module,
+    tokenizer: Any,
+    contexts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    past: Any = None,
+    num_past: int = 0,
 ) -> list[str]:
     """The most probable next token again and again, to the first newline or end of text.
 
@@ -26,6 +31,8 @@ def greedy(
         tokenizer: its own.
         contexts: token ids, none empty.
         max_new_tokens: at most so many tokens a context.
+        past: a key-value cache of what stands before all contexts; it grows.
+        num_past: tokens in it.
 
     Returns:
         One line for each context, stripped, without special tokens.
@@ -38,11 +45,12 @@ def greedy(
     ids = torch.tensor(
         [[pad] * n + list(c) for n, c in zip(padding, contexts, strict=True)], device=device
     )
-    mask = torch.tensor([[0] * n + [1] * (width - n) for n in padding], device=device)
+    seen = [[1] * num_past + [0] * n + [1] * (width - n) for n in padding]
+    mask = torch.tensor(seen, device=device)
     ends = _ends(model, tokenizer)
     answers: list[list[int]] = [[] for _ in contexts]
     open_rows = set(range(len(contexts)))
-    step, past = ids, None
+    step = ids
     for _ in range(max_new_tokens):
         inputs: dict[str, Any] = {"input_ids": step, "attention_mask": mask, "use_cache": True}
         if "position_ids" in names:

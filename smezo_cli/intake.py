@@ -439,6 +439,11 @@ _NOTES: Rules = {
     "weights": _is_noted_weights,
     "dev_loss_before": _is_number,
     "stopped_early": lambda value: isinstance(value, dict),
+    "demonstrations": lambda value: (
+        isinstance(value, dict)
+        and all(_is_count(value.get(name)) for name in ("asked", "used", "tokens"))
+        and _is_text(value.get("text"))
+    ),
 }
 _RESULT: Rules = {
     "status": _is_text,

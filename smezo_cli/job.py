@@ -1,5 +1,6 @@
 """What a run works on, made from its settings: task, model, scorer; shared by all verbs."""
 
+import dataclasses
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -24,9 +25,11 @@ from smezo_cli.tasks import Prompt, Row, load_task
 
 if TYPE_CHECKING:
     from smezo_cli.loop import Method
+    from smezo_cli.methods.frozen import InContext, LinearProbe, ZeroShot
 
 # Weights times steps from which Numba's start, some 4 s, is repaid (eager: some 1e8 a second).
 _WORTH_IT = 5e8
+_ENCODED_TOGETHER = 64  # rows behind demonstrations
 
 
 class Job:
@@ -63,6 +66,7 @@ class Job:
         if (node := settings.method.get("adapter")) is not None:
             self._of_base = self.fingerprint()
             self.adapter = attach(self.model, node, settings.seed)
+        self._head = ""  # before the context of every row: demonstrations
         compute = getattr(torch, settings.compute_dtype or settings.dtype)
         if compute == self.dtype:
             use_onednn(self.model)
@@ -121,6 +125,26 @@ class Job:
             raise UserError(f"compile=true: {error}; mend that or leave compile out.") from error
         return method
 
+    def build_frozen(self) -> "ZeroShot | InContext | LinearProbe":
+        """The method, where it takes no steps.
+
+        Raises:
+            UserError: the settings of the method cannot be had.
+        """
+        s = self.settings
+        if s.compile != "auto":
+            raise UserError(
+                f"compile={str(s.compile).lower()}: method {s.method['name']} has no passes to "
+                "compile; leave compile out."
+            )
+        method: ZeroShot | InContext | LinearProbe = build(s.method, "method", seed=s.seed)
+        return method
+
+    def demonstrate(self, text: str) -> None:
+        """Let what is encoded from now on stand behind a text, which all rows have in common."""
+        self._head = text
+        self.scorer.holds_common = bool(text)
+
     def as_it_came(self) -> AbstractContextManager[None]:
         """Inside, the model computes without its adapter, if it has one."""
         return nullcontext() if self.adapter is None else self.adapter.off()
@@ -140,15 +164,29 @@ class Job:
         return digest.hexdigest()[:12]
 
     def encode(self, rows: Sequence[Row], prompt: Prompt) -> list[Candidates]:
-        """Rows as tokens under a prompt."""
-        return encode(
-            rows,
-            prompt,
-            self.tokenizer,
-            self.settings.model["max_length"] - (self.adapter.num_places if self.adapter else 0),
-            self.settings.task["kind"],
-            self.settings.task.get("max_new_tokens", 0),
-        )
+        """Rows as tokens under a prompt, behind what is demonstrated."""
+        prompt = dataclasses.replace(prompt, head=self._head)
+        # A tokenizer takes a hundred bytes a token while it works, and demonstrations are long.
+        size = _ENCODED_TOGETHER if self._head else max(1, len(rows))
+        return [
+            candidates
+            for start in range(0, len(rows), size)
+            for candidates in encode(
+                rows[start : start + size],
+                prompt,
+                self.tokenizer,
+                self.max_length,
+                self.settings.task["kind"],
+                self.settings.task.get("max_new_tokens", 0),
+            )
+        ]
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the window that are left for a prompt and its answer."""
+        places = self.adapter.num_places if self.adapter else 0
+        longest: int = self.settings.model["max_length"]
+        return longest - places
 
     def save(self, folder: Path) -> None:
         """Model (or what its adapter makes of it) and tokenizer in a new folder."""

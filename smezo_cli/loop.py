@@ -199,7 +199,7 @@ def evaluate(
     answers = rows[0].kind == "generation"
     scores = torch.full((len(rows), max(1, *(len(row.full) for row in rows))), -math.inf)
     texts = [""] * len(rows)
-    with bar:
+    with bar, scorer.holding(rows):
         for chosen, batch in scorer.score_all(rows):
             scores[chosen, : batch.shape[1]] = batch
             if not answers:  # else answering takes the time

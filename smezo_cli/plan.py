@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from smezo_cli.errors import UserError
-from smezo_cli.settings import Settings, check, is_extensible
+from smezo_cli.settings import Settings, check, is_extensible, is_frozen
 
 USAGE = """\
 smezo plan [KEY=VALUE ...]      what the run of `smezo train KEY=VALUE ...` will need
@@ -432,7 +432,15 @@ class _Planner:
         self.traced = self.model
         if self.compute != self.dtype:
             self.traced = _build(node, settings.compute_dtype or settings.dtype, adapter)
-        self.eval_tokens = tokens or settings.model["max_length"]
+        window = settings.model["max_length"]
+        self.eval_tokens = tokens or window
+        # Demonstrations leave half of the window at least.
+        self.demonstrated = 0
+        if number := settings.method.get("num_demonstrations", 0):
+            row = min(self.eval_tokens, window // 2)
+            self.demonstrated = min(number * row, window - row)
+            self.eval_tokens = row + self.demonstrated
+        self.shows = self.demonstrated > 0
         longest = settings.task["max_train_tokens"] or self.eval_tokens
         self.train_tokens = max(4, min(longest, self.eval_tokens))
         self.kind: str = settings.task["kind"]
@@ -444,11 +452,12 @@ class _Planner:
         from smezo_cli.zo import ZeroOrder
 
         s = self.settings
+        frozen = is_frozen(s.method)
         # On the meta device there are no thresholds to find and no passes to compile.
         node = s.method | ({"sparsity": 0.0} if "sparsity" in s.method else {})
         runtime = {"model": self.model, "seed": s.seed, "backend": "eager", "check": False}
         method = build(node, "method", **runtime)
-        self.trained = dict(method.trained)
+        self.trained = {} if frozen else dict(method.trained)
         cuda = self.device == "cuda"
         resident = {
             "CUDA" if cuda else "Python and its libraries": RUNTIME_CUDA if cuda else RUNTIME_CPU,
@@ -460,6 +469,8 @@ class _Planner:
             more, own, per_step = self._zeroth_order(method.num_queries, method.keeps_state)
         elif isinstance(method, FirstOrder):
             more, own, per_step = self._first_order()
+        elif frozen:
+            more, own, per_step = {}, {}, 0
         else:
             raise UserError(
                 f"method={s.method['name']} has no plan: smezo plan knows the methods that are "
@@ -468,24 +479,28 @@ class _Planner:
         trained = _bytes(self.trained.values())
         # What is held for the method is not there yet.
         phases["loading"] = max(0, self._loading() - sum(more.values()))
-        if self.device == "cpu":
+        if self.device == "cpu" and self.trained:
             own["best weights read back"] = max(_bytes([p]) for p in self.trained.values())
         state = more.get("optimizer state", 0)
         disk, disk_peak = self._disk(trained, state, isinstance(method, ZeroOrder))
-        looks = math.ceil(s.steps / s.eval_every)
+        fits = "l2" in s.method  # a probe
+        looks = math.ceil(s.steps / s.eval_every) + (self.shows or fits)
         work = {
             "forwards of training": s.steps * per_step,
             "rows in them": s.steps * per_step * s.batch_size,
             "tokens in them, at most": s.steps * per_step * s.batch_size * self.train_tokens,
             "looks at dev": looks,
         }
+        if fits and s.task["num_train"]:
+            work["rows whose hidden states are computed"] = s.task["num_train"]
         num_dev = s.task["num_dev"]
         if (each := s.task.get("num_per_class")) and "classes" in s.task.get("source", {}):
             num_dev = each * len(s.task["source"]["classes"])
         if num_dev and s.task["num_test"]:
+            tests = 1 if frozen and not (self.shows or fits) else 2
             work["rows in evaluations, at most"] = (
                 looks + len(s.task.get("prompts") or [0])
-            ) * num_dev + 2 * s.task["num_test"]
+            ) * num_dev + tests * s.task["num_test"]
         return Plan(
             run=f"{s.task['name']} | {s.model['name']} | {s.method['name']} | {s.dtype} weights, "
             f"{s.compute_dtype or s.dtype} compute | {self.device}",
@@ -523,14 +538,30 @@ class _Planner:
         from smezo_cli import scoring
 
         limit = scoring.EVAL_TOKENS if self.device == "cpu" else scoring.EVAL_TOKENS_GPU
-        row = self._rows(1, self.eval_tokens)[0]
-        rows = self._rows(max(1, limit // row.num_tokens), self.eval_tokens)
+        own = self.eval_tokens - self.demonstrated
+        row = self._rows(1, own)[0]
+        count = max(1, limit // row.num_tokens)
+        rows = self._rows(count, own)
+        if self.shows:
+            rows = [self._shown(row, 1 + i % 2) for i, row in enumerate(rows * 2)]
         scorer = self._scorer()
+        scorer.holds_common = self.shows
+
+        def evaluate() -> None:
+            with scorer.holding(rows):
+                scorer.scores(rows[:count])
+
         with torch.no_grad():
-            found = {"evaluation": self._count(lambda: scorer.scores(rows))[0]}
+            found = {"evaluation": self._count(evaluate)[0]}
             if self.kind == "generation":
                 found["answers"] = self._count(self._answers)[0]
         return {name: size + self._cast() for name, size in found.items()}
+
+    def _shown(self, row: Any, first: int) -> Any:
+        """The row behind demonstrations; rows of another first token of their own differ there."""
+        head = (0,) * self.demonstrated
+        full = tuple((*head, first, *ids[1:]) for ids in row.full)
+        return dataclasses.replace(row, full=full, context=full[0] if row.context else ())
 
     def _answers(self) -> None:
         """Prompts of the longest rows, and the last token of their answers."""
@@ -764,12 +795,16 @@ class _Planner:
 
     def _assumptions(self) -> Iterator[str]:
         s = self.settings
+        training = "" if is_frozen(s.method) else f"{self.train_tokens} tokens in training and "
         yield (
-            f"rows of {self.train_tokens} tokens in training and {self.eval_tokens} in evaluation "
+            f"rows of {training}{self.eval_tokens} {'' if training else 'tokens '}in evaluation "
             "(task.max_train_tokens, model.max_length, --tokens)"
         )
         if self.kind == "classification":
             yield "label words of one token each"
+        if self.shows:
+            own = self.eval_tokens - self.demonstrated
+            yield f"{self.demonstrated} tokens of demonstrations before rows of {own}"
         if self.kind == "choice":
             yield f"{self._options()} options of {_OPTION_TOKENS} tokens each"
         if self.kind == "generation":

@@ -113,7 +113,7 @@ class Candidates:
     @property
     def num_tokens(self) -> int:
         """Tokens that a forward without gradients takes."""
-        if not self.full or self.shares_prefix:
+        if _is_one(self):
             return self.width
         return self.prefix + (self.width - self.prefix) * len(self.full)
 
@@ -332,6 +332,11 @@ def _encode_masked(
     return encoded
 
 
+def _is_one(row: Candidates) -> bool:
+    """One sequence gives all that is asked of the row."""
+    return not row.full or row.shares_prefix
+
+
 def _num_common(sequences: Sequence[Any]) -> int:
     """Leading tokens in which all sequences agree."""
     # The first and the last in order differ as early as any two.
@@ -342,6 +347,46 @@ def _num_common(sequences: Sequence[Any]) -> int:
 
 def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, verbose=False)["input_ids"] if texts else []
+
+
+class _HeldLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # untyped in transformers
+    """Keys and values of one sequence, behind which any number of others stand; it never grows."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in transformers
+        self.held_keys, self.held_values = self.keys, self.values = keys, values
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values, those held in front of each row's: (rows, heads, positions, size)."""
+        rows = len(key_states)
+        held = self.held_keys, self.held_values
+        keys, values = (one.expand(rows, -1, -1, -1) for one in held)
+        return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Tokens with which rows begin, and what the model has made of them."""
+
+    ids: tuple[int, ...]
+    layers: Sequence[_HeldLayer]
+
+    def cache(self) -> DynamicCache:
+        """For a forward over any number of rows behind the tokens."""
+        cache = DynamicCache()
+        cache.layers = list(self.layers)
+        return cache
+
+    def growing(self, rows: int) -> DynamicCache:
+        """For so many rows that go on, token by token."""
+        cache = DynamicCache()
+        for index, layer in enumerate(self.layers):
+            keys = layer.held_keys.expand(rows, -1, -1, -1)
+            cache.update(keys, layer.held_values.expand(rows, -1, -1, -1), index)
+        return cache
 
 
 class Scorer:
@@ -369,6 +414,10 @@ class Scorer:
         # that is given from before (executor=lockstep) calls nothing.
         self._calls_head = False
         self.places_before = places_before
+        self.holds_common = False  # rows begin with the same demonstrations: see holding()
+        self._held: _Held | None = None
+        #: weight (classes, hidden) and bias (classes,), float64: they score in place of label words
+        self.probe: Mapping[str, Tensor] | None = None
         self.num_forwards = 0  # passes over a batch; a prefix that runs first is part of one
 
     def loss(self, batch: Sequence[Candidates]) -> Tensor:
@@ -427,6 +476,82 @@ class Scorer:
         parts = _split_by_length(batch) if self._device.type == "cpu" else [batch]
         return 1 - torch.cat([outcomes(part, self.scores(part)) for part in parts]).mean()
 
+    @contextmanager
+    def holding(self, rows: Sequence[Candidates]) -> Iterator[None]:
+        """Inside, the tokens with which all rows begin are computed once, not once a row.
+
+        Only where ``holds_common`` asks for it and the model's attention makes it exact (to
+        rounding); rows that were cut on the left begin with others, and are computed whole.
+        """
+        ids = self._begin(rows) if self.holds_common else ()
+        longest = max(row.width + row.max_new_tokens for row in rows)
+        cache = self._cache_for(longest) if ids else None
+        if cache is None:
+            yield
+            return
+        self._keep_keys(ids, cache)
+        try:
+            yield
+        finally:
+            self._held = None
+
+    @staticmethod
+    def _begin(rows: Sequence[Candidates]) -> tuple[int, ...]:
+        """Tokens with which all rows begin, less one of the shortest: its logits are read."""
+        whole = [c.full[0] if c.full else c.context for c in rows if not c.truncated]
+        if not whole or rows[0].mask is not None:
+            return ()
+        most = min(c.prefix if c.full else len(c.context) - 1 for c in rows if not c.truncated)
+        return whole[0][: max(0, min(most, _num_common(whole)))]
+
+    @torch.no_grad()
+    def _keep_keys(self, ids: tuple[int, ...], cache: DynamicCache) -> None:
+        """One forward over the ids; what it leaves in the cache is held."""
+        with self._computing():
+            self._logits_at(
+                [(0, 0)],
+                (self.pad_id,),
+                input_ids=self._padded([ids]),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        filled: list[Any] = cache.layers
+        self._held = _Held(ids, [_HeldLayer(layer.keys, layer.values) for layer in filled])
+
+    def _held_for(self, batch: Sequence[Candidates]) -> _Held | None:
+        """What all rows of the batch stand behind, where using it takes fewer tokens."""
+        if self._held is None or torch.is_grad_enabled():
+            return None
+        return self._held if all(self._tokens(c) < c.num_tokens for c in batch) else None
+
+    def _tokens(self, row: Candidates) -> int:
+        """Tokens that a forward takes for the row, with what is held where that is fewer."""
+        if self._held is None:
+            return row.num_tokens
+        size = len(self._held.ids)
+        sequences = (*row.full, row.context) if row.context else row.full
+        if any(ids[:size] != self._held.ids for ids in sequences):
+            return row.num_tokens
+        each = row.width - size
+        return min(row.num_tokens, each if _is_one(row) else each * len(row.full))
+
+    def _behind(self, sequences: Sequence[Sequence[int]], held: _Held | None) -> dict[str, Any]:
+        """Inputs of a forward over sequences, which begin with what is held, if anything is."""
+        if held is None:
+            return {"input_ids": self._padded(sequences), "use_cache": False}
+        size = len(held.ids)
+        rests = [ids[size:] for ids in sequences]
+        longest = max(map(len, rests))
+        # Behind the end of its sequence no position beyond the model's last may be named.
+        places = [[size + min(j, len(rest) - 1) for j in range(longest)] for rest in rests]
+        return {
+            "input_ids": self._padded(rests),
+            "attention_mask": self._padded([[1] * len(ids) for ids in sequences], 0),
+            "position_ids": self._tensor(places),
+            "past_key_values": held.cache(),
+            "use_cache": True,
+        }
+
     def scores(self, batch: Sequence[Candidates]) -> Tensor:
         """(batch, most candidates of a row) float32, -inf where a row has fewer.
 
@@ -437,7 +562,41 @@ class Scorer:
         with self._computing():
             return self._scores(batch)
 
+    def features(self, batch: Sequence[Candidates]) -> Tensor:
+        """(batch, hidden) hidden states, as they enter the output layer.
+
+        Of a row that of the last token of its prompt, or of its mask.
+        """
+        self._check_family(batch[0])
+        with self._computing():
+            return self._features(batch)
+
+    def _features(self, batch: Sequence[Candidates]) -> Tensor:
+        masked = batch[0].mask is not None
+        prompts = [c.context if masked else c.full[0][: -c.num_option[0]] for c in batch]
+        at = [len(p) - 1 if c.mask is None else c.mask for p, c in zip(prompts, batch, strict=True)]
+        places = list(enumerate(at))
+        seen: list[Tensor] = []
+        head = self.model.get_output_embeddings()  # type: ignore[operator]  # transformers' own
+        handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try:
+            self._logits_at(
+                places,
+                (self.pad_id,),
+                input_ids=self._padded(prompts),
+                attention_mask=self._padded([[1] * len(ids) for ids in prompts], 0),
+            )
+        finally:
+            handle.remove()
+        sequences, positions = self._tensor(list(zip(*places, strict=True)))
+        hidden = seen[0]
+        return hidden[sequences.to(hidden.device), positions.to(hidden.device)]
+
     def _scores(self, batch: Sequence[Candidates]) -> Tensor:
+        if self.probe is not None:
+            weight, bias = (self.probe[name].to(self._device) for name in ("weight", "bias"))
+            logits = self._features(batch).double() @ weight.T + bias
+            return logits.log_softmax(1).float()
         if batch[0].kind == "classification":
             if batch[0].mask is not None:
                 return self._mask_scores(batch)
@@ -451,13 +610,23 @@ class Scorer:
         rows = torch.split(means, [len(c.full) for c in batch])
         return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=-math.inf)
 
+    @torch.no_grad()
     def generate(self, batch: Sequence[Candidates]) -> list[str]:
         """Greedy continuations of the contexts; see :func:`smezo_cli.generation.greedy`."""
         self._check_family(batch[0])
         longest = max(c.max_new_tokens for c in batch)
         contexts = [c.context for c in batch]
+        held = self._held_for(batch)
+        size = 0 if held is None else len(held.ids)
         with self._computing():
-            return generation.greedy(self.model, self.tokenizer, contexts, longest)
+            return generation.greedy(
+                self.model,
+                self.tokenizer,
+                [ids[size:] for ids in contexts],
+                longest,
+                past=None if held is None else held.growing(len(contexts)),
+                num_past=size,
+            )
 
     def _check_family(self, row: Candidates) -> None:
         """Refuse a prompt that the model would take in and answer with nonsense."""
@@ -482,12 +651,14 @@ class Scorer:
 
     def _next_token_scores(self, batch: Sequence[Candidates], label_ids: Sequence[int]) -> Tensor:
         prefixes = [c.full[0][:-1] for c in batch]
-        last = [len(ids) - 1 for ids in prefixes]
+        held = self._held_for(batch)
+        start = 0 if held is None else len(held.ids)
+        last = [len(ids) - 1 - start for ids in prefixes]
         read = sorted(set(last))
         kept, column = self._tensor(read), self._tensor([read.index(p) for p in last])
         rows = self._tensor(label_ids)
         # Right-padded: a causal model's earlier positions do not see it, so no mask is needed.
-        inputs = {"input_ids": self._padded(prefixes), "use_cache": False, "logits_to_keep": kept}
+        inputs = self._behind(prefixes, held) | {"logits_to_keep": kept}
         with self._vocabulary(rows) as narrowed:
             logits = self.model(**inputs).logits  # (batch, kept, labels)
         if not narrowed:
@@ -510,8 +681,10 @@ class Scorer:
     def _log_p(self, batch: Sequence[Candidates]) -> Tensor:
         """Sum of the log-probabilities of each candidate's tokens, row after row: float32."""
         options = [n for c in batch for n in c.num_option]
-        cache = None if torch.is_grad_enabled() else self._cache_that_saves(batch)
-        logits = self._apart(batch) if cache is None else self._behind_prefix(batch, cache)
+        held = self._held_for(batch)
+        alone = held is not None or torch.is_grad_enabled()
+        cache = None if alone else self._cache_that_saves(batch)
+        logits = self._apart(batch, held) if cache is None else self._behind_prefix(batch, cache)
         targets = [
             token
             for c in batch
@@ -521,17 +694,18 @@ class Scorer:
         log_p = -F.cross_entropy(logits.float(), self._tensor(targets), reduction="none")
         return torch.stack([of_one.sum() for of_one in torch.split(log_p, options)])
 
-    def _apart(self, batch: Sequence[Candidates]) -> Tensor:
+    def _apart(self, batch: Sequence[Candidates], held: _Held | None) -> Tensor:
         """Logits before each option token, (option tokens, vocabulary); a sequence a candidate."""
         # Logits at position p speak of token p + 1: the last token is never read.
         sequences = [ids[:-1] for c in batch for ids in c.full]
         options = [n for c in batch for n in c.num_option]
+        start = 0 if held is None else len(held.ids)
         places = [
-            (i, p)
+            (i, p - start)
             for i, (ids, n) in enumerate(zip(sequences, options, strict=True))
             for p in range(len(ids) - n, len(ids))
         ]
-        return self._logits_at(places, None, input_ids=self._padded(sequences), use_cache=False)
+        return self._logits_at(places, None, **self._behind(sequences, held))
 
     def _behind_prefix(self, batch: Sequence[Candidates], cache: DynamicCache) -> Tensor:
         """The same logits; what a row's candidates have in common runs once."""
@@ -583,6 +757,10 @@ class Scorer:
         apart = len(lengths) * max(length for length, _ in lengths)
         if min(p for _, p in lengths) < 1 or together + SECOND_PASS_TOKENS >= apart:
             return None
+        return self._cache_for(longest_prefix + longest_rest)
+
+    def _cache_for(self, tokens: int) -> DynamicCache | None:
+        """An empty cache if sequences of so many tokens may be computed in two parts, else None."""
         model = self.model
         if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
             return None
@@ -592,7 +770,7 @@ class Scorer:
         ):
             return None
         cache = DynamicCache(config=model.config)
-        width = longest_prefix + longest_rest + self.places_before
+        width = tokens + self.places_before
         # Recurrent states cannot hide a prefix's padding; a window counts it as tokens.
         exact = [
             type(layer) is DynamicLayer
@@ -660,17 +838,33 @@ class Scorer:
         Yields:
             Indices of the batch's rows and their scores, float32 (batch, candidates) on the CPU.
         """
-        limit = EVAL_TOKENS if self._device.type == "cpu" else EVAL_TOKENS_GPU
-        order = sorted(range(len(rows)), key=lambda i: -rows[i].num_tokens)
-        start = 0
-        while start < len(order):
-            size = max(1, limit // rows[order[start]].num_tokens)
-            chosen = order[start : start + size]
-            start += size
-            self.num_forwards += 1
+        for chosen in self._batches(rows):
             with torch.inference_mode():
                 scores = self.scores([rows[i] for i in chosen]).cpu()
             yield chosen, scores
+
+    def features_of(self, rows: Sequence[Candidates]) -> Tensor:
+        """The :meth:`features` of many rows, in batches of like length: float64 on the CPU."""
+        parts, order = [], list[int]()
+        for chosen in self._batches(rows):
+            with torch.inference_mode():
+                parts.append(self.features([rows[i] for i in chosen]).double().cpu())
+            order += chosen
+        features = torch.cat(parts)
+        return torch.empty_like(features).index_copy_(0, torch.tensor(order), features)
+
+    def _batches(self, rows: Sequence[Candidates]) -> Iterator[list[int]]:
+        """Indices of rows of like length; each is a forward."""
+        limit = EVAL_TOKENS if self._device.type == "cpu" else EVAL_TOKENS_GPU
+        tokens = [self._tokens(row) for row in rows]
+        order = sorted(range(len(rows)), key=lambda i: -tokens[i])
+        start = 0
+        while start < len(order):
+            size = max(1, limit // tokens[order[start]])
+            chosen = order[start : start + size]
+            start += size
+            self.num_forwards += 1
+            yield chosen
 
     def generate_all(self, rows: Sequence[Candidates]) -> Iterator[tuple[list[int], list[str]]]:
         """Continue many rows in batches of like length.

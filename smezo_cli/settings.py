@@ -324,6 +324,8 @@ _NODE_RULES: dict[str, Rule] = {
     "method.rounding": Choice("nearest", "stochastic"),
     "method.executor": Choice("auto", "sequential", "lockstep", "in_place"),
     "method.keep_noise": Choice("auto", True, False),
+    "method.num_demonstrations": Whole(1, example="32"),
+    "method.l2": Number(0, above=True, example="1.0"),
     "method.max_grad_norm": Number(0, above=True, example="1.0"),
     "method.freeze": Names(),
     "method.dense": Names(),
@@ -369,6 +371,11 @@ _DATA_EXAMPLES = {
     "prompt": "'task.prompt=\"{text} It was\"', with columns of your data in braces",
     "labels": "'task.labels={0: terrible, 1: great}', a word for each value of the label column",
     "options": "task.options=[a,b], the columns of the options or one that holds a list",
+}
+# What these are for methods that take no steps; another value would be ignored.
+WITHOUT_STEPS: dict[str, object] = {
+    **{"steps": 0, "batch_size": 0, "eval_every": None, "lr_schedule": "constant"},
+    **{"warmup_steps": 0, "stop_if_diverged": None, "patience": None, "keep": "best"},
 }
 # What each kind of `method.adapter` takes, all of it needed.
 _ADAPTER_KINDS = Choice("lora", "prefix")
@@ -423,7 +430,7 @@ def check(cfg: DictConfig) -> Settings:
             raise UserError(f"there is no setting {key}{near(key, _SETTINGS)}.")
     checked = {
         key: _checked(key, values.get(key), rule)
-        for key, rule in _SETTINGS.items()
+        for key, rule in _rules_for(values.get("method")).items()
         if key in values or key not in KNOBS
     }
     keys = {"task": _task_keys(checked["task"])} | _NODE_KEYS
@@ -462,6 +469,20 @@ def check(cfg: DictConfig) -> Settings:
             f"compute_dtype=float32 beside dtype={checked['dtype']}: products are computed in the "
             "weights' precision or a lower one; add dtype=float32, or leave compute_dtype out."
         )
+    if is_frozen(checked["method"]):
+        if checked["model"]["family"] == "masked" and "num_demonstrations" in checked["method"]:
+            raise UserError(
+                f"model={checked['model']['name']} fills masks, and method "
+                f"{checked['method']['name']} is for models that go on from demonstrations: "
+                "choose a causal model, or method=zero_shot."
+            )
+        if "l2" in checked["method"] and checked["task"]["kind"] != "classification":
+            raise UserError(
+                f"task={checked['task']['name']} is of kind {checked['task']['kind']}, and method "
+                f"{checked['method']['name']} tells classes apart: choose a task of kind "
+                "classification, or method=zero_shot."
+            )
+        return Settings(**checked | {"eval_every": 1})
     if checked["warmup_steps"] >= checked["steps"]:
         raise UserError(
             f"warmup_steps={checked['warmup_steps']} leaves nothing of steps={checked['steps']}: "
@@ -491,6 +512,38 @@ def check_target(node: Mapping[str, Any], key: str) -> str:
             "smezo_cli.methods.* or an optimizer of torch.optim.*."
         )
     return name
+
+
+def is_frozen(method: object) -> bool:
+    """Is it the node of a method that takes no steps and leaves the model as it is?"""
+    target = method.get("_target_") if isinstance(method, Mapping) else None
+    return isinstance(target, str) and target.startswith("smezo_cli.methods.frozen.")
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """A value that a method which takes no steps would ignore: this one alone."""
+
+    key: str
+    value: object
+    method: object
+
+    words = example = ""  # its message is its own
+
+    def __call__(self, value: object) -> object:
+        if value != self.value:
+            raise UserError(
+                f"{self.key}={shown(value)}: method {self.method} takes no training steps, and "
+                f"{self.key} would be ignored: leave it out."
+            )
+        return value
+
+
+def _rules_for(method: object) -> dict[str, Rule]:
+    if not isinstance(method, Mapping) or not is_frozen(method):
+        return _SETTINGS
+    name = method.get("name")
+    return _SETTINGS | {key: _Fixed(key, v, name) for key, v in WITHOUT_STEPS.items()}
 
 
 # A class, or a class in a module; a longer walk would lead into what a module has imported.
@@ -534,7 +587,7 @@ OmegaConf.register_new_resolver("data_name", _data_name, replace=True)
 
 
 def _checked(key: str, value: object, rule: Rule) -> Any:
-    if value is None and key in _NULLABLE:
+    if value is None and key in _NULLABLE and not isinstance(rule, _Fixed):
         return None
     try:
         return rule(value)

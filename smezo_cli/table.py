@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from smezo_cli import collected, intake
 from smezo_cli.errors import UserError
 from smezo_cli.results import Run, find
-from smezo_cli.settings import CONF_DIR, digest, near, plain
+from smezo_cli.settings import CONF_DIR, WITHOUT_STEPS, digest, near, plain
 
 USAGE = """\
 smezo table                                   the tables there are
@@ -69,6 +69,9 @@ class Line:
     of: str = ""
     also: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     paper: tuple[Printed | None, ...] = ()
+    without: Mapping[str, str] = field(default_factory=dict)  # columns that it cannot have: why
+    one_seed: bool = False  # nothing in it depends on the seed
+    no_steps: bool = False  # settings of steps, which others of its table may have, are not for it
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,13 @@ class Table:
         """What the cell runs: `smezo train` and these; None where something is not in smezo yet."""
         if row.of:
             row = next(line for line in self.rows if line.name == row.of)
-        if row.command is None or column.command is None:
+        if row.command is None or column.command is None or column.name in row.without:
             return None
         also = row.also.get(column.name, ())
-        return _last((*row.command, *self.common, *column.command, *also, *self.extra))
+        words = _last((*row.command, *self.common, *column.command, *also, *self.extra))
+        if row.no_steps:
+            return tuple(word for word in words if word.partition("=")[0] not in WITHOUT_STEPS)
+        return words
 
 
 def _last(words: Sequence[str]) -> tuple[str, ...]:
@@ -172,6 +178,9 @@ def _line(name: str, node: Mapping[str, Any], mark: str, extra: tuple[str, ...])
         of=node.get("of", ""),
         also={str(key): _split(words) for key, words in node.get("also", {}).items()},
         paper=tuple(_printed(value, mark) for value in node.get("paper", ())),
+        without=node.get("without", {}),
+        one_seed=bool(node.get("one_seed")),
+        no_steps=bool(node.get("no_steps")),
     )
 
 
@@ -259,11 +268,15 @@ class Reader:
         t = self.table
         words = t.words(cell.row, cell.column)
         if words is None:
+            if (why := cell.row.without.get(cell.column.name)) and cell.column.command is not None:
+                cell.why = why
+                return cell
             what = cell.row.awaits if cell.row.command is None else cell.column.awaits
             cell.why = f"{what} is not in smezo yet"
             return cell
-        seeds = ",".join(map(str, t.seeds))
-        first = (*words, f"seed={t.seeds[0]}")
+        each = t.seeds[:1] if cell.row.one_seed else t.seeds
+        seeds = ",".join(map(str, each))
+        first = (*words, f"seed={each[0]}")
         if not self._could_have(words):
             cell.missing = first
             return cell
@@ -273,7 +286,7 @@ class Reader:
         scored, gap = [], False
         for values in itertools.product(*swept.values()):
             setting = dict(zip(swept, values, strict=True))
-            run = self._find(cell, words, cfg, setting, t.seeds[0])
+            run = self._find(cell, words, cfg, setting, each[0])
             gap = gap or run is None
             if run is not None and run.result["status"] == "done":
                 best = run.result["dev"]["best"]
@@ -287,8 +300,8 @@ class Reader:
             return cell
         *_, setting, run = max(scored, key=lambda item: item[:2])
         cell.setting = " ".join(f"{key}={value}" for key, value in setting.items())
-        chosen = [run, *(self._find(cell, words, cfg, setting, s) for s in t.seeds[1:])]
-        lacking = [str(s) for s, one in zip(t.seeds, chosen, strict=True) if one is None]
+        chosen = [run, *(self._find(cell, words, cfg, setting, seed) for seed in each[1:])]
+        lacking = [str(s) for s, one in zip(each, chosen, strict=True) if one is None]
         for one in chosen:
             if one is not None and one.result["status"] == "done":
                 value = figure(one, cell.row.figure or t.figure, t.level)

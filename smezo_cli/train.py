@@ -17,14 +17,16 @@ from smezo_cli.config import command, launch, recipes
 from smezo_cli.device import choose_device
 from smezo_cli.errors import UserError
 from smezo_cli.redaction import redacted_tree
-from smezo_cli.settings import METRICS, Settings, check, digest, is_extensible, plain
+from smezo_cli.settings import METRICS, Settings, check, digest, is_extensible, is_frozen, plain
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from smezo_cli.log import Console
     from smezo_cli.loop import Evaluation, Method
+    from smezo_cli.methods.frozen import InContext, LinearProbe
     from smezo_cli.runs import RunFolder
+    from smezo_cli.scoring import Candidates
     from smezo_cli.trajectory import Recorder, Trajectory
     from smezo_cli.watch import Numerics, Watch
 
@@ -126,60 +128,23 @@ class _Run:
         self.backend: str | None = None
         self.loggers: list[Any] = []
         self.recorder: Recorder | None = None
+        self.keeps_state = False  # of the method
+        self.untrained: dict[str, Evaluation] = {}  # of this process: dev and test, zero-shot
+        self.train: list[Candidates]
+        self.dev: list[Candidates]
+        self.test: list[Candidates]
 
     def finish(self) -> dict[str, Any]:
         """Do what is left."""
-        from smezo_cli import allocator
         from smezo_cli.job import Job
         from smezo_cli.lockstep import NotInLockstep
-        from smezo_cli.loop import fit
-        from smezo_cli.watch import Numerics
         from smezo_cli.zo import NonFiniteLoss
 
         self._announce()
         self.folder.write_result(self._result("running"))
         try:
             self.job = Job(self.settings, str(self.device), self.console.say)
-            method = self._build_method()
-            numerics = Numerics(method, self.settings.seed, self.state.notes)  # of the base model
-            self.stop.patient = True  # from here on there is a state to save
-            with self.job.as_it_came():
-                self._zero_shot()
-            self._restore(method)
-            allocator.give_back()  # what reading and encoding the data has freed
-            self._check_method(method)
-            allocator.give_back()
-            self.loggers = self._open_loggers()
-            fit(
-                method,
-                self.job.scorer,
-                self.train,
-                self.dev,
-                objective=self.objective,
-                steps=self.settings.steps,
-                batch_size=self.settings.batch_size,
-                eval_every=self.settings.eval_every,
-                lr_schedule=self.settings.lr_schedule,
-                warmup_steps=self.settings.warmup_steps,
-                keep=self.settings.keep,
-                seed=self.settings.seed,
-                state=self.state,
-                folder=self.folder,
-                recorder=self.recorder,
-                full_save_every=self.settings.full_save_every,
-                loggers=self.loggers,
-                log_standing=lambda: self.loggers[0].standing(),
-                console=self.console,
-                memory=self.memory,
-                watch=(watch := self._watch(numerics)),
-                stopped=lambda: self.stop.asked,
-            )
-            if watch.why is not None and self.state.step < self.settings.steps:
-                early = {"step": self.state.step, "why": watch.why}
-                self.state.notes["stopped_early"] = early
-                self.console.say(f"  ended early at step {self.state.step}: {watch.why}")
-            result = self._test(method)
-            result["numerics"] |= self._loss_noise(method)
+            result = self._frozen() if is_frozen(self.settings.method) else self._trained()
         except NonFiniteLoss as error:
             self._close(self._result("diverged", error=str(error)))
             raise UserError(self._diverged(error)) from error
@@ -194,11 +159,140 @@ class _Run:
         s = self.settings
         # A run with a trajectory needs the best weights alone, to go on too; unless its method has
         # tensors of its own, which would be made again from the first step on.
-        goes_on = self.recorder is None or method.keeps_state
+        goes_on = self.recorder is None or self.keeps_state
         goes_on = goes_on and is_extensible(s.lr_schedule)
         self.folder.settle(self.state, s.keep, goes_on)
         self._summary(result)
         return result
+
+    def _trained(self) -> dict[str, Any]:
+        """The result of a method that takes steps."""
+        from smezo_cli import allocator
+        from smezo_cli.loop import fit
+        from smezo_cli.watch import Numerics
+
+        method = self._build_method()
+        numerics = Numerics(method, self.settings.seed, self.state.notes)  # of the base model
+        self.stop.patient = True  # from here on there is a state to save
+        with self.job.as_it_came():
+            self._zero_shot()
+        self._restore(method)
+        allocator.give_back()  # what reading and encoding the data has freed
+        self._check_method(method)
+        allocator.give_back()
+        self.loggers = self._open_loggers()
+        fit(
+            method,
+            self.job.scorer,
+            self.train,
+            self.dev,
+            objective=self.objective,
+            steps=self.settings.steps,
+            batch_size=self.settings.batch_size,
+            eval_every=self.settings.eval_every,
+            lr_schedule=self.settings.lr_schedule,
+            warmup_steps=self.settings.warmup_steps,
+            keep=self.settings.keep,
+            seed=self.settings.seed,
+            state=self.state,
+            folder=self.folder,
+            recorder=self.recorder,
+            full_save_every=self.settings.full_save_every,
+            loggers=self.loggers,
+            log_standing=lambda: self.loggers[0].standing(),
+            console=self.console,
+            memory=self.memory,
+            watch=(watch := self._watch(numerics)),
+            stopped=lambda: self.stop.asked,
+        )
+        if watch.why is not None and self.state.step < self.settings.steps:
+            early = {"step": self.state.step, "why": watch.why}
+            self.state.notes["stopped_early"] = early
+            self.console.say(f"  ended early at step {self.state.step}: {watch.why}")
+        result = self._test(method)
+        result["numerics"] |= self._loss_noise(method)
+        return result
+
+    def _frozen(self) -> dict[str, Any]:
+        """The result of a method that takes no steps: what it asks the model, on dev and test."""
+        from smezo_cli.methods.frozen import InContext, LinearProbe
+
+        method = self.job.build_frozen()
+        self.stop.patient = True
+        self._zero_shot()
+        found = self.untrained
+        if isinstance(method, InContext):
+            found = {}
+            self._demonstrate(method)
+        elif isinstance(method, LinearProbe):
+            found = {}
+            self._probe(method)
+        dev = found.get("dev") or self._evaluate(self.dev, "dev")
+        test = found.get("test") or self._evaluate(self.test, "test")
+        look = dev.figures()
+        state = self.state
+        state.best_step, state.best_loss, state.notes["best_look"] = 0, look["loss"], look
+        self.loggers = self._open_loggers()
+        figures = {k: v for k, v in look.items() if k not in ("standard_error", "n")}
+        for logger in self.loggers:
+            logger.log({"step": 0} | {f"dev.{k}": v for k, v in figures.items()})
+        state.metrics_bytes, state.metrics_sha256 = self.loggers[0].standing()
+        self.console.say(f"  dev {dev.metric} {look[dev.metric]:.4f}  dev loss {look['loss']:.4f}")
+        return self._report(test, dev.scores)
+
+    def _probe(self, method: "LinearProbe") -> None:
+        """Score by a probe from here on: that of the state, or one fitted on the train rows."""
+        import time
+
+        import torch
+
+        from smezo_cli.runs import tensors_digest
+
+        state, folder, scorer = self.state, self.folder, self.job.scorer
+        if 0 in state.weights():
+            scorer.probe = dict(folder.load_weights(state, 0))
+            return
+        start, before = time.perf_counter(), scorer.num_forwards
+        scorer.model.eval()
+        self.console.say(f"  hidden states of {len(self.train)} training rows, then the fit")
+        features = scorer.features_of(self.train)
+        labels = torch.tensor([c.label for c in self.train])
+        probe = method.fit(features, labels, len(self.train[0].full))
+        state.train_seconds = time.perf_counter() - start
+        state.num_forwards = scorer.num_forwards - before
+        state.notes["num_trained"] = sum(t.numel() for t in probe.values())
+        note = {"step": 0, "sha256": tensors_digest(probe)}
+        state.notes["weights"] = {"best": note, "last": note}
+        folder.save_weights(state, 0, probe, {})
+        folder.save_state(state)
+        scorer.probe = probe
+
+    def _demonstrate(self, method: "InContext") -> None:
+        """Put demonstrations before every row: those of the state, or chosen for it."""
+        notes, task = self.state.notes, self.job.task
+        prompt = self.job.prompts[notes["prompt"]]
+        if "demonstrations" not in notes:
+            limit = self.job.max_length
+            if task.kind == "generation":
+                limit -= self.settings.task["max_new_tokens"]
+            kept = {c.id for c in self.train}
+            rows = [row for row in task.train if row.id in kept]
+            notes["demonstrations"] = method.choose(
+                [(row.id, prompt.candidates(row)[max(0, row.label)]) for row in rows],
+                lambda text: len(self.job.tokenizer(text, verbose=False)["input_ids"]),
+                limit,
+                max(c.width for c in (*self.dev, *self.test)),
+            )
+            self.folder.save_state(self.state)
+        note = notes["demonstrations"]
+        self.console.say(
+            f"  {note['used']} of {note['asked']} demonstrations before every row, "
+            f"{note['tokens']} tokens"
+        )
+        self.job.demonstrate(note["text"])
+        self.dev, self.test = (self.job.encode(rows, prompt) for rows in (task.dev, task.test))
+        self.train = []
+        self._count_cut()
 
     # --- stages -------------------------------------------------------------------------------
 
@@ -210,10 +304,10 @@ class _Run:
             if (value := getattr(s, knob)) is not None
         )
         objective = "" if self.objective == "loss" else f" objective={self.objective}"
+        length = "" if is_frozen(s.method) else f"steps={s.steps} batch_size={s.batch_size} "
         self.console.say(
             f"{s.task['name']} | {s.model['name']} | {s.method['name']} {knobs}{objective} | "
-            f"steps={s.steps} "
-            f"batch_size={s.batch_size} seed={s.seed} | {s.dtype} on {self.device}"
+            f"{length}seed={s.seed} | {s.dtype} on {self.device}"
         )
         self.console.say(f"  folder  {self.folder.path}")
         if s.model.get("trust_remote_code"):
@@ -226,6 +320,7 @@ class _Run:
     def _build_method(self) -> "Method":
         """The method, and a line on its passes."""
         method = self.job.build_method()
+        self.keeps_state = method.keeps_state
         passes = getattr(method, "passes", None)
         if passes is not None:
             self.backend = passes.name
@@ -239,7 +334,8 @@ class _Run:
         notes, task = self.state.notes, self.job.task
         self._check_data()
         if "prompt" not in notes:
-            self.console.say("zero-shot, before training:")
+            frozen = is_frozen(self.settings.method)
+            self.console.say("zero-shot:" if frozen else "zero-shot, before training:")
             self._choose_prompt()
             if len(self.job.prompts) > 1:
                 self.console.say(f"  chosen on dev: {self.job.prompts[notes['prompt']].template!r}")
@@ -254,7 +350,7 @@ class _Run:
         fits = all(rows.shape == (len(self.test),) for rows in of_rows)
         fits = fits and "outcome.zero_shot" in scores
         if not fits or "zero_shot" not in notes:
-            found = self._evaluate(self.test, "test")
+            found = self.untrained["test"] = self._evaluate(self.test, "test")
             scores = {"zero_shot": found.scores, "outcome.zero_shot": found.per_row()}
             notes["zero_shot"] = found.figures()
             self._say_test(notes["zero_shot"][found.metric], notes["zero_shot"], "")
@@ -276,7 +372,7 @@ class _Run:
         from smezo_cli import metrics
 
         notes, task = self.state.notes, self.job.task
-        tried = []
+        tried: list[tuple[float, float, int]] = []
         for k, prompt in enumerate(self.job.prompts):
             note: dict[str, Any] = {
                 **{"template": prompt.template, "labels": list(prompt.labels)},
@@ -292,6 +388,8 @@ class _Run:
                     best = note["dev_calibrated"]
                     line += f", calibrated {best[found.metric]:.4f}"
                 tried.append((best[found.metric], -best["loss"], k))
+                if max(tried, key=lambda t: t[:2])[2] == k:
+                    self.untrained["dev"] = found
                 words = f" {'/'.join(prompt.labels)}" if prompt.labels else ""
                 self.console.say(f"{line}  {prompt.template!r}{words}")
             notes.setdefault("prompts", []).append(note)
@@ -528,11 +626,6 @@ class _Run:
 
     def _test(self, method: "Method") -> dict[str, Any]:
         """The best weights on the test rows, beside both zero-shots."""
-        import json
-
-        from smezo_cli import metrics, runs
-        from smezo_cli.loop import Evaluation
-
         if "executor" in self.state.notes:
             self.state.notes["executor"] = getattr(method, "executor", None)
         if self.state.best_step is None:  # dev is looked at after the last step
@@ -547,6 +640,16 @@ class _Run:
         is_classes = found.kind == "classification"
         if "dev" not in scores or (is_classes and scores["dev"].shape != shape):  # it was damaged
             scores["dev"] = self._evaluate(self.dev, "dev").scores
+        return self._report(found, scores["dev"])
+
+    def _report(self, found: "Evaluation", dev_scores: "Tensor") -> dict[str, Any]:
+        """The result, from the test rows and the scores of dev; saves scores and predictions."""
+        import json
+
+        from smezo_cli import metrics, runs
+        from smezo_cli.loop import Evaluation
+
+        scores = self.folder.load_scores() | {"dev": dev_scores}
         scores |= {"test": found.scores, "outcome.test": found.per_row()}
         self.folder.save_scores(scores)
         lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in found.predictions()]
@@ -591,6 +694,7 @@ class _Run:
         from smezo_cli.watch import spike_report
 
         s, state, notes = self.settings, self.state, self.state.notes
+        shown = notes.get("demonstrations")
         sparsities = {
             name: None if share is None else 1 - share
             for name, share in (
@@ -611,6 +715,7 @@ class _Run:
             "zero_shot_calibrated": notes.get("zero_shot_calibrated"),
             "metric": METRICS[s.task["kind"]],
             "objective": self.objective,
+            "demonstrations": {k: v for k, v in shown.items() if k != "text"} if shown else None,
             "dev": {"best": {"step": state.best_step, **notes.get("best_look", {})}},
             "weights": notes.get("weights"),
             "prompt": notes["prompts"][notes["prompt"]] if "prompt" in notes else None,
@@ -679,10 +784,12 @@ class _Run:
         from smezo_cli.watch import report_lines
 
         test, sparsity, metric = result["test"], result["sparsity"], result["metric"]
+        frozen = is_frozen(self.settings.method)
         which = "last" if result["keep"] == "last" else f"best dev {self.objective} at"
+        which = "no step" if frozen else f"{which} step {result['dev']['best']['step']}"
         lines = [
             f"test {metric} {test[metric]:.4f} +- {test['standard_error']:.4f}"
-            f"  (n={test['n']}, {which} step {result['dev']['best']['step']})"
+            f"  (n={test['n']}, {which})"
         ]
         for name in ("zero_shot", "zero_shot_calibrated"):
             if f"over_{name}" in test:
@@ -703,9 +810,9 @@ class _Run:
                 f"{sparsity['final']:.4f} at the end"
             )
         lines += report_lines(result["numerics"], result["watch"])
+        work = f"{result['num_forwards']} forwards, {duration(result['train_seconds'])} of training"
         lines.append(
-            f"  {result['num_forwards']} forwards, "
-            f"{duration(result['train_seconds'])} of training, "
+            f"  {work if result['num_trained'] else 'nothing trained'}, "
             f"peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB"
         )
         self.console.say("\n".join([*lines, f"  {self.folder.path}/result.json"]))

@@ -17,7 +17,7 @@ from smezo_cli.settings import CONF_DIR
 
 # What tables wait for. When it arrives, give its rows and columns their commands.
 AWAITED = {
-    *("method=adazeta", "method=icl", "method=linear_probe"),
+    "method=adazeta",
     *("method=zo_adamu", "method=zo_sgd_cons", "method=zo_sgd_sign"),
     "prefix tuning of masked models",
     *(f"task={t} with 512 rows a class on roberta-large" for t in ("sst2", "sst5", "snli", "trec")),
@@ -35,6 +35,7 @@ columns:
   later: { command: null, awaits: task=later }
 rows:
   Zero-shot: { command: "", of: MeZO, figure: zero_shot, paper: [50.0] }
+  Untrained: { command: method=zero_shot, one_seed: true, no_steps: true }
   MeZO: { command: "method=mezo lr=1e-3,1e-2", paper: ["40.0 (1.5)!"] }
   Nothing: { command: null, awaits: method=nothing }
 """
@@ -79,7 +80,7 @@ def _distinct() -> list[tuple[str, ...]]:
 def test_every_row_composes_and_every_column_names_what_is_there() -> None:
     with _Composer(None) as composer:  # one for all is faster than grid()
         for words in _distinct():
-            assert any(word.startswith("experiment=") for word in words)
+            assert any(word.startswith(("experiment=", "method=")) for word in words)
             composer.grid(words)
     for name in table.names():
         t = table.load(name)
@@ -161,6 +162,10 @@ def test_a_table_is_filled_run_by_run_and_dev_chooses(tiny: Any) -> None:
 
     cells, _ = tiny("--run")
     results = [json.loads(p.read_text()) for p in Path("runs").rglob("result.json")]
+    untrained = [r for r in results if r["method"] == "zero_shot"]
+    assert [r["seed"] for r in untrained] == [0]  # no seed changes it
+    assert (cells["Untrained"]["n"], cells["Untrained"]["command"]) == (1, None)
+    assert cells["Untrained"]["ours"] == 100 * untrained[0]["test"]["accuracy"]
     ours = [100 * r["test"]["accuracy"] for r in results if r["lr"] == chosen["lr"]]
     assert len(ours) == 2
     assert cells["MeZO"]["ours"] == pytest.approx(statistics.mean(ours))

@@ -51,11 +51,13 @@ class Prompt:
         labels: of a classification task the label words by class index.
         option: of a choice task how an option is written behind the context; beside the fields it
             has places for `{option}`, its `{number}` from 1 and its `{letter}` from A.
+        head: what stands before every context: demonstrations, and what parts them from it.
     """
 
     template: str
     labels: tuple[str, ...] = ()
     option: str = "{option}"
+    head: str = ""
 
     @property
     def is_masked(self) -> bool:
@@ -67,7 +69,7 @@ class Prompt:
 
         Of a masked prompt `fields` may hold the mask token as `mask`; else `{mask}` stays there.
         """
-        return fill(self.template, fields).strip(" ")
+        return self.head + fill(self.template, fields).strip(" ")
 
     def candidates(self, row: Row) -> tuple[str, ...]:
         """Context and candidate, for each candidate of the row; of generation the first answer.
