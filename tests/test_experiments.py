@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from smezo_cli.cli import main
 from smezo_cli.config import _Composer
 from smezo_cli.model import build_meta
-from smezo_cli.settings import CONF_DIR, plain
+from smezo_cli.settings import CONF_DIR, is_frozen, plain
 
 FOLDER = CONF_DIR / "experiment"
 NAMES = sorted(f.relative_to(FOLDER).with_suffix("").as_posix() for f in FOLDER.rglob("*.yaml"))
@@ -56,13 +56,22 @@ def test_an_experiment_composes_fits_its_model_and_runs_two_steps(
 
     prompt = MASKED if node.get("family") == "masked" else []
     twin = f"model={TWINS[net.config.model_type]}"
-    given = [*first, twin, *ROWS, *prompt, "seed=13", "steps=2", f"runs_dir={tmp_path}"]
+    rows = ROWS
+    if plain(cfg)["method"].get("objective") == "f1":  # of generated answers
+        data = tmp_path / "rows.jsonl"
+        data.write_text("".join(f'{{"question": "{i}", "answer": "{i}"}}\n' for i in range(40)))
+        rows = ["task=generation", f"task.data={data}", 'task.prompt="{question} is"', *ROWS[1:]]
+        rows.append("task.max_new_tokens=2")
+    frozen = is_frozen(plain(cfg)["method"])
+    steps = [] if frozen else ["steps=2"]
+    given = [*first, twin, *rows, *prompt, "seed=13", *steps, f"runs_dir={tmp_path}"]
+    small = SMALL[2:] if frozen else SMALL
     # A later word wins: a batch of the grid is as the grid has it.
-    last = {word.partition("=")[0]: word for word in [words[0], *SMALL, *given]}
+    last = {word.partition("=")[0]: word for word in [words[0], *small, *given]}
     assert main(["train", *last.values()]) == 0
     (file,) = tmp_path.rglob("result.json")
     result = json.loads(file.read_text())
-    assert (result["status"], result["step"], result["seed"]) == ("done", 2, 13)
+    assert (result["status"], result["step"], result["seed"]) == ("done", 0 if frozen else 2, 13)
     method = next((w[7:] for w in first if w.startswith("method=")), plain(cfg)["method"]["name"])
     assert result["method"] == method
 

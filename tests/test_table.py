@@ -20,7 +20,6 @@ AWAITED = {
     "method=adazeta",
     *("method=zo_adamu", "method=zo_sgd_cons", "method=zo_sgd_sign"),
     "prefix tuning of masked models",
-    *(f"task={t} with 512 rows a class on roberta-large" for t in ("sst2", "sst5", "snli", "trec")),
 }
 TINY = """\
 title: tiny
