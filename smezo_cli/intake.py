@@ -116,6 +116,8 @@ def parse_yaml(text: str, path: Path) -> DictConfig:
         cfg = OmegaConf.create(text)
     except (OmegaConfBaseException, yaml.YAMLError, *_BAD_VALUES) as error:
         raise UserError(f"{path} cannot be read ({error}).") from error
+    except AssertionError as error:  # what OmegaConf makes of a text that is one number
+        raise UserError(f"{path} cannot be read (its settings are no mapping).") from error
     if not isinstance(cfg, DictConfig):
         raise UserError(f"{path} cannot be read (it holds a list).")
     return cfg

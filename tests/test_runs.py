@@ -257,6 +257,20 @@ def test_only_the_last_and_the_best_weights_are_kept(folder: RunFolder) -> None:
     assert names(folder) == {"state.json", "weights-10.safetensors"}
 
 
+def test_a_folder_or_a_link_in_the_place_of_old_weights_is_removed_too(
+    folder: RunFolder, tmp_path: Path
+) -> None:
+    """The link alone: what it leads to stays."""
+    (folder.checkpoint / "weights-4.safetensors").mkdir()
+    (folder.checkpoint / "weights-4.safetensors" / "x").write_text("x")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (folder.checkpoint / "weights-5.safetensors").symlink_to(elsewhere)
+    folder.save(State(step=10, best_step=10), weights(10), {})
+    assert names(folder) == {"state.json", "weights-10.safetensors"}
+    assert elsewhere.is_dir()
+
+
 @pytest.mark.parametrize("num_renames", range(3))
 def test_a_save_killed_at_any_file_leaves_a_checkpoint_that_can_be_read(
     folder: RunFolder, num_renames: int

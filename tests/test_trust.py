@@ -217,9 +217,10 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
         ("a: " + "[" * 99 + "]" * 99, "nests deeper"),
         ("a: '" + "x" * 200_000 + "'", "bytes"),
         ("- a", "holds a list"),
+        ("7", "its settings are no mapping"),
         ("a: !!python/object/apply:os.getcwd []", "cannot be read"),
     ],
-    ids=["bomb", "cycle", "deep", "long", "list", "object"],
+    ids=["bomb", "cycle", "deep", "long", "list", "number", "object"],
 )  # fmt: skip
 def test_settings_that_are_none(text: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(text)

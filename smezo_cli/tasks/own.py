@@ -466,7 +466,9 @@ def _right(split: _Split, columns: _Columns, options: Sequence[tuple[str, ...]])
         values.append(_key(value))
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     readings: dict[str, Callable[[str, tuple[str, ...]], int]] = {
-        "a number from 0": lambda value, _: int(value) if value.isdecimal() else -1,
+        "a number from 0": lambda value, _: (
+            int(value) if value.isdecimal() and len(value) < 10 else -1  # Python reads 4300 digits
+        ),
         "the name of an option's column": lambda value, _: (
             names.index(value) if value in names and len(names) > 1 else -1
         ),
@@ -487,7 +489,7 @@ def _right(split: _Split, columns: _Columns, options: Sequence[tuple[str, ...]])
     row = max(failed.values())  # the reading that came furthest is the likeliest one
     *most, last = readings
     raise UserError(
-        f"{split.records[row].where}, column {column!r}: the label is {values[row]!r}, and the "
+        f"{split.records[row].where}, column {column!r}: the label is {_brief(values[row])}, and the "
         f"options are {', '.join(map(repr, options[row]))}; it must be {', '.join(most)} or "
         f"{last}, the same in all rows."
     )
