@@ -11,6 +11,7 @@ a SHA-256 of what is in them; a file that does not agree with its own is never u
 
 import contextlib
 import fcntl
+import gc
 import hashlib
 import json
 import math
@@ -536,6 +537,7 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        gc.collect()  # a run before this one may have left its tensors in cycles
         if device.type == "cuda":
             torch.cuda.set_device(device)  # which also starts CUDA
             torch.cuda.reset_peak_memory_stats(device)

@@ -489,7 +489,7 @@ def _right(split: _Split, columns: _Columns, options: Sequence[tuple[str, ...]])
     row = max(failed.values())  # the reading that came furthest is the likeliest one
     *most, last = readings
     raise UserError(
-        f"{split.records[row].where}, column {column!r}: the label is {_brief(values[row])}, and the "
-        f"options are {', '.join(map(repr, options[row]))}; it must be {', '.join(most)} or "
+        f"{split.records[row].where}, column {column!r}: the label is {_brief(values[row])}, and "
+        f"the options are {', '.join(map(repr, options[row]))}; it must be {', '.join(most)} or "
         f"{last}, the same in all rows."
     )
