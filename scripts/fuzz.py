@@ -201,7 +201,7 @@ def places(tree: Any) -> list[tuple[Any, Any]]:
     """Every (container, key) of a tree of dicts and lists."""
     found: list[tuple[Any, Any]] = []
     todo = [tree]
-    while todo:
+    while todo and len(found) <= MOST_PLACES:  # a bomb has no end
         node = todo.pop()
         pairs = node.items() if isinstance(node, dict) else enumerate(node)
         for key, value in list(pairs):

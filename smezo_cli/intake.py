@@ -447,6 +447,7 @@ _RESULT: Rules = {
     "keep": _is_text,
     "prompt": _or_none(_is_prompt),
     "weights": _or_none(_is_noted_weights),
+    "model_commit": _or_none(_is_text),
     "dev": _or_none(
         lambda value: isinstance(value, dict) and _or_none(_is_best)(value.get("best"))
     ),

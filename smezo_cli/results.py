@@ -275,6 +275,9 @@ def main(words: Sequence[str]) -> int:
             records = list(_compared(groups(done)))
         else:
             records = [_record(run) for run in runs]
+            if given.json:  # forty digits are too wide for the table
+                for record, run in zip(records, runs, strict=True):
+                    record["model_commit"] = run.result.get("model_commit")
     if given.json:
         print(json.dumps(records, indent=2))
     elif not records:
