@@ -532,8 +532,10 @@ def _checked(key: str, value: object, rule: Rule) -> Any:
         return rule(value)
     except ValueError:
         null = " or null" if key in _NULLABLE else ""
+        got = shown(value)
+        got = got if len(got) <= 200 else got[:197] + "..."
         raise UserError(
-            f"{key}={shown(value)}: {key} must be {rule.words}{null}, "
+            f"{key}={got}: {key} must be {rule.words}{null}, "
             f"for example {key}={rule.example}."
         ) from None
 
