@@ -535,8 +535,7 @@ def _checked(key: str, value: object, rule: Rule) -> Any:
         got = shown(value)
         got = got if len(got) <= 200 else got[:197] + "..."
         raise UserError(
-            f"{key}={got}: {key} must be {rule.words}{null}, "
-            f"for example {key}={rule.example}."
+            f"{key}={got}: {key} must be {rule.words}{null}, for example {key}={rule.example}."
         ) from None
 
 
