@@ -15,6 +15,7 @@ that writes hostile files under `case.folder` and calls `case.smezo(...)` or `ca
 
 import argparse
 import contextlib
+import copy
 import functools
 import hashlib
 import io
@@ -40,6 +41,7 @@ from typing import Any
 
 ALARM_S = 5  # of a case, in seconds of its processor
 WAIT_S = 30  # of the clock: a case that waits for something, or a machine that has no time for it
+MOST_PLACES = 20_000  # of a tree that is spoiled further
 MEMORY_BYTES = 3 << 30  # that a worker may map beyond what it began with
 
 # --- cases -----------------------------------------------------------------------------------
@@ -164,6 +166,12 @@ SNIPPETS = (
 )
 
 
+def hostile(rng: random.Random) -> Any:
+    """One of the values; a copy, for a case that changed it would change the cases after it."""
+    value = rng.choice(VALUES)
+    return value if value is _DEEP else copy.deepcopy(value)
+
+
 def spoil_bytes(rng: random.Random, data: bytes) -> bytes:
     """A few mutations of bytes."""
     for _ in range(rng.choice((1, 1, 2, 3, 8))):
@@ -193,7 +201,7 @@ def places(tree: Any) -> list[tuple[Any, Any]]:
     """Every (container, key) of a tree of dicts and lists."""
     found: list[tuple[Any, Any]] = []
     todo = [tree]
-    while todo:
+    while todo and len(found) <= MOST_PLACES:  # a bomb has no end
         node = todo.pop()
         pairs = node.items() if isinstance(node, dict) else enumerate(node)
         for key, value in list(pairs):
@@ -207,8 +215,10 @@ def spoil_tree(rng: random.Random, tree: Any) -> Any:
     """A few mutations of a tree of dicts and lists, in place."""
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         found = places(tree)
+        if len(found) > MOST_PLACES:
+            return tree
         if not found:
-            return rng.choice(VALUES)
+            return hostile(rng)
         node, key = rng.choice(found)
         match rng.randrange(8):
             case 0:
@@ -224,7 +234,7 @@ def spoil_tree(rng: random.Random, tree: Any) -> Any:
             case 3 if isinstance(node, list):
                 node.extend(node[:1] * rng.choice((1, 50)))
             case _:
-                node[key] = rng.choice(VALUES)
+                node[key] = hostile(rng)
     return tree
 
 
@@ -733,6 +743,8 @@ def spoil_tensors(rng: random.Random, file: Path) -> None:
     words = as_json(about).decode("utf-8", "replace")
     save_file({k: t.contiguous() for k, t in tensors.items()}, file, {"smezo": words})
     state = file.parent / "state.json"
+    if not state.is_file():  # a pipe would wait for ever
+        return
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         tree = json.loads(state.read_text())
         tree["files"][file.name] = about["sha256"]
@@ -741,8 +753,11 @@ def spoil_tensors(rng: random.Random, file: Path) -> None:
 
 def spoil_safetensors(rng: random.Random, data: bytes) -> bytes:
     """A hostile header in front of the tensors."""
-    length = struct.unpack("<Q", data[:8])[0]
-    header, rest = json.loads(data[8 : 8 + length]), data[8 + length :]
+    try:
+        length = struct.unpack("<Q", data[:8])[0]
+        header, rest = json.loads(data[8 : 8 + length]), data[8 + length :]
+    except (ValueError, struct.error):  # it is spoiled already
+        return spoil_bytes(rng, data)
     match rng.randrange(6):
         case 0:
             return struct.pack("<Q", number(rng)) + data[8:]
@@ -808,8 +823,9 @@ def run_folders(case: Case) -> None:
                         "predictions-test.jsonl",
                     )
                 )
-                (run / name).unlink(missing_ok=True)
-                (run / name).symlink_to("../../../../outside/keep.txt")
+                with contextlib.suppress(IsADirectoryError, FileExistsError):
+                    (run / name).unlink(missing_ok=True)
+                    (run / name).symlink_to("../../../../outside/keep.txt")
             case 2:
                 file.unlink()
                 file.mkdir()
@@ -891,7 +907,7 @@ def spoil_notes(rng: random.Random, tree: Any) -> Any:
         name = rng.choice(parts)
         notes[name] = spoil_tree(rng, notes[name])
     elif notes:
-        notes[rng.choice(list(notes))] = rng.choice(VALUES)
+        notes[rng.choice(list(notes))] = hostile(rng)
     return tree
 
 
@@ -947,7 +963,7 @@ def spoil_trajectory(rng: random.Random, data: bytes) -> bytes:
         if rng.random() < 0.3:
             tree["identity"]["num_queries"] = rng.choice((0, -1, 2, 7, 4096, 4097, 2**40, 1.0))
         elif rng.random() < 0.5:
-            tree[rng.choice(list(tree))] = rng.choice(VALUES)
+            tree[rng.choice(list(tree))] = hostile(rng)
         else:
             tree = spoil_tree(rng, tree)
         header = as_json(tree)
@@ -1039,7 +1055,7 @@ def spoil_delta(rng: random.Random, data: bytes) -> bytes:
         case 2:
             about = spoil_tree(rng, about)
         case 3:
-            about[rng.choice(list(about))] = rng.choice(VALUES)
+            about[rng.choice(list(about))] = hostile(rng)
         case 4 | 5:
             name = rng.choice([k for k, v in about.items() if isinstance(v, dict) and v])
             about[name] = spoil_tree(rng, about[name])

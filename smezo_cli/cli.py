@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
+        if any("\0" in word for word in words):
+            raise UserError("a word of the command line holds a zero byte: take it out.")
         code = _run(words)
         sys.stdout.flush()
         return code

@@ -5,9 +5,11 @@ one sentence and exit code 2, in a sweep before its first run.
 """
 
 import argparse
+import contextlib
 import difflib
 import importlib
 import inspect
+import io
 import itertools
 import os
 import pkgutil
@@ -21,7 +23,6 @@ import textwrap
 import traceback
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -179,6 +180,7 @@ class Request:
     overrides: tuple[str, ...] = ()
     config_dir: str | None = None
     multirun: bool = False
+    package: str | None = None  # the node alone that --cfg shows
     starts_runs: bool = True  # not so with --help, --cfg and the like
     composes: bool = True  # not so with --version, a bare --help and the like
 
@@ -232,6 +234,7 @@ def _read(argv: Sequence[str]) -> Request:
         overrides=tuple(map(quoted, known.overrides)),
         config_dir=known.config_dir,
         multirun=known.multirun,
+        package=known.package,
         starts_runs=not (silent or known.help or known.cfg or known.info),
         composes=not (silent or (known.help and not known.overrides)),
     )
@@ -735,6 +738,7 @@ def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
     from hydra.core.hydra_config import HydraConfig
 
     codes = [0]
+    said = io.StringIO()
     parent = os.getpid()
 
     def job(cfg: DictConfig) -> object:
@@ -757,7 +761,8 @@ def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
         start = hydra.main(
             config_path=str(CONF_DIR), config_name="train", version_base=_VERSION_BASE
         )
-        with _as_command_line([*request.flags, *request.overrides]):
+        quiet = contextlib.redirect_stderr(said) if request.package else contextlib.nullcontext()
+        with _as_command_line([*request.flags, *request.overrides]), quiet:
             start(job)()
     except UserError as error:
         _say(str(error))
@@ -770,6 +775,12 @@ def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
     except KeyboardInterrupt:
         return 130
     except SystemExit as error:
+        if said.getvalue():  # by Hydra, of a node that is not there
+            _say(
+                f"--package {request.package}: the settings have no such node, or nothing in it; "
+                "smezo train --cfg job shows them."
+            )
+            return 2
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     finally:
         HydraConfig.instance().cfg = None  # else a later run in this process would read it
@@ -797,7 +808,7 @@ def _redact_sweep() -> None:
         os.replace(partial, file)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _as_command_line(argv: Sequence[str]) -> Iterator[None]:
     """Hydra reads sys.argv, and swallows errors unless it is told to raise them."""
     old_argv, old_full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")

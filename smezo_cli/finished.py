@@ -130,6 +130,15 @@ def _opened(
         folder.close()
 
 
+def _say_code(settings: Settings, say: Callable[[str], None]) -> None:
+    """Tell before it happens that a model's own code runs; the run was allowed to, and says so."""
+    if settings.model.get("trust_remote_code"):
+        say(
+            f"  remote code  Python files of {settings.model['path']} are executed, as the run was "
+            "allowed to (model.trust_remote_code=true)"
+        )
+
+
 def _read_config(
     path: Path, overrides: Sequence[str], may_change: Sequence[str] = ()
 ) -> tuple[DictConfig, Settings]:
@@ -314,6 +323,7 @@ def evaluate(words: Sequence[str]) -> int:
         if given.out is None and not os.access(folder.path, os.W_OK):
             raise UserError(f"{folder.path} cannot be written to: add --out FILE.")
         console = Console()
+        _say_code(settings, console.say)
         job = Job(settings, device, console.say)
         _check_model(state, job, given.overrides, given.run)
         step = 0 if given.base else _trained(folder, state, job, given.step, console.say)
@@ -400,6 +410,7 @@ def export(words: Sequence[str]) -> int:
     with _opened(given.run) as (folder, state, settings, cfg):
         from smezo_cli.job import Job
 
+        _say_code(settings, print)
         # Weights are copied, not computed with: the CPU will do wherever the run was trained.
         job = Job(settings, "cpu", lambda line: None, with_rows=False)
         _check_model(state, job, [], given.run)
@@ -524,6 +535,7 @@ def predict(words: Sequence[str]) -> int:
         console = Console(sys.stdout if given.out else sys.stderr)
         prompt = _prompt(state)
         rows = unlabelled(settings.task, prompt, files[0] if files else fields)
+        _say_code(settings, console.say)
         job = Job(settings, choose_device(settings.device), lambda line: None, with_rows=False)
         _check_model(state, job, overrides, given.run)
         _trained(folder, state, job, None, console.say)
@@ -595,6 +607,7 @@ def _replay(
 
     console = Console()
     device = choose_device(settings.device)
+    _say_code(settings, console.say)
     job = Job(settings, device, console.say, with_rows=given.split != "none")
     method = _replayed(job, records, given.source)
     start = time.perf_counter()

@@ -130,6 +130,8 @@ def parse_yaml(text: str, path: Path) -> DictConfig:
         cfg = OmegaConf.create(text)
     except (OmegaConfBaseException, yaml.YAMLError, *_BAD_VALUES) as error:
         raise UserError(f"{path} cannot be read ({error}).") from error
+    except AssertionError as error:  # what OmegaConf makes of a text that is one number
+        raise UserError(f"{path} cannot be read (its settings are no mapping).") from error
     if not isinstance(cfg, DictConfig):
         raise UserError(f"{path} cannot be read (it holds a list).")
     return cfg
@@ -465,6 +467,7 @@ _RESULT: Rules = {
     "keep": _is_text,
     "prompt": _or_none(_is_prompt),
     "weights": _or_none(_is_noted_weights),
+    "model_commit": _or_none(_is_text),
     "dev": _or_none(
         lambda value: isinstance(value, dict) and _or_none(_is_best)(value.get("best"))
     ),

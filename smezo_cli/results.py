@@ -116,6 +116,9 @@ class Run:
             raise UserError(f"{path} cannot be read ({error}).") from error
         if "test" not in found:
             raise UserError(f"{self.path} has no outcomes of test rows: it is of an older version.")
+        shapes = {rows.shape for rows in found.values()}
+        if len(shapes) > 1 or len(shape := shapes.pop()) != 1 or shape[0] == 0:
+            raise UserError(f"{path} is damaged: give the command of its run again to mend it.")
         return found
 
 
@@ -217,7 +220,14 @@ class Group:
 
     def mean(self, rows: str = "test") -> Floats:
         """Mean outcome of each test row over the seeds, float64 (n,)."""
-        mean: Floats = np.mean([run.outcomes()[rows] for run in self.runs], axis=0)
+        outcomes = [run.outcomes()[rows] for run in self.runs]
+        for run, found in zip(self.runs, outcomes, strict=True):
+            if len(found) != len(outcomes[0]):
+                raise UserError(
+                    f"{run.path} has outcomes of {len(found)} test rows and {self.runs[0].path} "
+                    f"of {len(outcomes[0])}: one of them is damaged; give its command again."
+                )
+        mean: Floats = np.mean(outcomes, axis=0)
         return mean
 
 
@@ -285,6 +295,9 @@ def main(words: Sequence[str]) -> int:
             records = list(_compared(groups(done)))
         else:
             records = [_record(run) for run in runs]
+            if given.json:  # forty digits are too wide for the table
+                for record, run in zip(records, runs, strict=True):
+                    record["model_commit"] = run.result.get("model_commit")
     if given.json:
         print(json.dumps(records, indent=2))
     elif not records:
@@ -375,8 +388,8 @@ def _compared(found: Sequence[Group]) -> Iterator[dict[str, Any]]:
 
 def _same_rows(one: Group, other: Group) -> bool:
     """Only then may outcomes be subtracted row by row."""
-    a, b = (g.runs[0].result for g in (one, other))
-    return a.get("test_rows") is not None and a.get("test_rows") == b.get("test_rows")
+    a, b = (g.runs[0].result.get("test_rows") for g in (one, other))
+    return a is not None and a == b and len(one.mean()) == len(other.mean())
 
 
 def _print(records: Sequence[Mapping[str, Any]]) -> None:

@@ -11,6 +11,7 @@ a SHA-256 of what is in them; a file that does not agree with its own is never u
 
 import contextlib
 import fcntl
+import gc
 import hashlib
 import json
 import math
@@ -210,12 +211,8 @@ class RunFolder:
     def clear(self) -> None:
         """Start over: remove all but the lock."""
         for entry in self.path.iterdir():
-            if entry.name == ".lock":
-                continue
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
+            if entry.name != ".lock":
+                _remove(entry)
         self.checkpoint.mkdir()
 
     # --- checkpoints --------------------------------------------------------------------------
@@ -272,7 +269,7 @@ class RunFolder:
         self.save_state(state)
         for entry in self.checkpoint.iterdir():
             if entry.name != "state.json" and entry.name not in state.files:
-                entry.unlink()
+                _remove(entry)
 
     def load_state(self) -> State | None:
         """The state to go on from, or None."""
@@ -354,6 +351,14 @@ class RunFolder:
         with _replacing(path) as partial:
             save_file(content, partial, {"smezo": words})
         return digest
+
+
+def _remove(path: Path) -> None:
+    """A file, a link (not what it leads to) or a folder."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 _PIECE = 1 << 22  # entries of a saved tensor that are read at a time
@@ -527,6 +532,7 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        gc.collect()  # a run before this one may have left its tensors in cycles
         if device.type == "cuda":
             torch.cuda.set_device(device)  # which also starts CUDA
             torch.cuda.reset_peak_memory_stats(device)

@@ -200,6 +200,18 @@ class Pairs:
         return {str(key): item for key, item in value.items()}
 
 
+class Source:
+    """How rows are read: by whom, and what that reader needs."""
+
+    words = "a mapping that names its reader"
+    example = "{reader: records}"
+
+    def __call__(self, value: object) -> dict[str, Any]:
+        if not isinstance(value, dict) or not isinstance(value.get("reader"), str):
+            raise ValueError
+        return value
+
+
 class Template:
     """A template of a prompt, or the number of one."""
 
@@ -296,6 +308,7 @@ _NODE_RULES: dict[str, Rule] = {
         "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
     ),
     "task.kind": Choice("classification", "choice", "generation"),
+    "task.source": Source(),
     "task.test_from": Choice("test", "train"),
     "task.prompt": Template(),
     "task.option_template": Text(r"(?s).+", "a template in quotes", '"{option}"'),
@@ -593,9 +606,10 @@ def _checked(key: str, value: object, rule: Rule) -> Any:
         return rule(value)
     except ValueError:
         null = " or null" if key in _NULLABLE else ""
+        got = shown(value)
+        got = got if len(got) <= 200 else got[:197] + "..."
         raise UserError(
-            f"{key}={shown(value)}: {key} must be {rule.words}{null}, "
-            f"for example {key}={rule.example}."
+            f"{key}={got}: {key} must be {rule.words}{null}, for example {key}={rule.example}."
         ) from None
 
 

@@ -722,6 +722,8 @@ class _Run:
             "truncated_prompts": notes.get("truncated"),
             "data_fingerprint": self.job.task.fingerprint if hasattr(self, "job") else None,
             "model_fingerprint": notes.get("model"),
+            # Of a model from the hub, what its revision stood for.
+            "model_commit": self._model_commit(),
             "trust_remote_code": bool(s.model.get("trust_remote_code")),
             "train_rows": notes.get("rows", {}).get("train"),
             "test_rows": notes.get("rows", {}).get("test"),
@@ -755,6 +757,11 @@ class _Run:
             "versions": self.versions,
             "command": command(),
         }
+
+    def _model_commit(self) -> str | None:
+        return (
+            getattr(self.job.model.config, "_commit_hash", None) if hasattr(self, "job") else None
+        )
 
     def _close(self, result: dict[str, Any]) -> None:
         if self.recorder is not None:

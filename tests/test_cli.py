@@ -137,3 +137,19 @@ def test_mistake_is_one_sentence_and_exit_code_2(
     assert out == ""
     assert says in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("word", ["x", "method.nothing", "eval_every", "a["])
+@pytest.mark.parametrize("shown", ["job", "hydra"])
+def test_a_package_that_is_not_there_is_one_sentence(
+    word: str, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "task=toy", "model=tiny-llama", "--cfg", shown, "--package", word]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("smezo: ")
+    assert said.count("\n") == 1
+
+
+def test_a_zero_byte_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "runs/a", "b\0"]) == 2
+    assert "holds a zero byte" in capsys.readouterr().err

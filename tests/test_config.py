@@ -39,7 +39,8 @@ def own(tmp_path: Path) -> Path:
     for group in ("task", "recipe"):
         (folder / group).mkdir(parents=True)
     (folder / "task" / "mine.yaml").write_text(
-        "# My task.\nname: mine\nkind: classification\nsource: {}\nprompts: []\nnum_dev: 5\n"
+        "# My task.\nname: mine\nkind: classification\nsource: {reader: toy}\n"
+        "prompts: []\nnum_dev: 5\n"
     )
     (folder / "recipe" / f"mine-{MODEL}-mezo.yaml").write_text(
         "# @package _global_\nsteps: 7\nlr: 0.5\n"
@@ -298,6 +299,8 @@ MISTAKES = [
     ("--cfg jbo", ["--cfg", "jbo", "job"]),
     ("--resolve", ["--cfg job"]),
     ("--package method", ["--cfg job"]),
+    ("task.source=7", ["task.source=7", "a mapping that names its reader"]),
+    ("task.source.reader=7", ["{'reader': 7", "a mapping that names its reader"]),
     ("--cfg job -m", ["--multirun and --cfg exclude each other"]),
     ("--config-dir nowhere", ["--config-dir nowhere", "no such folder"]),
 ]

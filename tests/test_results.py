@@ -189,6 +189,27 @@ def test_a_run_without_outcomes_is_named(tmp_path: Path) -> None:
         run.outcomes()
 
 
+@pytest.mark.parametrize("zero", [[0.0], [0.0] * 3, []])
+def test_outcomes_that_do_not_fit_each_other_are_damage(tmp_path: Path, zero: Rows) -> None:
+    run = make(tmp_path, "a", [1.0, 0.0], zero=zero or [0.0])
+    if not zero:
+        flat = np.zeros((0, 7))
+        save_file({"outcome.test": flat, "outcome.zero_shot": flat}, run / "scores.safetensors")
+    with pytest.raises(UserError, match=r"scores\.safetensors is damaged: give the command"):
+        results.load(run).outcomes()  # type: ignore[union-attr]  # it is a run
+
+
+def test_seeds_with_other_numbers_of_rows_are_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path, "a", [1.0, 0.0])
+    make(tmp_path, "b", [1.0], seed=1)
+    assert main(["runs", "--mean", "--runs-dir", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "outcomes of 1 test rows and" in said
+    assert said.count("\n") == 1
+
+
 def test_no_runs_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", "--runs-dir", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"no runs in {tmp_path}\n"

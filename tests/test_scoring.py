@@ -1,7 +1,6 @@
 """Scores and losses against MeZO's own way of computing them, written out here a second time."""
 
 import copy
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -930,12 +929,12 @@ def test_rows_without_labels_are_scored_and_not_trained_on() -> None:
     """Neither a label of -1 nor a missing answer stops a prediction."""
     model, tokenizer = tiny("tiny-llama")
     scorer = scorer_of(model, tokenizer)
-    hidden = [dataclasses.replace(row, label=-1) for row in MIXED]
+    hidden = [row._replace(label=-1) for row in MIXED]
     encoded = encode(hidden, ONE_TOKEN, tokenizer, 256)
     labelled = scorer.scores(encode(MIXED, ONE_TOKEN, tokenizer, 256))
     assert torch.equal(scorer.scores(encoded), labelled)
     assert not any(c.is_labelled for c in encoded)
-    questions = [dataclasses.replace(row, answers=()) for row in ANSWER_ROWS]
+    questions = [row._replace(answers=()) for row in ANSWER_ROWS]
     asked = encode([questions[0], ANSWER_ROWS[1]], ANSWER, tokenizer, 256, "generation", 8)
     assert len(scorer.generate(asked)) == 2
     scores = dict(zip(*next(scorer.score_all(asked)), strict=True))

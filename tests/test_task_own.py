@@ -373,6 +373,7 @@ BROKEN: list[tuple[str, str, bytes | str, tuple[str, ...], str]] = [
     ("q", "a.csv", QUIZ.replace("3,4", "3,3"), (), "line 3: two or more different options"),
     ("q", "a.csv", QUIZ.replace("3,4,1", "3,4,2"), (), "line 3, column 'label': the label is '2'"),
     ("q", "a.csv", QUIZ.replace("3,4,1", "3,,1"), (), "line 3, column 'b': the cell is empty"),
+    ("q", "a.csv", QUIZ.replace("3,4,1", "3,4," + "7" * 5000), (), "the label is '777"),
     ("q", "a.csv", QUIZ, ("task.option_template='{q}'",), "does not show the option"),
     ("q", "a.csv", QUIZ, ("task.option_template='{c}'",), "has no column 'c'"),
     ("g", "a.csv", "q,a\nx,\n", (), "line 2, column 'a': the cell is empty"),

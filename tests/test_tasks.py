@@ -1,5 +1,7 @@
 """Tasks: prompts to the letter, cuts that never mix, bad data named by file, line and field."""
 
+import gc
+import hashlib
 import html
 import json
 import re
@@ -15,7 +17,7 @@ from omegaconf import OmegaConf
 from smezo_cli.assets import cache_dir
 from smezo_cli.errors import UserError
 from smezo_cli.tasks import Prompt, Row, Task, hub, load_task
-from smezo_cli.tasks.base import Tables, cut, permute
+from smezo_cli.tasks.base import Tables, cut, fingerprint, permute
 from smezo_cli.tasks.rotten_tomatoes import held_out, plain
 
 CONF = Path(__file__).parents[1] / "conf" / "task"
@@ -483,3 +485,24 @@ def test_default_sizes(sentences: Task) -> None:
     assert sorted(ids(task.test)) == sorted(ids(sentences.test))
     fields: Mapping[str, str] = task.train[0].fields
     assert set(fields) == {"text"}
+
+
+def test_a_fingerprint_is_of_the_rows_as_json() -> None:
+    """The digests of the runs that there are were made by json.dumps."""
+    rows = [
+        Row({"b": '\u00e9\n\u2028"\\', "a": "\U0001f600"}, 1, "x", ("o", "p"), frozenset({3, 1})),
+        Row({"text": "\x00\x7f"}, -1, "\u00e9", answers=("a", "b")),
+        Row({}, 0, ""),
+    ]
+    digest = hashlib.sha256()
+    for row in rows:
+        parts = [row.id, row.label, row.fields, row.options, sorted(row.right), row.answers]
+        digest.update(json.dumps(parts, sort_keys=True).encode())
+    assert fingerprint(rows) == digest.hexdigest()[:12]
+
+
+def test_reading_leaves_the_garbage_collector_on() -> None:
+    toy()
+    with pytest.raises(UserError):
+        toy(kind="nothing")
+    assert gc.isenabled()

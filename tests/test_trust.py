@@ -1,18 +1,23 @@
 """Nothing in smezo executes what it reads, and no secret is written down."""
 
 import ast
+import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from smezo_cli import intake
 from smezo_cli.cli import main
-from smezo_cli.config import target_of
+from smezo_cli.config import compose, target_of
 from smezo_cli.errors import UserError
+from smezo_cli.model import load_model
 from smezo_cli.redaction import redacted, redacted_tree
+from smezo_cli.settings import check
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "smezo_cli").rglob("*.py"))
@@ -122,6 +127,91 @@ def test_a_model_with_code_is_refused_naming_the_flag(
     assert "trust_remote_code" in refused([*words, "model.trust_remote_code=yes"], capsys)
 
 
+def save_tiny(folder: Path) -> None:
+    node = check(compose(TOY)).model
+    cpu = torch.device("cpu")
+    model, tokenizer = load_model(node, dtype=torch.float32, device=cpu, cache=folder)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def test_the_commit_of_a_hub_model_is_in_its_result(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    one_thread: None,
+) -> None:
+    """From the hub's cache, as an earlier download left it, with no network."""
+    from huggingface_hub import constants
+
+    monkeypatch.chdir(tmp_path)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "models--who--what"
+    save_tiny(cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    words = [*SMALL[:1], *SMALL[2:], "model=own", "model.path=who/what"]
+    words += ["model.max_length=256", "lr=1e-4", "eps=1e-2"]
+    assert main(["train", *words]) == 0
+    (file,) = tmp_path.rglob("result.json")
+    assert json.loads(file.read_text())["model_commit"] == commit
+    capsys.readouterr()
+    assert main(["runs", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["model_commit"] == commit
+
+
+def test_a_model_with_code_runs_where_it_is_allowed_and_every_verb_says_so(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    one_thread: None,
+) -> None:
+    from transformers import dynamic_module_utils
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    folder = tmp_path / "m"
+    save_tiny(folder)
+    capsys.readouterr()  # a bar
+    about = json.loads((folder / "config.json").read_text())
+    auto = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    about |= {"model_type": "own-llama", "architectures": ["OwnModel"], "auto_map": auto}
+    (folder / "config.json").write_text(json.dumps(about))
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own-llama'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    words = [*SMALL[:1], *SMALL[2:], "model=own", "model.path=./m"]
+    words += ["model.max_length=256", "lr=1e-4", "eps=1e-2"]
+    assert "add model.trust_remote_code=true" in refused(words, capsys)
+    assert not (tmp_path / "ran").exists()
+    assert main(["train", *words, "model.trust_remote_code=true"]) == 0
+    assert "  remote code  Python files of the model are executed" in capsys.readouterr().out
+    assert (tmp_path / "ran").exists()
+    results = {f.parent: json.loads(f.read_text()) for f in tmp_path.rglob("result.json")}
+    (run,) = (path for path, result in results.items() if result["status"] == "done")
+    assert results[run]["trust_remote_code"] is True
+    for verb in (
+        ["eval", str(run)],
+        ["predict", str(run), "--field", "text=fine"],
+        ["replay", str(run)],
+    ):
+        assert main(verb) == 0
+        said = capsys.readouterr()
+        lines = [line for line in (said.out + said.err).splitlines() if "remote code" in line]
+        assert len(lines) == 1, verb
+        assert "Python files of ./m are executed" in lines[0]
+    assert main(["export", str(run), "x.delta", "--delta"]) == 0
+    capsys.readouterr()
+    assert main(["replay", "x.delta"]) == 2
+    assert "would run with all your rights" in capsys.readouterr().err
+
+
 # --- secrets ---------------------------------------------------------------------------------
 
 TOKENS = {
@@ -217,9 +307,10 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
         ("a: " + "[" * 99 + "]" * 99, "nests deeper"),
         ("a: '" + "x" * 200_000 + "'", "bytes"),
         ("- a", "holds a list"),
+        ("7", "its settings are no mapping"),
         ("a: !!python/object/apply:os.getcwd []", "cannot be read"),
     ],
-    ids=["bomb", "cycle", "deep", "long", "list", "object"],
+    ids=["bomb", "cycle", "deep", "long", "list", "number", "object"],
 )  # fmt: skip
 def test_settings_that_are_none(text: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(text)

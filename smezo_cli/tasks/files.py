@@ -9,9 +9,8 @@ import io
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from smezo_cli.errors import UserError
 from smezo_cli.intake import check_ordinary
@@ -19,8 +18,7 @@ from smezo_cli.intake import check_ordinary
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """One record of a file.
 
     Attributes:

@@ -1,6 +1,8 @@
 """From a task node of the configuration to a `Task`."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,19 @@ READERS: dict[str, Callable[[Mapping[str, Any], Path], Tables]] = {
 }
 
 
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Rows are many and in no cycles: looking for cycles among them takes as long as they do."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@_uncollected()
 def load_task(cfg: Mapping[str, Any], *, data_seed: int, cache: Path) -> Task:
     """Read the rows of the task node `cfg`, cut them by `data_seed`, check the prompts.
 

@@ -5,8 +5,10 @@ generation.yaml say how); no Python, and nothing is written to the cache of the 
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,7 @@ def read(cfg: Mapping[str, Any]) -> tuple[Tables, dict[str, Any]]:
         keys, cfg["labels"] = _labels(cfg["labels"])
     for split in splits:
         columns.check(split, fields)
-        texts = [columns.texts(record, fields) for record in split.records]
+        texts = columns.texts(split.records, fields)
         names = [f"{split.name}/{record.number}" for record in split.records]
         if cfg["kind"] == "classification":
             found = _classes(split, columns, keys, cfg["labels"])
@@ -84,8 +86,9 @@ def read(cfg: Mapping[str, Any]) -> tuple[Tables, dict[str, Any]]:
 
 def copies(rows: Sequence[Row], others: Sequence[Row]) -> int:
     """How many of the rows have the texts of one of the others."""
-    seen = {tuple(row.fields.items()) for row in others}
-    return sum(tuple(row.fields.items()) in seen for row in rows)
+    texts = Counter(tuple(row.fields.values()) for row in rows)
+    seen = {key for row in others if (key := tuple(row.fields.values())) in texts}
+    return sum(texts[key] for key in seen)
 
 
 def _counts(cfg: Mapping[str, Any], tables: Tables) -> dict[str, Any]:
@@ -210,14 +213,15 @@ def unlabelled(task: Mapping[str, Any], prompt: Prompt, data: str | Mapping[str,
     fields = columns.fields([prompt.template, prompt.option] if choice else [prompt.template])
     for name in columns.option_names if choice else ():
         columns.need(name, f"task.options={name}")
+    texts = columns.texts(split.records, fields)
     return [
         Row(
-            columns.texts(record, fields),
+            text,
             -1,
             str(record.number),
             options=columns.options(record) if choice else (),
         )
-        for record in split.records
+        for text, record in zip(texts, split.records, strict=True)
     ]
 
 
@@ -233,13 +237,18 @@ def _check_mappings(split: _Split) -> None:
 # --- columns ---------------------------------------------------------------------------------
 
 
+def _columns_of(records: Sequence[Record]) -> list[str]:
+    """Every column of the records, in the order in which they come."""
+    return list(dict.fromkeys(chain.from_iterable(record.value for record in records)))
+
+
 class _Columns:
     """Columns by the names that the task node uses; `task.columns` maps names to columns."""
 
     def __init__(self, cfg: Mapping[str, Any], first: _Split) -> None:
         self.cfg = cfg
         self.map: dict[str, str] = dict(cfg.get("columns") or {})
-        self.there = list(dict.fromkeys(c for record in first.records for c in record.value))
+        self.there = _columns_of(first.records)
         self.shown = first.shown
         self.used: set[str] = set()
         given = cfg.get("options")
@@ -280,7 +289,7 @@ class _Columns:
 
     def check(self, split: _Split, fields: Sequence[str]) -> None:
         """The second file has the columns too."""
-        there = {column for record in split.records for column in record.value}
+        there = _columns_of(split.records)
         kind = self.cfg["kind"]
         more = {
             "classification": [("task.label", self.cfg.get("label"))],
@@ -305,24 +314,27 @@ class _Columns:
                     f"{near(name, self.used)}."
                 )
 
-    def texts(self, record: Record, fields: Sequence[str]) -> dict[str, str]:
-        """The texts of the fields of a row."""
-        return {name: self.text(record, self.column(name)) for name in fields}
+    def texts(self, records: Sequence[Record], fields: Sequence[str]) -> list[dict[str, str]]:
+        """The texts of the fields of each row."""
+        columns = [(name, self.column(name)) for name in fields]
+        return [{name: self.text(record, column) for name, column in columns} for record in records]
 
     def text(self, record: Record, column: str) -> str:
         """One cell as a text; a number is one too."""
         value = record.value.get(column)
-        if value is None or (isinstance(value, str) and not value.strip()):
+        if isinstance(value, str) and value and not value.isspace():
+            return value
+        if value is None or isinstance(value, str):
             raise UserError(
                 f"{record.where}, column {column!r}: the cell is empty; fill it, or take the row "
                 "out."
             )
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(
                 f"{record.where}, column {column!r}: a text is needed and {_brief(value)} stands "
                 "there."
             )
-        return value if isinstance(value, str) else _plain(value)
+        return _plain(value)
 
     def _list(self, record: Record, column: str) -> list[str] | None:
         """The texts of a cell that holds a list (in a CSV: a JSON list), else None."""
@@ -416,6 +428,7 @@ def _classes(
     # A data set of the hub stores numbers for words; either may be what task.labels names.
     names = split.class_names.get(column, [])
     as_words = bool(names) and set(keys) <= {_key(name) for name in names}
+    classes = {key: index for index, key in enumerate(keys)}
     found = []
     for record in split.records:
         value = record.value.get(column)
@@ -426,7 +439,7 @@ def _classes(
                 f"{record.where}, column {column!r}: the label is empty; fill it, or take the row "
                 "out."
             )
-        if _key(value) not in keys:
+        if (key := _key(value)) not in classes:
             others = {_key(r.value.get(column)) for r in split.records}
             some = ", ".join(sorted(others)[:8]) + (", ..." if len(others) > 8 else "")
             raise UserError(
@@ -434,7 +447,7 @@ def _classes(
                 f"has words for {', '.join(keys)}; give a word for each value of the column "
                 f"({some}), as {{{some.partition(',')[0]}: {words[0]}, ...}}."
             )
-        found.append(list(keys).index(_key(value)))
+        found.append(classes[key])
     return found
 
 
@@ -453,7 +466,9 @@ def _right(split: _Split, columns: _Columns, options: Sequence[tuple[str, ...]])
         values.append(_key(value))
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     readings: dict[str, Callable[[str, tuple[str, ...]], int]] = {
-        "a number from 0": lambda value, _: int(value) if value.isdecimal() else -1,
+        "a number from 0": lambda value, _: (
+            int(value) if value.isdecimal() and len(value) < 10 else -1  # Python reads 4300 digits
+        ),
         "the name of an option's column": lambda value, _: (
             names.index(value) if value in names and len(names) > 1 else -1
         ),
@@ -474,7 +489,7 @@ def _right(split: _Split, columns: _Columns, options: Sequence[tuple[str, ...]])
     row = max(failed.values())  # the reading that came furthest is the likeliest one
     *most, last = readings
     raise UserError(
-        f"{split.records[row].where}, column {column!r}: the label is {values[row]!r}, and the "
-        f"options are {', '.join(map(repr, options[row]))}; it must be {', '.join(most)} or "
+        f"{split.records[row].where}, column {column!r}: the label is {_brief(values[row])}, and "
+        f"the options are {', '.join(map(repr, options[row]))}; it must be {', '.join(most)} or "
         f"{last}, the same in all rows."
     )

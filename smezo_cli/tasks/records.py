@@ -23,7 +23,6 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +163,8 @@ def _labelled(records: Iterator[Record], path: Path) -> Iterator[Record]:
         if count > len(labels):
             raise UserError(f"{path} has {len(labels)} labels, and {record.where} needs one more.")
         labelled = isinstance(record.value, dict)
-        yield replace(
-            record, value={**record.value, "label": labels[count - 1]} if labelled else record.value
+        yield record._replace(
+            value={**record.value, "label": labels[count - 1]} if labelled else record.value
         )
     if count < len(labels):
         raise UserError(f"{path} has {len(labels)} labels for {count} records; give the pair.")
@@ -175,7 +174,7 @@ def _numbered(path: Path, records: Iterator[Record]) -> Iterator[Record]:
     """Records numbered as the hub's, also where the first line of the file names the columns."""
     header = path.suffix.lower() in (".tsv", ".csv")
     for record in records:
-        yield replace(record, number=record.number - 1) if header else record
+        yield record._replace(number=record.number - 1) if header else record
 
 
 def _rows(
