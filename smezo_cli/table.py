@@ -428,7 +428,10 @@ def identity(values: Mapping[str, Any]) -> str:
 def _stripped(values: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in values.items() if key != "device"}
     for group, dropped in _PLACES.items():
-        node = {k: v for k, v in kept.get(group, {}).items() if k not in dropped}
+        given = kept.get(group)
+        if not isinstance(given, Mapping):
+            continue
+        node = {k: v for k, v in given.items() if k not in dropped}
         if group == "method" and node.get("executor") in ("sequential", "lockstep"):
             node["executor"] = "auto"  # the same numbers
         kept[group] = node
