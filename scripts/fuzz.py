@@ -1559,6 +1559,7 @@ def fuzz(
     try:
         # A worker is forked with all that is slow to import.
         import datasets  # noqa: F401
+        import matplotlib.font_manager  # noqa: F401  # which writes its cache once, below HOME
         import pyarrow.parquet  # noqa: F401
 
         prepare(scratch)

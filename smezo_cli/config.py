@@ -440,8 +440,16 @@ class _Composer:
                 self._check_choice(override)
         node = self.compose([o.input_line for o in asking], with_hydra=True).hydra
         given = {o.key_or_group for o in overrides}
-        swept = {k: v for k, v in (node.sweeper.params or {}).items() if k not in given}
-        return str(node.mode).endswith("MULTIRUN"), [f"{k}={v}" for k, v in swept.items()]
+        try:
+            swept = {k: v for k, v in (node.sweeper.params or {}).items() if k not in given}
+            return str(node.mode).endswith("MULTIRUN"), [f"{k}={v}" for k, v in swept.items()]
+        except OmegaConfBaseException as error:
+            asked = " ".join(o.input_line for o in asking)
+            said = str(error).splitlines()[0]
+            raise UserError(
+                f"{asked}: hydra.mode and hydra.sweeper.params cannot be read ({said}); write "
+                "MULTIRUN or RUN, and values."
+            ) from error
 
     def _quoted(self, overrides: Sequence[Any]) -> str:
         paths = [Path(str(self.config_dir)).resolve().as_uri()]

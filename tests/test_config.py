@@ -339,6 +339,15 @@ def test_malformed_file_of_the_user_is_refused(text: str, own: Path) -> None:
     assert "mine" in message or "task" in message
 
 
+def test_an_experiment_whose_mode_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\nhydra:\n  mode: ${hydra:runtime.cwd}\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(text)
+    message = refusal("--config-dir", str(tmp_path), "experiment=mine")
+    assert "experiment=mine: hydra.mode" in message
+    assert "MULTIRUN or RUN" in message
+
+
 def test_full_disk_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
