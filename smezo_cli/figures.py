@@ -31,10 +31,14 @@ _NAMES = {
     "mezo": "MeZO",
     "mezo_lora": "MeZO-LoRA",
     "mezo_prefix": "MeZO-prefix",
+    "mezo_adam": "MeZO-Adam",
     "adamw": "FT",
     "sgd": "FT (SGD)",
     "lora": "LoRA",
     "prefix": "Prefix",
+    "zero_shot": "Zero-shot",
+    "icl": "ICL",
+    "linear_probe": "LP",
 }
 _MASKS = {"small": "S-MeZO", "random": "R-MeZO", "large": "Large mask", "none": "MeZO"}
 
@@ -157,10 +161,9 @@ class _Group:
 def _groups(sources: Iterable[Source], free: Sequence[str]) -> list[_Group]:
     """Runs that differ in the seed and the free keys alone, named so that names differ.
 
-    Raises:
-        UserError: two runs have the same settings and seed.
+    Where the seed draws the rows, too (data_seed=${seed}), these are no difference of their own.
     """
-    found: dict[str, _Group] = {}
+    buckets: dict[str, list[tuple[Run, _Group]]] = {}
     for source in sources:
         for run in source.runs:
             settings = {
@@ -170,10 +173,17 @@ def _groups(sources: Iterable[Source], free: Sequence[str]) -> list[_Group]:
             }
             settings["train_rows"] = str(run.result.get("train_rows"))
             name = source.name or _full_name(run)
-            key = json.dumps([name, source.chosen, settings], sort_keys=True)
-            old = found.get(key, _Group(name, (), settings, source.chosen))
+            rest = {k: v for k, v in settings.items() if k not in _OF_SPLIT}
+            key = json.dumps([name, source.chosen, rest], sort_keys=True)
+            buckets.setdefault(key, []).append((run, _Group(name, (), settings, source.chosen)))
+    found: dict[str, _Group] = {}
+    for key, members in buckets.items():
+        follows = _follow([run for run, _ in members])
+        for run, group in members:
+            split = [] if follows else [group.settings.get(k) for k in _OF_SPLIT]
+            old = found.setdefault(f"{key} {split}", group)
             if run.path not in [r.path for r in old.runs]:
-                found[key] = replace(old, runs=(*old.runs, run))
+                found[f"{key} {split}"] = replace(old, runs=(*old.runs, run))
     groups = list(found.values())
     named = []
     for group in groups:
@@ -181,6 +191,17 @@ def _groups(sources: Iterable[Source], free: Sequence[str]) -> list[_Group]:
         words = _differing(group.settings, alike)
         named.append(replace(group, name=" ".join([group.name, *words])))
     return sorted(named, key=lambda g: _natural(g.name))
+
+
+_OF_SPLIT = ("data_seed", "train_rows")
+
+
+def _follow(runs: Sequence[Run]) -> bool:
+    """Has each of several seeds the rows that it draws itself?"""
+    seeds = {run.result["seed"] for run in runs}
+    drawn = {(run.result["seed"], str(run.result.get("train_rows"))) for run in runs}
+    own = all(run.config.get("data_seed") == run.result["seed"] for run in runs)
+    return own and len(drawn) == len(seeds) > 1
 
 
 def _natural(name: str) -> tuple[int, str]:
@@ -234,8 +255,14 @@ def _one_metric(sources: Sequence[Source]) -> str:
     return next(run.metric for source in sources for run in source.runs)
 
 
-def _check_rows(title: str, runs: Sequence[Run]) -> None:
-    rows = {str(run.result.get("test_rows")) for run in runs}
+def _check_rows(title: str, sources: Sequence[Source]) -> None:
+    """Refuse runs of other test rows; a table has done so, for each of its splits."""
+    rows = {
+        str(run.result.get("test_rows"))
+        for source in sources
+        for run in _done(source.runs)
+        if not source.chosen
+    }
     if len(rows) > 1:
         raise UserError(
             f"{title}: these runs were tested on {len(rows)} different sets of rows; choose one "
@@ -336,7 +363,8 @@ def _add_curves(figure: Figure, sources: Sequence[Source], y: str, x: str) -> No
         elif y == "train_loss":
             most = max(int(r.result.get("step") or 0) for s in members for r in s.runs)
             every = max(1, -(-most // _BINS))
-            key, label = y, "train loss" + (f" (mean of {every} steps)" if every > 1 else "")
+            key, label = y, _train_loss(title, members)
+            label += f" (mean of {every} steps)" if every > 1 else ""
         elif y == "active_share":
             key, label = y, "active share (%)"
         panel = Panel(title, label)
@@ -356,8 +384,29 @@ def _add_curves(figure: Figure, sources: Sequence[Source], y: str, x: str) -> No
                     tuple(tuple(line[step][1] for line in lines) for step in common),
                 )
             )
+        figure.notes += [
+            f"{title}, {series.name}: there is no {label} to draw."
+            for series in panel.series
+            if not series.x
+        ]
         panel.series = [s for s in panel.series if s.x]
         figure.add(panel)
+
+
+def _train_loss(title: str, sources: Sequence[Source]) -> str:
+    """What the steps of runs lowered, in words.
+
+    Raises:
+        UserError: they lowered different figures, which have no axis in common.
+    """
+    lowered = {str(r.result.get("objective") or "loss") for s in sources for r in s.runs}
+    if len(lowered) > 1:
+        raise UserError(
+            f"{title}: the steps of these runs lowered {' and '.join(sorted(lowered))}, which are "
+            "not drawn on one axis; choose with method.objective=X, or draw --y loss (of dev)."
+        )
+    (objective,) = lowered
+    return "train loss" if objective == "loss" else f"1 - train {objective}"
 
 
 # --- scores ----------------------------------------------------------------------------------
@@ -383,7 +432,7 @@ def sparsity(sources: Sequence[Source]) -> Figure:
     figure = Figure("sparsity", "sparsity (fraction of weights not perturbed)")
     for title, members in _panels(sources, lambda _: "").items():
         runs = [run for source in members for run in _done(source.runs)]
-        _check_rows(title, runs)
+        _check_rows(title, members)
         panel = Panel(title, f"test {_one_metric(members)} (%)")
         points: dict[str, dict[float, list[_Group]]] = {}
         for source in members:
@@ -461,13 +510,16 @@ def lr(sources: Sequence[Source]) -> Figure:
     """Test accuracy against the learning rate; where all seeds diverged it is marked."""
     figure = Figure("lr", "learning rate")
     for title, members in _panels(sources, lambda _: "").items():
-        runs = [run for source in members for run in source.runs]
-        _check_rows(title, _done(runs))
+        _check_rows(title, members)
         panel = Panel(title, f"test {_one_metric(members)} (%)")
         for group in _groups(members, ("lr",)):
             at: dict[float, list[Run]] = {}
             for run in group.runs:
-                at.setdefault(float(run.result["lr"]), []).append(run)
+                if run.result.get("lr") is not None:
+                    at.setdefault(float(run.result["lr"]), []).append(run)
+            if not at:
+                figure.notes.append(f"{title}: {group.name} has no lr and is left out.")
+                continue
             done = {rate: _done(at[rate]) for rate in sorted(at)}
             panel.series.append(
                 Series(

@@ -168,7 +168,7 @@ def _of_folders(filters: Sequence[str], kind: str, folder: Path) -> tuple[list[S
     return [Source(tuple(kept))], notes
 
 
-_NEEDED = ("task", "model", "method", "seed", "lr")
+_NEEDED = ("task", "model", "method", "seed")
 
 
 def _of_table(
@@ -191,8 +191,8 @@ def _of_table(
             runs += [run for run in cell.searched if run.path not in lines]
         if runs:
             # Rows of the study of sparsities are tasks, and its columns what others have in rows.
-            own = "" if kind == "sparsity" or cell.row.name == str(runs[0].result["task"]) else None
-            label = cell.row.name if own is None else own
+            by_run = kind == "sparsity" or cell.row.name == str(runs[0].result["task"])
+            label = "" if by_run else cell.row.name
             sources.append(Source(tuple(runs), label, chosen=True))
         if cell.missing:
             seeds = f"{len(cell.runs)} of {len(found.seeds)} seeds"

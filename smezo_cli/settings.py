@@ -29,7 +29,7 @@ KNOBS = ("lr", "eps", "sparsity")
 # Cannot change a result, hence not part of a run's digest.
 _NOT_IN_DIGEST = ("name", "runs_dir", "logger", "if_exists", "compile", "hydra", "full_save_every")
 # Came later; this value is what runs did before there was such a key, and they keep their digest.
-_LATER = {
+LATER = {
     **dict.fromkeys(("stop_if_diverged", "patience", "clip_projected_grad", "num_per_class")),
     "objective": "loss",
 }
@@ -757,7 +757,7 @@ def digest(cfg: DictConfig | Mapping[str, Any]) -> str:
 
     A run that can be extended keeps its name when ``steps`` grows.
     """
-    values = _without_later_keys(
+    values = without_later_keys(
         {key: value for key, value in plain(cfg).items() if key not in _NOT_IN_DIGEST}
     )
     if is_extensible(values.get("lr_schedule")):
@@ -768,11 +768,12 @@ def digest(cfg: DictConfig | Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _without_later_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+def without_later_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings less those that came later and say what runs did before: equal for equal runs."""
     return {
-        key: _without_later_keys(value) if isinstance(value, Mapping) else value
+        key: without_later_keys(value) if isinstance(value, Mapping) else value
         for key, value in values.items()
-        if key not in _LATER or value != _LATER[key]
+        if key not in LATER or value != LATER[key]
     }
 
 

@@ -24,7 +24,15 @@ from omegaconf import OmegaConf
 from smezo_cli import collected, intake
 from smezo_cli.errors import UserError
 from smezo_cli.results import Run, find
-from smezo_cli.settings import CONF_DIR, WITHOUT_STEPS, digest, near, plain
+from smezo_cli.settings import (
+    CONF_DIR,
+    LATER,
+    WITHOUT_STEPS,
+    digest,
+    near,
+    plain,
+    without_later_keys,
+)
 
 USAGE = """\
 smezo table                                   the tables there are
@@ -440,7 +448,7 @@ def _stripped(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
     """Dotted keys and values of what :func:`identity` compares."""
-    for key, value in (_stripped(node) if not prefix else node).items():
+    for key, value in (node if prefix else without_later_keys(_stripped(node))).items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{key}.")
         elif prefix or key not in _NOT_ASKED:
@@ -449,7 +457,11 @@ def flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, objec
 
 def _differences(its: Mapping[str, object], ours: Mapping[str, object]) -> list[str]:
     keys = [key for key in {**ours, **its} if its.get(key) != ours.get(key)]
-    return [f"{key}={its.get(key)} where the table has {ours.get(key)}" for key in keys]
+    before = {key: LATER.get(key.rpartition(".")[2]) for key in keys}
+    return [
+        f"{key}={its.get(key, before[key])} where the table has {ours.get(key, before[key])}"
+        for key in keys
+    ]
 
 
 def _version(run: Run) -> str:

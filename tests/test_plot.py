@@ -31,6 +31,7 @@ columns:
 rows:
   Zero-shot: { command: "", of: MeZO, figure: zero_shot }
   MeZO: { command: "method=mezo lr=1e-3,1e-2" }
+  As it came: { command: method=zero_shot, one_seed: true, no_steps: true }
 """
 
 
@@ -47,6 +48,8 @@ def make(
     dev: float = 0.5,
     task: str = "toy",
     method: str = "",
+    objective: str = "",
+    rows: tuple[str, str] = ("aa", "bb"),
     **settings: Any,
 ) -> Path:
     """A run folder as training leaves it."""
@@ -55,6 +58,8 @@ def make(
     node: dict[str, Any] = {"name": method, "lr": config["lr"]}
     if mask:
         node |= {"mask": mask, "mask_refresh_every": refresh}
+    if objective:
+        node["objective"] = objective
     config |= {"task": {"name": task}, "method": node, "sparsity": sparsity}
     folder = root / f"{len(list(root.glob('*'))):03}"
     folder.mkdir(parents=True)
@@ -69,7 +74,9 @@ def make(
         "test": {"accuracy": score} if done else None,
         "zero_shot": {"accuracy": 0.25},
         "dev": {"best": {"step": 2, "accuracy": dev, "loss": 1.0}},
-        "test_rows": "aa",
+        "objective": objective or "loss",
+        "test_rows": rows[0],
+        "train_rows": rows[1],
         "train_seconds": 2.0,
         "peak_memory_bytes": 3_000_000_000 + config["seed"],
     }
@@ -145,6 +152,60 @@ def test_seeds_with_other_looks_meet_at_common_ones_alone(tmp_path: Path) -> Non
     assert series.x == (2, 4)
     assert series.mean == pytest.approx([30, 50])
     assert "share 2 of 3 looks" in figure.notes[0]
+
+
+def test_seeds_that_draw_their_rows_are_one_line(tmp_path: Path) -> None:
+    """As in table mezo/18-k16; seeds whose rows are of another draw than their own are not."""
+    for seed in (13, 21):
+        rows = (f"a{seed}", f"b{seed}")
+        make(tmp_path, 0.5, looks={2: 0.5, 4: 0.6}, seed=seed, data_seed=seed, rows=rows)
+    figure = figures.curve(source(tmp_path))
+    assert [s.label for s in figure.panels[0].series] == ["MeZO (n = 2)"]
+    # A table compares the test rows of each split; without one they may be of anything.
+    chosen = [Source(tuple(find(tmp_path)), "MeZO", chosen=True)]
+    assert figures.lr(chosen).panels[0].series[0].values == ((50, 50),)
+    with pytest.raises(UserError, match="tested on 2 different sets of rows"):
+        figures.lr(source(tmp_path))
+    make(tmp_path, looks={2: 0.5}, seed=42, data_seed=21, rows=("a21", "b21"))
+    names = [s.name for s in figures.curve(source(tmp_path)).panels[0].series]
+    assert len(names) == 2
+    assert all("data_seed=" in name for name in names)
+
+
+def test_runs_of_before_a_key_came_are_those_that_say_what_it_was(tmp_path: Path) -> None:
+    """Their digests are the same, and so is their line; other objectives have no axis in common."""
+    make(tmp_path, looks={2: 0.5, 4: 0.6})
+    make(tmp_path, looks={2: 0.5, 4: 0.6}, seed=1, objective="loss", patience=None)
+    figure = figures.curve(source(tmp_path), y="train_loss")
+    assert [s.label for s in figure.panels[0].series] == ["MeZO (n = 2)"]
+    assert figure.panels[0].y == "train loss"
+    make(tmp_path, looks={2: 0.5, 4: 0.6}, objective="accuracy")
+    with pytest.raises(UserError, match="lowered accuracy and loss"):
+        figures.curve(source(tmp_path), y="train_loss")
+    names = [s.name for s in figures.curve(source(tmp_path)).panels[0].series]
+    assert names == ["MeZO", "MeZO objective=accuracy"]
+    of_accuracy = [Source(tuple(find(tmp_path)[2:]))]
+    assert figures.curve(of_accuracy, y="train_loss").panels[0].y == "1 - train accuracy"
+
+
+def test_methods_without_steps_are_drawn_where_they_have_a_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have memory and a level, and no learning rate, sparsity or active share."""
+    monkeypatch.chdir(tmp_path)
+    make(Path("runs"), 0.9, looks={2: 0.5, 4: 0.6}, method="mezo_adam")
+    make(Path("runs"), 0.2, method="icl", lr=None, steps=0)
+    runs = source(Path("runs"))
+    assert [s.name for s in figures.memory(runs).panels[0].series] == ["ICL", "MeZO-Adam"]
+    for found, says in (
+        (figures.lr(runs), "ICL has no lr and is left out."),
+        (figures.sparsity(runs), "ICL has no sparsity and is left out."),
+        (figures.active(runs), "ICL: there is no active share (%) to draw."),
+    ):
+        assert [s.name for s in found.panels[0].series] == ["MeZO-Adam"]
+        assert [note for note in found.notes if note.endswith(says)]
+    assert main(["plot", "memory", "--out", "a.svg"]) == 0
+    assert "left out" not in capsys.readouterr().out
 
 
 def test_what_is_not_finite_leaves_a_gap_that_is_said(tmp_path: Path) -> None:
@@ -309,7 +370,7 @@ def test_a_table_gives_the_runs_that_it_took(
     (tmp_path / "conf" / "table" / "tiny.yaml").write_text(TINY)
     monkeypatch.setattr(table, "CONF_DIR", tmp_path / "conf")
     monkeypatch.chdir(tmp_path)
-    assert main(["table", "tiny", "--run", "--row", "MeZO"]) == 0
+    assert main(["table", "tiny", "--run"]) == 0
     capsys.readouterr()
     drawn = {}
     found = plot._found
