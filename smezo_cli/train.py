@@ -253,11 +253,13 @@ class _Run:
             scorer.probe = dict(folder.load_weights(state, 0))
             return
         start, before = time.perf_counter(), scorer.num_forwards
+        self.stop.patient = False  # nothing of a fit is kept before it is there
         scorer.model.eval()
         self.console.say(f"  hidden states of {len(self.train)} training rows, then the fit")
         features = scorer.features_of(self.train)
         labels = torch.tensor([c.label for c in self.train])
         probe = method.fit(features, labels, len(self.train[0].full))
+        self.stop.patient = True
         state.train_seconds = time.perf_counter() - start
         state.num_forwards = scorer.num_forwards - before
         state.notes["num_trained"] = sum(t.numel() for t in probe.values())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -386,6 +387,27 @@ def test_probe_run_changes_the_probe_alone_and_is_used_again(
     assert scores == pytest.approx(again[0]["scores"], abs=1e-5)
     assert main(["export", str(folder), str(tmp_path / "x")]) == 2
     assert "nothing to export" in capsys.readouterr().err
+
+
+def test_a_fit_is_stopped_at_once_and_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it is to be saved, so nothing is waited for."""
+    _, whole = run_of(tmp_path / "whole", "method=linear_probe")
+    with monkeypatch.context() as patched:
+
+        def endless(*args: Any) -> Any:
+            signal.raise_signal(signal.SIGINT)
+            raise AssertionError("it went on")
+
+        patched.setattr(LinearProbe, "fit", endless)
+        words = ["train", *TINY, f"runs_dir={tmp_path}/part/runs", "method=linear_probe"]
+        assert main(words) == 130
+        (file,) = (tmp_path / "part").rglob("result.json")
+        assert json.loads(file.read_text())["status"] == "stopped"
+    _, again = run_of(tmp_path / "part", "method=linear_probe")
+    for key in ("test", "dev", "weights", "zero_shot"):
+        assert again[key] == whole[key]
 
 
 # --- settings and plan ---------------------------------------------------------------------------
