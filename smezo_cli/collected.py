@@ -19,7 +19,7 @@ _SCHEMA = 1
 # Of result.json: the line as it was typed and what went wrong may name folders, the seal is anew.
 _LEFT_OUT = ("command", "error", "sha256")
 _FOLDERS = ("task.data_dir", "model.path", "runs_dir")
-_ABSOLUTE = re.compile(r"(/|~/|file:|[A-Za-z]:\\)[^\s/]\S*")
+_ABSOLUTE = re.compile(r"(/|~/|file:|[A-Za-z]:[\\/])[^\s/].*")  # names of folders may have blanks
 
 
 def find(folder: Path) -> tuple[list[Run], list[str]]:

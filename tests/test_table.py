@@ -94,6 +94,20 @@ def test_every_row_composes_and_every_column_names_what_is_there() -> None:
                         assert (CONF_DIR / group / f"{choice}.yaml").is_file(), (name, word)
 
 
+def test_what_two_tables_have_in_common_is_the_same_run() -> None:
+    """Cross-entropy in MeZO's Table 3 is that of its Table 18, so one search serves both."""
+    third, whole = table.load("mezo/3"), table.load("mezo/18-k512")
+    rows = {row.name: row for row in whole.rows}
+    columns = {column.name: column for column in whole.columns}
+    for row in third.rows[:2]:
+        for column in third.columns[:4]:
+            same = whole.words(rows[row.name.partition(",")[0]], columns[column.name])
+            assert same is not None
+            assert set(third.words(row, column) or ()) == set(same)
+    squad = third.words(third.rows[0], third.columns[4]) or ()
+    assert {"experiment=mezo/ft", "batch_size=8"} <= set(squad)
+
+
 @pytest.mark.parametrize("name", table.names())
 @pytest.mark.parametrize("form", ["markdown", "latex", "csv", "json"])
 def test_every_table_prints_without_runs(
@@ -261,7 +275,7 @@ def test_a_result_that_names_a_place_is_not_collected(
     assert cells["MeZO"]["command"] is None
     file = next(Path("runs").rglob("result.json"))
     content = json.loads(file.read_text())
-    file.write_text(json.dumps(content | {"recipes": ["/home/somebody/recipe.yaml"]}))
+    file.write_text(json.dumps(content | {"recipes": ["/home/some body/my recipe.yaml"]}))
     assert main(["table", "tiny", "seed=0", "--collect", "results"]) == 2
     err = capsys.readouterr().err
     assert "its result.recipes is a place on this machine" in err
