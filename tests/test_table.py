@@ -209,7 +209,7 @@ def test_collected_results_fill_the_table_without_their_runs(
     again, notes = tiny("--results", "results", "task.max_train_tokens=64")
     assert (again, notes) == (by_runs, [])
     files = sorted(results.glob("*.json"))
-    assert len(files) == 3  # two learning rates, and the chosen one with the second seed
+    assert len(files) == 4  # zero-shot; two learning rates, and the chosen one with the second seed
 
     # To the byte once more, with the runs and from the files; and nothing says where it ran.
     before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
@@ -237,7 +237,7 @@ def test_collected_results_fill_the_table_without_their_runs(
     assert cells["MeZO"]["ours"] is None
     assert sum("batch_size=4 where the table has 2" in note for note in notes) == 2
     assert main(["table", "tiny", "--results", "results", "seed=7"]) == 0
-    assert capsys.readouterr().out.count("left out: no cell of this table asks for it") == 3
+    assert capsys.readouterr().out.count("left out: no cell of this table asks for it") == 4
     text = files[0].read_text()
     files[0].write_text(json.dumps(json.loads(text) | {"looks": []}))
     cells, notes = tiny("--results", "results", "task.max_train_tokens=64")
