@@ -186,9 +186,9 @@ class RunFolder:
         return found
 
     def damaged_weights(self, state: State) -> list[str]:
-        """Names of the weights that the state names and that are not, or no longer, what they were.
+        """Names of weights, and of a method's tensors beside them, that are not what was written.
 
-        Reads them all.
+        Reads all that the state names.
         """
         found = []
         for step in state.weights():
@@ -196,6 +196,10 @@ class RunFolder:
                 self.load_weights(state, step)
             except UserError:
                 found.append(self._weights(step).name)
+            try:
+                self.load_optimizer(state, step)
+            except UserError:
+                found.append(self._optimizer(step).name)
         return found
 
     def has_metrics(self, state: State) -> bool:

@@ -481,6 +481,11 @@ class _Run:
 
         state, folder, say = self.state, self.folder, self.console.say
         if not isinstance(method, ZeroOrder):
+            if state.step and (bad := folder.damaged_weights(state)):
+                name = self.settings.method["name"]
+                say(f"  {' and '.join(bad)} damaged or missing, and {name} has no trajectory:")
+                say("  trained again from the first step on")
+                state.start_over()
             if state.step:
                 if not folder.has_metrics(state):
                     say("  metrics.jsonl is damaged: what it lacks is lost, the training goes on")

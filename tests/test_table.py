@@ -57,7 +57,7 @@ def test_what_is_awaited_is_listed_and_has_not_arrived() -> None:
 @pytest.mark.parametrize("name", table.names())
 def test_a_line_of_a_table_has_no_key_that_is_not_read(name: str) -> None:
     """An unquoted comma in a command makes keys of what follows it."""
-    read = {"command", "awaits", "figure", "of", "also", "paper"}
+    read = {"command", "awaits", "figure", "of", "also", "paper", "one_seed", "no_steps", "without"}
     node: Any = OmegaConf.load(CONF_DIR / "table" / f"{name}.yaml")
     for line in (*node["columns"].items(), *node["rows"].items()):
         assert set(line[1]) <= read, line
@@ -223,7 +223,7 @@ def test_collected_results_fill_the_table_without_their_runs(
     again, notes = tiny("--results", "results", "task.max_train_tokens=64")
     assert (again, notes) == (by_runs, [])
     files = sorted(results.glob("*.json"))
-    assert len(files) == 3  # two learning rates, and the chosen one with the second seed
+    assert len(files) == 4  # zero-shot; two learning rates, and the chosen one with the second seed
 
     # To the byte once more, with the runs and from the files; and nothing says where it ran.
     before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
@@ -251,7 +251,7 @@ def test_collected_results_fill_the_table_without_their_runs(
     assert cells["MeZO"]["ours"] is None
     assert sum("batch_size=4 where the table has 2" in note for note in notes) == 2
     assert main(["table", "tiny", "--results", "results", "seed=7"]) == 0
-    assert capsys.readouterr().out.count("left out: no cell of this table asks for it") == 3
+    assert capsys.readouterr().out.count("left out: no cell of this table asks for it") == 4
     text = files[0].read_text()
     files[0].write_text(json.dumps(json.loads(text) | {"looks": []}))
     cells, notes = tiny("--results", "results", "task.max_train_tokens=64")

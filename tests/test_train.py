@@ -718,6 +718,23 @@ def test_a_damaged_file_of_a_stopped_run_is_made_again(
     assert_same_run(run_folder(tmp_path), run_folder(finished("sparse_mezo")))
 
 
+@pytest.mark.parametrize("name", ["state.json", "weights-*", "optimizer-*"])
+def test_a_damaged_file_of_a_stopped_first_order_run_is_made_again(
+    finished: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    """Without a trajectory the last good point is the beginning."""
+    ended = smezo(words_of("adamw"), tmp_path, faults=[Fault("loss", 8, signal.SIGKILL).install])
+    assert ended.code == -signal.SIGKILL
+    paths = list((run_folder(tmp_path) / "checkpoint").glob(name))
+    assert paths
+    for path in paths:
+        flip(path, 0.7)
+    ended = smezo(words_of("adamw"), tmp_path)
+    assert (ended.code, ended.err) == (0, "")
+    assert name == "state.json" or "trained again from the first step on" in ended.out
+    assert_same_run(run_folder(tmp_path), run_folder(finished("adamw")))
+
+
 @pytest.mark.parametrize("name", [*DAMAGED, "result.json", "config.yaml", "checkpoint/weights-*"])
 def test_a_damaged_file_of_a_finished_run_is_made_again(
     finished: Callable[[str], Path], tmp_path: Path, name: str
