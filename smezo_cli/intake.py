@@ -456,7 +456,9 @@ _RESULT: Rules = {
     "test": _or_none(_is_tested),
     "zero_shot": _or_none(_is_tested),
     "zero_shot_calibrated": _or_none(_is_tested),
-    "sparsity": lambda value: isinstance(value, dict) and _is_figures(value),
+    "sparsity": lambda value: (
+        isinstance(value, dict) and all(_or_none(_is_number)(share) for share in value.values())
+    ),
     "lr": _or_none(_is_number),
     "eps": _or_none(_is_number),
     "steps": _is_count,

@@ -213,3 +213,15 @@ def test_seeds_with_other_numbers_of_rows_are_one_sentence(
 def test_no_runs_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", "--runs-dir", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"no runs in {tmp_path}\n"
+
+
+@pytest.mark.parametrize("sparsity", [{"requested": "0.5"}, {"realised": [0.5]}, 0.5, "0.5"])
+def test_a_result_whose_sparsity_is_no_number_is_passed_over(
+    tmp_path: Path, sparsity: object
+) -> None:
+    """Figures compute with it."""
+    make(tmp_path, "good")
+    folder = make(tmp_path, "bad")
+    result = json.loads((folder / "result.json").read_text()) | {"sparsity": sparsity}
+    (folder / "result.json").write_text(json.dumps(result))
+    assert [run.path.name for run in results.find(tmp_path)] == ["good"]
