@@ -69,7 +69,7 @@ class Lora:
     """W + alpha/r B A in the place of W: A (r, in) and B (out, r) are trained.
 
     A is uniform in +-1/sqrt(in), what Kaiming's rule gives; B is zero, so that training begins at
-    the model itself. Both have the dtype of W.
+    the model itself. Both have the dtype of W, or of the model where that has W in 4 bits.
 
     Args:
         model: its linear layers are wrapped in place.
@@ -99,26 +99,40 @@ class Lora:
                 f"method.adapter.targets={targets} do not fit this model ({line[:200]}): name its "
                 "linear layers, such as method.adapter.targets=[q_proj,v_proj]."
             ) from error
-        self._model = model
+        self._model, self._config = model, config
         self._layers: dict[str, Any] = {
             name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)
         }
         for name, layer in self._layers.items():
             # All weights have one dtype; a compute dtype is autocast's affair.
             layer.cast_input_dtype_enabled = False
+            if self._is_packed:
+                layer.lora_A.to(model.dtype)
+                layer.lora_B.to(model.dtype)
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
             with torch.no_grad():
                 a.copy_(_kaiming(a.shape, stream_key(seed, "adapter", f"{name}.lora_A")))
                 b.zero_()
 
     @property
+    def _is_packed(self) -> bool:
+        """Are the weights beside A and B in 4 bits? Nothing can be added to them."""
+        return bool(getattr(self._model, "is_loaded_in_4bit", False))
+
+    @property
     def loaded_by(self) -> str:
-        """A class of transformers, for it is a model like any other."""
+        """A class of transformers, for it is a model like any other, unless it is in 4 bits."""
+        if self._is_packed:
+            name = type(self._model).__name__
+            return f"peft loads it: PeftModel.from_pretrained({name}.from_pretrained(BASE), FOLDER)"
         return f"transformers loads it: {type(self._model).__name__}.from_pretrained(FOLDER)"
 
     @property
     def saved_bytes(self) -> int:
-        """All weights of the model but A and B."""
+        """All weights of the model but A and B; these alone of a model in 4 bits."""
+        if self._is_packed:
+            mine = (p for p in self._model.parameters() if p.requires_grad)
+            return sum(p.numel() * p.element_size() for p in mine)
         kept = (p for p in self._model.parameters() if not p.requires_grad)
         return sum(p.numel() * p.element_size() for p in kept)
 
@@ -136,8 +150,12 @@ class Lora:
     def save(self, folder: Path) -> None:
         """The whole model with B A added to its weights, as transformers saves it.
 
-        The sums are rounded to the dtype of the weights, so that losses agree to its precision.
+        The sums are rounded to the dtype of the weights, so that losses agree to its precision. Of
+        a model in 4 bits A and B alone, as an adapter of peft.
         """
+        if self._is_packed:
+            self._save_alone(folder)
+            return
         merged: dict[str, Tensor] = {}
         for name, tensor in self._model.state_dict().items():
             if ".lora_A." not in name and ".lora_B." not in name:
@@ -149,6 +167,19 @@ class Lora:
                 merged[f"{name}.weight"] = moved.to(weight.dtype)
         saved: Any = self._model  # without types
         saved.save_pretrained(folder, state_dict=merged)
+
+    def _save_alone(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        self._config.base_model_name_or_path = self._model.config.name_or_path
+        self._config.inference_mode = True
+        self._config.save_pretrained(str(folder))
+        self._config.inference_mode = False
+        tensors = {
+            f"base_model.model.{name}.lora_{which}.weight": lora["default"].weight.detach().cpu()
+            for name, layer in self._layers.items()
+            for which, lora in (("A", layer.lora_A), ("B", layer.lora_B))
+        }
+        save_file(tensors, folder / "adapter_model.safetensors")
 
 
 class Prefix:
