@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import create_bidirectional_mask
 
 from smezo_cli.errors import UserError
 from smezo_cli.noise import hash64, stream_key, uniform_at
@@ -68,7 +69,7 @@ class Lora:
     """W + alpha/r B A in the place of W: A (r, in) and B (out, r) are trained.
 
     A is uniform in +-1/sqrt(in), what Kaiming's rule gives; B is zero, so that training begins at
-    the model itself. Both have the dtype of W.
+    the model itself. Both have the dtype of W, or of the model where that has W in 4 bits.
 
     Args:
         model: its linear layers are wrapped in place.
@@ -98,26 +99,40 @@ class Lora:
                 f"method.adapter.targets={targets} do not fit this model ({line[:200]}): name its "
                 "linear layers, such as method.adapter.targets=[q_proj,v_proj]."
             ) from error
-        self._model = model
+        self._model, self._config = model, config
         self._layers: dict[str, Any] = {
             name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)
         }
         for name, layer in self._layers.items():
             # All weights have one dtype; a compute dtype is autocast's affair.
             layer.cast_input_dtype_enabled = False
+            if self._is_packed:
+                layer.lora_A.to(model.dtype)
+                layer.lora_B.to(model.dtype)
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
             with torch.no_grad():
                 a.copy_(_kaiming(a.shape, stream_key(seed, "adapter", f"{name}.lora_A")))
                 b.zero_()
 
     @property
+    def _is_packed(self) -> bool:
+        """Are the weights beside A and B in 4 bits? Nothing can be added to them."""
+        return bool(getattr(self._model, "is_loaded_in_4bit", False))
+
+    @property
     def loaded_by(self) -> str:
-        """A class of transformers, for it is a model like any other."""
+        """A class of transformers, for it is a model like any other, unless it is in 4 bits."""
+        if self._is_packed:
+            name = type(self._model).__name__
+            return f"peft loads it: PeftModel.from_pretrained({name}.from_pretrained(BASE), FOLDER)"
         return f"transformers loads it: {type(self._model).__name__}.from_pretrained(FOLDER)"
 
     @property
     def saved_bytes(self) -> int:
-        """All weights of the model but A and B."""
+        """All weights of the model but A and B; these alone of a model in 4 bits."""
+        if self._is_packed:
+            mine = (p for p in self._model.parameters() if p.requires_grad)
+            return sum(p.numel() * p.element_size() for p in mine)
         kept = (p for p in self._model.parameters() if not p.requires_grad)
         return sum(p.numel() * p.element_size() for p in kept)
 
@@ -135,8 +150,12 @@ class Lora:
     def save(self, folder: Path) -> None:
         """The whole model with B A added to its weights, as transformers saves it.
 
-        The sums are rounded to the dtype of the weights, so that losses agree to its precision.
+        The sums are rounded to the dtype of the weights, so that losses agree to its precision. Of
+        a model in 4 bits A and B alone, as an adapter of peft.
         """
+        if self._is_packed:
+            self._save_alone(folder)
+            return
         merged: dict[str, Tensor] = {}
         for name, tensor in self._model.state_dict().items():
             if ".lora_A." not in name and ".lora_B." not in name:
@@ -149,6 +168,19 @@ class Lora:
         saved: Any = self._model  # without types
         saved.save_pretrained(folder, state_dict=merged)
 
+    def _save_alone(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        self._config.base_model_name_or_path = self._model.config.name_or_path
+        self._config.inference_mode = True
+        self._config.save_pretrained(str(folder))
+        self._config.inference_mode = False
+        tensors = {
+            f"base_model.model.{name}.lora_{which}.weight": lora["default"].weight.detach().cpu()
+            for name, layer in self._layers.items()
+            for which, lora in (("A", layer.lora_A), ("B", layer.lora_B))
+        }
+        save_file(tensors, folder / "adapter_model.safetensors")
+
 
 class Prefix:
     """Keys and values before the first token of every layer, which are trained.
@@ -157,23 +189,35 @@ class Prefix:
     text then comes behind them, as in peft. On another machine the forward that makes them may
     round otherwise.
 
+    A masked model has no cache of its own, but its layers put the keys and values of one that they
+    are given before theirs (RoBERTa, BERT); its mask is then made here, for the model would make
+    one without the prefix, and see padding.
+
     Args:
-        model: a causal model with a key-value cache; its forward is wrapped in place.
+        model: its layers take a key-value cache; its forward is wrapped in place.
         num_tokens: positions before the text.
         seed: keys the tokens.
 
     Raises:
-        UserError: a model without such a cache.
+        UserError: a model without such layers, or a masked one with another attention than sdpa
+            and eager.
     """
 
     def __init__(self, model: PreTrainedModel, *, num_tokens: int, seed: int) -> None:
         from peft import PrefixEncoder, PrefixTuningConfig
 
         self.num_places = num_tokens
-        first = _activations(model, num_tokens, seed)
+        self._is_masked = type(model).__name__.endswith("ForMaskedLM")
+        attention = model.config._attn_implementation
+        if self._is_masked and attention not in ("sdpa", "eager"):
+            raise UserError(
+                f"model.attention={attention} takes no mask that covers a prefix of a masked "
+                "model: set model.attention=sdpa or eager, or choose method=mezo_lora."
+            )
+        first = _activations(model, num_tokens, seed, self._is_masked)
         _, heads, _, size = first[0].shape
         self._config = PrefixTuningConfig(
-            task_type="CAUSAL_LM",
+            task_type="FEATURE_EXTRACTION" if self._is_masked else "CAUSAL_LM",
             num_virtual_tokens=num_tokens,
             token_dim=heads * size,
             num_transformer_submodules=1,
@@ -200,7 +244,15 @@ class Prefix:
             self._fill(cache, len(input_ids))
         if (mask := inputs.get("attention_mask")) is not None:
             ones = mask.new_ones(len(mask), self.num_places)
-            inputs["attention_mask"] = torch.cat([ones, mask], dim=1)
+            mask = inputs["attention_mask"] = torch.cat([ones, mask], dim=1)
+        if self._is_masked:
+            weight = self._encoder.embedding.weight
+            inputs["attention_mask"] = create_bidirectional_mask(
+                config=self._model.config,
+                inputs_embeds=weight.new_empty(*input_ids.shape, 0),  # for its shape and dtype
+                attention_mask=mask,
+                past_key_values=cache,
+            )
         if (positions := inputs.get("position_ids")) is not None:
             inputs["position_ids"] = positions + self.num_places
         return inner(input_ids=input_ids, **inputs)
@@ -220,7 +272,12 @@ class Prefix:
 
     @property
     def loaded_by(self) -> str:
-        """A class of peft, which loads the base model, too."""
+        """A class of peft, which loads the base model, too, unless that fills masks."""
+        if self._is_masked:
+            return (
+                "peft loads it: PeftModel.from_pretrained(AutoModelForMaskedLM.from_pretrained("
+                "BASE), FOLDER), which sees the padding of batches of unequal rows"
+            )
         return "peft loads it: AutoPeftModelForCausalLM.from_pretrained(FOLDER)"
 
     @property
@@ -257,18 +314,26 @@ def _kaiming(shape: torch.Size, key: tuple[int, int]) -> Tensor:
     return ((2 * uniform - 1) * bound).view(shape)
 
 
-def _activations(model: PreTrainedModel, num_tokens: int, seed: int) -> list[Tensor]:
+def _activations(
+    model: PreTrainedModel, num_tokens: int, seed: int, is_masked: bool
+) -> list[Tensor]:
     """Key and value of each layer for random tokens, one after the other: (1, heads, tokens, size).
 
     Raises:
-        UserError: the model has no cache, or layers of several shapes.
+        UserError: the model's layers take no cache, or are of several shapes.
     """
     key = torch.tensor(stream_key(seed, "adapter", "prefix"))
     embedding: Any = model.get_input_embeddings()
     tokens = hash64(torch.arange(num_tokens), key) % len(embedding.weight)
+    inputs = {"input_ids": tokens[None].to(model.device)}
     with torch.no_grad():
-        output: Any = model(input_ids=tokens[None].to(model.device), use_cache=True)
-    cache = getattr(output, "past_key_values", None)
+        cache: Any
+        if is_masked:  # what its layers leave in a cache that they are given
+            cache = DynamicCache(config=model.config)
+            model(**inputs, past_key_values=cache)
+        else:
+            output: Any = model(**inputs, use_cache=True)
+            cache = getattr(output, "past_key_values", None)
     found: list[Tensor] = []
     if isinstance(cache, DynamicCache):
         for layer in cache.layers:

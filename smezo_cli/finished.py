@@ -411,8 +411,7 @@ def export(words: Sequence[str]) -> int:
         from smezo_cli.job import Job
 
         _say_code(settings, print)
-        # Weights are copied, not computed with: the CPU will do wherever the run was trained.
-        job = Job(settings, "cpu", lambda line: None, with_rows=False)
+        job = Job(settings, _copying(settings), lambda line: None, with_rows=False)
         _check_model(state, job, [], given.run)
         step = _trained(folder, state, job, given.step, print)
         size = _save_model(job, target, cfg)
@@ -451,6 +450,16 @@ def _save_model(job: "Job", target: Path, cfg: DictConfig) -> int:
     return size
 
 
+def _copying(settings: Settings) -> str:
+    """The device on which weights are copied: the CPU will do, wherever the run was trained.
+
+    Unless they are in 4 bits, which are made on the device that they are for.
+    """
+    from smezo_cli.device import choose_device
+
+    return choose_device(settings.device) if settings.model["quantization"] else "cpu"
+
+
 def _shown_bytes(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size} bytes"
 
@@ -475,7 +484,7 @@ def _export_delta(run: str, target: Path, step: int | None) -> int:
         if chosen not in noted:
             from smezo_cli.job import Job
 
-            job = Job(settings, "cpu", lambda line: None, with_rows=False)
+            job = Job(settings, _copying(settings), lambda line: None, with_rows=False)
             _trained(folder, state, job, chosen, print)
             noted[chosen] = tensors_digest(job.build_method().trained)
         result = folder.result() or {}

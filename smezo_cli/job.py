@@ -17,7 +17,7 @@ from smezo_cli.assets import cache_dir
 from smezo_cli.config import build, target_of
 from smezo_cli.errors import UserError
 from smezo_cli.linear import use_onednn
-from smezo_cli.model import load_model, quiet
+from smezo_cli.model import check_quantization, load_model, num_weights, quiet
 from smezo_cli.passes import NoCompiler
 from smezo_cli.scoring import Candidates, Scorer, encode
 from smezo_cli.settings import Settings
@@ -55,19 +55,24 @@ class Job:
         self.settings = settings
         self.device = torch.device(device)
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
+        compute = getattr(torch, settings.compute_dtype or settings.dtype)
+        check_quantization(settings.model, self.device)
         if with_rows:
             self._load_task(say)
         self.model, self.tokenizer = load_model(
-            settings.model, dtype=self.dtype, device=self.device, cache=cache_dir()
+            settings.model,
+            dtype=self.dtype,
+            device=self.device,
+            cache=cache_dir(),
+            compute_dtype=compute,
         )
-        total = sum(p.numel() for p in self.model.parameters())
+        total = num_weights(self.model)
         self._of_base: str | None = None  # its fingerprint, where it is changed by an adapter
         self.adapter: Adapter | None = None
         if (node := settings.method.get("adapter")) is not None:
             self._of_base = self.fingerprint()
             self.adapter = attach(self.model, node, settings.seed)
         self._head = ""  # before the context of every row: demonstrations
-        compute = getattr(torch, settings.compute_dtype or settings.dtype)
         if compute == self.dtype:
             use_onednn(self.model)
         keep_freed_memory()

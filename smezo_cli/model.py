@@ -31,11 +31,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils.import_utils import is_bitsandbytes_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from smezo_cli import assets, intake
@@ -57,14 +59,20 @@ _DAMAGED = (SafetensorError, struct.error, LookupError, EOFError)
 
 
 def load_model(
-    cfg: Mapping[str, Any], *, dtype: torch.dtype, device: torch.device, cache: Path
+    cfg: Mapping[str, Any],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    cache: Path,
+    compute_dtype: torch.dtype | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model in `dtype` on `device`, in eval mode without key-value cache, and its tokenizer.
 
     `cfg` is the model node: one of `package`, `path`, `tiny`; `family`, `attention`, `bos_token`;
     `config`, the numbers of its architecture, which a checkpoint has to agree with; `max_length` in
-    tokens, which becomes the tokenizer's limit. The tokenizer has a padding token. The commit that
-    came from the hub is `model.config._commit_hash`.
+    tokens, which becomes the tokenizer's limit; `quantization`, null or 4bit: its linear layers but
+    the head are then in 4 bits, and multiply in `compute_dtype` (None: `dtype`). The tokenizer has
+    a padding token. The commit that came from the hub is `model.config._commit_hash`.
     Raises `UserError` for what cannot be found, fetched or read, or is another model.
     """
     routes = [key for key in ("package", "path", "tiny") if cfg.get(key) is not None]
@@ -77,6 +85,7 @@ def load_model(
         raise UserError(
             f"model.max_length={cfg['max_length']} is no number of tokens; give an integer from 1."
         )
+    quantized = _quantized(cfg, device, compute_dtype or dtype)
     where = _found(str(cfg["path"])) if "path" in routes else None
     offline = isinstance(where, str) and not assets.hub_answers()
     with quiet():
@@ -84,7 +93,9 @@ def load_model(
             if "tiny" in routes:
                 model, tokenizer = _tiny(cfg, dtype)
             else:
-                model, tokenizer = _pretrained(where or _embedded(cfg, cache), cfg, dtype, offline)
+                model, tokenizer = _pretrained(
+                    where or _embedded(cfg, cache), cfg, dtype, offline, quantized
+                )
         # What transformers raises for an absent network, a gated or unknown model, a folder
         # without weights, an attention that is not installed, a file that was cut off.
         except (OSError, ValueError, ImportError, HTTPError, *_DAMAGED) as error:
@@ -104,7 +115,50 @@ def load_model(
     _set_up(tokenizer, cfg)
     model.config.use_cache = False
     placed: Any = model  # its `to` and `eval` have no types
+    if quantized:  # on its device already
+        return placed.eval(), tokenizer
     return placed.to(device).eval(), tokenizer
+
+
+def check_quantization(cfg: Mapping[str, Any], device: torch.device) -> None:
+    """Refuse `cfg.quantization` where it cannot be had, before anything is loaded.
+
+    Raises `UserError`: the device is no CUDA device, or bitsandbytes is not installed.
+    """
+    if cfg.get("quantization") is None:
+        return
+    if device.type != "cuda":
+        raise UserError(
+            f"model.quantization=4bit needs CUDA, and the device is {device.type}: run it on a "
+            "machine with a GPU that torch can use, or leave model.quantization out."
+        )
+    if not is_bitsandbytes_available():
+        raise UserError(
+            "model.quantization=4bit needs bitsandbytes, which is not installed (or too old): pip "
+            "install -U bitsandbytes, or leave model.quantization out."
+        )
+
+
+def _quantized(
+    cfg: Mapping[str, Any], device: torch.device, compute: torch.dtype
+) -> dict[str, Any]:
+    """What transformers loads a 4-bit model by, QLoRA's NF4 (arXiv 2305.14314); {} without."""
+    if cfg.get("quantization") is None:
+        return {}
+    check_quantization(cfg, device)
+    made: Any = BitsAndBytesConfig  # without types
+    config = made(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+    return {"quantization_config": config, "device_map": {"": str(device)}}
+
+
+def num_weights(model: torch.nn.Module) -> int:
+    """Weights of the model; of 4-bit ones a byte holds two."""
+    return sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.parameters())
 
 
 def build_meta(cfg: Mapping[str, Any]) -> PreTrainedModel:
@@ -239,7 +293,11 @@ _NO_PICKLE = (
 
 
 def _pretrained(
-    where: str | Path, cfg: Mapping[str, Any], dtype: torch.dtype, offline: bool
+    where: str | Path,
+    cfg: Mapping[str, Any],
+    dtype: torch.dtype,
+    offline: bool,
+    quantized: Mapping[str, Any],
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     common: dict[str, Any] = {
         "local_files_only": isinstance(where, Path) or offline,
@@ -262,7 +320,7 @@ def _pretrained(
             "merge it into its base model once (peft's merge_and_unload), and give that folder."
         )
     tokenizer = AutoTokenizer.from_pretrained(where, **common)
-    loading = {"dtype": dtype, "attn_implementation": cfg["attention"], **common}
+    loading = {"dtype": dtype, "attn_implementation": cfg["attention"], **common, **quantized}
     if "gguf_file" in common:
         return _from_gguf(_auto(cfg), where, **loading), tokenizer
     # From safetensors alone, never from a pickle.

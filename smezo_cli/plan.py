@@ -42,6 +42,8 @@ RUNTIME_CUDA = 1 << 29
 _THRESHOLD = 28  # bytes that masks.kth_magnitude takes for each entry of a chunk
 _OPTION_TOKENS = 16  # assumed of a choice task's options
 _NUM_OPTIONS = 10  # of a row of ReCoRD; other choice tasks name theirs
+# Bytes of a weight in NF4: of 64 weights a scale of a byte, of 256 such scales one of float32.
+_PACKED = 0.5 + 1 / 64 + 4 / (64 * 256)
 _KEPT = 4 + 1  # bytes a weight of noise that is kept: z in float32, the mask
 
 
@@ -444,6 +446,12 @@ class _Planner:
         longest = settings.task["max_train_tokens"] or self.eval_tokens
         self.train_tokens = max(4, min(longest, self.eval_tokens))
         self.kind: str = settings.task["kind"]
+        self.packed = self._packed() if settings.model["quantization"] else []
+        if self.packed and device != "cuda":
+            raise UserError(
+                "model.quantization=4bit needs CUDA: plan it with device=cuda --memory SIZE, or "
+                "leave model.quantization out."
+            )
 
     def plan(self) -> Plan:
         """Resident memory, stages, disk, work."""
@@ -461,7 +469,9 @@ class _Planner:
         cuda = self.device == "cuda"
         resident = {
             "CUDA" if cuda else "Python and its libraries": RUNTIME_CUDA if cuda else RUNTIME_CPU,
-            "weights": _bytes(self.model.parameters()),
+            "weights": _bytes(self.model.parameters())
+            - _bytes(self.packed)
+            + math.ceil(_PACKED * sum(p.numel() for p in self.packed)),
             "buffers": _bytes(self.model.buffers()),
         }
         phases = self._evaluation()
@@ -756,8 +766,22 @@ class _Planner:
 
         return Scorer(self.traced, _PadOnly())
 
+    def _packed(self) -> list[Any]:
+        """The weights that are in 4 bits: of linear layers, but for the head and the adapter."""
+        import torch
+
+        head = self.model.get_output_embeddings()
+        return [
+            module.weight
+            for name, module in self.model.named_modules()
+            if isinstance(module, torch.nn.Linear) and module is not head and "lora_" not in name
+        ]
+
     def _cast(self) -> int:
-        """Of another compute dtype the copy of one weight at a time."""
+        """Of another compute dtype, or of 4 bits, the copy of one weight at a time."""
+        if self.packed:
+            widest: int = max(p.numel() for p in self.packed)
+            return widest * self.compute.itemsize
         if self.compute == self.dtype:
             return 0
         largest: int = max(p.numel() for p in self.model.parameters())
@@ -811,6 +835,8 @@ class _Planner:
             yield f"answers of task.max_new_tokens={s.task['max_new_tokens']} tokens"
         if s.method.get("objective") == "f1":
             yield "a forward of training generates an answer a row, whose tokens are not counted"
+        if self.packed:
+            yield "linear layers but the head are in 4 bits, with double quantisation; not measured"
         if self.device == "cuda":
             yield f"CUDA itself takes {RUNTIME_CUDA / 1e9:.2f} GB, and nothing is fragmented"
         else:

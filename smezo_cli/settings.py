@@ -31,6 +31,7 @@ _NOT_IN_DIGEST = ("name", "runs_dir", "logger", "if_exists", "compile", "hydra",
 # Came later; this value is what runs did before there was such a key, and they keep their digest.
 LATER = {
     **dict.fromkeys(("stop_if_diverged", "patience", "clip_projected_grad", "num_per_class")),
+    "quantization": None,
     "objective": "loss",
 }
 # The figure that counts, by the kind of the task.
@@ -302,6 +303,7 @@ _NODE_RULES: dict[str, Rule] = {
     "model.bos_token": Text(r"(?s).+", "a token", "'<s>'"),
     "model.family": Choice("causal", "masked"),
     "model.trust_remote_code": Choice(True, False),
+    "model.quantization": Text("4bit", "4bit", "4bit"),
     "model.dtype": _DTYPE,
     "model.compute_dtype": _DTYPE,
     "model.attention": Choice(
@@ -351,7 +353,8 @@ _NODE_KEYS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         ("name",),
         {"package": None, "path": None, "tiny": None, "revision": None, "family": "causal"}
         | {"config": None, "bos_token": None, "dtype": "float32", "compute_dtype": None}
-        | {"attention": "sdpa", "max_length": 2048, "trust_remote_code": False},
+        | {"attention": "sdpa", "max_length": 2048, "trust_remote_code": False}
+        | {"quantization": None},
     ),
     "logger": (
         ("name",),
@@ -409,6 +412,7 @@ _NULLABLE = {
     "model.bos_token",
     "model.compute_dtype",
     "model.path",
+    "model.quantization",
     "model.revision",
     "task.num_train",
     "task.num_dev",
@@ -477,6 +481,7 @@ def check(cfg: DictConfig) -> Settings:
     _check_objective(checked["method"].get("objective", "loss"), checked["task"])
     if "adapter" in checked["method"]:
         checked["method"]["adapter"] = _checked_adapter(checked["method"]["adapter"])
+    _check_quantization(checked["model"], checked["method"], checked["device"])
     if checked["compute_dtype"] == "float32" != checked["dtype"]:
         raise UserError(
             f"compute_dtype=float32 beside dtype={checked['dtype']}: products are computed in the "
@@ -652,6 +657,28 @@ def _check_method(method: Mapping[str, Any], knobs: Mapping[str, float]) -> None
         raise UserError(
             f"method.mask_refresh_every={method['mask_refresh_every']} renews the thresholds of "
             f"method.mask=small or large, and method.mask={mask} has none: set it to 0."
+        )
+
+
+def _check_quantization(model: Mapping[str, Any], method: Mapping[str, Any], device: str) -> None:
+    """Refuse 4-bit weights that would be trained, or that cannot be had."""
+    if model["quantization"] is None:
+        return
+    out = "or leave model.quantization out"
+    if (method.get("adapter") or {}).get("kind") != "lora":
+        raise UserError(
+            f"model.quantization=4bit is for a model that stays frozen beside LoRA, and method is "
+            f"{method['name']}: choose method=lora, mezo_lora or sparse_mezo_lora, {out}."
+        )
+    if device == "cpu":
+        raise UserError(
+            f"model.quantization=4bit needs CUDA, and device=cpu: choose device=cuda, {out}."
+        )
+    if model["tiny"] is not None or str(model["path"]).endswith(".gguf"):
+        raise UserError(
+            f"model.quantization=4bit quantises weights as safetensors hold them, and model="
+            f"{model['name']} is {'random' if model['tiny'] is not None else 'a GGUF file'}: give "
+            f"model.path=FOLDER, {out}."
         )
 
 

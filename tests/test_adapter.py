@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from smezo_cli import finished, train
 from smezo_cli.adapter import attach
@@ -23,12 +23,15 @@ METHODS = ("lora", "mezo_lora", "sparse_mezo_lora", "prefix", "mezo_prefix")
 SMALL = ["task=toy", "task.num_train=16", "task.num_dev=8", "task.num_test=8", "device=cpu"]
 LORA = {"kind": "lora", "r": 2, "alpha": 4.0, "targets": ["q_proj", "v_proj", "query", "value"]}
 PREFIX = {"kind": "prefix", "num_tokens": 3}
+MASKED = ["task.prompt='{text}. It was {mask} .'", "task.labels=[terrible,great]"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def made(method: str, model: str = "tiny-llama", *words: str) -> Job:
-    settings = check(compose([*SMALL, f"model={model}", f"method={method}", "steps=4", *words]))
+    prompt = MASKED if model == "tiny-roberta" else []
+    words = (*SMALL, f"model={model}", f"method={method}", "steps=4", *prompt, *words)
+    settings = check(compose(list(words)))
     return Job(settings, "cpu", lambda line: None)
 
 
@@ -42,7 +45,7 @@ def closure(job: Job) -> Any:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("model", ["tiny-mistral", "tiny-opt"])
+@pytest.mark.parametrize("model", ["tiny-mistral", "tiny-opt", "tiny-roberta"])
 def test_only_the_adapter_is_trained(model: str, method: str) -> None:
     job = made(method, model, "lr=0.1")
     trainer, before = job.build_method(), bits(job.model)
@@ -64,10 +67,11 @@ def test_a_sparse_mask_trains_all_of_b_which_begins_as_zeros() -> None:
         assert share > 0.99 if "lora_B" in name else 0.2 < share < 0.3
 
 
+@pytest.mark.parametrize("model", ["tiny-llama", "tiny-roberta"])
 @pytest.mark.parametrize("node", [LORA, PREFIX], ids=["lora", "prefix"])
-def test_first_values_follow_from_the_seed_alone(node: dict[str, Any]) -> None:
+def test_first_values_follow_from_the_seed_alone(node: dict[str, Any], model: str) -> None:
     def first(seed: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        job = made("mezo")
+        job = made("mezo", model)
         state = torch.get_rng_state()
         attach(job.model, node, seed)
         assert torch.equal(torch.get_rng_state(), state)
@@ -89,8 +93,9 @@ def test_lora_begins_at_the_model_itself() -> None:
     assert job.fingerprint() == plain.fingerprint()
 
 
-def test_off_the_model_computes_as_it_came() -> None:
-    plain, job = made("mezo"), made("mezo_prefix")
+@pytest.mark.parametrize("model", ["tiny-llama", "tiny-roberta"])
+def test_off_the_model_computes_as_it_came(model: str) -> None:
+    plain, job = made("mezo", model), made("mezo_prefix", model)
     with job.as_it_came():
         assert torch.equal(closure(plain)(), closure(job)())
     assert not torch.equal(closure(plain)(), closure(job)())
@@ -120,6 +125,56 @@ def test_peft_computes_the_same_from_what_is_exported(model: str, tmp_path: Path
         torch.testing.assert_close(mine, logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_peft_computes_the_same_of_a_masked_model(attention: str, tmp_path: Path) -> None:
+    """Of one row: of several it would see their padding, which the next test is about."""
+    base = tmp_path / "base"
+    made("mezo", "tiny-roberta").save(base)
+    own = (f"model.path={base}", "model.family=masked", "model.max_length=64", "lr=0.05")
+    job = made("mezo_prefix", "own", *own, f"model.attention={attention}", *MASKED)
+    trainer = job.build_method()
+    trainer.step(closure(job))
+    job.save(tmp_path / "prefix")
+    model: Any = AutoModelForMaskedLM.from_pretrained(base)
+    theirs: Any = PeftModel.from_pretrained(model, tmp_path / "prefix").eval()
+    ids = torch.tensor([[5, 9, 11, 7, 30]])
+    with torch.no_grad():
+        mine = job.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        logits = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        with job.as_it_came():
+            before = job.model(input_ids=ids).logits
+    torch.testing.assert_close(mine, logits, atol=1e-5, rtol=1e-5)
+    assert float((mine - before).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["roberta", "bert", "electra"])
+def test_behind_a_prefix_a_masked_model_does_not_see_padding(kind: str, attention: str) -> None:
+    model = masked(kind, attention)
+    attach(model, PREFIX, seed=0)
+    ids = torch.tensor([[5, 9, 11, 0, 0], [5, 9, 11, 3, 4]])
+    with torch.no_grad():
+        both = model(input_ids=ids, attention_mask=(ids > 0).long()).logits
+        alone = model(input_ids=ids[:1, :3]).logits
+    # Sums of a handful of float32 numbers of order 1, in another order.
+    torch.testing.assert_close(both[:1, :3], alone, atol=1e-5, rtol=1e-5)
+
+
+def masked(kind: str, attention: str = "sdpa") -> Any:
+    """A masked model of another make than the tiny ones, with random weights."""
+    numbers = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 64, "pad_token_id": 0}
+    numbers |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 40}
+    config = AutoConfig.for_model(kind, **numbers)
+    model: Any = AutoModelForMaskedLM.from_config(config, attn_implementation=attention)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.normal_(std=p.shape[-1] ** -0.5, generator=generator)
+    return model.eval()
+
+
 @contextlib.contextmanager
 def no_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
@@ -147,9 +202,13 @@ def test_a_prefix_is_seen_through_the_cache_of_a_common_context(
 def test_the_adapter_must_fit_the_model() -> None:
     with pytest.raises(UserError, match=r"method.adapter.targets=\['nothing'\] do not fit"):
         made("mezo_lora", "tiny-llama", "method.adapter.targets=[nothing]")
-    settings = check(compose(["task=toy", "model=tiny-roberta", "method=mezo_prefix"]))
     with pytest.raises(UserError, match="kind=prefix needs the keys and values"):
-        Job(settings, "cpu", lambda line: None, with_rows=False)
+        attach(masked("distilbert"), PREFIX, seed=0)
+    model = masked("bert")
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(UserError, match=r"model\.attention=flash_attention_2 takes no mask"):
+        attach(model, PREFIX, seed=0)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -167,15 +226,26 @@ def test_mistakes_are_one_sentence(words: str, said: str) -> None:
         check(compose([*SMALL, "model=tiny-llama", *words.split()]))
 
 
-@pytest.mark.parametrize("method", ["lora", "sparse_mezo_lora", "mezo_prefix"])
+@pytest.mark.parametrize(
+    ("method", "model"),
+    [
+        ("lora", "tiny-llama"),
+        ("sparse_mezo_lora", "tiny-llama"),
+        ("mezo_prefix", "tiny-llama"),
+        ("prefix", "tiny-roberta"),
+        ("mezo_prefix", "tiny-roberta"),
+    ],
+)
 def test_a_run_is_kept_scored_and_replayed(
     method: str,
+    model: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = [*SMALL, "model=tiny-llama", f"method={method}", "steps=4", "batch_size=4"]
+    words = [*SMALL, f"model={model}", f"method={method}", "steps=4", "batch_size=4"]
+    words += MASKED if model == "tiny-roberta" else []
     assert train.main([*words, "eval_every=2", "lr=0.05"]) == 0
     (run,) = Path("runs/default").iterdir()
     result = json.loads((run / "result.json").read_text())
@@ -189,7 +259,7 @@ def test_a_run_is_kept_scored_and_replayed(
     assert f"test accuracy {result['test']['accuracy']:.4f}" in capsys.readouterr().out
     assert finished.main("eval", [str(run), "--base", "--out", "base.jsonl"]) == 0
     assert f"test accuracy {result['zero_shot']['accuracy']:.4f}" in capsys.readouterr().out
-    if method != "lora":
+    if "mezo" in method:
         assert finished.main("replay", [str(run), "--out", "saved"]) == 0
         assert "NOT" not in capsys.readouterr().out
     assert finished.main("export", [str(run), "exported"]) == 0

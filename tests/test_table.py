@@ -19,7 +19,6 @@ from smezo_cli.settings import CONF_DIR
 AWAITED = {
     "method=adazeta",
     *("method=zo_adamu", "method=zo_sgd_cons", "method=zo_sgd_sign"),
-    "prefix tuning of masked models",
 }
 TINY = """\
 title: tiny
