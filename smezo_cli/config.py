@@ -560,9 +560,14 @@ class _Composer:
             if others and group == "method":
                 raise UserError(lacks(key, base.method.name, others))
             if others:
+                # Keys that any model takes and few files name.
+                is_free = key in ("model.bos_token", "model.quantization")
+                more = (
+                    f"; with a plus any model takes it: +{override.input_line}" if is_free else ""
+                )
                 raise UserError(
                     f"{group} {base[group].get('name')} has no {key}; {', '.join(others)} "
-                    f"{'has' if len(others) == 1 else 'have'}."
+                    f"{'has' if len(others) == 1 else 'have'}{more}."
                 )
         paths = list(_paths(_unresolved(base)))
         word = key.rpartition(".")[2]

@@ -303,6 +303,7 @@ MISTAKES = [
     ("task.source.reader=7", ["{'reader': 7", "a mapping that names its reader"]),
     ("--cfg job -m", ["--multirun and --cfg exclude each other"]),
     ("--config-dir nowhere", ["--config-dir nowhere", "no such folder"]),
+    ("model.quantization=4bit", ["model.quantization", "+model.quantization=4bit"]),
 ]
 
 
