@@ -202,7 +202,7 @@ def _trained(
             raise UserError(f"--step {step}: {folder.path} took no steps; leave it out.")
         job.demonstrate(state.notes.get("demonstrations", {}).get("text", ""))
         if 0 in state.weights():
-            job.scorer.probe = dict(folder.load_weights(state, 0))
+            job.set_probe(folder.load_weights(state, 0), folder.path)
         return 0
     path = folder.path / "trajectory.bin"
     if not path.exists():

@@ -150,6 +150,20 @@ class Job:
         self._head = text
         self.scorer.holds_common = bool(text)
 
+    def set_probe(self, saved: Mapping[str, Tensor], where: Path) -> None:
+        """Score by a saved probe from now on.
+
+        Raises:
+            UserError: it is of another model, or none.
+        """
+        model: Any = self.model  # without types
+        probe, head = dict(saved), model.get_output_embeddings()
+        shapes = {name: tuple(t.shape) for name, t in probe.items()}
+        classes = shapes.get("bias", ())
+        if shapes != {"bias": classes, "weight": (*classes, head.weight.shape[1])}:
+            raise UserError(f"{where}/checkpoint is of another model; start over: if_exists=fresh.")
+        self.scorer.probe = probe
+
     def as_it_came(self) -> AbstractContextManager[None]:
         """Inside, the model computes without its adapter, if it has one."""
         return nullcontext() if self.adapter is None else self.adapter.off()

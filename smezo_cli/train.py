@@ -250,7 +250,7 @@ class _Run:
 
         state, folder, scorer = self.state, self.folder, self.job.scorer
         if 0 in state.weights():
-            scorer.probe = dict(folder.load_weights(state, 0))
+            self.job.set_probe(folder.load_weights(state, 0), folder.path)
             return
         start, before = time.perf_counter(), scorer.num_forwards
         self.stop.patient = False  # nothing of a fit is kept before it is there
