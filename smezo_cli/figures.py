@@ -293,8 +293,9 @@ def _records(run: Run) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, A
 
 def _number(value: object) -> float:
     """A number, or NaN for what is none."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number else math.nan  # type: ignore[arg-type]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    return math.nan
 
 
 def _line(run: Run, y: str, x: str, every: int, notes: list[str]) -> dict[int, tuple[float, float]]:
