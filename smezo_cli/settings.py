@@ -33,6 +33,7 @@ LATER = {
     **dict.fromkeys(("stop_if_diverged", "patience", "clip_projected_grad", "num_per_class")),
     "quantization": None,
     "objective": "loss",
+    "zero_shot": True,
 }
 # The figure that counts, by the kind of the task.
 METRICS = {"classification": "accuracy", "choice": "accuracy", "generation": "f1"}
@@ -265,6 +266,7 @@ class Settings:
     lr_schedule: Annotated[str, Choice("constant", "linear", "cosine")]
     warmup_steps: Annotated[int, Whole(0, example="0")]
     keep: Annotated[str, Choice("best", "last", "all")]
+    zero_shot: Annotated[bool, Choice(True, False)]
     full_save_every: Annotated[int, Whole(1, example="500")]
     device: Annotated[str, _DEVICE]
     dtype: Annotated[str, _DTYPE]
@@ -392,6 +394,7 @@ _DATA_EXAMPLES = {
 WITHOUT_STEPS: dict[str, object] = {
     **{"steps": 0, "batch_size": 0, "eval_every": None, "lr_schedule": "constant"},
     **{"warmup_steps": 0, "stop_if_diverged": None, "patience": None, "keep": "best"},
+    "zero_shot": True,
 }
 # What each kind of `method.adapter` takes, all of it needed.
 _ADAPTER_KINDS = Choice("lora", "prefix")

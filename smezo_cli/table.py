@@ -314,7 +314,10 @@ class Reader:
             if one is not None and one.result["status"] == "done":
                 value = figure(one, cell.row.figure or t.figure, t.level)
                 if value is None:
-                    self.notes.append(f"{one.path} never reached {t.level:g} on dev.")
+                    why = f"never reached {t.level:g} on dev"
+                    if cell.row.figure == "zero_shot":
+                        why = "has no zero-shot score (zero_shot=false)"
+                    self.notes.append(f"{one.path} {why}.")
                 else:
                     cell.values.append(value)
                     cell.runs.append(one)
@@ -419,12 +422,14 @@ _NOT_ASKED = ("name", "runs_dir", "logger", "if_exists", "compile", "full_save_e
 
 
 def figure(run: Run, name: str, level: float = 0.0) -> float | None:
-    """A figure of a finished run: points of 100, GB (1e9 bytes), or steps; None: never reached."""
+    """A figure of a finished run: points of 100, GB (1e9 bytes), or steps; None: it has none."""
     if name == "peak_gb":
         return float(run.result["peak_memory_bytes"]) / 1e9
     if name == "steps_to":
         return next((float(step) for step, value in run.looks() if value >= level), None)
     tree = run.result["zero_shot" if name == "zero_shot" else "test"]
+    if tree is None:  # a run with zero_shot=false
+        return None
     return 100 * float(tree[run.metric])
 
 

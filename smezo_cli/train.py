@@ -337,7 +337,8 @@ class _Run:
         self._check_data()
         if "prompt" not in notes:
             frozen = is_frozen(self.settings.method)
-            self.console.say("zero-shot:" if frozen else "zero-shot, before training:")
+            if self.settings.zero_shot:
+                self.console.say("zero-shot:" if frozen else "zero-shot, before training:")
             self._choose_prompt()
             if len(self.job.prompts) > 1:
                 self.console.say(f"  chosen on dev: {self.job.prompts[notes['prompt']].template!r}")
@@ -351,7 +352,7 @@ class _Run:
         of_rows = [rows for name, rows in scores.items() if name.startswith("outcome.")]
         fits = all(rows.shape == (len(self.test),) for rows in of_rows)
         fits = fits and "outcome.zero_shot" in scores
-        if not fits or "zero_shot" not in notes:
+        if self.settings.zero_shot and (not fits or "zero_shot" not in notes):
             found = self.untrained["test"] = self._evaluate(self.test, "test")
             scores = {"zero_shot": found.scores, "outcome.zero_shot": found.per_row()}
             notes["zero_shot"] = found.figures()
@@ -362,11 +363,12 @@ class _Run:
                 scores["outcome.calibrated"] = found.per_row(offsets)
                 figures = notes["zero_shot_calibrated"]
                 self._say_test(figures[found.metric], figures, ", calibrated on dev")
-            if self.settings.stop_if_diverged is not None:
-                note = notes["prompts"][notes["prompt"]]
-                before = note.get("dev") or self._evaluate(self.dev, "dev").figures()
-                notes["dev_loss_before"] = before["loss"]
             self.folder.save_scores(scores | {"labels": found.labels})
+            self.folder.save_state(self.state)
+        if self.settings.stop_if_diverged is not None and "dev_loss_before" not in notes:
+            note = notes["prompts"][notes["prompt"]]
+            before = note.get("dev") or self._evaluate(self.dev, "dev").figures()
+            notes["dev_loss_before"] = before["loss"]
             self.folder.save_state(self.state)
 
     def _choose_prompt(self) -> None:
@@ -380,7 +382,8 @@ class _Run:
                 **{"template": prompt.template, "labels": list(prompt.labels)},
                 "option": prompt.option,
             }
-            if len(self.job.prompts) > 1 or task.kind == "classification":
+            calibrates = self.settings.zero_shot and task.kind == "classification"
+            if len(self.job.prompts) > 1 or calibrates:
                 found = self._evaluate(self.job.encode(task.dev, prompt), "dev")
                 note["dev"] = best = found.figures()
                 line = f"  dev {best[found.metric]:.4f}"
@@ -657,7 +660,7 @@ class _Run:
         from smezo_cli.loop import Evaluation
 
         scores = self.folder.load_scores() | {"dev": dev_scores}
-        scores |= {"test": found.scores, "outcome.test": found.per_row()}
+        scores |= {"labels": found.labels, "test": found.scores, "outcome.test": found.per_row()}
         self.folder.save_scores(scores)
         lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in found.predictions()]
         runs.write_text(self.folder.path / "predictions-test.jsonl", "".join(lines))
@@ -815,7 +818,7 @@ class _Run:
                 )
         if metric == "f1":
             lines.append(f"  exact match    {test['exact_match']:.4f}")
-        if test.get("auc") is not None and result["zero_shot"].get("auc") is not None:
+        if test.get("auc") is not None and (result["zero_shot"] or {}).get("auc") is not None:
             lines.append(f"  ranking (AUC)  {result['zero_shot']['auc']:.4f} -> {test['auc']:.4f}")
         if sparsity["requested"] is not None:
             lines.append(
