@@ -32,6 +32,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from smezo_cli import ranks
 from smezo_cli.errors import UserError
 from smezo_cli.intake import check_folder
 from smezo_cli.redaction import redacted
@@ -801,7 +802,8 @@ def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
 
 
 def _say(text: str) -> None:
-    print(f"smezo: {redacted(text)}", file=sys.stderr, flush=True)
+    if (who := ranks.speaker()) is not None:
+        print(f"smezo: {who}{redacted(text)}", file=sys.stderr, flush=True)
 
 
 def _redact_sweep() -> None:

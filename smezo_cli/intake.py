@@ -433,6 +433,7 @@ _NOTES: Rules = {
     "final_share": _or_none(_is_number),
     "num_trained": _is_count,
     "executor": _or_none(_is_text),
+    "micro_batch_size": lambda value: _is_count(value) and value != 0,
     "best_look": _is_scored,
     "lowest_loss": _or_none(_is_number),
     "highest_metric": _is_number,

@@ -1,5 +1,6 @@
 """The training loop: batch -> step -> log -> look at dev -> save. The same for every method."""
 
+import json
 import math
 import random
 import time
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 
 from smezo_cli import metrics
 from smezo_cli.log import Bar, Console, Logger
+from smezo_cli.ranks import Ranks
 from smezo_cli.runs import PeakMemory, RunFolder, State, Stopped
 from smezo_cli.schedule import lr_factor
 from smezo_cli.scoring import Candidates, Scorer, of_answers, outcomes
 from smezo_cli.settings import METRICS
+from smezo_cli.share import Measure
 from smezo_cli.trajectory import Recorder, seconds_between
 from smezo_cli.watch import Watch
 from smezo_cli.zo import Closure, NonFiniteLoss, StepRecord
@@ -188,40 +191,55 @@ class Batches:
 
 
 def evaluate(
-    scorer: Scorer, rows: Sequence[Candidates], bar: Bar, stopped: Callable[[], bool]
+    scorer: Scorer,
+    rows: Sequence[Candidates],
+    bar: Bar,
+    stopped: Callable[[], bool],
+    team: Ranks | None = None,
 ) -> Evaluation:
     """Score every row; of a generation task let the model answer, too.
 
+    Ranks share the batches, which are those of a process alone, and all of them get all scores.
+
     Raises:
-        Stopped: between two batches, when that was asked for.
+        Stopped: between two batches, when that was asked for (of some rank).
     """
     scorer.model.eval()
+    first, every = (0, 1) if team is None else (team.rank, team.size)
     answers = rows[0].kind == "generation"
-    scores = torch.full((len(rows), max(1, *(len(row.full) for row in rows))), -math.inf)
-    texts = [""] * len(rows)
+    scores = torch.zeros(len(rows), max(1, *(len(row.full) for row in rows)))
+    texts: dict[int, str] = {}
     with bar, scorer.holding(rows):
-        for chosen, batch in scorer.score_all(rows):
+        for chosen, batch in scorer.score_all(rows, first, every):
+            scores[chosen] = -math.inf
             scores[chosen, : batch.shape[1]] = batch
             if not answers:  # else answering takes the time
-                bar.step(len(chosen))
+                bar.step(len(chosen) * every)
             if stopped():
-                raise Stopped
-        for chosen, batch_texts in scorer.generate_all(rows) if answers else ():
-            for i, text in zip(chosen, batch_texts, strict=True):
-                texts[i] = text
-            bar.step(len(chosen))
+                break
+        for chosen, batch_texts in scorer.generate_all(rows, first, every) if answers else ():
             if stopped():
-                raise Stopped
-    return Evaluation(rows, scores, texts if answers else ())
+                break
+            texts |= zip(chosen, batch_texts, strict=True)
+            bar.step(len(chosen) * every)
+    if team is not None:
+        team.add([])
+    if stopped() or (team is not None and team.stop_asked):
+        raise Stopped
+    if team is not None:
+        scores = team.add_tensor(scores)  # of the rows of others there are zeros
+        for part in team.gather(json.dumps(texts).encode()) if answers else ():
+            texts |= {int(i): text for i, text in json.loads(part).items()}
+    return Evaluation(rows, scores, [texts[i] for i in range(len(rows))] if answers else ())
 
 
 def fit(
     method: Method,
-    scorer: Scorer,
+    measure: Measure,
     train: Sequence[Candidates],
-    dev: Sequence[Candidates],
     *,
-    objective: str,
+    on_dev: Callable[[], Evaluation],
+    lead: Callable[[int, int], None],
     steps: int,
     batch_size: int,
     eval_every: int,
@@ -243,8 +261,10 @@ def fit(
     """Train from ``state.step`` to ``steps``; then ``state.best_step`` names the best weights.
 
     Dev is looked at (and everything saved) every ``eval_every`` steps and after the last; a run may
-    end earlier, at a look after which ``watch`` says why. The best look is that with the lowest dev
-    loss, or where the objective is "accuracy" or "f1" with the highest (of equals the lowest loss).
+    end earlier, at a look after which ``watch`` says why. ``on_dev`` is what the present weights
+    make of dev; ``lead`` is told of each step that is computed, and of that with the next look, for
+    the ranks that take it too. The best look is that with the lowest dev loss, or where the
+    objective is "accuracy" or "f1" with the highest (of equals the lowest loss).
     With ``keep="last"`` the last weights count as the best, with "all" those of every look are
     kept.
 
@@ -256,6 +276,7 @@ def fit(
         NonFiniteLoss: the weights are those before that step, the checkpoint that of the last look.
     """
     batches = Batches(len(train), batch_size, seed)
+    objective, scorer = measure.objective, measure.scorer
 
     def save() -> None:
         state.method, tensors = method.snapshot()
@@ -287,7 +308,7 @@ def fit(
         while True:
             if state.looked < state.step and is_look(state.step):
                 try:
-                    found = evaluate(scorer, dev, console.bar("dev", len(dev)), stopped)
+                    found = on_dev()
                 except Stopped:
                     save()
                     raise
@@ -340,7 +361,8 @@ def fit(
                 method.set_lr_factor(lr_factor(lr_schedule, state.step, steps, warmup_steps))
                 scorer.model.train(method.mode == "train")
                 start = time.perf_counter()
-                record = method.step(lambda rows=batch: scorer.objective(rows, objective))  # type: ignore[misc]  # bound now
+                lead(state.step, min(steps, (state.step // eval_every + 1) * eval_every))
+                record = measure.step(method, batch)
                 seconds = seconds_between(start, time.perf_counter())
                 if recorder is not None:
                     seconds = recorder.append(state.step, record, seconds)

@@ -195,7 +195,7 @@ class RunFolder:
             try:
                 self.load_weights(state, step)
             except UserError:
-                found.append(self._weights(step).name)
+                found.append(self.weights_path(step).name)
             try:
                 self.load_optimizer(state, step)
             except UserError:
@@ -242,7 +242,7 @@ class RunFolder:
         self, state: State, step: int, weights: Mapping[str, Tensor], method: Mapping[str, Any]
     ) -> None:
         """Weights of any step, with the method's numbers at it; named when the state is saved."""
-        path = self._weights(step)
+        path = self.weights_path(step)
         state.files[path.name] = self._save_tensors(path, weights, {"method": method})
 
     def save_state(self, state: State) -> None:
@@ -264,7 +264,7 @@ class RunFolder:
             with_own = [step for step in saved if self._optimizer(step).name in state.files]
             steps += saved[-1:] + with_own[-1:]
             wanted = {self._optimizer(step).name for step in with_own[-1:]}
-        wanted |= {self._weights(step).name for step in steps}
+        wanted |= {self.weights_path(step).name for step in steps}
         state.files = {
             name: digest
             for name, digest in state.files.items()
@@ -289,7 +289,7 @@ class RunFolder:
         Raises:
             UserError: the file is missing or damaged.
         """
-        path = self._weights(step)
+        path = self.weights_path(step)
         return self._verified(path, state.files.get(path.name))
 
     def nearest(
@@ -300,7 +300,7 @@ class RunFolder:
             try:
                 return found, self.load_weights(state, found)
             except UserError:
-                name = self._weights(found).name
+                name = self.weights_path(found).name
                 say(f"  checkpoint/{name} is damaged or missing: its steps are applied again")
                 del state.files[name]
         return None
@@ -338,7 +338,8 @@ class RunFolder:
         except UserError:
             return {}
 
-    def _weights(self, step: int) -> Path:
+    def weights_path(self, step: int) -> Path:
+        """Where the weights of a step are, if they are saved."""
         return self.checkpoint / f"weights-{step}.safetensors"
 
     def _optimizer(self, step: int) -> Path:

@@ -430,6 +430,9 @@ class Scorer:
             UserError: the prompt is not for this model.
             ValueError: a row has no label.
         """
+        return self._loss_sum(batch) / loss_weight(batch, "loss")
+
+    def _loss_sum(self, batch: Sequence[Candidates]) -> Tensor:
         self._check_family(batch[0])
         if any(c.gold < 0 for c in batch):
             raise ValueError("a row without a label has no loss")
@@ -446,7 +449,7 @@ class Scorer:
             else:
                 labels = self._tensor([c.label for c in part])
                 total = total + F.cross_entropy(self.scores(part), labels, reduction="sum")
-        return total / (sum(c.num_option[0] for c in batch) if lm else len(batch))
+        return total
 
     def objective(self, batch: Sequence[Candidates], name: str = "loss") -> Tensor:
         """What a step is to lower: the loss of the batch, or 1 less its accuracy or F1.
@@ -465,16 +468,25 @@ class Scorer:
             UserError: the prompt is not for this model.
             ValueError: a row has no label.
         """
-        if name == "loss":
-            return self.loss(batch)
+        return self.loss(batch) if name == "loss" else 1 - self._outcomes(batch, name).mean()
+
+    def objective_sum(self, batch: Sequence[Candidates], name: str = "loss") -> Tensor:
+        """Part of an objective: over parts of a batch they add up to it, times its weight.
+
+        The weight is :func:`loss_weight` of the whole batch; arguments, value and errors are else
+        those of :meth:`objective`.
+        """
+        return self._loss_sum(batch) if name == "loss" else (1 - self._outcomes(batch, name)).sum()
+
+    def _outcomes(self, batch: Sequence[Candidates], name: str) -> Tensor:
         if not all(c.is_labelled for c in batch):
             raise ValueError(f"a row without a label has no {name}")
         self.num_forwards += 1
         if name == "f1":
             found = [pair for of in self.generate_all(batch) for pair in zip(*of, strict=True)]
-            return 1 - outcomes(batch, None, [text for _, text in sorted(found)]).mean()
+            return outcomes(batch, None, [text for _, text in sorted(found)])
         parts = _split_by_length(batch) if self._device.type == "cpu" else [batch]
-        return 1 - torch.cat([outcomes(part, self.scores(part)) for part in parts]).mean()
+        return torch.cat([outcomes(part, self.scores(part)) for part in parts])
 
     @contextmanager
     def holding(self, rows: Sequence[Candidates]) -> Iterator[None]:
@@ -832,13 +844,20 @@ class Scorer:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def score_all(self, rows: Sequence[Candidates]) -> Iterator[tuple[list[int], Tensor]]:
+    def score_all(
+        self, rows: Sequence[Candidates], first: int = 0, every: int = 1
+    ) -> Iterator[tuple[list[int], Tensor]]:
         """Score many rows in batches of like length, without gradients.
+
+        Args:
+            rows: of one kind.
+            first: number of the first batch that is scored here.
+            every: of how many batches one is.
 
         Yields:
             Indices of the batch's rows and their scores, float32 (batch, candidates) on the CPU.
         """
-        for chosen in self._batches(rows):
+        for chosen in self._batches(rows, first, every):
             with torch.inference_mode():
                 scores = self.scores([rows[i] for i in chosen]).cpu()
             yield chosen, scores
@@ -853,29 +872,42 @@ class Scorer:
         features = torch.cat(parts)
         return torch.empty_like(features).index_copy_(0, torch.tensor(order), features)
 
-    def _batches(self, rows: Sequence[Candidates]) -> Iterator[list[int]]:
+    def _batches(
+        self, rows: Sequence[Candidates], first: int = 0, every: int = 1
+    ) -> Iterator[list[int]]:
         """Indices of rows of like length; each is a forward."""
         limit = EVAL_TOKENS if self._device.type == "cpu" else EVAL_TOKENS_GPU
         tokens = [self._tokens(row) for row in rows]
         order = sorted(range(len(rows)), key=lambda i: -tokens[i])
-        start = 0
+        start = number = 0
         while start < len(order):
             size = max(1, limit // tokens[order[start]])
             chosen = order[start : start + size]
             start += size
-            self.num_forwards += 1
-            yield chosen
+            if number % every == first:
+                self.num_forwards += 1
+                yield chosen
+            number += 1
 
-    def generate_all(self, rows: Sequence[Candidates]) -> Iterator[tuple[list[int], list[str]]]:
-        """Continue many rows in batches of like length.
+    def generate_all(
+        self, rows: Sequence[Candidates], first: int = 0, every: int = 1
+    ) -> Iterator[tuple[list[int], list[str]]]:
+        """Continue many rows in batches of like length; `first` and `every` as in `score_all`.
 
         Yields:
             Indices of the batch's rows and their texts.
         """
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i].context))
-        for start in range(0, len(order), EVAL_ANSWERS):
+        for start in range(first * EVAL_ANSWERS, len(order), every * EVAL_ANSWERS):
             chosen = order[start : start + EVAL_ANSWERS]
             yield chosen, self.generate([rows[i] for i in chosen])
+
+
+def loss_weight(batch: Sequence[Candidates], name: str) -> int:
+    """What sums of an objective are divided by: rows, or tokens where a loss is a token's."""
+    if name != "loss" or batch[0].kind == "classification":
+        return len(batch)
+    return sum(c.num_option[c.gold] for c in batch)
 
 
 def outcomes(

@@ -27,7 +27,10 @@ CONF_DIR = _PACKAGED if _PACKAGED.is_dir() else _PACKAGED.parent.parent / "conf"
 # Top-level settings that a method has or has not.
 KNOBS = ("lr", "eps", "sparsity")
 # Cannot change a result, hence not part of a run's digest.
-_NOT_IN_DIGEST = ("name", "runs_dir", "logger", "if_exists", "compile", "hydra", "full_save_every")
+_NOT_IN_DIGEST = (
+    *("name", "runs_dir", "logger", "if_exists", "compile", "hydra", "full_save_every"),
+    *("micro_batch_size", "query_ranks", "rank_backend"),
+)
 # Came later; this value is what runs did before there was such a key, and they keep their digest.
 LATER = {
     **dict.fromkeys(("stop_if_diverged", "patience", "clip_projected_grad", "num_per_class")),
@@ -263,6 +266,9 @@ class Settings:
     eval_every: Annotated[int, Whole(1, example="50")]  # null has become a tenth of the steps
     stop_if_diverged: Annotated[float | None, Number(1, above=True, example="2.0")]
     patience: Annotated[int | None, Whole(1, example="5")]
+    micro_batch_size: Annotated[int | None, _COUNT]
+    query_ranks: Annotated[int, Whole(1, example="2")]
+    rank_backend: Annotated[str, Choice("gloo", "nccl")]
     lr_schedule: Annotated[str, Choice("constant", "linear", "cosine")]
     warmup_steps: Annotated[int, Whole(0, example="0")]
     keep: Annotated[str, Choice("best", "last", "all")]
@@ -395,6 +401,7 @@ WITHOUT_STEPS: dict[str, object] = {
     **{"steps": 0, "batch_size": 0, "eval_every": None, "lr_schedule": "constant"},
     **{"warmup_steps": 0, "stop_if_diverged": None, "patience": None, "keep": "best"},
     "zero_shot": True,
+    "micro_batch_size": None,
 }
 # What each kind of `method.adapter` takes, all of it needed.
 _ADAPTER_KINDS = Choice("lora", "prefix")
@@ -412,6 +419,7 @@ _NULLABLE = {
     "stop_if_diverged",
     "patience",
     "compute_dtype",
+    "micro_batch_size",
     "model.bos_token",
     "model.compute_dtype",
     "model.path",

@@ -418,7 +418,10 @@ class Reader:
 
 _NAMES = ("task", "model", "method")
 # No part of a digest either.
-_NOT_ASKED = ("name", "runs_dir", "logger", "if_exists", "compile", "full_save_every")
+_NOT_ASKED = (
+    *("name", "runs_dir", "logger", "if_exists", "compile", "full_save_every"),
+    *("micro_batch_size", "query_ranks", "rank_backend"),
+)
 
 
 def figure(run: Run, name: str, level: float = 0.0) -> float | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from smezo_cli import intake
+from smezo_cli import intake, ranks
 from smezo_cli.config import command, launch, recipes
 from smezo_cli.device import choose_device
 from smezo_cli.errors import UserError
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from smezo_cli.log import Console
     from smezo_cli.loop import Evaluation, Method
     from smezo_cli.methods.frozen import InContext, LinearProbe
+    from smezo_cli.ranks import Ranks
     from smezo_cli.runs import RunFolder
     from smezo_cli.scoring import Candidates
     from smezo_cli.trajectory import Recorder, Trajectory
@@ -44,7 +45,21 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         KeyboardInterrupt: stopped by a signal; the state is saved.
     """
     settings = check(cfg)
-    device_name = choose_device(settings.device)
+    team = ranks.join(settings)
+    if team is not None and team.rank > 0:
+        from smezo_cli.follower import follow
+
+        follow(settings, team)
+        return {}
+    try:
+        return _run(cfg, settings, team)
+    finally:
+        if team is not None:
+            team.leave()
+
+
+def _run(cfg: DictConfig, settings: Settings, team: "Ranks | None") -> dict[str, Any]:
+    device_name = choose_device(settings.device, ranks.local_rank())
     # What follows imports torch, which takes seconds: every cheap check lies above.
     from smezo_cli.log import Console
     from smezo_cli.runs import RunFolder, Stopped, StopRequest
@@ -57,7 +72,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         console.keep(path / "console.log")
         with StopRequest(console.say, patient=False) as stop:
             try:
-                return _Run(cfg, settings, folder, console, stop, device_name).finish()
+                return _Run(cfg, settings, folder, console, stop, device_name, team).finish()
             except Stopped:
                 words = [w for w in shlex.split(command()) if not w.startswith("if_exists=")]
                 console.say(f"stopped; the same command goes on from here:\n  {shlex.join(words)}")
@@ -109,13 +124,15 @@ class _Run:
         console: "Console",
         stop: Any,
         device_name: str,
+        team: "Ranks | None",
     ) -> None:
         import torch
 
         from smezo_cli import runs
 
         self.settings, self.folder, self.console, self.stop = settings, folder, console, stop
-        self.config = plain(cfg)
+        self.config, self.team, self._as_it_came = plain(cfg), team, False
+        self._rank_peaks: list[int] | None = None
         self.objective: str = settings.method.get("objective", "loss")
         self.recipes = recipes()
         self.device = torch.device(device_name)
@@ -143,7 +160,12 @@ class _Run:
         self._announce()
         self.folder.write_result(self._result("running"))
         try:
+            if self.team is not None:
+                self.team.asked = lambda: self.stop.asked
+                self.team.start()
             self.job = Job(self.settings, str(self.device), self.console.say)
+            if self.team is not None:
+                self._agree(self.team)
             result = self._frozen() if is_frozen(self.settings.method) else self._trained()
         except NonFiniteLoss as error:
             self._close(self._result("diverged", error=str(error)))
@@ -152,7 +174,7 @@ class _Run:
             self._close(self._result("failed", error=str(error)))
             raise UserError(f"method: {error}.") from error
         except BaseException as error:
-            status = "stopped" if self.stop.asked else "failed"
+            status = "stopped" if self._stopped() else "failed"
             self._close(self._result(status, error=f"{type(error).__name__}: {error}"))
             raise
         self._close(result)
@@ -174,19 +196,22 @@ class _Run:
         method = self._build_method()
         numerics = Numerics(method, self.settings.seed, self.state.notes)  # of the base model
         self.stop.patient = True  # from here on there is a state to save
+        self._as_it_came = True  # followers hear it
         with self.job.as_it_came():
             self._zero_shot()
+        self._as_it_came = False
         self._restore(method)
+        self._teach()
         allocator.give_back()  # what reading and encoding the data has freed
         self._check_method(method)
         allocator.give_back()
         self.loggers = self._open_loggers()
         fit(
             method,
-            self.job.scorer,
+            self.measure,
             self.train,
-            self.dev,
-            objective=self.objective,
+            on_dev=lambda: self._evaluate(self.dev, "dev"),
+            lead=self._lead,
             steps=self.settings.steps,
             batch_size=self.settings.batch_size,
             eval_every=self.settings.eval_every,
@@ -203,7 +228,7 @@ class _Run:
             console=self.console,
             memory=self.memory,
             watch=(watch := self._watch(numerics)),
-            stopped=lambda: self.stop.asked,
+            stopped=self._stopped,
         )
         if watch.why is not None and self.state.step < self.settings.steps:
             early = {"step": self.state.step, "why": watch.why}
@@ -321,7 +346,12 @@ class _Run:
 
     def _build_method(self) -> "Method":
         """The method, and a line on its passes."""
-        method = self.job.build_method()
+        from smezo_cli.share import Measure
+
+        method = self.method = self.job.build_method()
+        sizes = (self.settings.micro_batch_size, self.state.notes.get("micro_batch_size"))
+        size = min((n for n in sizes if n is not None), default=None)
+        self.measure = Measure(self.job.scorer, self.objective, size, self.team, self._halved)
         self.keeps_state = method.keeps_state
         passes = getattr(method, "passes", None)
         if passes is not None:
@@ -330,6 +360,11 @@ class _Run:
             hint = f" ({why}; fused passes would be faster, with the same numbers)"
             self.console.say(f"  passes  {passes.name}{hint if why else ''}")
         return method
+
+    def _halved(self, line: str, size: int) -> None:
+        """The memory was too small for more rows at once: the run goes on so when resumed, too."""
+        self.console.say(line)
+        self.state.notes["micro_batch_size"] = size
 
     def _zero_shot(self) -> None:
         """The model as it comes: choose the prompt and fit label offsets on dev, score the test."""
@@ -384,7 +419,7 @@ class _Run:
             }
             calibrates = self.settings.zero_shot and task.kind == "classification"
             if len(self.job.prompts) > 1 or calibrates:
-                found = self._evaluate(self.job.encode(task.dev, prompt), "dev")
+                found = self._evaluate(self.job.encode(task.dev, prompt), "dev", k)
                 note["dev"] = best = found.figures()
                 line = f"  dev {best[found.metric]:.4f}"
                 if task.kind == "classification":
@@ -441,10 +476,12 @@ class _Run:
         notes |= {"rows": rows, "model": model}
 
     def _leave_out_long(self) -> None:
+        from smezo_cli.follower import short_enough
+
         longest = self.settings.task["max_train_tokens"]
         if longest is None:
             return
-        whole, self.train = len(self.train), [c for c in self.train if c.width <= longest]
+        whole, self.train = len(self.train), short_enough(self.train, longest)
         if not self.train:
             raise UserError(
                 f"task.max_train_tokens={longest} leaves out all {whole} rows; raise it."
@@ -579,7 +616,7 @@ class _Run:
         s = self.settings
         rows = Batches(len(self.train), s.batch_size, s.seed)(self.state.step)
         batch = [self.train[i] for i in rows]
-        seconds = choose(lambda: self.job.scorer.objective(batch, self.objective))
+        seconds = self.measure.with_room(choose, batch)
         words = ", ".join(f"{name} {spent:.3g} s" for name, spent in seconds.items())
         chosen: str = method.executor  # type: ignore[attr-defined]  # there, where choose_executor is
         self.state.notes["executor"] = chosen
@@ -628,11 +665,53 @@ class _Run:
             loggers.append(WandbLogger(self.settings.logger, self.folder.path, self.config))
         return loggers
 
-    def _evaluate(self, rows: Any, title: str) -> "Evaluation":
+    def _evaluate(
+        self, rows: Any, split: str, prompt: int | None = None, alone: bool = False
+    ) -> "Evaluation":
         from smezo_cli.loop import evaluate
 
-        bar = self.console.bar(title, len(rows))
-        return evaluate(self.job.scorer, rows, bar, lambda: self.stop.asked)
+        team = None if alone else self.team
+        if team is not None:
+            prompt = self.state.notes["prompt"] if prompt is None else prompt
+            step = 0 if self._as_it_came else getattr(self.method, "num_steps", 0)
+            team.evaluate(split=split, prompt=prompt, as_it_came=self._as_it_came, step=step)
+        bar = self.console.bar(split, len(rows))
+        return evaluate(self.job.scorer, rows, bar, self._stopped, team)
+
+    def _stopped(self) -> bool:
+        return self.stop.asked or (self.team is not None and self.team.stop_asked)
+
+    # --- other ranks --------------------------------------------------------------------------
+
+    def _agree(self, team: "Ranks") -> None:
+        """Have all ranks the same data, model, settings and smezo?"""
+        from smezo_cli.follower import facts
+
+        team.agree(facts(self.job, self.settings))
+        self.console.say(
+            f"  ranks   {team.size}: {team.of_rows} share the rows"
+            + (f", {team.of_queries} the queries" if team.of_queries > 1 else "")
+        )
+
+    def _teach(self) -> None:
+        """Send the followers the steps that are recorded: their weights follow from them."""
+        if self.team is not None and self.recorder is not None:
+            known = self.recorder.trajectory()
+            columns = known.columns(len(known)).astype("<f8")
+            self.team.tell("trajectory", columns.tobytes(), queries=len(columns) - 1)
+
+    def _lead(self, step: int, until: int) -> None:
+        if self.team is not None:
+            queries: int = self.method.num_queries  # type: ignore[attr-defined]  # a ZeroOrder's
+            prompt = self.state.notes["prompt"]
+            self.team.take_steps(step, until, queries, prompt=prompt)
+
+    def _have_best(self, team: "Ranks", step: int) -> bool:
+        """Have all ranks the weights of a step, the tested one?"""
+        if step == self.state.step:
+            return True
+        path = self.folder.weights_path(step).absolute()
+        return team.hand_out(str(path), self.state.files[path.name])
 
     def _test(self, method: "Method") -> dict[str, Any]:
         """The best weights on the test rows, beside both zero-shots."""
@@ -644,12 +723,16 @@ class _Run:
                 "with if_exists=fresh."
             )
         self._put_best(method, self.state.best_step)
-        found = self._evaluate(self.test, "test")
+        # Followers that do not see the folder have the last weights alone.
+        alone = self.team is not None and not self._have_best(self.team, self.state.best_step)
+        found = self._evaluate(self.test, "test", alone=alone)
+        if self.team is not None:
+            self._rank_peaks = [self.memory.read(), *self.team.peaks()[1:]]
         scores = self.folder.load_scores()
         shape = (len(self.dev), *found.scores.shape[1:])
         is_classes = found.kind == "classification"
         if "dev" not in scores or (is_classes and scores["dev"].shape != shape):  # it was damaged
-            scores["dev"] = self._evaluate(self.dev, "dev").scores
+            scores["dev"] = self._evaluate(self.dev, "dev", alone=alone).scores
         return self._report(found, scores["dev"])
 
     def _report(self, found: "Evaluation", dev_scores: "Tensor") -> dict[str, Any]:
@@ -745,6 +828,11 @@ class _Run:
             "keep": s.keep,
             "eps": s.eps,
             "batch_size": s.batch_size,
+            "micro_batch_size": self._micro_batch_size(),
+            "rank": 0,
+            "world_size": 1 if self.team is None else self.team.size,
+            "query_ranks": s.query_ranks,
+            "rank_peak_memory_bytes": self._rank_peaks,
             "steps": s.steps,
             "step": state.step,
             "stopped_early": notes.get("stopped_early"),
@@ -767,6 +855,9 @@ class _Run:
             "versions": self.versions,
             "command": command(),
         }
+
+    def _micro_batch_size(self) -> int | None:
+        return self.measure.size if hasattr(self, "measure") else self.settings.micro_batch_size
 
     def _model_commit(self) -> str | None:
         return (

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,32 @@ NUMERICS = 1
 
 class NonFiniteLoss(ArithmeticError):
     """A loss was NaN or infinite; the weights are those before the step."""
+
+
+@runtime_checkable
+class InParts(Protocol):
+    """A closure whose loss is a sum of parts that fit into memory one after the other."""
+
+    def __call__(self) -> Tensor: ...
+    def parts(self) -> Iterable[Closure]:
+        """Closures of the parts; each returns its part of the loss, ()."""
+
+
+@runtime_checkable
+class Shared(Protocol):
+    """A closure of a step that several processes make together, each on weights of its own.
+
+    It returns what this process measures; all of them go on with the same joined losses.
+    """
+
+    def __call__(self) -> Tensor: ...
+    def queries(self, num: int) -> Sequence[int]:
+        """Those, of so many, that this process measures."""
+
+    def join(
+        self, losses: Mapping[int, tuple[float, float]], num: int
+    ) -> Sequence[tuple[float, float]]:
+        """The losses of all queries, from those of this process's at theta+ and theta-."""
 
 
 @dataclass(frozen=True)
@@ -374,13 +400,14 @@ class ZeroOrder(torch.optim.Optimizer):
 
         Args:
             closure: returns the loss () of one fixed batch at the model's present weights, without
-                any randomness of its own.
+                any randomness of its own; or its share of it, see :class:`Shared`.
 
         Returns:
             What was measured.
 
         Raises:
             NonFiniteLoss: before anything was written.
+            OutOfRoom: likewise.
             ValueError: at the first step, by :meth:`self_check`.
         """
         if self._unchecked:
@@ -390,9 +417,10 @@ class ZeroOrder(torch.optim.Optimizer):
             self.choose_executor(closure)
         self._begin()
         eps = self.param_groups[0]["eps"]
-        losses: list[float] = []
-        projected_grad: list[float] = []
-        for query in range(self.num_queries):
+        shared = closure if isinstance(closure, Shared) else None
+        queries = range(self.num_queries) if shared is None else shared.queries(self.num_queries)
+        measured: dict[int, tuple[float, float]] = {}
+        for query in queries:
             plus = self.direction([query], [eps])
             minus = self.direction([query], [-eps])
             try:
@@ -403,13 +431,23 @@ class ZeroOrder(torch.optim.Optimizer):
                 self._use(self._sequential)
                 pair = self._executor.losses(closure, plus, minus)
             l_plus, l_minus = torch.stack([x.detach().double() for x in pair]).tolist()
-            if not (math.isfinite(l_plus) and math.isfinite(l_minus)):
-                raise NonFiniteLoss(f"loss {l_plus} and {l_minus} at step {self.num_steps}")
-            losses += [l_plus, l_minus]
-            projected_grad.append((l_plus - l_minus) / (2 * eps))
+            if shared is None:
+                self._check_finite(l_plus, l_minus)
+            measured[query] = l_plus, l_minus
 
+        pairs = list(measured.values())
+        if shared is not None:
+            pairs = list(shared.join(measured, self.num_queries))
+            for pair_of_losses in pairs:  # of all, so that every process raises or none
+                self._check_finite(*pair_of_losses)
+        losses = [loss for pair_of_losses in pairs for loss in pair_of_losses]
+        projected_grad = [(l_plus - l_minus) / (2 * eps) for l_plus, l_minus in pairs]
         self._end(projected_grad)
         return self.record(sum(losses) / len(losses), projected_grad)
+
+    def _check_finite(self, l_plus: float, l_minus: float) -> None:
+        if not (math.isfinite(l_plus) and math.isfinite(l_minus)):
+            raise NonFiniteLoss(f"loss {l_plus} and {l_minus} at step {self.num_steps}")
 
     @torch.inference_mode(False)
     @torch.no_grad()

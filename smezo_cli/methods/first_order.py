@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from smezo_cli.noise import stream_key
-from smezo_cli.zo import Closure, NonFiniteLoss, StepRecord
+from smezo_cli.room import in_room
+from smezo_cli.zo import Closure, InParts, NonFiniteLoss, StepRecord
 
 
 class FirstOrder:
@@ -71,10 +72,13 @@ class FirstOrder:
             group["lr"] = factor * lr
 
     def step(self, closure: Closure) -> StepRecord:
-        """One step; ``closure`` is called once, with gradients.
+        """One step; ``closure``, or each of its parts, is called once, with gradients.
+
+        The gradients of parts are added up, each as soon as it is there.
 
         Raises:
             NonFiniteLoss: before anything was written.
+            OutOfRoom: likewise.
         """
         devices = {p.device for p in self.trained.values() if p.device.type != "cpu"}
         self._optimizer.zero_grad(set_to_none=True)
@@ -84,12 +88,15 @@ class FirstOrder:
             with torch.random.fork_rng(sorted(devices, key=str)), torch.enable_grad():
                 key, _ = stream_key(self.seed, "dropout", self.num_steps)
                 torch.manual_seed(key & (2**63 - 1))
-                loss = closure()
-                loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+                value = 0.0
+                for part in closure.parts() if isinstance(closure, InParts) else (closure,):
+                    with in_room():
+                        loss = part()
+                        loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+                    value += float(loss.detach())
         finally:
             for p in self._frozen:
                 p.requires_grad_(True)
-        value = float(loss.detach())
         if not math.isfinite(value):
             raise NonFiniteLoss(f"loss {value} at step {self.num_steps}")
         grads = [p.grad for p in self.trained.values() if p.grad is not None]

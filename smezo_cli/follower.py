@@ -1,0 +1,173 @@
+"""A rank other than 0: it loads what the run works on and does what rank 0 tells, without a word.
+
+It has no folder. Its weights follow from the base model and the losses that all ranks share, or
+from the trajectory that rank 0 sends where the run goes on from an earlier one.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from smezo_cli import __version__
+from smezo_cli.device import choose_device
+from smezo_cli.errors import UserError
+from smezo_cli.job import Job
+from smezo_cli.log import Console
+from smezo_cli.loop import Batches, evaluate
+from smezo_cli.ranks import Left, Ranks, local_rank
+from smezo_cli.runs import PeakMemory, Saved, Stopped, StopRequest
+from smezo_cli.schedule import lr_factor
+from smezo_cli.scoring import Candidates
+from smezo_cli.settings import Settings
+from smezo_cli.share import Measure
+from smezo_cli.tasks.base import fingerprint
+from smezo_cli.zo import NUMERICS, NonFiniteLoss, ZeroOrder
+
+# These may differ between machines, or follow from what may.
+_OF_A_MACHINE = ("device", "compile", "micro_batch_size", "runs_dir", "logger", "if_exists")
+
+
+def facts(job: Job, settings: Settings) -> dict[str, Any]:
+    """What every rank must have in common, and what is its own."""
+    rows = {name: fingerprint(getattr(job.task, name)) for name in ("train", "dev", "test")}
+    asked = {k: v for k, v in dataclasses.asdict(settings).items() if k not in _OF_A_MACHINE}
+    text = json.dumps(asked, sort_keys=True, default=str)
+    same = {
+        "command line": hashlib.sha256(text.encode()).hexdigest(),
+        "version of smezo": [__version__, NUMERICS],
+    }
+    return {"same": {**same, "data": rows, "model": job.fingerprint()}}
+
+
+def short_enough(rows: list[Candidates], longest: int | None) -> list[Candidates]:
+    """Training rows of at most so many tokens."""
+    return [row for row in rows if longest is None or row.width <= longest]
+
+
+def follow(settings: Settings, team: Ranks) -> None:
+    """The part of a rank other than 0 in one run.
+
+    Raises:
+        UserError: it cannot go on; the others then hear that it is gone.
+    """
+    message, _ = team.told()
+    if message["do"] == "end":
+        return
+    with StopRequest(lambda _: None) as stop:
+        team.asked = lambda: stop.asked
+        try:
+            try:
+                follower = Follower(settings, team, choose_device(settings.device, local_rank()))
+                said, error = facts(follower.job, settings), None
+            except UserError as problem:
+                said, error = {}, str(problem)
+            team.agree(said, error)
+            while (told := team.told())[0]["do"] != "end":
+                follower.do(*told)
+        except Left:
+            # Rank 0 says "end" where it left a step, not where the ranks did not agree.
+            while team.told()[0]["do"] != "end":
+                pass
+
+
+class Follower:
+    """Task, model and method of a rank, and where it stands."""
+
+    def __init__(self, settings: Settings, team: Ranks, device: str) -> None:
+        self.settings, self.team = settings, team
+        self.console = Console(io.StringIO())
+        self.job = Job(settings, device, lambda _: None)
+        self.memory = PeakMemory(self.job.device)
+        self.method: ZeroOrder | None = None
+        self._known = np.zeros((2, 0))
+        self._encoded: dict[tuple[str, int], list[Candidates]] = {}
+        self._measure = Measure(
+            self.job.scorer,
+            settings.method.get("objective", "loss"),
+            settings.micro_batch_size,
+            team,
+            lambda *_: None,
+        )
+
+    def do(self, message: dict[str, Any], content: bytes) -> None:
+        """One thing that rank 0 tells.
+
+        Raises:
+            Left: rank 0 ends the run in the middle of it.
+        """
+        do = message.pop("do")
+        if do == "trajectory":
+            self._known = np.frombuffer(content, "<f8").reshape(message["queries"] + 1, -1)
+        elif do == "evaluate":
+            self._evaluate(**message)
+        elif do == "steps":
+            self._steps(**message)
+        elif do == "weights":
+            self._load(**message)
+        elif do == "peak":
+            self.team.gather(json.dumps(self.memory.read()).encode())
+        else:
+            raise AssertionError(do)
+
+    def _advance(self, step: int) -> ZeroOrder:
+        """The method after so many steps, of which those that it lacks are in the trajectory."""
+        if self.method is None:
+            method = self.job.build_method()
+            assert isinstance(method, ZeroOrder)
+            self.method = method
+        while self.method.num_steps < step:
+            lr, *projected_grad = self._known[:, self.method.num_steps].tolist()
+            self.method.replay(lr, projected_grad)
+        return self.method
+
+    def _rows(self, split: str, prompt: int) -> list[Candidates]:
+        if (split, prompt) not in self._encoded:
+            rows = getattr(self.job.task, split)
+            found = self.job.encode(rows, self.job.prompts[prompt])
+            if split == "train":
+                found = short_enough(found, self.settings.task["max_train_tokens"])
+            self._encoded[split, prompt] = found
+        return self._encoded[split, prompt]
+
+    def _evaluate(self, split: str, prompt: int, as_it_came: bool, step: int) -> None:
+        rows = self._rows(split, prompt)
+        if step:
+            self._advance(step)
+        with self.job.as_it_came() if as_it_came else nullcontext():
+            try:
+                bar = self.console.bar("", len(rows))
+                evaluate(self.job.scorer, rows, bar, self.team.asked, self.team)
+            except Stopped:
+                return  # rank 0 knows it, too
+
+    def _steps(self, step: int, until: int, prompt: int) -> None:
+        s, team, method = self.settings, self.team, self._advance(step)
+        train = self._rows("train", prompt)
+        batches = Batches(len(train), s.batch_size, s.seed)
+        team.left = until - step
+        while team.left > 0:
+            step = method.num_steps
+            method.set_lr_factor(lr_factor(s.lr_schedule, step, s.steps, s.warmup_steps))
+            self.job.scorer.model.train(method.mode == "train")
+            try:
+                self._measure.step(method, [train[i] for i in batches(step)])
+            except NonFiniteLoss:
+                return  # rank 0 has it, too
+
+    def _load(self, path: str, sha256: str) -> None:
+        """Take weights of the run folder, where this machine has it; say whether it has."""
+        found = 0.0
+        try:
+            saved = Saved(Path(path))
+            if saved.about.get("sha256") == sha256 and saved.is_whole():
+                self.job.set_weights(saved, Path(path))
+                found = 1.0
+        except UserError:
+            pass
+        self.team.add([found])

@@ -1,0 +1,341 @@
+"""Several processes that make one run together: who they are, and all that they exchange.
+
+torchrun starts them and torch.distributed carries the numbers; nothing is scheduled here. Rank 0 is
+the run: it has the folder, the console and the loggers, and tells the others (the followers,
+:mod:`smezo_cli.follower`) what comes next. Every rank holds all weights and moves them by itself;
+of a step the ranks exchange two losses a query.
+"""
+
+import atexit
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from smezo_cli.errors import UserError
+from smezo_cli.settings import Settings, is_frozen
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
+
+
+class RankLost(UserError):
+    """Another rank has ended, or cannot be reached."""
+
+
+class Left(Exception):
+    """The run has ended for this rank; the reason is rank 0's to tell."""
+
+
+def local_rank() -> int | None:
+    """Number of this process on its machine; None where it is the only one."""
+    if not all(os.environ.get(name) for name in _VARIABLES) or os.environ["WORLD_SIZE"] == "1":
+        return None
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def join(settings: Settings) -> "Ranks | None":
+    """The ranks of this run, None for a process of its own.
+
+    Raises:
+        UserError: these settings are not for so many ranks.
+        RankLost: the others cannot be reached.
+    """
+    global _joined  # a process joins once; the jobs of a sweep follow each other
+    if local_rank() is None:
+        for key, alone in (("query_ranks", 1), ("rank_backend", "gloo")):
+            if (value := getattr(settings, key)) != alone:
+                raise UserError(
+                    f"{key}={value} is for several ranks: start them by torchrun "
+                    f"--nproc-per-node N -m smezo_cli.train ..., or leave {key} out."
+                )
+        return None
+    size = int(os.environ["WORLD_SIZE"])
+    _check(settings, size)
+    if _joined is None:
+        _joined = Ranks(settings.rank_backend)
+    _joined.begin(settings)
+    return _joined
+
+
+_joined: "Ranks | None" = None
+
+
+def speaker() -> str | None:
+    """What this process puts before a message; None: it is silent, for rank 0 says the same."""
+    if local_rank() is None or os.environ["RANK"] == "0":
+        return ""
+    return None if _joined is None else f"rank {_joined.rank}: "
+
+
+def _check(settings: Settings, size: int) -> None:
+    of_queries, name = settings.query_ranks, settings.method["name"]
+    queries = settings.method.get("num_queries", 1)
+    if settings.eps is None:
+        why = "takes no steps" if is_frozen(settings.method) else "would exchange whole gradients"
+        raise UserError(
+            f"method={name} {why}: ranks exchange losses alone, so start it without torchrun."
+        )
+    if size % of_queries:
+        raise UserError(
+            f"query_ranks={of_queries}: the {size} ranks must be a multiple of it; "
+            f"query_ranks=1 shares the rows alone."
+        )
+    if of_queries > queries:
+        raise UserError(
+            f"query_ranks={of_queries}: there are {queries} queries to share; raise "
+            "method.num_queries, or lower query_ranks."
+        )
+    if size // of_queries > settings.batch_size:
+        raise UserError(
+            f"batch_size={settings.batch_size}: {size // of_queries} ranks share the rows, and "
+            "each needs one; raise batch_size, or start fewer ranks."
+        )
+
+
+class Ranks:
+    """All ranks of a run. A collective that fails ends the run on every rank.
+
+    Args:
+        backend: "gloo", or "nccl" with a CUDA device a rank.
+
+    Attributes:
+        rank: of this process, from 0.
+        size: how many there are.
+        asked: was this rank asked to stop?
+        stop_asked: some rank was asked to stop; known to all after a step.
+        of_rows: ranks that share the rows of a query.
+        of_queries: ranks, or groups of such, that share the queries.
+        left: steps that the followers take before they ask rank 0 what comes next.
+        lost: a collective has failed.
+    """
+
+    def __init__(self, backend: str) -> None:
+        import torch
+        from torch import distributed
+
+        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.backend, self.lost = backend, False
+        # Numbers go over gloo from the host, where losses are read anyway.
+        self._device = torch.device("cpu" if backend == "gloo" else f"cuda:{local_rank()}")
+        try:
+            distributed.init_process_group(backend)
+        except (RuntimeError, ValueError) as error:
+            raise RankLost(
+                f"rank {self.rank} cannot join the others ({_first_line(error)}): see torchrun's "
+                "--rdzv-endpoint and --master-addr, and of machines with several networks "
+                "GLOO_SOCKET_IFNAME."
+            ) from error
+        atexit.register(self._close)
+
+    def _close(self) -> None:
+        from torch import distributed
+
+        if not self.lost:  # else it may wait for what is gone
+            distributed.destroy_process_group()
+
+    def begin(self, settings: Settings) -> None:
+        """Before a run: how its steps are shared."""
+        if self.lost:
+            raise RankLost("the ranks have lost each other; start them again.")
+        self.of_queries, self.of_rows = settings.query_ranks, self.size // settings.query_ranks
+        self.stop_asked, self.left = False, 0
+        self.asked: Callable[[], bool] = lambda: False  # was this rank asked to stop?
+        self._expected: int | None = None  # numbers in the sum that the followers wait in
+        self._stage = "before"
+
+    # --- shares -------------------------------------------------------------------------------
+
+    @property
+    def shares_rows(self) -> bool:
+        """More than one rank measures a query, each on rows of its own."""
+        return self.of_rows > 1
+
+    def rows(self, num: int) -> slice:
+        """Those, of so many, that this rank measures."""
+        place = self.rank % self.of_rows
+        return slice(place * num // self.of_rows, (place + 1) * num // self.of_rows)
+
+    def queries(self, num: int) -> Sequence[int]:
+        """Those, of so many, that this rank measures."""
+        return range(self.rank // self.of_rows, num, self.of_queries)
+
+    # --- what is exchanged --------------------------------------------------------------------
+
+    def add(self, numbers: Sequence[float]) -> list[float]:
+        """Sums over the ranks: the one exchange of a step, two more numbers with it.
+
+        Raises:
+            Left: rank 0 ends the run.
+            RankLost: a rank is gone.
+        """
+        *sums, stop, leaving = self._add([*numbers, float(self.asked()), 0.0])
+        self._expected = None
+        if leaving:
+            raise Left
+        self.stop_asked = self.stop_asked or stop > 0
+        self.left -= 1
+        if self.stop_asked or not all(map(math.isfinite, sums)):
+            self.left = 0  # all ranks know it, and wait for what rank 0 says
+        elif self.left > 0:
+            self._expected = len(sums)
+        return sums
+
+    def _add(self, numbers: Sequence[float]) -> list[float]:
+        import torch
+        from torch import distributed
+
+        vector = torch.tensor(numbers, dtype=torch.float64, device=self._device)
+        self._call(distributed.all_reduce, vector)
+        found: list[float] = vector.tolist()
+        return found
+
+    def add_tensor(self, tensor: Any) -> Any:
+        """The sum of float tensors over the ranks, on the CPU."""
+        from torch import distributed
+
+        tensor = tensor.to(self._device)
+        self._call(distributed.all_reduce, tensor)
+        return tensor.cpu()
+
+    def gather(self, content: bytes) -> list[bytes]:
+        """What each rank gives, by rank."""
+        import torch
+        from torch import distributed
+
+        sizes = [int(n) for n in self._add([len(content) * (k == self.rank) for k in self._all])]
+        parts = [torch.zeros(max(sizes), dtype=torch.uint8, device=self._device) for _ in sizes]
+        mine = bytearray(content.ljust(max(sizes), b"\0"))
+        self._call(
+            distributed.all_gather, parts, torch.frombuffer(mine, dtype=torch.uint8).to(parts[0])
+        )
+        return [bytes(p.tolist())[:n] for p, n in zip(parts, sizes, strict=True)]
+
+    @property
+    def _all(self) -> range:
+        return range(self.size)
+
+    # --- rank 0 -------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Let the followers load what the run works on."""
+        self.tell("start")
+        self._stage = "agreeing"
+
+    def agree(self, facts: Mapping[str, Any], error: str | None = None) -> list[dict[str, Any]]:
+        """What every rank says of itself, where all say the same of what must be the same.
+
+        Args:
+            facts: of this rank; what "same" holds must be that of rank 0.
+            error: why it cannot take part.
+
+        Raises:
+            UserError: on rank 0, a rank cannot take part.
+            Left: on the others, for the same reason.
+        """
+        content = json.dumps({**facts, "error": error}).encode()
+        self._stage = "commands"
+        said: list[dict[str, Any]] = [json.loads(part) for part in self.gather(content)]
+        wrong = [f"rank {k}: {one['error']}" for k, one in enumerate(said) if one["error"]]
+        for rank, one in enumerate(said if not wrong else []):
+            for what, value in said[0]["same"].items():
+                if one["same"].get(what) != value:
+                    wrong.append(
+                        f"rank {rank} has another {what} than rank 0: every machine must have "
+                        "the same command, data, model and smezo."
+                    )
+        if wrong and self.rank == 0:
+            raise UserError(wrong[0])
+        if wrong:
+            raise Left
+        return said
+
+    def tell(self, do: str, content: bytes = b"", **about: Any) -> None:
+        """What the followers do next."""
+        head = json.dumps({"do": do, **about}).encode()
+        self._send([len(head), len(content)])
+        self._send_bytes(head + content)
+
+    def take_steps(self, step: int, until: int, queries: int, **about: Any) -> None:
+        """Let the followers take the steps from ``step`` on, with this rank, if they do not yet."""
+        if self.left <= 0:
+            self.tell("steps", step=step, until=until, **about)
+            self.left = until - step
+            self._expected = 2 * queries
+
+    def evaluate(self, **about: Any) -> None:
+        """Let the followers score their share of some rows; :func:`smezo_cli.loop.evaluate`."""
+        self.tell("evaluate", **about)
+        self.left, self._expected = 1, 0
+
+    def hand_out(self, path: str, sha256: str) -> bool:
+        """Let the followers load a file of weights; True where all of them have it."""
+        self.tell("weights", path=path, sha256=sha256)
+        self._expected = 1
+        return self.add([1.0])[0] == self.size
+
+    def peaks(self) -> list[int]:
+        """Peak bytes of every rank; that of this one is 0."""
+        self.tell("peak")
+        return [json.loads(part) for part in self.gather(b"0")]
+
+    def leave(self) -> None:
+        """End the run for the followers, wherever they are; nothing where they are gone."""
+        if self.lost or self._stage == "ended":
+            return
+        try:
+            if self._stage == "agreeing":
+                self.gather(json.dumps({"error": "rank 0 has ended the run"}).encode())
+            elif self._expected is not None:
+                self._add([*([0.0] * self._expected), 0.0, 1.0])
+            self.tell("end")
+        except RankLost:
+            return
+        finally:
+            self._stage = "ended"
+
+    # --- followers ----------------------------------------------------------------------------
+
+    def told(self) -> tuple[dict[str, Any], bytes]:
+        """What rank 0 tells, and its content."""
+        head, content = self._send([0, 0])
+        text = self._send_bytes(bytes(head + content))
+        message: dict[str, Any] = json.loads(text[:head])
+        return message, text[head:]
+
+    # --- the wire -----------------------------------------------------------------------------
+
+    def _send(self, numbers: Sequence[int]) -> list[int]:
+        import torch
+        from torch import distributed
+
+        vector = torch.tensor(numbers, dtype=torch.int64, device=self._device)
+        self._call(distributed.broadcast, vector, 0)
+        found: list[int] = vector.tolist()
+        return found
+
+    def _send_bytes(self, content: bytes) -> bytes:
+        import torch
+        from torch import distributed
+
+        vector = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(self._device)
+        self._call(distributed.broadcast, vector, 0)
+        return vector.cpu().numpy().tobytes()
+
+    def _call(self, collective: Callable[..., Any], *args: Any) -> None:
+        try:
+            collective(*args)
+        except RuntimeError as error:
+            self.lost = True
+            raise RankLost(
+                "another rank has ended or cannot be reached, its own message or torchrun's report "
+                "says why; the same command goes on, with any number of ranks "
+                f"({_first_line(error)})."
+            ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """Without the place in gloo's source before it, and its guesses behind it."""
+    line = re.sub(r"^\[\S+:\d+\] ", "", str(error).partition("\n")[0])
+    return line.partition(". This is")[0][:200]

@@ -1,0 +1,300 @@
+"""Several ranks train the weights of one process: shares, steps, deaths, and going on as fewer.
+
+Ranks are forked with the variables that torchrun sets; one test has torchrun itself.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_train import (
+    METHODS,
+    SMALL,
+    Ended,
+    Started,
+    records_of,
+    result_of,
+    run_folder,
+    smezo,
+    until,
+)
+
+from smezo_cli import ranks
+from smezo_cli.config import compose
+from smezo_cli.errors import UserError
+from smezo_cli.settings import check
+
+# Two looks; rows that no number of ranks divides evenly but 1, 2, 4.
+RUN = [*SMALL, "steps=6", "eval_every=3", "batch_size=8"]
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+class Group:
+    """Ranks under way; also a context that leaves no process behind."""
+
+    def __init__(self, size: int, words: Sequence[str], cwd: Path, **keywords: Any) -> None:
+        common = {
+            **{"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"},
+            **{"MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"},
+        }
+        self.ranks = [
+            Started(
+                words,
+                cwd / ("" if rank == 0 else f"rank{rank}"),
+                env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                **keywords,
+            )
+            for rank in range(size)
+        ]
+
+    def __enter__(self) -> "Group":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for rank in self.ranks:
+            rank.kill()
+
+    def wait(self) -> list[Ended]:
+        return [rank.wait() for rank in self.ranks]
+
+
+def together(size: int, words: Sequence[str], cwd: Path) -> list[Ended]:
+    """All ranks to their ends; every one of them in a folder of its own."""
+    with Group(size, words, cwd) as group:
+        return group.wait()
+
+
+def weights_of(folder: Path) -> Mapping[str, Any]:
+    found = result_of(folder)["weights"]
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("method", "size", "more", "alone"),
+    [
+        # Rows are cut as micro-batches of one process are: the same bits.
+        ("sparse_mezo", 2, [], ["micro_batch_size=4"]),
+        ("mezo", 4, [], ["micro_batch_size=2"]),
+        ("sparse_mezo", 2, ["micro_batch_size=2"], ["micro_batch_size=2"]),
+        # Queries are measured as one process measures them.
+        ("mezo", 2, ["method.num_queries=3", "query_ranks=2"], []),
+        ("mezo_adam", 4, ["method.num_queries=2", "query_ranks=2"], ["micro_batch_size=4"]),
+    ],
+)
+def test_ranks_train_the_weights_of_one_process(
+    method: str, size: int, more: list[str], alone: list[str], tmp_path: Path
+) -> None:
+    """Bit for bit: losses, projected gradients, looks at dev, test scores and weights."""
+    words = [*METHODS[method], *RUN, *more]
+    ended = together(size, words, tmp_path / "many")
+    assert [one.code for one in ended] == [0] * size, ended[0].err
+    assert all(one.out == "" for one in ended[1:])  # one writer, one voice
+    written = [f for k in range(1, size) for f in (tmp_path / f"many/rank{k}/runs").rglob("*")]
+    assert not [f for f in written if f.is_file()]
+    by_one = [word for word in words if not word.startswith("query_ranks")]
+    assert smezo([*by_one, *alone], tmp_path / "one").code == 0
+    many, one = run_folder(tmp_path / "many"), run_folder(tmp_path / "one")
+    assert weights_of(many) == weights_of(one)
+    assert records_of(many) == records_of(one)
+    for name in ("scores.safetensors", "predictions-test.jsonl"):
+        assert (many / name).read_bytes() == (one / name).read_bytes()
+    result = result_of(many)
+    assert (result["rank"], result["world_size"]) == (0, size)
+    assert len(result["rank_peak_memory_bytes"]) == size
+    assert min(result["rank_peak_memory_bytes"]) > 1 << 20
+
+
+def test_ranks_share_answers_that_are_generated(tmp_path: Path) -> None:
+    """Their texts go over the wire at looks; of a step the sums of F1 alone."""
+    rows = [{"question": f"word {i}", "answer": f"word {i % 3}"} for i in range(60)]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["task=generation", f"task.data={tmp_path}/qa.jsonl", "task.prompt='{question}:'"]
+    words += ["task.num_train=16", "task.num_dev=19", "task.num_test=17", "task.max_new_tokens=3"]
+    words += ["device=cpu", *METHODS["mezo"], *RUN[5:], "method.objective=f1"]
+    assert [one.code for one in together(2, words, tmp_path / "many")] == [0, 0]
+    assert smezo([*words, "micro_batch_size=4"], tmp_path / "one").code == 0
+    many, one = run_folder(tmp_path / "many"), run_folder(tmp_path / "one")
+    assert records_of(many) == records_of(one)
+    name = "predictions-test.jsonl"
+    assert (many / name).read_bytes() == (one / name).read_bytes()
+
+
+def test_the_losses_of_another_number_of_ranks_agree_to_rounding(tmp_path: Path) -> None:
+    """Other rows in a forward round otherwise: float32, 1e-6 of a loss, 1 / 2 eps of that."""
+    words = [*METHODS["mezo"], *RUN, "steps=1", "eps=1e-2"]
+    found = {}
+    for size in (1, 3):
+        if size == 1:
+            assert smezo(words, tmp_path / "1").code == 0
+        else:
+            assert all(one.code == 0 for one in together(size, words, tmp_path / "3"))
+        found[size] = records_of(run_folder(tmp_path / str(size)))[0]
+    assert found[1]["loss"] == pytest.approx(found[3]["loss"], rel=3e-6)
+    (one,), (three,) = found[1]["projected_grad"], found[3]["projected_grad"]
+    assert one == pytest.approx(three, abs=3e-6 / 2e-2)
+    assert found[1] != found[3]  # else the tolerance says nothing
+
+
+def trajectory_bytes(cwd: Path) -> int:
+    found = list(cwd.glob("runs/*/*/trajectory.bin"))
+    return found[0].stat().st_size if found else 0
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_dies_ends_all_and_fewer_go_on(victim: int, tmp_path: Path) -> None:
+    words = [*METHODS["sparse_mezo"], *RUN, "steps=400", "eval_every=200"]
+    with Group(2, words, tmp_path) as group:
+        until(lambda: trajectory_bytes(tmp_path) > 3000)
+        os.kill(group.ranks[victim].pid, signal.SIGKILL)
+        group.ranks[victim].kill()
+        other = group.ranks[1 - victim].wait(60)
+    assert other.code == 2
+    assert "another rank has ended" in other.err
+    assert "the same command goes on" in other.err
+    assert "Traceback" not in other.err
+    # The rest alone, with a forward's rows as they were: nothing is lost, nothing differs.
+    ended = smezo([*words, "micro_batch_size=4"], tmp_path)
+    assert ended.code == 0, ended.err
+    assert "are recorded: applied" in ended.out or "going on from step" in ended.out
+    assert smezo([*words, "micro_batch_size=4"], tmp_path / "one").code == 0
+    assert weights_of(run_folder(tmp_path)) == weights_of(run_folder(tmp_path / "one"))
+
+
+def test_one_process_is_gone_on_with_by_more(tmp_path: Path) -> None:
+    """Followers have the base model and the recorded steps alone; refreshed masks and all."""
+    words = [*METHODS["sparse_mezo"], *RUN, "micro_batch_size=2"]
+    assert smezo(words, tmp_path).code == 0
+    longer = [*words, "steps=11"]
+    ended = together(2, longer, tmp_path)
+    assert [one.code for one in ended] == [0, 0], ended
+    assert smezo(longer, tmp_path / "one").code == 0
+    assert weights_of(run_folder(tmp_path)) == weights_of(run_folder(tmp_path / "one"))
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_stop_of_any_rank_stops_all_between_two_steps(asked: int, tmp_path: Path) -> None:
+    words = [*METHODS["sparse_mezo"], *RUN, "steps=400", "eval_every=200"]
+    with Group(2, words, tmp_path) as group:
+        until(lambda: trajectory_bytes(tmp_path) > 3000)
+        os.kill(group.ranks[asked].pid, signal.SIGTERM)
+        ended = group.wait()
+    assert [one.code for one in ended] == [130, 0]
+    assert "stopped; the same command goes on" in ended[0].out
+    assert result_of(run_folder(tmp_path))["status"] == "stopped"
+
+
+def test_the_jobs_of_a_sweep_follow_each_other_on_all_ranks(tmp_path: Path) -> None:
+    """One is done already, one is refused for its folder, one trains; a run is one folder."""
+    words = [*METHODS["mezo"], *RUN]
+    assert smezo([*words, "seed=0"], tmp_path).code == 0
+    taken = tmp_path / "runs" / "default"
+    with Started([*words, "seed=1", "steps=100000"], tmp_path) as held:
+        until(lambda: list(taken.glob("*-s1-*/trajectory.bin")))
+        assert held.alive
+        ended = together(2, ["--multirun", *words, "seed=0,1,2"], tmp_path)
+    assert [one.code for one in ended] == [2, 0]
+    assert "done already" in ended[0].out
+    assert "is in use by process" in ended[0].err
+    scores = [result_of(f)["status"] for f in sorted(taken.iterdir()) if "-s2-" in f.name]
+    assert scores == ["done"]
+
+
+def test_a_nan_ends_all_ranks(tmp_path: Path) -> None:
+    words = [*METHODS["mezo"], *RUN, "lr=1e30"]
+    ended = together(2, words, tmp_path)
+    assert [one.code for one in ended] == [2, 0]
+    assert "lower it" in ended[0].err
+    assert result_of(run_folder(tmp_path))["status"] == "diverged"
+
+
+def test_ranks_with_other_data_are_refused(tmp_path: Path) -> None:
+    """Each machine reads its own files."""
+    for place, word in (("", "good"), ("rank1", "bad")):
+        (tmp_path / place).mkdir(exist_ok=True)
+        rows = [{"text": f"{word} {i}", "label": i % 2} for i in range(40)]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / place / "my.jsonl").write_text(lines)
+    own = ["task=classification", "task.data=my.jsonl", "task.prompt='{text} is'"]
+    own += ["task.labels={0: bad, 1: good}", "task.num_train=16", "task.num_dev=8"]
+    words = [*METHODS["mezo"], *RUN[5:], *own, "device=cpu"]
+    ended = together(2, words, tmp_path)
+    assert [one.code for one in ended] == [2, 0]
+    assert "rank 1 has another data than rank 0" in ended[0].err
+    (tmp_path / "rank1" / "my.jsonl").unlink()
+    ended = together(2, words, tmp_path)
+    assert [one.code for one in ended] == [2, 0]
+    assert "rank 1: task.data=my.jsonl" in ended[0].err
+
+
+def settings_of(*words: str) -> Any:
+    steps = [] if "method=zero_shot" in words else RUN[5:]
+    return check(compose(["task=toy", "model=tiny-opt", "method=mezo", *steps, *words]))
+
+
+@pytest.mark.parametrize(
+    ("words", "size", "message"),
+    [
+        (["method=adamw"], 2, "method=adamw would exchange whole gradients"),
+        (["method=zero_shot"], 2, "method=zero_shot takes no steps"),
+        (["query_ranks=2"], 3, "query_ranks=2: the 3 ranks must be a multiple"),
+        (["query_ranks=2"], 2, "query_ranks=2: there are 1 queries to share"),
+        ([], 9, "batch_size=8: 9 ranks share the rows"),
+        (["query_ranks=2", "method.num_queries=2"], 1, "query_ranks=2 is for several ranks"),
+        (["rank_backend=nccl"], 1, "rank_backend=nccl is for several ranks"),
+    ],
+)
+def test_what_ranks_cannot_share_is_refused(
+    words: list[str], size: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RANK", 0), ("WORLD_SIZE", size), ("MASTER_PORT", 1)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr(ranks.Ranks, "__init__", lambda *_: None)  # no others to wait for
+    with pytest.raises(UserError, match=message):
+        ranks.join(settings_of(*words))
+
+
+@pytest.mark.parametrize(("size", "of_queries"), [(1, 1), (3, 1), (4, 2), (6, 3), (5, 5)])
+def test_shares_are_all_of_it_and_overlap_nowhere(size: int, of_queries: int) -> None:
+    settings = replace(settings_of(), query_ranks=of_queries)
+    measured = []
+    for rank in range(size):
+        team = object.__new__(ranks.Ranks)
+        team.rank, team.size, team.lost = rank, size, False
+        team.begin(settings)
+        measured += [(q, r) for q in team.queries(7) for r in range(16)[team.rows(16)]]
+    assert sorted(measured) == [(q, r) for q in range(7) for r in range(16)]
+
+
+def test_torchrun(tmp_path: Path) -> None:
+    """As the README has it; the exit code is torchrun's."""
+    words = [*METHODS["mezo"], *RUN, "steps=2", "name=t"]
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ended = subprocess.run(
+        [sys.executable, *start, "-m", "smezo_cli.train", *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "  ranks   2: 2 share the rows" in ended.stdout
+    assert result_of(run_folder(tmp_path, "t"))["status"] == "done"
+    assert torch.distributed.is_available()
