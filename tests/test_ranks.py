@@ -5,6 +5,7 @@ Ranks are forked with the variables that torchrun sets; one test has torchrun it
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -298,3 +299,46 @@ def test_torchrun(tmp_path: Path) -> None:
     assert "  ranks   2: 2 share the rows" in ended.stdout
     assert result_of(run_folder(tmp_path, "t"))["status"] == "done"
     assert torch.distributed.is_available()
+
+
+def test_a_slow_link_carries_a_step(tmp_path: Path) -> None:
+    """1 Mbit/s, 30 ms: the weights of one process, and less than 1 KB of IP packets a step."""
+    if os.geteuid() != 0 or not Path("/dev/net/tun").exists() or shutil.which("ip") is None:
+        pytest.skip("network namespaces and TUN devices need root on Linux, and iproute2")
+    script = Path(__file__).parent.parent / "scripts" / "slow_link.py"
+    words = ["--delay", "0.03", "--steps", "8", "--json", "link.json"]
+    ended = subprocess.run(
+        [sys.executable, str(script), *words, *SMALL[1:]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    if "Operation not permitted" in ended.stderr:
+        pytest.skip("this system allows no network namespaces")
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads((tmp_path / "link.json").read_text())
+    assert found["same_weights"]
+    assert all(32 < count < 1024 for count in found["bytes_per_step"])
+    assert found["seconds_per_step"] > 2 * 0.03  # there and back
+
+
+def test_what_volunteers_would_do_is_computed_from_the_measured_bytes(tmp_path: Path) -> None:
+    """With a link that carries ten times the bytes of a step, exchanging takes more of the time."""
+    script = Path(__file__).parent.parent / "scripts" / "volunteers.py"
+    shares = []
+    for count in (400, 4000):
+        (tmp_path / "link.json").write_text(json.dumps({"bytes_per_step": [count, 1]}))
+        words = ["--link", "link.json", "--volunteers", "8", "--rows", "16", "--steps", "500"]
+        ended = subprocess.run(
+            [sys.executable, str(script), *words],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        line = ended.stdout.splitlines()[-1].split("|")
+        assert line[1:3] == [" 16 ", " 8 "]
+        shares.append(float(line[5].strip().rstrip("%")))
+    assert shares[0] < shares[1]

@@ -1,0 +1,159 @@
+"""Two ranks over a slow link: the same weights, bytes and seconds of a step.
+
+    sudo -E python scripts/slow_link.py [--rate 1000000] [--delay 0.1] [--steps 40] [KEY=VALUE ...]
+
+Each rank is a process in a network namespace of its own. What it sends goes through a TUN device to
+this script, which lets it out on the other side as a link of `--rate` bit/s and `--delay` seconds
+one way would, and counts it (IP packets, headers included). Needs Linux, root and iproute2. Bytes
+and seconds of a step are those of `--steps` steps less those of a quarter of them, over the rest.
+The same run by one process with the ranks' micro-batches must end with the same weights.
+"""
+
+import argparse
+import collections
+import fcntl
+import json
+import os
+import select
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+_TUNSETIFF, _TUN, _NO_PI = 0x400454CA, 0x0001, 0x1000  # linux/if_tun.h
+RUN = ["task=toy", "model=tiny-llama", "method=sparse_mezo", "lr=1e-3", "name=link", "device=cpu"]
+
+
+class Link:
+    """A cable between two network namespaces, with a rate and a delay in each direction."""
+
+    def __init__(self, rate: float, delay: float) -> None:
+        self.rate, self.delay = rate, delay
+        self.names = [f"smezo-{os.getpid()}-{side}" for side in (0, 1)]
+        self.sent = [0, 0]  # bytes, by sender
+        self._files: list[int] = []
+        self._stopping = False
+        for side, name in enumerate(self.names):
+            file = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+            device = f"smz{os.getpid() % 100000}{side}"
+            request = struct.pack("16sH", device.encode(), _TUN | _NO_PI)
+            fcntl.ioctl(file, _TUNSETIFF, request)
+            self._files.append(file)
+            _ip("netns", "add", name)
+            _ip("link", "set", device, "netns", name)
+            _ip("-n", name, "addr", "add", f"10.77.0.{side + 1}/24", "dev", device)
+            for one in (device, "lo"):
+                _ip("-n", name, "link", "set", one, "up")
+        self.devices = [f"smz{os.getpid() % 100000}{side}" for side in (0, 1)]
+        self._thread = threading.Thread(target=self._carry)
+        self._thread.start()
+
+    def _carry(self) -> None:
+        waiting: list[collections.deque[tuple[float, bytes]]] = [collections.deque() for _ in "ab"]
+        free = [0.0, 0.0]  # when the last packet has left the sender
+        while not self._stopping:
+            now = time.monotonic()
+            for side in (0, 1):
+                while waiting[side] and waiting[side][0][0] <= now:
+                    os.write(self._files[1 - side], waiting[side].popleft()[1])
+            due = [queue[0][0] - now for queue in waiting if queue]
+            ready, _, _ = select.select(self._files, [], [], max(0.0, min([0.05, *due])))
+            for file in ready:
+                side = self._files.index(file)
+                packet = os.read(file, 65536)
+                self.sent[side] += len(packet)
+                free[side] = max(free[side], time.monotonic()) + 8 * len(packet) / self.rate
+                waiting[side].append((free[side] + self.delay, packet))
+
+    def close(self) -> None:
+        """Take everything down."""
+        self._stopping = True
+        self._thread.join()
+        for file, name in zip(self._files, self.names, strict=True):
+            os.close(file)
+            _ip("netns", "del", name)
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True)
+
+
+def over(link: Link, words: list[str], folder: Path) -> tuple[list[int], float]:
+    """Both ranks to their end; bytes that each sent, and seconds of training."""
+    before = list(link.sent)
+    processes = []
+    for rank, name in enumerate(link.names):
+        (folder / str(rank)).mkdir(parents=True, exist_ok=True)
+        env = {
+            **os.environ,
+            **{"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"},
+            **{"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29511", "PYTHONPATH": str(ROOT)},
+            "GLOO_SOCKET_IFNAME": link.devices[rank],
+        }
+        start = ["ip", "netns", "exec", name, sys.executable, "-m", "smezo_cli.train", *words]
+        processes.append(subprocess.Popen(start, cwd=folder / str(rank), env=env))
+    if any([process.wait() for process in processes]):
+        sys.exit("a rank failed, see above")
+    found = result(folder / "0")
+    return [now - then for now, then in zip(link.sent, before, strict=True)], found["train_seconds"]
+
+
+def result(folder: Path) -> dict:
+    """result.json of the one run in a folder."""
+    (path,) = folder.glob("runs/link/*/result.json")
+    return json.loads(path.read_text())
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("--rate", type=float, default=1e6)
+    parser.add_argument("--delay", type=float, default=0.1)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("words", nargs="*")
+    asked = parser.parse_args()
+    if os.geteuid() != 0 or not Path("/dev/net/tun").exists():
+        sys.exit("network namespaces and TUN devices need root on Linux")
+    words = [*RUN, "batch_size=16", f"eval_every={asked.steps}", *asked.words]
+    few = asked.steps // 4
+    link = Link(asked.rate, asked.delay)
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            short = over(link, [*words, f"steps={few}", f"eval_every={few}"], folder / "short")
+            long = over(link, [*words, f"steps={asked.steps}"], folder / "long")
+            alone = [*words, f"steps={asked.steps}", "micro_batch_size=8"]
+            env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+            start = [sys.executable, "-m", "smezo_cli.train", *alone]
+            (folder / "one").mkdir()
+            subprocess.run(start, cwd=folder / "one", env=env, check=True)
+            mine, theirs = (result(folder / place) for place in ("long/0", "one"))
+    finally:
+        link.close()
+    steps = asked.steps - few
+    found = {
+        "rate_bits_per_s": asked.rate,
+        "delay_s": asked.delay,
+        "steps": steps,
+        "bytes_per_step": [(b - a) / steps for a, b in zip(short[0], long[0], strict=True)],
+        "seconds_per_step": (long[1] - short[1]) / steps,
+        "seconds_per_step_alone": theirs["train_seconds"] / asked.steps,
+        "bytes_of_the_rest": [
+            a - few * (b - a) / steps for a, b in zip(short[0], long[0], strict=True)
+        ],
+        "same_weights": mine["weights"] == theirs["weights"],
+    }
+    print(json.dumps(found, indent=1))
+    if asked.json is not None:
+        asked.json.write_text(json.dumps(found, indent=1) + "\n")
+    if not found["same_weights"]:
+        sys.exit("the weights differ")
+
+
+if __name__ == "__main__":
+    main()
