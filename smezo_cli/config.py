@@ -745,6 +745,7 @@ def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
         if "--help" in request.flags:
             print(_help(request), end="")
             return 0
+        ranks.check_launcher(request.overrides)
     except UserError as error:
         _say(str(error))
         return 2

@@ -604,7 +604,7 @@ class _Planner:
         compiled, keeps = self._passes(weights, num_queries)
         if compiled and self.device == "cpu":
             held["Numba"] = NUMBA
-        batch = self._rows(s.batch_size, self.train_tokens)
+        batch = self._micro_batch()
         # Thresholds chunk by chunk, unless every weight is active; the share of active weights by
         # the mask of one tensor.
         chunk = min(masks._CHUNK, largest) if s.sparsity else 0
@@ -626,6 +626,11 @@ class _Planner:
         saved = self._checked_together()
         found["self-check"] = saved * (self.dtype.itemsize + (_KEPT if keeps else 0)) + pair
         return held, found, 2 * num_queries
+
+    def _micro_batch(self) -> Sequence[Any]:
+        """The most rows that are computed together."""
+        s = self.settings
+        return self._rows(min(s.batch_size, s.micro_batch_size or s.batch_size), self.train_tokens)
 
     def _objective(self, scorer: Any, batch: Sequence[Any]) -> None:
         """The forwards of a step's objective, without what follows from their logits on a CPU."""
@@ -692,7 +697,7 @@ class _Planner:
 
         from smezo_cli.config import build
 
-        batch = self._rows(self.settings.batch_size, self.train_tokens)
+        batch = self._micro_batch()
         scorer = self._scorer()
         named = dict(self.traced.named_parameters())
         for name, parameter in named.items():

@@ -11,13 +11,18 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 from smezo_cli.errors import UserError
 from smezo_cli.settings import Settings, is_frozen
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
+
+# Who has died closes its connections, which is noticed at once. What may take long is one rank's
+# work alone: a checkpoint of a large model, or a trajectory that is applied again.
+_TIMEOUT = timedelta(hours=4)
 
 
 class RankLost(UserError):
@@ -67,6 +72,24 @@ def speaker() -> str | None:
     if local_rank() is None or os.environ["RANK"] == "0":
         return ""
     return None if _joined is None else f"rank {_joined.rank}: "
+
+
+def check_launcher(words: Iterable[str]) -> None:
+    """Refuse a launcher of a sweep that starts processes of its own.
+
+    Args:
+        words: of the command line.
+
+    Raises:
+        UserError: among ranks there is one.
+    """
+    for word in words:
+        key, _, name = word.partition("=")
+        if key == "hydra/launcher" and name != "basic" and local_rank() is not None:
+            raise UserError(
+                f"{word} starts processes of its own, and torchrun's ranks are there already: "
+                "leave hydra/launcher out, or start without torchrun."
+            )
 
 
 def _check(settings: Settings, size: int) -> None:
@@ -120,7 +143,7 @@ class Ranks:
         # Numbers go over gloo from the host, where losses are read anyway.
         self._device = torch.device("cpu" if backend == "gloo" else f"cuda:{local_rank()}")
         try:
-            distributed.init_process_group(backend)
+            distributed.init_process_group(backend, timeout=_TIMEOUT)
         except (RuntimeError, ValueError) as error:
             raise RankLost(
                 f"rank {self.rank} cannot join the others ({_first_line(error)}): see torchrun's "

@@ -133,6 +133,7 @@ class _Run:
         self.settings, self.folder, self.console, self.stop = settings, folder, console, stop
         self.config, self.team, self._as_it_came = plain(cfg), team, False
         self._rank_peaks: list[int] | None = None
+        self._world_size = 1 if team is None else team.size
         self.objective: str = settings.method.get("objective", "loss")
         self.recipes = recipes()
         self.device = torch.device(device_name)
@@ -665,12 +666,10 @@ class _Run:
             loggers.append(WandbLogger(self.settings.logger, self.folder.path, self.config))
         return loggers
 
-    def _evaluate(
-        self, rows: Any, split: str, prompt: int | None = None, alone: bool = False
-    ) -> "Evaluation":
+    def _evaluate(self, rows: Any, split: str, prompt: int | None = None) -> "Evaluation":
         from smezo_cli.loop import evaluate
 
-        team = None if alone else self.team
+        team = self.team
         if team is not None:
             prompt = self.state.notes["prompt"] if prompt is None else prompt
             step = 0 if self._as_it_came else getattr(self.method, "num_steps", 0)
@@ -706,6 +705,12 @@ class _Run:
             prompt = self.state.notes["prompt"]
             self.team.take_steps(step, until, queries, prompt=prompt)
 
+    def _dismiss(self, team: "Ranks") -> None:
+        """Let the followers go, for what is left is this rank's."""
+        self._rank_peaks = [self.memory.read(), *team.peaks()[1:]]
+        team.leave()
+        self.team = None
+
     def _have_best(self, team: "Ranks", step: int) -> bool:
         """Have all ranks the weights of a step, the tested one?"""
         if step == self.state.step:
@@ -723,16 +728,16 @@ class _Run:
                 "with if_exists=fresh."
             )
         self._put_best(method, self.state.best_step)
-        # Followers that do not see the folder have the last weights alone.
-        alone = self.team is not None and not self._have_best(self.team, self.state.best_step)
-        found = self._evaluate(self.test, "test", alone=alone)
-        if self.team is not None:
-            self._rank_peaks = [self.memory.read(), *self.team.peaks()[1:]]
+        if self.team is not None and not self._have_best(self.team, self.state.best_step):
+            self._dismiss(self.team)  # they do not see the folder: they have the last weights alone
+        found = self._evaluate(self.test, "test")
         scores = self.folder.load_scores()
         shape = (len(self.dev), *found.scores.shape[1:])
         is_classes = found.kind == "classification"
         if "dev" not in scores or (is_classes and scores["dev"].shape != shape):  # it was damaged
-            scores["dev"] = self._evaluate(self.dev, "dev", alone=alone).scores
+            scores["dev"] = self._evaluate(self.dev, "dev").scores
+        if self.team is not None:
+            self._dismiss(self.team)
         return self._report(found, scores["dev"])
 
     def _report(self, found: "Evaluation", dev_scores: "Tensor") -> dict[str, Any]:
@@ -830,7 +835,7 @@ class _Run:
             "batch_size": s.batch_size,
             "micro_batch_size": self._micro_batch_size(),
             "rank": 0,
-            "world_size": 1 if self.team is None else self.team.size,
+            "world_size": self._world_size,
             "query_ranks": s.query_ranks,
             "rank_peak_memory_bytes": self._rank_peaks,
             "steps": s.steps,

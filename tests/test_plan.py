@@ -376,3 +376,17 @@ def test_the_moments_of_mezo_adam_are_those_of_a_step() -> None:
     assert found.resident["optimizer state"] == state == 8 * WEIGHTS
     assert found.disk == 2 * 4 * WEIGHTS + state
     assert found.disk_peak == 4 * 4 * WEIGHTS + 2 * state
+
+
+@pytest.mark.parametrize("method", ["sparse_mezo", "adamw"])
+def test_micro_batches_need_the_activations_of_their_rows(method: str) -> None:
+    """Those of a run whose whole batch has so few rows."""
+    whole, parts, few = (
+        planned(f"method={method}", *words).peak
+        for words in (
+            ["batch_size=64"],
+            ["batch_size=64", "micro_batch_size=2"],
+            ["batch_size=2"],
+        )
+    )
+    assert parts == few < whole

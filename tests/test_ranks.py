@@ -29,7 +29,7 @@ from test_train import (
     until,
 )
 
-from smezo_cli import ranks
+from smezo_cli import follower, ranks, train
 from smezo_cli.config import compose
 from smezo_cli.errors import UserError
 from smezo_cli.settings import check
@@ -242,6 +242,13 @@ def test_ranks_with_other_data_are_refused(tmp_path: Path) -> None:
     assert "rank 1: task.data=my.jsonl" in ended[0].err
 
 
+def as_rank(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Rank 0 of so many, as torchrun says it."""
+    for name, value in (("RANK", 0), ("WORLD_SIZE", size), ("MASTER_PORT", 1)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+
+
 def settings_of(*words: str) -> Any:
     steps = [] if "method=zero_shot" in words else RUN[5:]
     return check(compose(["task=toy", "model=tiny-opt", "method=mezo", *steps, *words]))
@@ -262,9 +269,7 @@ def settings_of(*words: str) -> Any:
 def test_what_ranks_cannot_share_is_refused(
     words: list[str], size: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in (("RANK", 0), ("WORLD_SIZE", size), ("MASTER_PORT", 1)):
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    as_rank(monkeypatch, size)
     monkeypatch.setattr(ranks.Ranks, "__init__", lambda *_: None)  # no others to wait for
     with pytest.raises(UserError, match=message):
         ranks.join(settings_of(*words))
@@ -342,3 +347,37 @@ def test_what_volunteers_would_do_is_computed_from_the_measured_bytes(tmp_path: 
         assert line[1:3] == [" 16 ", " 8 "]
         shares.append(float(line[5].strip().rstrip("%")))
     assert shares[0] < shares[1]
+
+
+def blind() -> None:
+    """This machine does not see rank 0's folder."""
+
+    def missing(path: Path) -> None:
+        raise UserError(f"{path} cannot be read")
+
+    follower.Saved = missing  # type: ignore[assignment,misc]  # in this process alone
+
+
+@pytest.mark.parametrize("faults", [[], [blind]], ids=["seen", "unseen"])
+def test_the_best_weights_are_tested_where_they_are_not_the_last(
+    faults: list[Any], tmp_path: Path
+) -> None:
+    """By all ranks that have them: those of rank 0's folder, or by rank 0 alone."""
+    words = [*METHODS["mezo"], *RUN, "lr=0.3"]
+    with Group(2, words, tmp_path / "many", faults=faults) as group:
+        assert [one.code for one in group.wait()] == [0, 0]
+    assert smezo([*words, "micro_batch_size=4"], tmp_path / "one").code == 0
+    many, one = (result_of(run_folder(tmp_path / name)) for name in ("many", "one"))
+    assert one["dev"]["best"]["step"] < one["step"]
+    assert many["test"] == one["test"]
+    assert many["weights"] == one["weights"]
+    assert len(many["rank_peak_memory_bytes"]) == 2
+
+
+def test_launchers_of_processes_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each of their workers would take itself for the rank that started it."""
+    as_rank(monkeypatch, 2)
+    assert train.main(["--multirun", "hydra/launcher=joblib", "seed=0,1"]) == 2
+    assert "hydra/launcher=joblib starts processes of its own" in capsys.readouterr().err
