@@ -508,7 +508,7 @@ class StopRequest:
 
     def __init__(self, say: Callable[[str], None], patient: bool = True) -> None:
         self._say = say
-        self.asked = False
+        self.asked = self._ending = False
         self.patient = patient  # False while nothing is to be saved: a signal stops at once
 
     def __enter__(self) -> "StopRequest":
@@ -520,8 +520,10 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
+        if self._ending:  # Ctrl-C comes twice to a job of a sweep (see sweep.py)
+            return
         if not self.patient:
-            self.asked = True
+            self.asked = self._ending = True
             raise KeyboardInterrupt
         if not self.asked:
             self.asked = True
