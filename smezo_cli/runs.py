@@ -534,13 +534,18 @@ class StopRequest:
 
 
 class PeakMemory:
-    """Peak bytes of this run alone: allocator statistics on CUDA, resident memory elsewhere."""
+    """Peak bytes of this run alone: allocator statistics on CUDA, resident memory elsewhere.
+
+    In a process that held another run, resident memory includes the libraries which that one
+    loaded; nothing gives them back. So a sweep's jobs have processes of their own (sweep.py).
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         gc.collect()  # a run before this one may have left its tensors in cycles
         if device.type == "cuda":
             torch.cuda.set_device(device)  # which also starts CUDA
+            torch.cuda.empty_cache()  # a block kept from before may be larger than what it serves
             torch.cuda.reset_peak_memory_stats(device)
         else:
             allocator.give_back()  # what a run before this one has freed
