@@ -16,6 +16,7 @@ import pkgutil
 import re
 import shlex
 import shutil
+import signal
 import string
 import sys
 import tempfile
@@ -32,7 +33,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from smezo_cli import ranks
+from smezo_cli import fork, ranks
 from smezo_cli.errors import UserError
 from smezo_cli.intake import check_folder
 from smezo_cli.redaction import redacted
@@ -736,6 +737,7 @@ _BY_SEVERITY = (0, 2, 1)  # done, refused, crashed
 def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
     """Check a command line, then let Hydra call `run` once, or for each job of a sweep.
 
+    Jobs of a sweep have processes of their own (smezo_cli/fork.py), unless torch is loaded here.
     A job that fails does not stop the others. Returns 0, 1 (a crash), 2 (the user's or the
     machine's fault) or 130 (interrupted); of a sweep the worst, of one in worker processes that of
     its first job that failed.
@@ -756,21 +758,35 @@ def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
     said = io.StringIO()
     parent = os.getpid()
 
-    def job(cfg: DictConfig) -> object:
+    def attempt(cfg: DictConfig) -> int:
         try:
             _redact_sweep()
-            return run(cfg)
+            run(cfg)
         except UserError as error:
             _say(f"{_which_job()}{error}")
-            code = 2
+            return 2
         except Exception:  # the boundary of a job: the other jobs of a sweep go on
             traceback.print_exc()
             _say(f"{_which_job()}crashed; the error is above.")
-            code = 1
-        if os.getpid() != parent:
+            return 1
+        return 0
+
+    def job(cfg: DictConfig) -> None:
+        if _is_sweep() and fork.can_fork():
+            code = fork.in_own_process(partial(attempt, cfg))
+            if code < 0:
+                name = signal.Signals(-code).name
+                _say(
+                    f"{_which_job()}ended by {name}"
+                    f"{' (is there memory enough?)' if name == 'SIGKILL' else ''}; "
+                    "the same command goes on from what it saved."
+                )
+                code = 1
+        else:
+            code = attempt(cfg)
+        if code and os.getpid() != parent:
             raise JobFailed(code)
         codes.append(code)
-        return None
 
     try:
         start = hydra.main(
@@ -807,12 +823,19 @@ def _say(text: str) -> None:
         print(f"smezo: {who}{redacted(text)}", file=sys.stderr, flush=True)
 
 
-def _redact_sweep() -> None:
-    """Take secrets out of the multirun.yaml that Hydra has written of the command line."""
+def _is_sweep() -> bool:
+    """Does the job that runs now belong to a sweep?"""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    if HydraConfig.get().mode != RunMode.MULTIRUN:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def _redact_sweep() -> None:
+    """Take secrets out of the multirun.yaml that Hydra has written of the command line."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if not _is_sweep():
         return
     file = Path(HydraConfig.get().sweep.dir) / "multirun.yaml"
     if not file.is_file():
@@ -843,9 +866,8 @@ def _as_command_line(argv: Sequence[str]) -> Iterator[None]:
 def _which_job() -> str:
     """Say "job 2 (seed=1): " in a sweep, nothing in a single run."""
     from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
 
-    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+    if not _is_sweep():
         return ""
     node = HydraConfig.get()
     return f"job {node.job.num} ({' '.join(node.overrides.task)}): "

@@ -509,7 +509,7 @@ class StopRequest:
 
     def __init__(self, say: Callable[[str], None], patient: bool = True) -> None:
         self._say = say
-        self.asked = False
+        self.asked = self._ending = False
         self.patient = patient  # False while nothing is to be saved: a signal stops at once
 
     def __enter__(self) -> "StopRequest":
@@ -521,8 +521,10 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
+        if self._ending:  # Ctrl-C comes twice to a job of a sweep (see fork.py)
+            return
         if not self.patient:
-            self.asked = True
+            self.asked = self._ending = True
             raise KeyboardInterrupt
         if not self.asked:
             self.asked = True
@@ -533,13 +535,18 @@ class StopRequest:
 
 
 class PeakMemory:
-    """Peak bytes of this run alone: allocator statistics on CUDA, resident memory elsewhere."""
+    """Peak bytes of this run alone: allocator statistics on CUDA, resident memory elsewhere.
+
+    In a process that held another run, resident memory includes the libraries which that one
+    loaded; nothing gives them back. So a sweep's jobs have processes of their own (fork.py).
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         gc.collect()  # a run before this one may have left its tensors in cycles
         if device.type == "cuda":
             torch.cuda.set_device(device)  # which also starts CUDA
+            torch.cuda.empty_cache()  # a block kept from before may be larger than what it serves
             torch.cuda.reset_peak_memory_stats(device)
         else:
             allocator.give_back()  # what a run before this one has freed

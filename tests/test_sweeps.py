@@ -4,8 +4,12 @@ import importlib.util
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +209,129 @@ def test_jobs_side_by_side_end_with_the_code_of_the_one_that_failed(tmp_path: Pa
     assert "Traceback" not in ended.stderr
     pids = [(tmp_path / f"{seed}.pid").read_text() for seed in (0, 1, 2)]
     assert len(set(pids)) > 1
+
+
+ONE_AFTER_THE_OTHER = """
+import os, pathlib, signal, sys, time
+from smezo_cli.config import launch
+
+def run(cfg):
+    sys.modules["torch"] = None  # what a job loads; the next must not see it
+    pathlib.Path(f"{cfg.seed}.pid").write_text(str(os.getpid()))
+    if cfg.seed == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if cfg.seed == 2:
+        time.sleep(100)
+
+assert "torch" not in sys.modules
+sys.exit(launch(["-m", "task=toy", *sys.argv[1:]], run))
+"""
+
+
+@contextmanager
+def one_after_the_other(words: str) -> Iterator[subprocess.Popen[str]]:
+    """A sweep in a session of its own, of jobs that load nothing: 1 is killed, 2 takes long."""
+    with subprocess.Popen(
+        [sys.executable, "-c", ONE_AFTER_THE_OTHER, *words.split()],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as sweep:
+        try:
+            yield sweep
+        finally:
+            sweep.kill()
+
+
+def pid_of(seed: int) -> int:
+    """Of a job, once it runs."""
+    path, end = Path(f"{seed}.pid"), time.monotonic() + 60
+    while not (path.is_file() and (text := path.read_text())):
+        assert time.monotonic() < end, "the job does not start"
+        time.sleep(0.01)
+    return int(text)
+
+
+def test_a_job_that_is_killed_does_not_stop_the_others() -> None:
+    """For want of memory, say. It is named with its words, and the exit code is 1."""
+    with one_after_the_other("seed=0,1,3") as sweep:
+        _, err = sweep.communicate(timeout=60)
+    said = "smezo: job 1 (task=toy seed=1): ended by SIGKILL (is there memory enough?); the same "
+    assert err == said + "command goes on from what it saved.\n"
+    assert sweep.returncode == 1
+    assert len({sweep.pid, *(pid_of(seed) for seed in (0, 1, 3))}) == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("to", ["the sweep", "its group, as a terminal does", "its job"])
+def test_a_stopped_sweep_leaves_no_job_behind(to: str, number: signal.Signals) -> None:
+    """No traceback, 130, and no job after the one that was stopped."""
+    if (to, number) == ("its job", signal.SIGTERM):
+        pytest.skip("a job takes that for a wish once its run has begun, which these have not")
+    with one_after_the_other("seed=2,3") as sweep:
+        job = pid_of(2)
+        if to.startswith("its group"):
+            os.killpg(sweep.pid, number)
+        else:
+            os.kill(job if to == "its job" else sweep.pid, number)
+        out, err = sweep.communicate(timeout=60)
+    assert (out, err, sweep.returncode) == ("", "", 130)
+    assert not Path("3.pid").exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(job, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the child of a killed parent")
+def test_a_killed_sweep_takes_its_job_along() -> None:
+    """Else the job would hold its run folder, and the same command would be refused."""
+    with one_after_the_other("seed=2,3") as sweep:
+        job = pid_of(2)
+        sweep.kill()
+        sweep.wait(60)
+        end = time.monotonic() + 60
+        while True:
+            try:
+                state = Path(f"/proc/{job}/stat").read_text().rpartition(")")[2].split()[0]
+            except FileNotFoundError:
+                break
+            if state == "Z":  # nobody here may be there to take it up
+                break
+            assert time.monotonic() < end, "the job goes on"
+            time.sleep(0.01)
+
+
+def test_a_job_of_a_sweep_is_a_run_of_its_own_its_memory_included() -> None:
+    """Numba and LLVM, which the first job loads, are no memory of the second: they have 170 MiB.
+
+    16 MiB is what the C library and the kernel may do in one process and not in the other.
+    """
+    recipe = Path("own/recipe/toy-tiny-opt-mezo.yaml")
+    recipe.parent.mkdir(parents=True)
+    recipe.write_text("# @package _global_\ncompile: true\n")
+    words = f"train {SMALL} --config-dir own method=mezo lr=1e-3 steps=2 eval_every=1"
+    peaks, folders = [], []
+    for more in ("name=swept -m model=tiny-opt,tiny-llama", "name=alone model=tiny-llama"):
+        command = [sys.executable, "-m", "smezo_cli", *shlex.split(words), *more.split()]
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        ended = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert (ended.returncode, ended.stderr) == (0, "")
+        if more.startswith("name=swept"):
+            assert "passes  numba" in ended.stdout.lower()
+        folders.append(
+            next(Path("runs", more.split()[0].removeprefix("name=")).glob("*tiny-llama*"))
+        )
+        peaks.append(result_of(folders[-1])["peak_memory_bytes"])
+    swept, alone = folders
+    assert abs(peaks[0] - peaks[1]) < 16 << 20, [peak >> 20 for peak in peaks]
+    assert records_of(swept) == records_of(alone)
+    assert kept(swept) == kept(alone)
+    for name in [n for n in kept(alone) if n != "state.json"]:
+        mine, theirs = ((f / "checkpoint" / name).read_bytes() for f in (swept, alone))
+        assert mine == theirs, name
+    for key in ("test", "zero_shot", "dev", "weights"):
+        assert result_of(swept)[key] == result_of(alone)[key]
 
 
 def test_what_a_job_leaves_behind_changes_no_number_of_the_next() -> None:
