@@ -532,14 +532,19 @@ class StopRequest:
 
 
 class PeakMemory:
-    """Peak bytes of this run alone: allocator statistics on CUDA, resident memory elsewhere."""
+    """Peak bytes of this run alone: allocator statistics on CUDA, resident memory elsewhere.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    Args:
+        devices: where the model may lie; of several GPUs it is the sum of their peaks.
+    """
+
+    def __init__(self, *devices: torch.device) -> None:
+        self._devices = devices
         gc.collect()  # a run before this one may have left its tensors in cycles
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # which also starts CUDA
-            torch.cuda.reset_peak_memory_stats(device)
+        if devices[0].type == "cuda":
+            torch.cuda.set_device(devices[0])  # which also starts CUDA
+            for device in devices:
+                torch.cuda.reset_peak_memory_stats(device)
         else:
             allocator.give_back()  # what a run before this one has freed
             # Linux keeps the peak of the process; 5 sets it back to the present (see proc(5)).
@@ -548,8 +553,8 @@ class PeakMemory:
 
     def read(self) -> int:
         """Bytes."""
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
+        if self._devices[0].type == "cuda":
+            return sum(torch.cuda.max_memory_allocated(device) for device in self._devices)
         with contextlib.suppress(OSError):
             for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
                 if line.startswith("VmHWM:"):
