@@ -15,6 +15,7 @@ from accelerate import dispatch_model
 from several_devices import two_devices
 from torch import Tensor
 
+from smezo_cli import bench
 from smezo_cli import device as devices
 from smezo_cli import placement
 from smezo_cli.config import compose
@@ -23,6 +24,7 @@ from smezo_cli.errors import UserError
 from smezo_cli.job import Job
 from smezo_cli.model import build_meta
 from smezo_cli.placement import devices_of_modules
+from smezo_cli.plan import plan
 from smezo_cli.settings import check, digest
 
 GB = 10**9
@@ -60,6 +62,14 @@ def test_four_bits_lie_on_one_gpu() -> None:
     words = ["model=opt-125m", "method=mezo_lora", "+model.quantization=4bit"]
     with pytest.raises(UserError, match="4-bit weights lie on one GPU"):
         check(compose([*SMALL, *words, "+model.device_map=auto"]))
+
+
+def test_what_knows_one_device_alone_says_so() -> None:
+    settings = line("+model.device_map=auto")
+    with pytest.raises(UserError, match="smezo plan knows one device"):
+        plan(settings, capacity=GB)
+    with pytest.raises(UserError, match="smezo bench measures on one device"):
+        bench.main(["model=tiny-llama", "+model.device_map=auto"])
 
 
 def test_a_map_is_no_part_of_what_is_asked() -> None:
