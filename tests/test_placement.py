@@ -15,9 +15,8 @@ from accelerate import dispatch_model
 from several_devices import two_devices
 from torch import Tensor
 
-from smezo_cli import bench
+from smezo_cli import bench, placement
 from smezo_cli import device as devices
-from smezo_cli import placement
 from smezo_cli.config import compose
 from smezo_cli.device import all_devices, choose_device
 from smezo_cli.errors import UserError
