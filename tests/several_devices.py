@@ -125,6 +125,7 @@ def two_devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[torch.device,
     run_second = Turns._run_second
 
     def inside(*args: Any) -> Any:
+        torch._C._set_only_lift_cpu_tensors(True)  # a thread has its own
         with _Factories():
             return run_second(*args)
 
