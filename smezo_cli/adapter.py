@@ -228,7 +228,11 @@ class Prefix:
         encoder: Any = PrefixEncoder(self._config)
         weight = encoder.embedding.weight
         with torch.no_grad():  # (tokens, layers * 2 * heads * size), as peft lays it out
-            values = torch.stack([t[0].transpose(0, 1) for t in first], dim=1).reshape(weight.shape)
+            each = [t[0].transpose(0, 1).to(model.device) for t in first]
+            values = torch.stack(each, dim=1).reshape(weight.shape)
+        devices = [t.device for t in first[::2]]
+        #: of the layers, where they lie on several
+        self._devices = devices if len(set(devices)) > 1 else None
         encoder.embedding.weight = nn.Parameter(values.clone())
         model.requires_grad_(False)
         self._encoder, self._model = encoder, model
@@ -268,6 +272,8 @@ class Prefix:
             key, value = (
                 values[2 * layer + k][None].expand(batch_size, -1, -1, -1) for k in (0, 1)
             )
+            if self._devices is not None:
+                key, value = (t.to(self._devices[layer]) for t in (key, value))
             cache.update(key, value, layer)
 
     @property

@@ -81,6 +81,8 @@ def main(words: Sequence[str]) -> int:
         raise UserError(f"--json {out}: {what}; name a file in a folder that is there.")
     settings, length = _settings(given.overrides)
     _check_length(settings, max([length, *_GROW_LENGTHS] if given.grow else [length]))
+    if settings.model["device_map"] is not None:
+        raise UserError("smezo bench measures on one device: leave model.device_map out.")
     device = choose_device(settings.device)
     try:
         result = _measure(settings, length, device, given.rounds, given.only, given.grow)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import shlex
@@ -93,6 +94,7 @@ def main(verb: str, words: Sequence[str]) -> int:
 
 # Settings that may differ from those of the training: of the task, what rows there are.
 _MAY_CHANGE = ("task", "device", "dtype", "compute_dtype")
+_WHERE = "model.device_map"  # may change, and come where there was none
 _SAME_BITS = ("compile",)  # may change where steps are applied again: their bits do not
 _OF_THE_TRAINING = ("name", "kind", "source", "prompt", "prompts", "masked", "option_template")
 
@@ -167,15 +169,15 @@ def _change(cfg: DictConfig, word: str, may_change: Sequence[str]) -> None:
     if not equals:
         raise UserError(f"{shlex.quote(word)} is not of the form KEY=VALUE, such as device=cpu.")
     top, *inside = key.split(".")
-    allowed = top in _MAY_CHANGE or key in may_change
+    allowed = top in _MAY_CHANGE or key in (*may_change, _WHERE)
     if not allowed or key == "task" or (inside and inside[0] in _OF_THE_TRAINING):
         raise UserError(
             f"{key}: a trained run keeps this setting; what may change is which rows it sees (such "
-            "as task.num_test or task.data_dir), device, dtype and compute_dtype."
+            "as task.num_test or task.data_dir), device, model.device_map, dtype and compute_dtype."
         )
     parent = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else cfg
     name = key.rpartition(".")[2]
-    if not isinstance(parent, DictConfig) or name not in parent:
+    if not isinstance(parent, DictConfig) or (name not in parent and key != _WHERE):
         options = list(parent) if isinstance(parent, DictConfig) else []
         raise UserError(f"there is no setting {key}{near(name, map(str, options))}.")
     try:
@@ -314,7 +316,7 @@ def evaluate(words: Sequence[str]) -> int:
         from smezo_cli.loop import evaluate as evaluate_rows
         from smezo_cli.tasks.base import fingerprint
 
-        device = choose_device(settings.device)
+        device = choose_device(settings.device, settings.model["device_map"])
         if given.overrides and given.out is None:
             raise UserError(
                 f"{given.overrides[0]}: predictions under other settings need a file of their own: "
@@ -411,7 +413,7 @@ def export(words: Sequence[str]) -> int:
         from smezo_cli.job import Job
 
         _say_code(settings, print)
-        job = Job(settings, _copying(settings), lambda line: None, with_rows=False)
+        job = Job(*_copying(settings), lambda line: None, with_rows=False)
         _check_model(state, job, [], given.run)
         step = _trained(folder, state, job, given.step, print)
         size = _save_model(job, target, cfg)
@@ -450,14 +452,17 @@ def _save_model(job: "Job", target: Path, cfg: DictConfig) -> int:
     return size
 
 
-def _copying(settings: Settings) -> str:
-    """The device on which weights are copied: the CPU will do, wherever the run was trained.
+def _copying(settings: Settings) -> tuple[Settings, str]:
+    """For a job in which weights are copied: on the CPU, wherever the run was trained.
 
     Unless they are in 4 bits, which are made on the device that they are for.
     """
     from smezo_cli.device import choose_device
 
-    return choose_device(settings.device) if settings.model["quantization"] else "cpu"
+    if settings.model["quantization"]:
+        return settings, choose_device(settings.device)
+    model = settings.model | {"device_map": None}
+    return dataclasses.replace(settings, model=model), "cpu"
 
 
 def _shown_bytes(size: int) -> str:
@@ -484,7 +489,7 @@ def _export_delta(run: str, target: Path, step: int | None) -> int:
         if chosen not in noted:
             from smezo_cli.job import Job
 
-            job = Job(settings, _copying(settings), lambda line: None, with_rows=False)
+            job = Job(*_copying(settings), lambda line: None, with_rows=False)
             _trained(folder, state, job, chosen, print)
             noted[chosen] = tensors_digest(job.build_method().trained)
         result = folder.result() or {}
@@ -545,7 +550,8 @@ def predict(words: Sequence[str]) -> int:
         prompt = _prompt(state)
         rows = unlabelled(settings.task, prompt, files[0] if files else fields)
         _say_code(settings, console.say)
-        job = Job(settings, choose_device(settings.device), lambda line: None, with_rows=False)
+        device = choose_device(settings.device, settings.model["device_map"])
+        job = Job(settings, device, lambda line: None, with_rows=False)
         _check_model(state, job, overrides, given.run)
         _trained(folder, state, job, None, console.say)
         encoded = job.encode(rows, prompt)
@@ -615,7 +621,7 @@ def _replay(
     from smezo_cli.trajectory import replay as apply
 
     console = Console()
-    device = choose_device(settings.device)
+    device = choose_device(settings.device, settings.model["device_map"])
     _say_code(settings, console.say)
     job = Job(settings, device, console.say, with_rows=given.split != "none")
     method = _replayed(job, records, given.source)

@@ -63,7 +63,9 @@ def follow(settings: Settings, team: Ranks) -> None:
         team.asked = lambda: stop.asked
         try:
             try:
-                follower = Follower(settings, team, choose_device(settings.device, local_rank()))
+                follower = Follower(
+                    settings, team, choose_device(settings.device, None, local_rank())
+                )
                 said, error = facts(follower.job, settings), None
             except UserError as problem:
                 said, error = {}, str(problem)

@@ -37,7 +37,7 @@ class Job:
 
     Args:
         settings: checked ones.
-        device: "cpu", "cuda" or "cuda:N".
+        device: "cpu", "cuda" or "cuda:N"; of a model that is spread one of its devices.
         say: receives a line about the data and one about the model.
         with_rows: False leaves the data alone; then there is no `task` and there are no `prompts`.
 
@@ -82,7 +82,15 @@ class Job:
             None if compute == self.dtype else compute,
             places_before=self.adapter.num_places if self.adapter else 0,
         )
-        say(f"  model   {settings.model['name']}, {total / 1e6:.1f} M weights")
+        where = f", on {', '.join(sorted({*self.device_map.values()}))}" if self.device_map else ""
+        say(f"  model   {settings.model['name']}, {total / 1e6:.1f} M weights{where}")
+
+    @property
+    def device_map(self) -> dict[str, str] | None:
+        """The device of each module, where the model lies on several."""
+        places: Mapping[str, Any] = getattr(self.model, "hf_device_map", None) or {}
+        found = {name: str(place) for name, place in places.items()}
+        return found if len(set(found.values())) > 1 else None
 
     def _load_task(self, say: Callable[[str], None]) -> None:
         settings = self.settings

@@ -40,7 +40,7 @@ from transformers import (
 from transformers.utils.import_utils import is_bitsandbytes_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from smezo_cli import assets, intake
+from smezo_cli import assets, intake, placement
 from smezo_cli.errors import UserError
 
 # Raise it when `_convert` writes something else: what an older version wrote is converted anew.
@@ -71,8 +71,9 @@ def load_model(
     `cfg` is the model node: one of `package`, `path`, `tiny`; `family`, `attention`, `bos_token`;
     `config`, the numbers of its architecture, which a checkpoint has to agree with; `max_length` in
     tokens, which becomes the tokenizer's limit; `quantization`, null or 4bit: its linear layers but
-    the head are then in 4 bits, and multiply in `compute_dtype` (None: `dtype`). The tokenizer has
-    a padding token. The commit that came from the hub is `model.config._commit_hash`.
+    the head are then in 4 bits, and multiply in `compute_dtype` (None: `dtype`); `device_map`, null
+    or as :mod:`smezo_cli.placement` has it, which then counts in place of `device`. The tokenizer
+    has a padding token. The commit that came from the hub is `model.config._commit_hash`.
     Raises `UserError` for what cannot be found, fetched or read, or is another model.
     """
     routes = [key for key in ("package", "path", "tiny") if cfg.get(key) is not None]
@@ -117,6 +118,15 @@ def load_model(
     placed: Any = model  # its `to` and `eval` have no types
     if quantized:  # on its device already
         return placed.eval(), tokenizer
+    if (device_map := cfg.get("device_map")) is not None:
+        # Where transformers has put the weights, that was found before any was read.
+        places = getattr(model, "hf_device_map", None)
+        places = places or placement.devices_of_modules(model, device_map)
+        if len(set(places.values())) > 1:
+            with quiet():
+                placement.spread(model, places)
+            return placed.eval(), tokenizer
+        device = next(iter(places.values()))
     return placed.to(device).eval(), tokenizer
 
 
@@ -323,6 +333,13 @@ def _pretrained(
     loading = {"dtype": dtype, "attn_implementation": cfg["attention"], **common, **quantized}
     if "gguf_file" in common:
         return _from_gguf(_auto(cfg), where, **loading), tokenizer
+    if (device_map := cfg.get("device_map")) is not None:  # each weight goes to its device at once
+        code = {"trust_remote_code": common["trust_remote_code"]}
+        with torch.device("meta"):
+            shapes = _auto(cfg).from_config(
+                config, dtype=dtype, attn_implementation=cfg["attention"], **code
+            )
+        loading["device_map"] = placement.devices_of_modules(shapes, device_map)
     # From safetensors alone, never from a pickle.
     model: PreTrainedModel = _auto(cfg).from_pretrained(where, use_safetensors=True, **loading)
     if isinstance(where, str):

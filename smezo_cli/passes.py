@@ -9,6 +9,7 @@ fit the cache. All give the same bits.
 """
 
 import functools
+import itertools
 import os
 import types
 import warnings
@@ -29,6 +30,7 @@ from smezo_cli.masks import RULES
 # size at which torch splits an operation over threads); a GPU wants few launches.
 _CHUNK = {"cpu": 1 << 15}
 _CHUNK_ACCELERATOR = 1 << 22
+_numbers = itertools.count()  # of what was compiled
 
 
 # Pairs per thread below which another thread costs more than it saves.
@@ -678,9 +680,23 @@ def _halves(flat: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
 
 
 def _compile(function: types.FunctionType) -> Callable[..., Tensor]:
+    """``torch.compile`` for each device that the first argument comes from."""
+    made: dict[torch.device, Callable[..., Tensor]] = {}
+
+    def compiled(*tensors: Tensor | None) -> Tensor:
+        assert tensors[0] is not None
+        device = tensors[0].device
+        if device not in made:
+            made[device] = _compile_alone(function)
+        return made[device](*tensors)
+
+    return compiled
+
+
+def _compile_alone(function: types.FunctionType) -> Callable[..., Tensor]:
     """``torch.compile`` under a code object of its own: recompilations are limited per object."""
     own = types.FunctionType(
-        function.__code__.replace(co_name=f"{function.__name__}_{id(function)}"),
+        function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}"),
         function.__globals__,
         function.__name__,
         function.__defaults__,

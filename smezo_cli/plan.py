@@ -380,6 +380,11 @@ def plan(settings: Settings, *, capacity: int | None = None, tokens: int | None 
     Raises:
         UserError: an architecture or a device that is not known here, a method without a plan.
     """
+    if settings.model["device_map"] is not None:
+        raise UserError(
+            "smezo plan knows one device: leave model.device_map out, and compare the weights that "
+            "it says with the memory of all GPUs."
+        )
     device = _device(settings, capacity)
     return _Planner(settings, device, capacity or _capacity(settings, device), tokens).plan()
 

@@ -42,8 +42,9 @@ def only_rows(module: nn.Module, rows: Tensor) -> Iterator[None]:
 
     Args:
         module: owns ``weight`` (out, in) and perhaps ``bias`` (out,).
-        rows: int64 (r,) on the weight's device.
+        rows: int64 (r,).
     """
+    rows = rows.to(module.get_parameter("weight").device)
     inner = module.forward
     held = module.__dict__.get("forward")
 
@@ -165,7 +166,8 @@ class FunctionalProbe:
                 moved: dict[str, Any]
                 if by_row:
                     padding = module.padding_idx
-                    rows, args = renumbered(args[0])
+                    # Of a model on several devices what moves them is in the inner forward.
+                    rows, args = renumbered(args[0].to(own["weight"].device))  # type: ignore[union-attr]  # owners have it
                     module.padding_idx = None  # type: ignore[assignment]  # a position of the old numbering
                     moved = {"weight": mover.rows(own["weight"], rows)}  # type: ignore[arg-type]  # owners have it
                 elif only_rows is not None:

@@ -100,6 +100,11 @@ def _check(settings: Settings, size: int) -> None:
         raise UserError(
             f"method={name} {why}: ranks exchange losses alone, so start it without torchrun."
         )
+    if settings.model["device_map"] is not None:
+        raise UserError(
+            "model.device_map spreads the model of one process, and every rank would take the "
+            "same GPUs: start it without torchrun, or leave model.device_map out."
+        )
     if size % of_queries:
         raise UserError(
             f"query_ranks={of_queries}: the {size} ranks must be a multiple of it; "

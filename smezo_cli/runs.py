@@ -539,15 +539,19 @@ class PeakMemory:
 
     In a process that held another run, resident memory includes the libraries which that one
     loaded; nothing gives them back. So a sweep's jobs have processes of their own (fork.py).
+
+    Args:
+        devices: where the model may lie; of several GPUs it is the sum of their peaks.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, *devices: torch.device) -> None:
+        self._devices = devices
         gc.collect()  # a run before this one may have left its tensors in cycles
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # which also starts CUDA
+        if devices[0].type == "cuda":
+            torch.cuda.set_device(devices[0])  # which also starts CUDA
             torch.cuda.empty_cache()  # a block kept from before may be larger than what it serves
-            torch.cuda.reset_peak_memory_stats(device)
+            for device in devices:
+                torch.cuda.reset_peak_memory_stats(device)
         else:
             allocator.give_back()  # what a run before this one has freed
             # Linux keeps the peak of the process; 5 sets it back to the present (see proc(5)).
@@ -556,8 +560,8 @@ class PeakMemory:
 
     def read(self) -> int:
         """Bytes."""
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
+        if self._devices[0].type == "cuda":
+            return sum(torch.cuda.max_memory_allocated(device) for device in self._devices)
         with contextlib.suppress(OSError):
             for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
                 if line.startswith("VmHWM:"):

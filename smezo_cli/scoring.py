@@ -602,7 +602,7 @@ class Scorer:
             handle.remove()
         sequences, positions = self._tensor(list(zip(*places, strict=True)))
         hidden = seen[0]
-        return hidden[sequences.to(hidden.device), positions.to(hidden.device)]
+        return hidden[sequences.to(hidden.device), positions.to(hidden.device)].to(self._device)
 
     def _scores(self, batch: Sequence[Candidates]) -> Tensor:
         if self.probe is not None:
@@ -667,7 +667,8 @@ class Scorer:
         start = 0 if held is None else len(held.ids)
         last = [len(ids) - 1 - start for ids in prefixes]
         read = sorted(set(last))
-        kept, column = self._tensor(read), self._tensor([read.index(p) for p in last])
+        # On the CPU, from where it may index the states of a last layer on any device.
+        kept, column = torch.tensor(read), self._tensor([read.index(p) for p in last])
         rows = self._tensor(label_ids)
         # Right-padded: a causal model's earlier positions do not see it, so no mask is needed.
         inputs = self._behind(prefixes, held) | {"logits_to_keep": kept}
@@ -731,7 +732,10 @@ class Scorer:
             use_cache=True,
         )
         owner = [i for i, c in enumerate(batch) for _ in c.full]
-        cache.batch_select_indices(self._tensor(owner))
+        rows = self._tensor(owner)
+        filled: list[Any] = cache.layers
+        for layer in filled:  # each on its device
+            layer.batch_select_indices(rows.to(layer.keys.device))
         rests = [ids[c.prefix : -1] for c in batch for ids in c.full]
         options = [n for c in batch for n in c.num_option]
         width = max(map(len, prefixes))

@@ -31,6 +31,7 @@ _NOT_IN_DIGEST = (
     *("name", "runs_dir", "logger", "if_exists", "compile", "hydra", "full_save_every"),
     *("micro_batch_size", "query_ranks", "rank_backend"),
 )
+_NOT_IN_DIGEST_OF_MODEL = ("device_map",)
 # Came later; this value is what runs did before there was such a key, and they keep their digest.
 LATER = {
     **dict.fromkeys(("stop_if_diverged", "patience", "clip_projected_grad", "num_per_class")),
@@ -205,6 +206,33 @@ class Pairs:
         return {str(key): item for key, item in value.items()}
 
 
+class DeviceMap:
+    """How accelerate is to choose GPUs for the layers of a model, or the device of each module.
+
+    Devices are returned as "cuda:N", "cpu" or "disk"; which of them can be had is said elsewhere.
+    """
+
+    ways = ("auto", "balanced", "balanced_low_0", "sequential")
+    words = f"{', '.join(ways)} or a mapping of module names to the numbers of GPUs"
+    example = "auto"
+
+    def __call__(self, value: object) -> str | dict[str, str]:
+        if isinstance(value, str) and value in self.ways:
+            return value
+        if not isinstance(value, dict) or not value:
+            raise ValueError
+        return {str(name): self._device(device) for name, device in value.items()}
+
+    @staticmethod
+    def _device(value: object) -> str:
+        text = str(value) if not isinstance(value, bool) else ""
+        if text in ("cpu", "disk"):
+            return text
+        if not (found := re.fullmatch(r"(?:cuda:)?(\d{1,3})", text)):
+            raise ValueError
+        return f"cuda:{int(found[1])}"
+
+
 class Source:
     """How rows are read: by whom, and what that reader needs."""
 
@@ -312,6 +340,7 @@ _NODE_RULES: dict[str, Rule] = {
     "model.family": Choice("causal", "masked"),
     "model.trust_remote_code": Choice(True, False),
     "model.quantization": Text("4bit", "4bit", "4bit"),
+    "model.device_map": DeviceMap(),
     "model.dtype": _DTYPE,
     "model.compute_dtype": _DTYPE,
     "model.attention": Choice(
@@ -362,7 +391,7 @@ _NODE_KEYS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         {"package": None, "path": None, "tiny": None, "revision": None, "family": "causal"}
         | {"config": None, "bos_token": None, "dtype": "float32", "compute_dtype": None}
         | {"attention": "sdpa", "max_length": 2048, "trust_remote_code": False}
-        | {"quantization": None},
+        | {"quantization": None, "device_map": None},
     ),
     "logger": (
         ("name",),
@@ -422,6 +451,7 @@ _NULLABLE = {
     "micro_batch_size",
     "model.bos_token",
     "model.compute_dtype",
+    "model.device_map",
     "model.path",
     "model.quantization",
     "model.revision",
@@ -493,6 +523,7 @@ def check(cfg: DictConfig) -> Settings:
     if "adapter" in checked["method"]:
         checked["method"]["adapter"] = _checked_adapter(checked["method"]["adapter"])
     _check_quantization(checked["model"], checked["method"], checked["device"])
+    _check_device_map(checked["model"], checked["device"])
     if checked["compute_dtype"] == "float32" != checked["dtype"]:
         raise UserError(
             f"compute_dtype=float32 beside dtype={checked['dtype']}: products are computed in the "
@@ -693,6 +724,33 @@ def _check_quantization(model: Mapping[str, Any], method: Mapping[str, Any], dev
         )
 
 
+def _check_device_map(model: Mapping[str, Any], device: str) -> None:
+    """Refuse weights outside GPUs, and what a map would contradict."""
+    device_map = model["device_map"]
+    if device_map is None:
+        return
+    if device != "auto":
+        raise UserError(
+            f"device={device} beside model.device_map, which says where the model lies: leave out "
+            "one of them (device=auto goes with a map; model.device_map=null is none)."
+        )
+    if model["quantization"] is not None:
+        raise UserError(
+            f"model.device_map beside model.quantization={model['quantization']}: 4-bit weights "
+            "lie on one GPU so far; leave out one of them."
+        )
+    if isinstance(device_map, str) or set(device_map.values()) == {"cpu"}:
+        return
+    outside = [name for name, place in device_map.items() if place in ("cpu", "disk")]
+    if outside:
+        named = ", ".join(repr(name) for name in outside[:3]) + ", ..." * (len(outside) > 3)
+        raise UserError(
+            f"model.device_map has {named} on {device_map[outside[0]]}: weights outside GPUs "
+            "(offload) cannot be trained so far; give every module the number of a GPU, or spread "
+            "the model by model.device_map=auto."
+        )
+
+
 def _check_objective(objective: str, task: Mapping[str, Any]) -> None:
     """Refuse an objective that the rows of the task have no figure for."""
     metric = METRICS[task["kind"]]
@@ -800,6 +858,8 @@ def digest(cfg: DictConfig | Mapping[str, Any]) -> str:
     )
     if is_extensible(values.get("lr_schedule")):
         values.pop("steps", None)
+    if isinstance(model := values.get("model"), Mapping):
+        values["model"] = {k: v for k, v in model.items() if k not in _NOT_IN_DIGEST_OF_MODEL}
     if values.get("keep") == "all":
         values["keep"] = "best"  # the test is on the same weights
     text = json.dumps(_canonical(values), sort_keys=True, separators=(",", ":"))

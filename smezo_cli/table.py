@@ -54,7 +54,11 @@ Examples:
 FIGURES = ("score", "zero_shot", "peak_gb", "steps_to")
 # Where weights, data and computation are does not change what is asked; rows and the model's
 # fingerprint are compared instead.
-_PLACES = {"task": ("data_dir",), "model": ("path", "revision"), "method": ("keep_noise",)}
+_PLACES = {
+    "task": ("data_dir",),
+    "model": ("path", "revision", "device_map"),
+    "method": ("keep_noise",),
+}
 
 
 @dataclass(frozen=True)

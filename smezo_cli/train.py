@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from smezo_cli import intake, ranks
 from smezo_cli.config import command, launch, recipes
-from smezo_cli.device import choose_device
+from smezo_cli.device import all_devices, choose_device
 from smezo_cli.errors import UserError
 from smezo_cli.redaction import redacted_tree
 from smezo_cli.settings import METRICS, Settings, check, digest, is_extensible, is_frozen, plain
@@ -59,7 +59,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _run(cfg: DictConfig, settings: Settings, team: "Ranks | None") -> dict[str, Any]:
-    device_name = choose_device(settings.device, ranks.local_rank())
+    device_name = choose_device(settings.device, settings.model["device_map"], ranks.local_rank())
     # What follows imports torch, which takes seconds: every cheap check lies above.
     from smezo_cli.log import Console
     from smezo_cli.runs import RunFolder, Stopped, StopRequest
@@ -137,7 +137,9 @@ class _Run:
         self.objective: str = settings.method.get("objective", "loss")
         self.recipes = recipes()
         self.device = torch.device(device_name)
-        self.memory = runs.PeakMemory(self.device)
+        device_map = settings.model["device_map"]
+        devices = [device_name] if device_map is None else all_devices(device_map)
+        self.memory = runs.PeakMemory(*map(torch.device, devices))
         self.started = runs.now()
         _write_config(folder, cfg)
         self.state = folder.load_state() or runs.State()
@@ -851,6 +853,7 @@ class _Run:
             "dtype": s.dtype,
             "compute_dtype": s.compute_dtype or s.dtype,
             "device": str(self.device),
+            "device_map": self.job.device_map if hasattr(self, "job") else None,
             "noise": s.method.get("noise"),
             "passes": self.backend,
             "executor": notes.get("executor"),

@@ -299,7 +299,7 @@ def _in_float32(module: nn.Module) -> Callable[..., Any]:
         try:
             own: dict[str, Any] = dict(parameters)
             if by_row and len(args) == 1 and not kwargs:  # not the whole table for a few rows
-                rows, args = renumbered(args[0])
+                rows, args = renumbered(args[0].to(own["weight"].device))
                 own["weight"] = own["weight"].index_select(0, rows)
                 module.padding_idx = None  # type: ignore[assignment]  # a position of the old numbering
             module._parameters.update(_as_float32(own))

@@ -263,6 +263,7 @@ def settings_of(*words: str) -> Any:
         (["query_ranks=2"], 2, "query_ranks=2: there are 1 queries to share"),
         ([], 9, "batch_size=8: 9 ranks share the rows"),
         (["query_ranks=2", "method.num_queries=2"], 1, "query_ranks=2 is for several ranks"),
+        (["model.device_map=auto"], 2, "model.device_map spreads the model of one process"),
         (["rank_backend=nccl"], 1, "rank_backend=nccl is for several ranks"),
     ],
 )
