@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import difflib
 import importlib
+import importlib.util
 import inspect
 import io
 import itertools
@@ -39,6 +40,7 @@ from smezo_cli.intake import check_folder
 from smezo_cli.redaction import redacted
 from smezo_cli.settings import (
     CONF_DIR,
+    INSTALL_TENSORBOARD,
     KNOBS,
     Settings,
     check,
@@ -270,6 +272,8 @@ def prepare(argv: Sequence[str]) -> Request:
     with _Composer(request.config_dir) as composer:
         for _, settings in composer.every(request):
             folders.add(Path(settings.runs_dir) / settings.name)
+            if request.starts_runs and settings.logger["name"] == "tensorboard":
+                _check_tensorboard()
         request = replace(request, launcher=composer.launcher)
     if request.starts_runs:
         for folder in sorted(folders):
@@ -739,6 +743,14 @@ def _paths(node: object, prefix: str = "") -> Iterator[str]:
         for name, value in node.items():
             yield f"{prefix}{name}"
             yield from _paths(value, f"{prefix}{name}.")
+
+
+def _check_tensorboard() -> None:
+    if importlib.util.find_spec("tensorboard") is None:
+        raise UserError(
+            "logger=tensorboard writes with the package tensorboard, which is not installed: "
+            f"{INSTALL_TENSORBOARD}."
+        )
 
 
 def _check_writable(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -14,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
-from smezo_cli import config
+from smezo_cli import config, sweep
 from smezo_cli.cli import main
 from smezo_cli.config import launch
 from smezo_cli.loop import Evaluation
@@ -240,7 +241,7 @@ sys.exit(launch(sys.argv[1:], run))
 def needs(launcher: str) -> None:
     plugin = launcher.partition("_")[0]
     if importlib.util.find_spec(f"hydra_plugins.hydra_{plugin}_launcher") is None:
-        pytest.skip(f"hydra-{plugin}-launcher is not installed: pip install 'smezo[{plugin}]'")
+        pytest.skip(f"hydra/launcher={launcher} is not installed: {sweep.INSTALL[launcher]}")
 
 
 def start(script: str, *words: str) -> "subprocess.Popen[str]":
@@ -425,3 +426,33 @@ def test_what_a_job_leaves_behind_changes_no_number_of_the_next() -> None:
     assert len(records_of(alone)) == 4
     for key in ("test", "zero_shot", "dev"):
         assert result_of(twin)[key] == result_of(alone)[key]
+
+
+# --- what docs/sweeps.md shows ---------------------------------------------------------------
+
+SHOWN = re.findall(r"^ {4}smezo (train .*)$", (ROOT / "docs" / "sweeps.md").read_text(), re.M)
+
+
+@pytest.mark.parametrize("line", SHOWN)
+def test_the_commands_of_the_page_compose(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the launcher that they name, whose keys Hydra knows; no run starts."""
+    verb, *words = shlex.split(line)
+    assert verb == "train"
+    given = dict(word.lstrip("+").split("=", 1) for word in words if "=" in word)
+    launcher = given.get("hydra/launcher", "basic")
+    if launcher != "basic":
+        needs(launcher)
+    if "-m" in words:
+        assert config.prepare(words).launcher == launcher
+        return
+    assert launch(words, lambda cfg: pytest.fail("ran")) == 0
+    shown = OmegaConf.create(capsys.readouterr().out)
+    assert shown.hydra.launcher._target_.endswith(".SlurmLauncher")
+    assert shown.hydra.launcher.partition == given["hydra.launcher.partition"]
+    node = OmegaConf.to_container(shown.hydra.launcher, resolve=False)
+    assert node["submitit_folder"] == "${hydra.sweep.dir}/.submitit/%j"
+
+
+def test_the_page_has_every_launcher() -> None:
+    named = {word for line in SHOWN for word in shlex.split(line) if word.startswith("hydra/")}
+    assert {word.partition("=")[2] for word in named} == {*sweep.INSTALL}
