@@ -10,7 +10,6 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 # Launchers that are packages of their own, and what installs them (pyproject.toml has the extras).
 INSTALL = {
@@ -89,6 +88,8 @@ def waiting(launcher: str) -> Iterator[None]:
     if not launcher.startswith("submitit"):
         yield
         return
+    from unittest import mock  # which imports much
+
     from hydra.core.utils import JobReturn, JobStatus
     from submitit.core.core import Job
     from submitit.core.utils import UncompletedJobError
