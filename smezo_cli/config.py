@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import difflib
 import importlib
+import importlib.util
 import inspect
 import io
 import itertools
@@ -24,7 +25,8 @@ import textwrap
 import traceback
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,12 +35,13 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from smezo_cli import fork, ranks
+from smezo_cli import fork, ranks, sweep
 from smezo_cli.errors import UserError
 from smezo_cli.intake import check_folder
 from smezo_cli.redaction import redacted
 from smezo_cli.settings import (
     CONF_DIR,
+    INSTALL_TENSORBOARD,
     KNOBS,
     Settings,
     check,
@@ -185,6 +188,7 @@ class Request:
     package: str | None = None  # the node alone that --cfg shows
     starts_runs: bool = True  # not so with --help, --cfg and the like
     composes: bool = True  # not so with --version, a bare --help and the like
+    launcher: str = "basic"  # what starts the jobs of a sweep; known once it is composed
 
 
 class _Flags(argparse.ArgumentParser):
@@ -269,6 +273,9 @@ def prepare(argv: Sequence[str]) -> Request:
     with _Composer(request.config_dir) as composer:
         for _, settings in composer.every(request):
             folders.add(Path(settings.runs_dir) / settings.name)
+            if request.starts_runs and settings.logger["name"] == "tensorboard":
+                _check_tensorboard()
+        request = replace(request, launcher=composer.launcher)
     if request.starts_runs:
         for folder in sorted(folders):
             _check_writable(folder)
@@ -321,6 +328,7 @@ class _Composer:
 
     def __init__(self, config_dir: str | None) -> None:
         self.config_dir = config_dir
+        self.launcher = "basic"  # of the command line that was last checked
 
     def __enter__(self) -> "_Composer":
         from hydra import initialize_config_dir
@@ -388,9 +396,18 @@ class _Composer:
         keys = [override for override in overrides if override not in groups]
         for override in groups:
             self._check_choice(override)
+        of_launcher = [o for o in overrides if _is_of_launcher(o.key_or_group)]
+        if of_launcher and request.starts_runs and not multirun:
+            raise UserError(
+                f"{of_launcher[0].input_line}: a launcher starts the jobs of a sweep; add -m."
+            )
         choices = [self._values(override, multirun) for override in groups]
         values = [self._values(override, multirun) for override in keys]
         first = [lines[0] for lines in values if lines]
+        touches_hydra = self.config_dir is not None or any(
+            override.key_or_group.startswith("hydra") for override in overrides
+        )
+        asked = self._launcher_asked(of_launcher) if touches_hydra else None
         for chosen in itertools.product(*choices):
             try:
                 cfg = self.compose([*chosen, *first])
@@ -399,10 +416,15 @@ class _Composer:
                 raise
             if len(first) < len(keys):
                 self._check_keys(keys, chosen)  # of an interval, no value was composed
-            if self.config_dir is not None or any(
-                override.key_or_group.startswith("hydra") for override in overrides
-            ):
-                _check_hydra(self.compose([*chosen, *first], with_hydra=True))
+            if touches_hydra:
+                whole = self.compose([*chosen, *first], with_hydra=True)
+                _check_hydra(whole)
+                if _launcher_of(whole) != asked:
+                    raise UserError(
+                        "hydra.launcher is set by a file: launchers start programs, so they are "
+                        "chosen on the command line: hydra/launcher=NAME hydra.launcher.KEY=VALUE."
+                    )
+                self.launcher = str(whole.hydra.runtime.choices["hydra/launcher"])
             yield cfg, check(cfg)
             for lines in values:
                 for line in lines[1:]:
@@ -410,6 +432,16 @@ class _Composer:
                     override = self._parse(line)
                     OmegaConf.update(other, override.key_or_group, override.value(), force_add=True)
                     yield other, check(other)
+
+    def _launcher_asked(self, given: Sequence[Any]) -> Any:
+        """The launcher as the command line alone has it; None where a file must be its source."""
+        searchpath, self._searchpath = self._searchpath, []
+        try:
+            return _launcher_of(self.compose([o.input_line for o in given], with_hydra=True))
+        except UserError:
+            return None
+        finally:
+            self._searchpath = searchpath
 
     def grid(self, words: Sequence[str]) -> tuple[DictConfig, dict[str, list[Any]]]:
         """See :func:`grid`."""
@@ -535,6 +567,11 @@ class _Composer:
         for choice in chosen:
             folder, _, name = choice.removesuffix(".yaml").rpartition("/")
             options = self.options(f"{group}/{folder}".rstrip("/"))
+            if name in sweep.INSTALL and name not in options and group == "hydra/launcher":
+                raise UserError(
+                    f"{group}={choice} needs a package that is not installed: "
+                    f"python -m pip install {sweep.INSTALL[name]}."
+                )
             if name not in options:
                 raise UserError(f"{group}={choice}: there is no such {group}{near(name, options)}.")
 
@@ -608,6 +645,14 @@ _FIXED: dict[str, Any] = {
 }
 _LOG_HANDLERS = ("logging.StreamHandler", "logging.NullHandler")
 _LOG_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
+
+
+def _is_of_launcher(key: str) -> bool:
+    return key == "hydra/launcher" or key.startswith("hydra.launcher.")
+
+
+def _launcher_of(cfg: DictConfig) -> Any:
+    return OmegaConf.to_container(cfg.hydra.launcher, resolve=False)
 
 
 def _check_hydra(cfg: DictConfig) -> None:
@@ -701,6 +746,14 @@ def _paths(node: object, prefix: str = "") -> Iterator[str]:
             yield from _paths(value, f"{prefix}{name}.")
 
 
+def _check_tensorboard() -> None:
+    if importlib.util.find_spec("tensorboard") is None:
+        raise UserError(
+            "logger=tensorboard writes with the package tensorboard, which is not installed: "
+            f"{INSTALL_TENSORBOARD}."
+        )
+
+
 def _check_writable(folder: Path) -> None:
     """Raise UserError unless files can be made in a folder (it is made) and there is room."""
     try:
@@ -723,14 +776,6 @@ def _check_writable(folder: Path) -> None:
 # --- running ---------------------------------------------------------------------------------
 
 
-class JobFailed(Exception):
-    """A job failed in a worker process, where its error was printed."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(code)
-        self.code = code
-
-
 _BY_SEVERITY = (0, 2, 1)  # done, refused, crashed
 
 
@@ -739,8 +784,7 @@ def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
 
     Jobs of a sweep have processes of their own (smezo_cli/fork.py), unless torch is loaded here.
     A job that fails does not stop the others. Returns 0, 1 (a crash), 2 (the user's or the
-    machine's fault) or 130 (interrupted); of a sweep the worst, of one in worker processes that of
-    its first job that failed.
+    machine's fault) or 130 (interrupted); of a sweep the worst of its jobs, whatever launches them.
     """
     try:
         request = prepare(argv)
@@ -756,50 +800,54 @@ def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
 
     codes = [0]
     said = io.StringIO()
-    parent = os.getpid()
+    parent, reader = sweep.here(), sweep.reader()
 
-    def attempt(cfg: DictConfig) -> int:
+    def attempt(cfg: DictConfig) -> tuple[int, str]:
+        """Exit code and what was said."""
         try:
             _redact_sweep()
             run(cfg)
         except UserError as error:
-            _say(f"{_which_job()}{error}")
-            return 2
-        except Exception:  # the boundary of a job: the other jobs of a sweep go on
-            traceback.print_exc()
+            words = f"{_which_job()}{error}"
+            _say(words)
+            return 2, words
+        except Exception as error:  # the boundary of a job: the other jobs of a sweep go on
+            sys.stderr.write(traceback.format_exc())
             _say(f"{_which_job()}crashed; the error is above.")
-            return 1
-        return 0
+            name = type(error).__name__
+            return 1, f"{_which_job()}crashed ({name}): see {sweep.log_file()}."
+        return 0, ""
 
-    def job(cfg: DictConfig) -> None:
+    def job(cfg: DictConfig) -> sweep.Ended | None:
+        if sweep.here() != parent:
+            code, words = attempt(cfg)
+            return sweep.Ended(code, "" if sweep.reader() == reader else words) if code else None
         if _is_sweep() and fork.can_fork():
-            code = fork.in_own_process(partial(attempt, cfg))
+            code = fork.in_own_process(lambda: attempt(cfg)[0])
             if code < 0:
                 name = signal.Signals(-code).name
-                _say(
-                    f"{_which_job()}ended by {name}"
-                    f"{' (is there memory enough?)' if name == 'SIGKILL' else ''}; "
-                    "the same command goes on from what it saved."
-                )
+                memory = " (is there memory enough?)" if name == "SIGKILL" else ""
+                _say(f"{_which_job()}ended by {name}{memory}; {sweep.GO_ON}")
                 code = 1
         else:
-            code = attempt(cfg)
-        if code and os.getpid() != parent:
-            raise JobFailed(code)
+            code, _ = attempt(cfg)
         codes.append(code)
+        return None
 
     try:
         start = hydra.main(
             config_path=str(CONF_DIR), config_name="train", version_base=_VERSION_BASE
         )
         quiet = contextlib.redirect_stderr(said) if request.package else contextlib.nullcontext()
-        with _as_command_line([*request.flags, *request.overrides]), quiet:
+        waiting = sweep.waiting(request.launcher)
+        with _as_command_line([*request.flags, *request.overrides]), quiet, waiting:
             start(job)()
     except UserError as error:
         _say(str(error))
         return 2
-    except JobFailed as error:
-        codes.append(error.code)
+    except BrokenProcessPool:
+        _say(f"a worker process was killed, and {request.launcher} ended the others: {sweep.GO_ON}")
+        codes.append(1)
     except (hydra.errors.HydraException, OmegaConfBaseException) as error:
         _say(sentence(error))
         return 2
@@ -813,14 +861,25 @@ def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
             )
             return 2
         return error.code if isinstance(error.code, int) else int(error.code is not None)
+    except Exception as error:  # not of a job, which catches its own
+        if request.launcher == "basic":
+            raise
+        _say(f"hydra/launcher={request.launcher}: {sentence(error)}")
+        codes.append(2)
     finally:
         HydraConfig.instance().cfg = None  # else a later run in this process would read it
+        for ended in sweep.settle():
+            codes.append(ended.code)
+            if ended.words:
+                _say(ended.words)
     return max(codes, key=_BY_SEVERITY.index)
 
 
 def _say(text: str) -> None:
     if (who := ranks.speaker()) is not None:
-        print(f"smezo: {who}{redacted(text)}", file=sys.stderr, flush=True)
+        # In one piece: the jobs of a sweep may speak at once.
+        sys.stderr.write(f"smezo: {who}{redacted(text)}\n")
+        sys.stderr.flush()
 
 
 def _is_sweep() -> bool:

@@ -1,6 +1,7 @@
 """Where a run speaks: the console (a bar on a terminal, plain lines elsewhere) and its loggers."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from io import BufferedRandom, FileIO, TextIOWrapper
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol, TextIO
 
 from rich.console import Console as RichConsole
@@ -19,6 +21,7 @@ from rich.text import Text
 from smezo_cli import intake
 from smezo_cli.errors import UserError
 from smezo_cli.redaction import redacted, redacted_tree
+from smezo_cli.settings import INSTALL_TENSORBOARD
 
 LINE_EVERY_S = 10.0  # between plain progress lines
 
@@ -120,6 +123,97 @@ class WandbLogger:
             redacted_tree({k: v for k, v in summary.items() if k not in ("config", "versions")})
         )
         self._run.finish(exit_code=0 if ok else 1)
+
+
+class TensorBoardLogger:
+    """Event files in the folder `tensorboard` of a run, a series for each number of a record.
+
+    Values are float32 there. A run that goes on writes them anew from the lines that metrics.jsonl
+    has kept: every step is there once, those of a run that began with another logger too.
+
+    Args:
+        folder: of the run; its metrics.jsonl is open, and cut to what is kept.
+        config: shown as text.
+
+    Raises:
+        UserError: the package is missing, or nothing can be written.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        # What TensorBoard asks for before it would import a TensorFlow, to do without it.
+        sys.modules.setdefault("tensorboard.compat.notf", ModuleType("tensorboard.compat.notf"))
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError(f"logger=tensorboard: {error}: {INSTALL_TENSORBOARD}.") from error
+        self._folder = folder / "tensorboard"
+        with self._saying():
+            if self._folder.is_symlink():
+                raise OSError(errno.ELOOP, "it is a link to elsewhere")
+            self._folder.mkdir(exist_ok=True)
+            for file in self._folder.glob("events.out.tfevents.*"):
+                file.unlink()
+            # Who looks at the files meanwhile is told to forget what was in them.
+            self._writer: Any = SummaryWriter(str(self._folder), purge_step=0, flush_secs=10)
+            text = json.dumps(redacted_tree(config), indent=1)
+            self._writer.add_text("config", f"```\n{text}\n```")
+            kept = list(_records(folder / "metrics.jsonl"))
+            since = sum(record.get("seconds", 0.0) for record in kept)
+            now = time.time()
+            for record in kept:
+                since -= record.get("seconds", 0.0)
+                self._add(record, record["step"], now - since)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """See :class:`Logger`.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        with self._saying():
+            self._add(record, record["step"], None)
+
+    def close(self, summary: Mapping[str, Any], ok: bool) -> None:
+        """See :class:`Logger`; the figures of the test rows are a last point each."""
+        names = ("test", "zero_shot", "zero_shot_calibrated")
+        with self._saying():
+            if ok:
+                figures = {name: summary[name] for name in names if summary.get(name)}
+                self._add(figures, summary["step"], None)
+            self._writer.close()
+
+    def _add(self, record: Mapping[str, Any], step: int, now: float | None) -> None:
+        for name, value in _numbers(record):
+            if name != "step":
+                self._writer.add_scalar(name, value, step, now)
+
+    @contextlib.contextmanager
+    def _saying(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot write {self._folder}: {error.strerror or error}.") from error
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records in a metrics.jsonl; a damaged line is left out."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                yield record
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """Every number in a record, with the keys that lead to it; one alone in a list has no place."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _numbers(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for place, item in enumerate(value):
+            yield from _numbers(item, name if len(value) == 1 else f"{name}/{place}")
+    elif isinstance(value, int | float):
+        yield name, float(value)
 
 
 class _Terminal(RichConsole):

@@ -24,6 +24,7 @@ from smezo_cli.redaction import redacted_tree
 _PACKAGED = Path(__file__).resolve().parent / "conf"
 CONF_DIR = _PACKAGED if _PACKAGED.is_dir() else _PACKAGED.parent.parent / "conf"
 
+INSTALL_TENSORBOARD = "python -m pip install 'tensorboard>=2.18,<3'"  # as in pyproject.toml
 # Top-level settings that a method has or has not.
 KNOBS = ("lr", "eps", "sparsity")
 # Cannot change a result, hence not part of a run's digest.

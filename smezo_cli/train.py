@@ -208,7 +208,7 @@ class _Run:
         allocator.give_back()  # what reading and encoding the data has freed
         self._check_method(method)
         allocator.give_back()
-        self.loggers = self._open_loggers()
+        self._open_loggers()
         fit(
             method,
             self.measure,
@@ -260,7 +260,7 @@ class _Run:
         look = dev.figures()
         state = self.state
         state.best_step, state.best_loss, state.notes["best_look"] = 0, look["loss"], look
-        self.loggers = self._open_loggers()
+        self._open_loggers()
         figures = {k: v for k, v in look.items() if k not in ("standard_error", "n")}
         for logger in self.loggers:
             logger.log({"step": 0} | {f"dev.{k}": v for k, v in figures.items()})
@@ -658,15 +658,16 @@ class _Run:
             self.console.say(f"  the loss noise of {s.dtype} was not measured: {line}")
             return {}
 
-    def _open_loggers(self) -> list[Any]:
-        from smezo_cli.log import JsonlLogger, WandbLogger
+    def _open_loggers(self) -> None:
+        from smezo_cli.log import JsonlLogger, TensorBoardLogger, WandbLogger
 
-        loggers: list[Any] = [
-            JsonlLogger(self.folder.path / "metrics.jsonl", self.state.metrics_bytes)
-        ]
-        if self.settings.logger["name"] == "wandb":
-            loggers.append(WandbLogger(self.settings.logger, self.folder.path, self.config))
-        return loggers
+        folder, node = self.folder.path, self.settings.logger
+        # One after the other into the list: where the second cannot be had, the first is closed.
+        self.loggers.append(JsonlLogger(folder / "metrics.jsonl", self.state.metrics_bytes))
+        if node["name"] == "wandb":
+            self.loggers.append(WandbLogger(node, folder, self.config))
+        elif node["name"] == "tensorboard":
+            self.loggers.append(TensorBoardLogger(folder, self.config))
 
     def _evaluate(self, rows: Any, split: str, prompt: int | None = None) -> "Evaluation":
         from smezo_cli.loop import evaluate

@@ -1,0 +1,116 @@
+"""A sweep whose jobs run in other processes: what they came to reaches the one that waits for them.
+
+Hydra's launchers start the jobs, and Hydra drops what they return, or raises the first failure of
+all. So a job returns :class:`Ended`, which says so itself when it is back.
+"""
+
+import contextlib
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+# Launchers that are packages of their own, and what installs them (pyproject.toml has the extras).
+INSTALL = {
+    "joblib": "'hydra-joblib-launcher>=1.2,<1.3'",
+    "submitit_local": "'hydra-submitit-launcher>=1.2,<1.3' 'submitit>=1.5,<2'",
+    "submitit_slurm": "'hydra-submitit-launcher>=1.2,<1.3' 'submitit>=1.5,<2'",
+    "ray": "'hydra-ray-launcher>=1.2.2,<1.3' (Python 3.11, see docs/sweeps.md)",
+}
+
+GO_ON = (
+    "the same command does what is missing: finished runs are skipped, begun ones go on from "
+    "where they were."
+)
+
+
+class Ended:
+    """How a job ended in a process that is not the one that waits; read there by :func:`settle`.
+
+    Args:
+        code: 1 crashed, 2 the user's or the machine's fault.
+        words: what the waiting process is to say; "" where the job has said it to the same reader.
+    """
+
+    def __init__(self, code: int, words: str = "") -> None:
+        self.code, self.words = code, words
+
+    def __reduce__(self) -> tuple[Callable[..., "Ended"], tuple[int, str]]:
+        return _arrived, (self.code, self.words)
+
+
+_ARRIVED: list[Ended] = []
+
+
+def _arrived(code: int, words: str) -> Ended:
+    ended = Ended(code, words)
+    _ARRIVED.append(ended)
+    return ended
+
+
+def settle() -> list[Ended]:
+    """What arrived since the last call."""
+    found = list(_ARRIVED)
+    _ARRIVED.clear()
+    return found
+
+
+def here() -> tuple[str, int]:
+    """This process, also seen from other machines."""
+    return platform.node(), os.getpid()
+
+
+def reader() -> tuple[int, int]:
+    """Where stderr leads: processes for which this is the same speak to the same reader."""
+    with contextlib.suppress(OSError, ValueError):
+        found = os.fstat(sys.stderr.fileno())
+        return found.st_dev, found.st_ino
+    return 0, 0
+
+
+def log_file() -> str:
+    """Where stderr is written to, as far as the system tells."""
+    with contextlib.suppress(OSError):
+        found = os.readlink("/proc/self/fd/2")
+        if os.path.isfile(found):
+            return found
+    return "its log"
+
+
+@contextlib.contextmanager
+def waiting(launcher: str) -> Iterator[None]:
+    """Have submitit's launchers wait for all jobs; as they are they end at the first that is lost.
+
+    Args:
+        launcher: its name.
+    """
+    if not launcher.startswith("submitit"):
+        yield
+        return
+    from unittest import mock  # which imports much
+
+    from hydra.core.utils import JobReturn, JobStatus
+    from submitit.core.core import Job
+    from submitit.core.utils import UncompletedJobError
+    from submitit.local.local import LocalJob
+
+    real = Job.results
+
+    def results(job: Any) -> list[Any]:
+        try:
+            return real(job)
+        except UncompletedJobError:
+            words, _, number, *_ = job.submission().args
+            lost = JobReturn(status=JobStatus.COMPLETED)
+            lost.return_value = _arrived(
+                1,
+                f"job {number} ({' '.join(words)}): ended without a result: killed, or out of "
+                f"memory or of time (its log: {job.paths.stderr}); {GO_ON}",
+            )
+            return [lost]
+
+    # On one machine a result that is not there when its process has ended does not come later.
+    short = mock.patch.object(LocalJob, "_results_timeout_s", 1)
+    with mock.patch.object(Job, "results", results), short:
+        yield
