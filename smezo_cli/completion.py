@@ -41,7 +41,7 @@ _FLAGS = {
         *("--run", "--row", "--column", "--format", "--runs-dir", "--collect", "--results"),
         "--help",
     ),
-    "plot": ("--x", "--y", "--row", "--column", "--out", "--runs-dir", "--help"),
+    "plot": ("--x", "--y", "--row", "--column", "--out", "--runs-dir", "--results", "--help"),
     "eval": ("--split", "--base", "--step", "--out", "--help"),
     "predict": ("--field", "--out", "--help"),
     "export": ("--step", "--help"),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from smezo_cli import figures, table
+from smezo_cli import collected, figures, table
 from smezo_cli.errors import UserError
 from smezo_cli.figures import Figure, Panel, Series, Source
 from smezo_cli.results import find, select
@@ -35,6 +35,7 @@ smezo plot KIND TABLE [KEY=VALUE ...]      draws the runs that a table took (sme
     --row NAME, --column NAME     of TABLE, these alone (each may be given again)
     --out FILE        FILE.png or FILE.svg; without an ending both (plot-KIND)
     --runs-dir DIR    where the runs lie (runs)
+    --results DIR     of TABLE, what smezo table --collect has written, instead of runs
 Runs that differ in their seed alone are one line; unfinished runs are drawn where status= asks for them.
 Examples:
   smezo plot curve task=rotten_tomatoes lr=3e-4 --x seconds
@@ -82,6 +83,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--column", action="append", default=[])
     parser.add_argument("--out", default="")
     parser.add_argument("--runs-dir", default="runs")
+    parser.add_argument("--results")
     parser.add_argument("--help", "-h", action="store_true")
     given = parser.parse_intermixed_args(list(words))
     if given.help or not given.words:
@@ -107,8 +109,10 @@ def main(words: Sequence[str]) -> int:
     ids = [word for word in rest if "=" not in word]
     if len(ids) > 1:
         raise UserError(f"{ids[1]!r} is neither KEY=VALUE nor the one table that may be given.")
-    if not ids and (given.row or given.column):
-        raise UserError("--row and --column are of a table: smezo plot KIND TABLE --row NAME.")
+    if not ids and (given.row or given.column or given.results):
+        raise UserError(
+            "--row, --column and --results are of a table: smezo plot KIND TABLE --row NAME."
+        )
     if ids:
         extra = [word for word in rest if "=" in word]
         sources, notes = _of_table(ids[0], extra, kind, given)
@@ -179,8 +183,12 @@ def _of_table(
     found = table.load(name, [*extra, *of_dir])
     table.check_names(found, given.row, given.column)
     folder = Path(given.runs_dir)
-    reader = table.Reader(found, find(folder) if folder.is_dir() else [])
-    sources, notes = [], []
+    sources, notes = [], list[str]()
+    if given.results is not None:
+        runs, notes = collected.find(Path(given.results))
+    else:
+        runs = find(folder) if folder.is_dir() else []
+    reader = table.Reader(found, runs)
     for cell in reader.cells(given.row, given.column):
         if cell.row.of:  # the same runs again
             continue
@@ -199,7 +207,7 @@ def _of_table(
             notes.append(f"{where}: {seeds if cell.runs else 'not run yet'}.")
     if not sources:
         raise UserError(
-            f"smezo plot {kind} {name}: no cell of these has runs in {folder}; "
+            f"smezo plot {kind} {name}: no cell of these has runs in {given.results or folder}; "
             f"smezo table {name} prints the commands that fill them."
         )
     return sources, [*notes, *reader.notes]
@@ -267,7 +275,7 @@ def _lines(axes: "Axes", panel: Panel, kind: str) -> None:
         axes.set_xscale("log")
     places = [x for series in panel.series for x in series.x]
     crowd = [k for k, s in enumerate(panel.series) if any(places.count(x) > 1 for x in s.x)]
-    crowd = crowd if kind == "sparsity" else []
+    crowd = [] if along else crowd
     for k, series in enumerate(panel.series):
         colour = _COLOURS[k]
         style: dict[str, Any] = {"color": colour, "linestyle": _DASHES[k]}
@@ -280,7 +288,9 @@ def _lines(axes: "Axes", panel: Panel, kind: str) -> None:
         else:
             # Beside each other where x is the same; the data stay at x.
             aside = 3 * (crowd.index(k) - (len(crowd) - 1) / 2) if k in crowd else 0.0
-            style["transform"] = axes.transData + _to_the_right(axes, aside)
+            style["transform"] = axes.transData + _to_the_right(
+                axes, aside
+            )  # leaves the limits out
             axes.errorbar(series.x, series.mean, yerr=sd, marker=marker, **style)
         if along and spread:
             low = [m - s for m, s in zip(series.mean, sd, strict=True)]
@@ -299,8 +309,8 @@ def _lines(axes: "Axes", panel: Panel, kind: str) -> None:
             )
     for name, value in panel.levels:
         axes.axhline(value, color="#666666", linewidth=1, linestyle=(0, (1, 2)), label=name)
-    if kind == "sparsity":  # what is moved aside does not count where matplotlib finds limits
-        _set_limits(axes, panel)
+    if not along:  # what is moved aside does not count where matplotlib finds limits
+        _set_limits(axes, panel, kind == "lr")
     several = any(len(v) > 1 for series in panel.series for v in series.values)
     words = "mean ± sd over n seeds" if several else "one seed each: no spread"
     count = len(panel.series) + len(panel.levels)
@@ -313,16 +323,20 @@ def _lines(axes: "Axes", panel: Panel, kind: str) -> None:
     )
 
 
-def _set_limits(axes: "Axes", panel: Panel) -> None:
+def _set_limits(axes: "Axes", panel: Panel, is_log: bool) -> None:
     """Everything is seen, with a little room around it."""
-    xs = [x for series in panel.series for x in series.x]
+    xs = [x for series in panel.series for x in (*series.x, *series.absent)]
     ys = [value for _, value in panel.levels]
     for series in panel.series:
         for mean, sd in zip(series.mean, series.sd, strict=True):
             ys += [mean - (sd or 0.0), mean + (sd or 0.0)]
-    room = 0.05 * (max(ys) - min(ys)) or 1.0
-    axes.set_xlim(min(xs) - 0.05, max(xs) + 0.05)
-    axes.set_ylim(min(ys) - room, max(ys) + room)
+    if is_log:
+        axes.set_xlim(min(xs) / 1.3, max(xs) * 1.3)
+    else:
+        axes.set_xlim(min(xs) - 0.05, max(xs) + 0.05)
+    if ys:  # else every run has diverged
+        room = 0.05 * (max(ys) - min(ys)) or 1.0
+        axes.set_ylim(min(ys) - room, max(ys) + room)
 
 
 def _to_the_right(axes: "Axes", points: float) -> "Transform":

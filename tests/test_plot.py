@@ -275,6 +275,13 @@ def test_learning_rates_are_on_a_logarithmic_axis_and_divergence_is_marked(tmp_p
     lines = lines_of(axes)
     assert lines["MeZO (n = 1)"] == ([1e-4, 1e-3], pytest.approx([1, 10]))
     assert lines["MeZO: diverged"][0] == [1e-2]
+    # With bars, which are moved aside where methods share a rate: all of them are in sight.
+    for method in ("mezo", "lora"):
+        for seed in (1, 2):
+            make(tmp_path, 0.6 + seed / 10, lr=1e-3, method=method, seed=seed)
+    axes = axes_of(figures.lr(source(tmp_path)))
+    for (low, high), values in ((axes.get_xlim(), (1e-4, 1e-2)), (axes.get_ylim(), (1, 80))):
+        assert low < min(values) < max(values) < high
 
 
 def test_bars_are_the_largest_peak_and_active_shares_start_at_the_realised_one(
