@@ -3,6 +3,7 @@
 Ranks are forked with the variables that torchrun sets; one test has torchrun itself.
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -263,7 +264,7 @@ def settings_of(*words: str) -> Any:
         (["query_ranks=2"], 2, "query_ranks=2: there are 1 queries to share"),
         ([], 9, "batch_size=8: 9 ranks share the rows"),
         (["query_ranks=2", "method.num_queries=2"], 1, "query_ranks=2 is for several ranks"),
-        (["model.device_map=auto"], 2, "model.device_map spreads the model of one process"),
+        (["+model.device_map=auto"], 2, "model.device_map spreads the model of one process"),
         (["rank_backend=nccl"], 1, "rank_backend=nccl is for several ranks"),
     ],
 )
@@ -382,3 +383,17 @@ def test_launchers_of_processes_are_refused(
     as_rank(monkeypatch, 2)
     assert train.main(["--multirun", "hydra/launcher=joblib", "seed=0,1"]) == 2
     assert "hydra/launcher=joblib starts processes of its own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("logger", ["wandb", "tensorboard"])
+def test_one_rank_logs(logger: str, tmp_path: Path) -> None:
+    """Many ranks, one W&B run or one set of event files, one metrics.jsonl; in rank 0's folder."""
+    if importlib.util.find_spec(logger) is None:
+        pytest.skip(f"{logger} is not installed")
+    words = [*METHODS["mezo"], *RUN, f"logger={logger}"]
+    assert [one.code for one in together(2, words, tmp_path)] == [0, 0]
+    folder = run_folder(tmp_path)
+    pattern = {"wandb": "wandb/offline-run-*", "tensorboard": "**/events.out.tfevents.*"}[logger]
+    assert len(list(folder.glob(pattern))) == 1
+    assert [r["step"] for r in records_of(folder) if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert not [f for f in (tmp_path / "rank1" / "runs").rglob("*") if f.is_file()]
