@@ -68,6 +68,8 @@ def test_what_knows_one_device_alone_says_so() -> None:
     with pytest.raises(UserError, match="smezo plan knows one device"):
         plan(settings, capacity=GB)
     with pytest.raises(UserError, match="smezo bench measures on one device"):
+        bench.main(["model=own", "model.path=/nowhere", "model.device_map=auto"])
+    with pytest.raises(UserError, match=r"smezo bench takes no \+model.device_map"):
         bench.main(["model=tiny-llama", "+model.device_map=auto"])
 
 
