@@ -28,14 +28,16 @@ class Placed(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor, device: torch.device) -> "Placed":
-        made: Placed = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls,
-            inner.shape,
-            strides=inner.stride(),
-            storage_offset=inner.storage_offset(),
-            dtype=inner.dtype,
-            device=device,
-        )
+        # A view of an ordinary tensor stays one in inference mode, where a new tensor would not.
+        with torch.inference_mode(inner.is_inference()):
+            made: Placed = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+                cls,
+                inner.shape,
+                strides=inner.stride(),
+                storage_offset=inner.storage_offset(),
+                dtype=inner.dtype,
+                device=device,
+            )
         made.inner = inner
         return made
 

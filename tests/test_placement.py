@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import dispatch_model
+from accelerate import dispatch_model, hooks
 from several_devices import two_devices
 from torch import Tensor
 
@@ -68,6 +68,8 @@ def test_what_knows_one_device_alone_says_so() -> None:
     with pytest.raises(UserError, match="smezo plan knows one device"):
         plan(settings, capacity=GB)
     with pytest.raises(UserError, match="smezo bench measures on one device"):
+        bench.main(["model=own", "model.path=/nowhere", "model.device_map=auto"])
+    with pytest.raises(UserError, match=r"smezo bench takes no \+model.device_map"):
         bench.main(["model=tiny-llama", "+model.device_map=auto"])
 
 
@@ -290,9 +292,20 @@ def test_tensors_that_meet_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (a + b.to(here)).tolist() == [2, 2, 2]
 
 
+@pytest.fixture
+def two_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights on the CPU are on cpu:0, too, and stay: torch copies them, to a tensor on cpu again.
+
+    Accelerate would take the copy, which is no parameter; a copy to the GPU where it is is itself.
+    """
+    monkeypatch.setattr(hooks, "set_module_tensor_to_device", lambda *args, **kwargs: None)
+
+
 @pytest.mark.parametrize("hooks_first", [True, False])
 @pytest.mark.parametrize("case", ["sequential", "lockstep", "opt", "lora"])
-def test_accelerates_hooks_change_no_number(case: str, hooks_first: bool, one_thread: None) -> None:
+def test_accelerates_hooks_change_no_number(
+    case: str, hooks_first: bool, one_thread: None, two_names: None
+) -> None:
     """Two names of the CPU, so that there are hooks on the way that a real model takes."""
     settings = check(compose([*SMALL, *CASES[case], "device=cpu"]))
     plain = work(settings, Job(settings, "cpu", lambda said: None))
@@ -322,7 +335,7 @@ def test_accelerates_hooks_change_no_number(case: str, hooks_first: bool, one_th
 
 
 def test_a_folder_is_spread_as_it_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None, two_names: None
 ) -> None:
     base = check(compose([*LINE, "device=cpu"]))
     plain = Job(base, "cpu", lambda said: None)
