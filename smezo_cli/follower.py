@@ -39,6 +39,7 @@ def facts(job: Job, settings: Settings) -> dict[str, Any]:
     asked = {k: v for k, v in dataclasses.asdict(settings).items() if k not in _OF_A_MACHINE}
     text = json.dumps(asked, sort_keys=True, default=str)
     same = {
+        "kind of device": job.device.type,
         "command line": hashlib.sha256(text.encode()).hexdigest(),
         "version of smezo": [__version__, NUMERICS],
     }
@@ -72,7 +73,10 @@ def follow(settings: Settings, team: Ranks) -> None:
             team.agree(said, error)
             while (told := team.told())[0]["do"] != "end":
                 follower.do(*told)
-        except Left:
+        except BaseException as error:
+            if not isinstance(error, Left):
+                team.abandon()
+                raise
             # Rank 0 says "end" where it left a step, not where the ranks did not agree.
             while team.told()[0]["do"] != "end":
                 pass

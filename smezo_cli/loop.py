@@ -224,7 +224,8 @@ def evaluate(
             bar.step(len(chosen) * every)
     if team is not None:
         team.add([])
-    if stopped() or (team is not None and team.stop_asked):
+    # Of ranks by what all of them have just heard: one that stopped alone would leave the others.
+    if stopped() if team is None else team.stop_asked:
         raise Stopped
     if team is not None:
         scores = team.add_tensor(scores)  # of the rows of others there are zeros

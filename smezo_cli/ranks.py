@@ -163,6 +163,14 @@ class Ranks:
         if not self.lost:  # else it may wait for what is gone
             distributed.destroy_process_group()
 
+    def abandon(self) -> None:
+        """Have the others hear that this rank is gone, though its process may go on."""
+        from torch import distributed
+
+        if not self.lost:
+            self.lost = True
+            distributed.destroy_process_group()
+
     def begin(self, settings: Settings) -> None:
         """Before a run: how its steps are shared."""
         if self.lost:
@@ -363,8 +371,8 @@ class Ranks:
             self.lost = True
             raise RankLost(
                 "another rank has ended or cannot be reached, its own message or torchrun's report "
-                "says why; the same command goes on, with any number of ranks "
-                f"({_first_line(error)})."
+                "says why; the same command (without if_exists=fresh) goes on, with any number of "
+                f"ranks ({_first_line(error)})."
             ) from error
 
 

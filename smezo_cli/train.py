@@ -133,6 +133,7 @@ class _Run:
         self.settings, self.folder, self.console, self.stop = settings, folder, console, stop
         self.config, self.team, self._as_it_came = plain(cfg), team, False
         self._rank_peaks: list[int] | None = None
+        self._handed_out = False  # followers have the tested weights, whatever they made before
         self._world_size = 1 if team is None else team.size
         self.objective: str = settings.method.get("objective", "loss")
         self.recipes = recipes()
@@ -158,6 +159,7 @@ class _Run:
         """Do what is left."""
         from smezo_cli.job import Job
         from smezo_cli.lockstep import NotInLockstep
+        from smezo_cli.runs import Stopped
         from smezo_cli.zo import NonFiniteLoss
 
         self._announce()
@@ -165,10 +167,13 @@ class _Run:
         try:
             if self.team is not None:
                 self.team.asked = lambda: self.stop.asked
+                self.stop.patient = True  # an exchange that is broken off leaves the others in it
                 self.team.start()
             self.job = Job(self.settings, str(self.device), self.console.say)
             if self.team is not None:
                 self._agree(self.team)
+                if self._stopped():
+                    raise Stopped
             result = self._frozen() if is_frozen(self.settings.method) else self._trained()
         except NonFiniteLoss as error:
             self._close(self._result("diverged", error=str(error)))
@@ -352,8 +357,9 @@ class _Run:
         from smezo_cli.share import Measure
 
         method = self.method = self.job.build_method()
-        sizes = (self.settings.micro_batch_size, self.state.notes.get("micro_batch_size"))
-        size = min((n for n in sizes if n is not None), default=None)
+        size = self.settings.micro_batch_size
+        if size is None and (size := self.state.notes.get("micro_batch_size")) is not None:
+            self.console.say(f"  micro_batch_size={size}, as the memory was too small for more")
         self.measure = Measure(self.job.scorer, self.objective, size, self.team, self._halved)
         self.keeps_state = method.keeps_state
         passes = getattr(method, "passes", None)
@@ -651,7 +657,7 @@ class _Run:
             return {}
         rows = Batches(len(self.train), s.batch_size, s.seed)(self.state.step)
         try:
-            batch = [self.train[i] for i in rows]
+            batch = [self.train[i] for i in rows][: self.measure.size]
             return loss_noise(method, self.job.scorer, batch, self.objective)
         except (RuntimeError, MemoryError, NonFiniteLoss) as error:  # the run has its result
             line = str(error).partition("\n")[0]
@@ -675,7 +681,9 @@ class _Run:
         team = self.team
         if team is not None:
             prompt = self.state.notes["prompt"] if prompt is None else prompt
-            step = 0 if self._as_it_came else getattr(self.method, "num_steps", 0)
+            # Of the base model, and of weights that were handed out, there is nothing to apply.
+            is_there = self._as_it_came or self._handed_out
+            step = 0 if is_there else getattr(self.method, "num_steps", 0)
             team.evaluate(split=split, prompt=prompt, as_it_came=self._as_it_came, step=step)
         bar = self.console.bar(split, len(rows))
         return evaluate(self.job.scorer, rows, bar, self._stopped, team)
@@ -719,6 +727,7 @@ class _Run:
         if step == self.state.step:
             return True
         path = self.folder.weights_path(step).absolute()
+        self._handed_out = True
         return team.hand_out(str(path), self.state.files[path.name])
 
     def _test(self, method: "Method") -> dict[str, Any]:

@@ -22,6 +22,7 @@ from test_train import (
     METHODS,
     SMALL,
     Ended,
+    Fault,
     Started,
     records_of,
     result_of,
@@ -30,7 +31,7 @@ from test_train import (
     until,
 )
 
-from smezo_cli import follower, ranks, train
+from smezo_cli import follower, ranks, scoring, share, train
 from smezo_cli.config import compose
 from smezo_cli.errors import UserError
 from smezo_cli.settings import check
@@ -43,6 +44,11 @@ def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
+
+
+def few_tokens() -> None:
+    """Rows are scored some at a time, so that there is something to share."""
+    scoring.EVAL_TOKENS = 64
 
 
 class Group:
@@ -74,9 +80,9 @@ class Group:
         return [rank.wait() for rank in self.ranks]
 
 
-def together(size: int, words: Sequence[str], cwd: Path) -> list[Ended]:
+def together(size: int, words: Sequence[str], cwd: Path, faults: Sequence[Any] = ()) -> list[Ended]:
     """All ranks to their ends; every one of them in a folder of its own."""
-    with Group(size, words, cwd) as group:
+    with Group(size, words, cwd, faults=faults) as group:
         return group.wait()
 
 
@@ -103,13 +109,13 @@ def test_ranks_train_the_weights_of_one_process(
 ) -> None:
     """Bit for bit: losses, projected gradients, looks at dev, test scores and weights."""
     words = [*METHODS[method], *RUN, *more]
-    ended = together(size, words, tmp_path / "many")
+    ended = together(size, words, tmp_path / "many", [few_tokens])
     assert [one.code for one in ended] == [0] * size, ended[0].err
     assert all(one.out == "" for one in ended[1:])  # one writer, one voice
     written = [f for k in range(1, size) for f in (tmp_path / f"many/rank{k}/runs").rglob("*")]
     assert not [f for f in written if f.is_file()]
     by_one = [word for word in words if not word.startswith("query_ranks")]
-    assert smezo([*by_one, *alone], tmp_path / "one").code == 0
+    assert smezo([*by_one, *alone], tmp_path / "one", faults=[few_tokens]).code == 0
     many, one = run_folder(tmp_path / "many"), run_folder(tmp_path / "one")
     assert weights_of(many) == weights_of(one)
     assert records_of(many) == records_of(one)
@@ -159,15 +165,15 @@ def trajectory_bytes(cwd: Path) -> int:
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_dies_ends_all_and_fewer_go_on(victim: int, tmp_path: Path) -> None:
-    words = [*METHODS["sparse_mezo"], *RUN, "steps=400", "eval_every=200"]
+    words = [*METHODS["sparse_mezo"], *RUN, "steps=150", "eval_every=75"]
     with Group(2, words, tmp_path) as group:
-        until(lambda: trajectory_bytes(tmp_path) > 3000)
+        until(lambda: trajectory_bytes(tmp_path) > 2200)
         os.kill(group.ranks[victim].pid, signal.SIGKILL)
         group.ranks[victim].kill()
         other = group.ranks[1 - victim].wait(60)
     assert other.code == 2
     assert "another rank has ended" in other.err
-    assert "the same command goes on" in other.err
+    assert "the same command (without if_exists=fresh) goes on" in other.err
     assert "Traceback" not in other.err
     # The rest alone, with a forward's rows as they were: nothing is lost, nothing differs.
     ended = smezo([*words, "micro_batch_size=4"], tmp_path)
@@ -190,9 +196,9 @@ def test_one_process_is_gone_on_with_by_more(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("asked", [0, 1])
 def test_a_stop_of_any_rank_stops_all_between_two_steps(asked: int, tmp_path: Path) -> None:
-    words = [*METHODS["sparse_mezo"], *RUN, "steps=400", "eval_every=200"]
+    words = [*METHODS["sparse_mezo"], *RUN, "steps=150", "eval_every=75"]
     with Group(2, words, tmp_path) as group:
-        until(lambda: trajectory_bytes(tmp_path) > 3000)
+        until(lambda: trajectory_bytes(tmp_path) > 2200)
         os.kill(group.ranks[asked].pid, signal.SIGTERM)
         ended = group.wait()
     assert [one.code for one in ended] == [130, 0]
@@ -366,9 +372,10 @@ def test_the_best_weights_are_tested_where_they_are_not_the_last(
 ) -> None:
     """By all ranks that have them: those of rank 0's folder, or by rank 0 alone."""
     words = [*METHODS["mezo"], *RUN, "lr=0.3"]
-    with Group(2, words, tmp_path / "many", faults=faults) as group:
-        assert [one.code for one in group.wait()] == [0, 0]
-    assert smezo([*words, "micro_batch_size=4"], tmp_path / "one").code == 0
+    ended = together(2, words, tmp_path / "many", [few_tokens, *faults])
+    assert [one.code for one in ended] == [0, 0]
+    alone = [*words, "micro_batch_size=4"]
+    assert smezo(alone, tmp_path / "one", faults=[few_tokens]).code == 0
     many, one = (result_of(run_folder(tmp_path / name)) for name in ("many", "one"))
     assert one["dev"]["best"]["step"] < one["step"]
     assert many["test"] == one["test"]
@@ -397,3 +404,57 @@ def test_one_rank_logs(logger: str, tmp_path: Path) -> None:
     assert len(list(folder.glob(pattern))) == 1
     assert [r["step"] for r in records_of(folder) if "loss" in r] == [1, 2, 3, 4, 5, 6]
     assert not [f for f in (tmp_path / "rank1" / "runs").rglob("*") if f.is_file()]
+
+
+def test_a_run_that_ended_before_its_test_is_tested_by_ranks(tmp_path: Path) -> None:
+    """Followers then have no method yet, and the tested weights are not the last."""
+    words = [*METHODS["mezo"], *RUN, "lr=0.3"]
+    killed = Fault("evaluate", 6, signal.SIGKILL)  # two prompts, zero-shot, two looks, the test
+    assert smezo(words, tmp_path, faults=[few_tokens, killed.install]).code == -signal.SIGKILL
+    assert result_of(run_folder(tmp_path))["status"] == "running"
+    assert [one.code for one in together(2, words, tmp_path, [few_tokens])] == [0, 0]
+    assert smezo(words, tmp_path / "one", faults=[few_tokens]).code == 0
+    many, one = (result_of(run_folder(path)) for path in (tmp_path, tmp_path / "one"))
+    assert one["dev"]["best"]["step"] < one["step"]
+    assert many["test"] == one["test"]
+
+
+def rank_1_fails() -> None:
+    """In its first step."""
+
+    def fail(*_: object) -> None:
+        raise UserError("no room")
+
+    if os.environ["RANK"] == "1":
+        share.Measure.step = fail  # type: ignore[assignment]  # in this process alone
+
+
+def test_a_follower_that_fails_ends_a_sweep_on_all_ranks(tmp_path: Path) -> None:
+    """Its process goes on to the next job, so no connection is closed by its death."""
+    words = ["--multirun", *METHODS["mezo"], *RUN, "seed=0,1"]
+    with Group(2, words, tmp_path, faults=[rank_1_fails]) as group:
+        first, second = (rank.wait(100) for rank in group.ranks)
+    assert (first.code, second.code) == (2, 2)
+    assert "rank 1: job 0" in second.err
+    assert "no room" in second.err
+    assert "another rank has ended" in first.err
+
+
+def stopped_late() -> None:
+    """Rank 0 is asked to stop just after the ranks have told each other that none was."""
+    real = ranks.Ranks.add
+
+    def add(self: ranks.Ranks, numbers: Sequence[float]) -> list[float]:
+        found = real(self, numbers)
+        if not numbers and self.rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    ranks.Ranks.add = add  # type: ignore[method-assign]  # in this process alone
+
+
+def test_a_stop_between_an_evaluation_and_its_sum_leaves_nobody_behind(tmp_path: Path) -> None:
+    with Group(2, [*METHODS["mezo"], *RUN], tmp_path, faults=[stopped_late]) as group:
+        ended = [rank.wait(100) for rank in group.ranks]
+    assert [one.code for one in ended] == [130, 0]
+    assert "stopped; the same command goes on" in ended[0].out
