@@ -209,23 +209,26 @@ def evaluate(
     answers = rows[0].kind == "generation"
     scores = torch.zeros(len(rows), max(1, *(len(row.full) for row in rows)))
     texts: dict[int, str] = {}
+    is_stopping = False
     with bar, scorer.holding(rows):
         for chosen, batch in scorer.score_all(rows, first, every):
             scores[chosen] = -math.inf
             scores[chosen, : batch.shape[1]] = batch
             if not answers:  # else answering takes the time
                 bar.step(len(chosen) * every)
-            if stopped():
+            if is_stopping := stopped():
                 break
-        for chosen, batch_texts in scorer.generate_all(rows, first, every) if answers else ():
-            if stopped():
-                break
-            texts |= zip(chosen, batch_texts, strict=True)
-            bar.step(len(chosen) * every)
+        if answers and not is_stopping:
+            for chosen, batch_texts in scorer.generate_all(rows, first, every):
+                texts |= zip(chosen, batch_texts, strict=True)
+                bar.step(len(chosen) * every)
+                if is_stopping := stopped():
+                    break
     if team is not None:
+        # By what all ranks hear now: one that stopped by itself would leave the others waiting.
         team.add([])
-    # Of ranks by what all of them have just heard: one that stopped alone would leave the others.
-    if stopped() if team is None else team.stop_asked:
+        is_stopping = team.stop_asked
+    if is_stopping:
         raise Stopped
     if team is not None:
         scores = team.add_tensor(scores)  # of the rows of others there are zeros
