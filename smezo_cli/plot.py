@@ -273,6 +273,9 @@ def _lines(axes: "Axes", panel: Panel, kind: str) -> None:
     along = kind in ("curve", "active")
     if kind == "lr":
         axes.set_xscale("log")
+    if not along:  # what is moved aside would not count where matplotlib finds limits
+        axes.set_autoscale_on(False)
+        _set_limits(axes, panel, kind == "lr")
     places = [x for series in panel.series for x in series.x]
     crowd = [k for k, s in enumerate(panel.series) if any(places.count(x) > 1 for x in s.x)]
     crowd = [] if along else crowd
@@ -309,8 +312,6 @@ def _lines(axes: "Axes", panel: Panel, kind: str) -> None:
             )
     for name, value in panel.levels:
         axes.axhline(value, color="#666666", linewidth=1, linestyle=(0, (1, 2)), label=name)
-    if not along:  # what is moved aside does not count where matplotlib finds limits
-        _set_limits(axes, panel, kind == "lr")
     several = any(len(v) > 1 for series in panel.series for v in series.values)
     words = "mean ± sd over n seeds" if several else "one seed each: no spread"
     count = len(panel.series) + len(panel.levels)

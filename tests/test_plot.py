@@ -326,7 +326,7 @@ def test_files_are_the_same_bytes_each_time_and_what_is_left_out_is_said(
         ("lr --x steps", "--x has no effect with lr"),
         ("curve --out a.pdf", "no such format, there are .png and .svg"),
         ("curve --out no/a", "no folder no"),
-        ("curve --row MeZO", "--row and --column are of a table"),
+        ("curve --row MeZO", "--row, --column and --results are of a table"),
         ("curve small/1 small/2", "'small/2' is neither KEY=VALUE"),
         ("curve small/1 --row MeZo", "no such row, did you mean MeZO"),
         ("sparsity small/1", "no cell of these has runs in runs; smezo table small/1"),
