@@ -39,7 +39,7 @@ def projected_grads(
     job = Job(settings, "cpu", lambda line: None)
     prompt = job.prompts[0]
     rows = [c for c in job.encode(job.task.train, prompt) if c.width <= 40]
-    batches = Batches(len(rows), settings.batch_size, seed=0)
+    batches = Batches(rows, settings.batch_size, 0, settings.batch_order)
     method = SparseMeZO(
         job.model, lr=1e-9, eps=1e-3, sparsity=sparsity, executor="sequential", check=False
     )

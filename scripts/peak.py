@@ -38,7 +38,7 @@ def inference(template: str, words: list[str]) -> int:
         weights.detach().flatten()[:: 4096 // weights.element_size()].sum()
     longest = settings.task["max_train_tokens"] or settings.model["max_length"]
     rows = [c for c in job.encode(job.task.train, job.prompts[0]) if c.width <= longest]
-    batches = Batches(len(rows), settings.batch_size, settings.seed)
+    batches = Batches(rows, settings.batch_size, settings.seed, settings.batch_order)
     with torch.inference_mode():
         for step in range(settings.steps):
             job.scorer.loss([rows[i] for i in batches(step)])

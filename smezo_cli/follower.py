@@ -155,7 +155,7 @@ class Follower:
     def _steps(self, step: int, until: int, prompt: int) -> None:
         s, team, method = self.settings, self.team, self._advance(step)
         train = self._rows("train", prompt)
-        batches = Batches(len(train), s.batch_size, s.seed)
+        batches = Batches(train, s.batch_size, s.seed, s.batch_order)
         team.left = until - step
         while team.left > 0:
             step = method.num_steps

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -170,10 +171,22 @@ class Batches:
     """The batch of a step, a function of (seed, step) alone.
 
     Permutations of all rows, one an epoch, are laid end to end and cut into batches.
+
+    Args:
+        rows: of the train split.
+        batch_size: of them in a batch.
+        seed: of the permutations.
+        order: "shuffled"; or "stratified", the rows of each class evenly over the epoch, so that a
+            batch has the share of each within a row or two. What a batch has too many of one class
+            is, of a task with two, a third of a gradient's variance here (docs/batches.md); the
+            mean over an epoch is the same.
     """
 
-    def __init__(self, num_rows: int, batch_size: int, seed: int) -> None:
-        self._num_rows, self._size, self._seed = num_rows, batch_size, seed
+    def __init__(
+        self, rows: Sequence[Candidates], batch_size: int, seed: int, order: str = "shuffled"
+    ) -> None:
+        self._num_rows, self._size, self._seed = len(rows), batch_size, seed
+        self._labels = [row.label for row in rows] if order == "stratified" else []
         self._orders: dict[int, list[int]] = {}
 
     def __call__(self, step: int) -> list[int]:
@@ -184,10 +197,24 @@ class Batches:
     def _order(self, epoch: int) -> list[int]:
         if epoch not in self._orders:
             order = list(range(self._num_rows))
-            random.Random(f"{self._seed}/batches/{epoch}").shuffle(order)
+            rng = random.Random(f"{self._seed}/batches/{epoch}")
+            rng.shuffle(order)
+            if self._labels:
+                order = self._stratified(order, rng)
             self._orders = {k: v for k, v in self._orders.items() if k >= epoch - 1}
             self._orders[epoch] = order
         return self._orders[epoch]
+
+    def _stratified(self, order: Sequence[int], rng: random.Random) -> list[int]:
+        """The k-th of the n rows of a class comes at (k + u) / n, u being one number a class."""
+        sizes = Counter(self._labels)
+        start = {label: rng.random() for label in sorted(sizes)}
+        met, places = Counter[int](), dict[int, float]()
+        for i in order:
+            label = self._labels[i]
+            places[i] = (met[label] + start[label]) / sizes[label]
+            met[label] += 1
+        return sorted(order, key=places.__getitem__)
 
 
 def evaluate(
@@ -246,6 +273,7 @@ def fit(
     lead: Callable[[int, int], None],
     steps: int,
     batch_size: int,
+    batch_order: str,
     eval_every: int,
     lr_schedule: str,
     warmup_steps: int,
@@ -279,7 +307,7 @@ def fit(
         Stopped: asked to; the state is saved and the same call goes on from there.
         NonFiniteLoss: the weights are those before that step, the checkpoint that of the last look.
     """
-    batches = Batches(len(train), batch_size, seed)
+    batches = Batches(train, batch_size, seed, batch_order)
     objective, scorer = measure.objective, measure.scorer
 
     def save() -> None:

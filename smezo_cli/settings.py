@@ -39,7 +39,9 @@ LATER = {
     "quantization": None,
     "objective": "loss",
     "zero_shot": True,
+    "batch_order": "shuffled",
 }
+FULL_SAVE_EVERY = 500  # as conf/train.yaml has it
 # The figure that counts, by the kind of the task.
 METRICS = {"classification": "accuracy", "choice": "accuracy", "generation": "f1"}
 
@@ -298,6 +300,7 @@ class Settings:
     micro_batch_size: Annotated[int | None, _COUNT]
     query_ranks: Annotated[int, Whole(1, example="2")]
     rank_backend: Annotated[str, Choice("gloo", "nccl")]
+    batch_order: Annotated[str, Choice("shuffled", "stratified")]
     lr_schedule: Annotated[str, Choice("constant", "linear", "cosine")]
     warmup_steps: Annotated[int, Whole(0, example="0")]
     keep: Annotated[str, Choice("best", "last", "all")]
@@ -432,6 +435,8 @@ WITHOUT_STEPS: dict[str, object] = {
     **{"warmup_steps": 0, "stop_if_diverged": None, "patience": None, "keep": "best"},
     "zero_shot": True,
     "micro_batch_size": None,
+    "batch_order": "shuffled",
+    "full_save_every": FULL_SAVE_EVERY,
 }
 # What each kind of `method.adapter` takes, all of it needed.
 _ADAPTER_KINDS = Choice("lora", "prefix")
@@ -544,6 +549,17 @@ def check(cfg: DictConfig) -> Settings:
                 "classification, or method=zero_shot."
             )
         return Settings(**checked | {"eval_every": 1})
+    if checked["batch_order"] == "stratified" and checked["task"]["kind"] != "classification":
+        raise UserError(
+            f"batch_order=stratified gives a batch its share of each class, and "
+            f"task={checked['task']['name']} is of kind {checked['task']['kind']}: leave it out."
+        )
+    if checked["full_save_every"] != FULL_SAVE_EVERY and "eps" not in checked["method"]:
+        raise UserError(
+            f"full_save_every={checked['full_save_every']}: {checked['method']['name']} is no "
+            "zeroth-order method, whose steps are recorded: it saves its weights at each look, and "
+            "full_save_every would be ignored: leave it out, and set eval_every."
+        )
     if checked["warmup_steps"] >= checked["steps"]:
         raise UserError(
             f"warmup_steps={checked['warmup_steps']} leaves nothing of steps={checked['steps']}: "

@@ -222,6 +222,7 @@ class _Run:
             lead=self._lead,
             steps=self.settings.steps,
             batch_size=self.settings.batch_size,
+            batch_order=self.settings.batch_order,
             eval_every=self.settings.eval_every,
             lr_schedule=self.settings.lr_schedule,
             warmup_steps=self.settings.warmup_steps,
@@ -333,15 +334,15 @@ class _Run:
 
     def _announce(self) -> None:
         s = self.settings
-        knobs = " ".join(
-            f"{knob}={value:g}"
+        knobs = "".join(
+            f" {knob}={value:g}"
             for knob in ("lr", "eps", "sparsity")
             if (value := getattr(s, knob)) is not None
         )
         objective = "" if self.objective == "loss" else f" objective={self.objective}"
         length = "" if is_frozen(s.method) else f"steps={s.steps} batch_size={s.batch_size} "
         self.console.say(
-            f"{s.task['name']} | {s.model['name']} | {s.method['name']} {knobs}{objective} | "
+            f"{s.task['name']} | {s.model['name']} | {s.method['name']}{knobs}{objective} | "
             f"{length}seed={s.seed} | {s.dtype} on {self.device}"
         )
         self.console.say(f"  folder  {self.folder.path}")
@@ -623,7 +624,7 @@ class _Run:
         if choose is None:
             return
         s = self.settings
-        rows = Batches(len(self.train), s.batch_size, s.seed)(self.state.step)
+        rows = Batches(self.train, s.batch_size, s.seed, s.batch_order)(self.state.step)
         batch = [self.train[i] for i in rows]
         seconds = self.measure.with_room(choose, batch)
         words = ", ".join(f"{name} {spent:.3g} s" for name, spent in seconds.items())
@@ -655,7 +656,7 @@ class _Run:
         dtypes = {s.dtype, s.compute_dtype or s.dtype}
         if dtypes == {"float32"} or not isinstance(method, ZeroOrder):
             return {}
-        rows = Batches(len(self.train), s.batch_size, s.seed)(self.state.step)
+        rows = Batches(self.train, s.batch_size, s.seed, s.batch_order)(self.state.step)
         try:
             batch = [self.train[i] for i in rows][: self.measure.size]
             return loss_noise(method, self.job.scorer, batch, self.objective)
@@ -824,7 +825,7 @@ class _Run:
             "zero_shot": notes.get("zero_shot"),
             "zero_shot_calibrated": notes.get("zero_shot_calibrated"),
             "metric": METRICS[s.task["kind"]],
-            "objective": self.objective,
+            "objective": None if is_frozen(s.method) else self.objective,
             "demonstrations": {k: v for k, v in shown.items() if k != "text"} if shown else None,
             "dev": {"best": {"step": state.best_step, **notes.get("best_look", {})}},
             "weights": notes.get("weights"),
@@ -845,6 +846,7 @@ class _Run:
             "keep": s.keep,
             "eps": s.eps,
             "batch_size": s.batch_size,
+            "batch_order": s.batch_order,
             "micro_batch_size": self._micro_batch_size(),
             "rank": 0,
             "world_size": self._world_size,

@@ -421,6 +421,7 @@ def test_a_fit_is_stopped_at_once_and_begun_again(
         ("method=icl keep=all", "keep would be ignored"),
         ("method=icl lr_schedule=linear", "lr_schedule would be ignored"),
         ("method=icl patience=2", "patience would be ignored"),
+        ("method=icl batch_order=stratified", "batch_order would be ignored"),
         ("method=icl compile=true", "has no passes to compile"),
         ("method=icl lr=1e-3", "method icl has no lr"),
         ("method=icl method.num_demonstrations=0", "whole number of at least 1"),

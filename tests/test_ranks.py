@@ -98,7 +98,12 @@ def weights_of(folder: Path) -> Mapping[str, Any]:
         # Rows are cut as micro-batches of one process are: the same bits.
         ("sparse_mezo", 2, [], ["micro_batch_size=4"]),
         ("mezo", 4, [], ["micro_batch_size=2"]),
-        ("sparse_mezo", 2, ["micro_batch_size=2"], ["micro_batch_size=2"]),
+        (
+            "sparse_mezo",
+            2,
+            ["micro_batch_size=2", "batch_order=stratified"],
+            ["micro_batch_size=2"],
+        ),
         # Queries are measured as one process measures them.
         ("mezo", 2, ["method.num_queries=3", "query_ranks=2"], []),
         ("mezo_adam", 4, ["method.num_queries=2", "query_ranks=2"], ["micro_batch_size=4"]),
