@@ -12,4 +12,5 @@ set -x
 "$python" -m ruff format --check .
 "$python" -m mypy
 "$python" scripts/audit.py
-"$python" -m pytest "$@"
+# Two files of tests at a time, on half of the cores each: most tests wait for one core.
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))} "$python" -m pytest -n 2 --dist loadfile "$@"
