@@ -13,7 +13,7 @@ from typing import Any
 
 from smezo_cli import intake
 from smezo_cli.errors import UserError
-from smezo_cli.results import Run
+from smezo_cli.results import Run, draw_their_rows
 from smezo_cli.table import flat
 
 _MOST_BYTES = 1 << 28  # of metrics.jsonl; 20,000 steps have 3 MB
@@ -178,7 +178,7 @@ def _groups(sources: Iterable[Source], free: Sequence[str]) -> list[_Group]:
             buckets.setdefault(key, []).append((run, _Group(name, (), settings, source.chosen)))
     found: dict[str, _Group] = {}
     for key, members in buckets.items():
-        follows = _follow([run for run, _ in members])
+        follows = draw_their_rows([run for run, _ in members])
         for run, group in members:
             split = [] if follows else [group.settings.get(k) for k in _OF_SPLIT]
             old = found.setdefault(f"{key} {split}", group)
@@ -194,14 +194,6 @@ def _groups(sources: Iterable[Source], free: Sequence[str]) -> list[_Group]:
 
 
 _OF_SPLIT = ("data_seed", "train_rows")
-
-
-def _follow(runs: Sequence[Run]) -> bool:
-    """Has each of several seeds the rows that it draws itself?"""
-    seeds = {run.result["seed"] for run in runs}
-    drawn = {(run.result["seed"], str(run.result.get("train_rows"))) for run in runs}
-    own = all(run.config.get("data_seed") == run.result["seed"] for run in runs)
-    return own and len(drawn) == len(seeds) > 1
 
 
 def _natural(name: str) -> tuple[int, str]:

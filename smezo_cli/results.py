@@ -232,14 +232,34 @@ class Group:
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:
-    """Runs that differ in their seed alone, in the order of their first."""
-    found: dict[str, list[Run]] = {}
+    """Runs that differ in their seed alone, in the order of their first.
+
+    Where each seed draws its training rows, too (data_seed=${seed}), these are no difference of
+    their own; the test rows have to be the same.
+    """
+    buckets: dict[str, list[Run]] = {}
     for run in runs:
         # Runs that can be extended keep their digest; data files may change behind a name.
-        rows = [run.result.get(key) for key in ("steps", "train_rows", "test_rows")]
-        key = f"{run.path.parent} {digest(dict(run.config) | {'seed': 0})} {rows}"
-        found.setdefault(key, []).append(run)
-    return [Group(tuple(members)) for members in found.values()]
+        rows = [run.result.get(key) for key in ("steps", "test_rows")]
+        rest = digest(dict(run.config) | {"seed": 0, "data_seed": 0})
+        buckets.setdefault(f"{run.path.parent} {rest} {rows}", []).append(run)
+    found: dict[tuple[str, str], list[Run]] = {}
+    for key, members in buckets.items():
+        follows = draw_their_rows(members)
+        for run in members:
+            drawn = [run.config.get("data_seed"), run.result.get("train_rows")]
+            found.setdefault((key, "" if follows else str(drawn)), []).append(run)
+    place = {run.path: k for k, run in enumerate(runs)}
+    ordered = sorted(found.values(), key=lambda members: place[members[0].path])
+    return [Group(tuple(members)) for members in ordered]
+
+
+def draw_their_rows(runs: Sequence[Run]) -> bool:
+    """Has each of several seeds the training rows that it draws itself?"""
+    seeds = {run.result["seed"] for run in runs}
+    drawn = {(run.result["seed"], str(run.result.get("train_rows"))) for run in runs}
+    own = all(run.config.get("data_seed") == run.result["seed"] for run in runs)
+    return own and len(drawn) == len(seeds) > 1
 
 
 def paired(ours: Floats, theirs: Floats) -> tuple[float, float]:

@@ -23,6 +23,7 @@ def make(
     *,
     zero: Rows | None = None,
     test_rows: str = "aa",
+    train_rows: str | None = None,
     status: str = "done",
     **settings: Any,
 ) -> Path:
@@ -54,6 +55,7 @@ def make(
         "test": {"accuracy": sum(rows) / len(rows), "auc": 0.5} if status == "done" else None,
         "zero_shot": {"accuracy": sum(zero) / len(zero)},
         "test_rows": test_rows,
+        "train_rows": train_rows,
         "train_seconds": 2.0,
         "peak_memory_bytes": 2**30,
     }
@@ -121,6 +123,22 @@ def test_runs_that_differ_in_their_seed_alone_are_one_line(
     assert first["score"] == pytest.approx((0.5 + 0.75) / 2)
     assert first["sd"] == pytest.approx(0.25 / math.sqrt(2))
     assert second["sd"] is None
+
+
+def test_seeds_that_draw_their_training_rows_are_one_line_where_the_test_rows_are_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """k-shot splits (data_seed=${seed}); a seed on the rows of another draw is none of them."""
+    make(tmp_path, "other", [1, 1, 1, 1], lr=3e-4)
+    make(tmp_path, "k13", [1, 1, 0, 0], seed=13, data_seed=13, train_rows="t13")
+    make(tmp_path, "k21", [1, 0, 0, 0], seed=21, data_seed=21, train_rows="t21")
+    make(tmp_path, "k42", [1, 0, 0, 0], seed=42, data_seed=42, train_rows="t42", test_rows="bb")
+    assert sorted(row["seeds"] for row in table(capsys, tmp_path, "--mean")) == [1, 1, 2]
+    make(tmp_path, "k87", [1, 0, 0, 0], seed=87, data_seed=21, train_rows="t21")
+    assert sorted(row["seeds"] for row in table(capsys, tmp_path, "--mean")) == [1, 1, 1, 2]
+    # One draw for several seeds: as ever.
+    make(tmp_path, "k88", [1, 0, 0, 0], seed=88, data_seed=21, train_rows="t21")
+    assert sorted(row["seeds"] for row in table(capsys, tmp_path, "--mean")) == [1, 1, 1, 3]
 
 
 def test_gains_are_differences_row_by_row_with_the_error_of_their_mean(
