@@ -31,7 +31,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--directions", type=int, default=8)
-    parser.add_argument("--rows", type=int, default=320)
+    parser.add_argument("--rows", type=int, default=160)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     os.environ.setdefault("SMEZO_CACHE", str(cache_dir()))

@@ -177,9 +177,8 @@ class Batches:
         batch_size: of them in a batch.
         seed: of the permutations.
         order: "shuffled"; or "stratified", the rows of each class evenly over the epoch, so that a
-            batch has the share of each within a row or two. What a batch has too many of one class
-            is, of a task with two, a third of a gradient's variance here (docs/batches.md); the
-            mean over an epoch is the same.
+            batch has the share of each within a row or two. The mean over an epoch is the same,
+            the spread of batches is smaller (docs/batches.md).
     """
 
     def __init__(
