@@ -1,7 +1,8 @@
 """Results as small files that can be committed: what a table takes of a run, one JSON file a run.
 
-A file has the command, the settings without places, the looks at dev and what result.json says,
-and, as result.json does, a SHA-256 of all of it. Nothing of it says where it was run. No torch.
+A file has the command, the settings without places, the looks at dev, the outcome of each test row
+and what result.json says, and, as result.json does, a SHA-256 of all of it. Nothing of it says
+where it was run. No torch.
 """
 
 import json
@@ -10,10 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from smezo_cli import intake
 from smezo_cli.errors import UserError
 from smezo_cli.redaction import redacted_tree
-from smezo_cli.results import Run
+from smezo_cli.results import Floats, Run
 
 _SCHEMA = 1
 # Of result.json: the line as it was typed and what went wrong may name folders, the seal is anew.
@@ -58,7 +61,31 @@ def load(path: Path) -> Run | None:
         return None
     if not intake.is_sound_result(result):
         return None
-    return Run(path, result, settings, tuple((int(step), float(f)) for step, f in looks))
+    try:
+        outcomes = _outcomes_of(found.get("outcomes"))
+    except ValueError:
+        return None
+    return Run(path, result, settings, tuple((int(step), float(f)) for step, f in looks), outcomes)
+
+
+def _outcomes_of(text: object) -> Floats | None:
+    """Of each test row, from text; None where the file is of before there were any."""
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise ValueError("not text")
+    words = text.split() if " " in text else list(text)
+    found = np.array([float(word) for word in words], dtype=np.float64)
+    if not (len(found) and ((found >= 0) & (found <= 1)).all()):
+        raise ValueError("not in [0, 1]")
+    return found
+
+
+def _text_of(outcomes: Floats) -> str:
+    """A digit a row where each is right or wrong; else numbers with a blank between."""
+    if np.isin(outcomes, (0, 1)).all():
+        return "".join("1" if row else "0" for row in outcomes)
+    return " ".join(map(repr, outcomes.tolist()))
 
 
 def write(
@@ -78,6 +105,7 @@ def write(
     """
     from smezo_cli.runs import write_text
 
+    done = run.result["status"] == "done"
     named = [word for word in words if word.partition("=")[0] not in _FOLDERS]
     content = redacted_tree(
         {
@@ -85,6 +113,7 @@ def write(
             "command": ["smezo", "train", *named],
             "settings": settings,
             "looks": run.looks(),
+            "outcomes": _text_of(run.outcomes()["test"]) if done else None,
             "result": {key: v for key, v in run.result.items() if key not in _LEFT_OUT},
         }
     )

@@ -38,7 +38,16 @@ _FLAGS = {
     "plan": ("--memory", "--tokens", "--bench", "--json", "--help"),
     "runs": ("--mean", "--compare", "--runs-dir", "--sort", "--json", "--help"),
     "table": (
-        *("--run", "--row", "--column", "--format", "--runs-dir", "--collect", "--results"),
+        *(
+            "--run",
+            "--row",
+            "--column",
+            "--less",
+            "--format",
+            "--runs-dir",
+            "--collect",
+            "--results",
+        ),
         "--help",
     ),
     "plot": ("--x", "--y", "--row", "--column", "--out", "--runs-dir", "--results", "--help"),

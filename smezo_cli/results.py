@@ -52,6 +52,7 @@ class Run:
     result: Mapping[str, Any]
     config: Mapping[str, Any]
     collected: tuple[tuple[int, float], ...] | None = None
+    collected_outcomes: Floats | None = None
 
     @property
     def metric(self) -> str:
@@ -104,6 +105,13 @@ class Run:
         Raises:
             UserError: the run has none, or the file is damaged.
         """
+        if self.collected is not None:
+            if self.collected_outcomes is None:
+                raise UserError(
+                    f"{self.path} has no outcomes of test rows: it was collected by an older "
+                    "version; smezo table ID --collect writes them from the run."
+                )
+            return {"test": self.collected_outcomes}
         path = self.path / "scores.safetensors"
         try:
             intake.check_ordinary(path)

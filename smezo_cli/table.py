@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 
 from smezo_cli import collected, intake
 from smezo_cli.errors import UserError
-from smezo_cli.results import Run, find
+from smezo_cli.results import Group, Run, find, paired
 from smezo_cli.settings import (
     CONF_DIR,
     LATER,
@@ -40,6 +40,7 @@ smezo table ID [KEY=VALUE ...]                ours | paper | difference, and wha
     COLUMN:KEY=VALUE   a setting of one column alone, such as RTE:task.data_dir=PATH
     --run              run what is missing, one run after the other; safe to interrupt and repeat
     --row NAME, --column NAME     these alone (each may be given again)
+    --less ROW         each row less that one, too, paired by test row, with the standard error
     --format FORMAT    markdown (default), latex, csv or json
     --runs-dir DIR     where the runs lie (runs)
     --collect DIR      write what the cells take of their runs, the search of lr too, as small files
@@ -163,17 +164,21 @@ def load(name: str, extra: Sequence[str] = ()) -> Table:
     )
 
 
-def check_names(table: Table, rows: Sequence[str], columns: Sequence[str]) -> None:
+def check_names(
+    table: Table, rows: Sequence[str], columns: Sequence[str], flag_of_rows: str = "row"
+) -> None:
     """Has it these rows and columns?
 
     Raises:
         UserError: it has not.
     """
-    for flag, wanted, lines in (("row", rows, table.rows), ("column", columns, table.columns)):
+    asked = ((flag_of_rows, rows, table.rows), ("column", columns, table.columns))
+    for flag, wanted, lines in asked:
         known = [line.name for line in lines]
         for word in wanted:
             if word not in known:
-                raise UserError(f"--{flag} {word}: there is no such {flag}{near(word, known)}.")
+                what = "column" if flag == "column" else "row"
+                raise UserError(f"--{flag} {word}: there is no such {what}{near(word, known)}.")
 
 
 def _split(command: str | None) -> tuple[str, ...]:
@@ -219,6 +224,7 @@ class Cell:
         setting: that setting, of what was searched.
         missing: the next command of `smezo train` that it needs, None where it is complete.
         why: what it waits for, where no command fills it.
+        less: the difference from another row's cell, paired by test row, and its standard error.
     """
 
     row: Line
@@ -230,6 +236,7 @@ class Cell:
     setting: str = ""
     missing: tuple[str, ...] | None = None
     why: str = ""
+    less: tuple[float, float] | None = None
 
     @property
     def mean(self) -> float | None:
@@ -428,6 +435,32 @@ _NOT_ASKED = (
 )
 
 
+def subtract(cells: Sequence[Cell], base: str) -> list[str]:
+    """Fill `less` of cells: less the row `base` of their column; what could not be, in words.
+
+    Outcomes are averaged over the seeds that each has, subtracted test row by test row, and their
+    standard error is that over the rows (points of 100).
+    """
+    notes = []
+    theirs = {cell.column.name: cell for cell in cells if cell.row.name == base}
+    for cell in cells:
+        other = theirs[cell.column.name]
+        if cell is other or not (cell.runs and other.runs):
+            continue
+        if (cell.row.figure or other.row.figure) or not _one_set([cell, other]):
+            notes.append(f"{cell.row.name} less {base}, {cell.column.name}: other rows or figures.")
+            continue
+        difference, error = paired(*(Group(tuple(c.runs)).mean() for c in (cell, other)))
+        cell.less = 100 * difference, 100 * error
+    return notes
+
+
+def _one_set(cells: Sequence[Cell]) -> bool:
+    """Were all their runs tested on the same rows?"""
+    sets = {run.result.get("test_rows") for cell in cells for run in cell.runs}
+    return len(sets) == 1 and None not in sets
+
+
 def figure(run: Run, name: str, level: float = 0.0) -> float | None:
     """A figure of a finished run: points of 100, GB (1e9 bytes), or steps; None: it has none."""
     if name == "peak_gb":
@@ -515,21 +548,30 @@ def _difference(cell: Cell, table: Table) -> str:
     return "" if cell.difference is None else f"{cell.difference:+.{_digits(table)}f}"
 
 
-def _grid(table: Table, cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
+def _less(cell: Cell, table: Table) -> str:
+    if cell.less is None:
+        return ""
+    return "{:+.{digits}f} ± {:.{digits}f}".format(*cell.less, digits=_digits(table) + 1)
+
+
+def _grid(table: Table, cells: Sequence[Cell], less: str) -> tuple[list[str], list[list[str]]]:
     """The head, and for each row its lines: ours, paper, difference; empty ones are left out."""
     columns = list(dict.fromkeys(cell.column.name for cell in cells))
     lines = []
     for row, members in itertools.groupby(cells, key=lambda cell: cell.row.name):
         group = list(members)
-        for title, show in (("ours", _ours), ("paper", _paper), ("difference", _difference)):
+        kinds = (("ours", _ours), ("paper", _paper), ("difference", _difference))
+        for title, show in (*kinds, (f"less {less}", _less)):
             texts = [show(cell, table) for cell in group]
             if title == "ours" or any(texts):
                 lines.append([row if title == "ours" else "", title, *texts])
     return ["", "", *columns], lines
 
 
-def shown(table: Table, cells: Sequence[Cell], notes: Sequence[str], form: str) -> str:
-    """The table as text; form: markdown, latex, csv or json."""
+def shown(
+    table: Table, cells: Sequence[Cell], notes: Sequence[str], form: str, less: str = ""
+) -> str:
+    """The table as text; form: markdown, latex, csv or json; less: of which row `less` is."""
     records = [
         {
             **{"row": cell.row.name, "column": cell.column.name},
@@ -538,6 +580,11 @@ def shown(table: Table, cells: Sequence[Cell], notes: Sequence[str], form: str) 
             "paper_sd": cell.paper.sd if cell.paper else None,
             "mark": cell.paper.mark if cell.paper else "",
             "difference": cell.difference,
+            **(
+                {"less": cell.less and cell.less[0], "less_se": cell.less and cell.less[1]}
+                if less
+                else {}
+            ),
             "command": command(cell.missing) if cell.missing else None,
             "why": cell.why,
         }
@@ -553,7 +600,7 @@ def shown(table: Table, cells: Sequence[Cell], notes: Sequence[str], form: str) 
         writer.writeheader()
         writer.writerows(records)
         return out.getvalue()
-    head, lines = _grid(table, cells)
+    head, lines = _grid(table, cells, less)
     if form == "latex":
         rows = [head, *lines]
         body = [" & ".join(map(_latex, row)) + r" \\" for row in rows]
@@ -563,6 +610,10 @@ def shown(table: Table, cells: Sequence[Cell], notes: Sequence[str], form: str) 
     text = [f"**{table.title}** ({table.source})", ""]
     text += [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *lines)]
     text += ["", *(f"{mark} {words}" for mark, words in table.marks.items())]
+    if less:
+        text += [
+            f"less {less}: mean over the seeds, paired by test row, ± standard error over the rows"
+        ]
     text += [*notes]
     absent = {f"{cell.row.name}: {cell.why}" if cell.row.command is None and not cell.row.of
               else f"{cell.row.name}, {cell.column.name}: {cell.why}": 0 for cell in cells
@@ -599,6 +650,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--run", action="store_true")
     parser.add_argument("--row", action="append", default=[])
     parser.add_argument("--column", action="append", default=[])
+    parser.add_argument("--less", default="")
     parser.add_argument("--format", default="markdown")
     parser.add_argument("--runs-dir")
     parser.add_argument("--collect")
@@ -623,6 +675,7 @@ def main(words: Sequence[str]) -> int:
         extra.append(f"runs_dir={given.runs_dir}")
     table = load(name, extra)
     check_names(table, given.row, given.column)
+    _check_less(table, given.less, given.row)
     folder = Path(given.runs_dir or "runs")
     with_runs = given.results is None or given.run or given.runs_dir is not None
 
@@ -643,8 +696,22 @@ def main(words: Sequence[str]) -> int:
     if given.collect is not None:
         new, all_of_it = reader.collect(Path(given.collect)), len(reader.taken)
         print(f"{given.collect}: {all_of_it} results, {new} of them new", file=sys.stderr)
-    print(shown(table, cells, reader.notes, given.format), end="")
+    notes = reader.notes + (subtract(cells, given.less) if given.less else [])
+    print(shown(table, cells, notes, given.format, given.less), end="")
     return code
+
+
+def _check_less(table: Table, less: str, rows: Sequence[str]) -> None:
+    if not less:
+        return
+    check_names(table, [less], [], "less")
+    if table.figure != "score":
+        raise UserError(
+            f"--less {less}: {table.id} shows no figure of test rows ({table.figure}), and nothing "
+            "can be paired by them."
+        )
+    if rows and less not in rows:
+        raise UserError(f"--less {less}: add --row {shlex.quote(less)} beside the others.")
 
 
 def _run(read: Any) -> int:

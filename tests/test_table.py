@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 
 from smezo_cli import __version__, intake, table
 from smezo_cli.cli import main
@@ -236,6 +237,28 @@ def test_collected_results_fill_the_table_without_their_runs(
     assert not any(str(Path.cwd()) in file.read_text() for file in files)
     assert "runs_dir" not in files[0].read_text()
 
+    # Paired by test row, from files as from runs, and as reckoned here from what each run keeps.
+    less = ("--less", "Untrained", "task.max_train_tokens=64")
+    by_runs_less, _ = tiny(*less)
+    assert tiny("--results", "results", *less)[0] == by_runs_less
+    kept = {
+        (r["method"], r["lr"], r["seed"]): load_file(p.parent / "scores.safetensors")[
+            "outcome.test"
+        ]
+        for p in Path("runs").rglob("result.json")
+        for r in [json.loads(p.read_text())]
+    }
+    lr = float(by_runs["MeZO"]["setting"].partition("=")[2])
+    trained = (kept["mezo", lr, 0] + kept["mezo", lr, 1]) / 2
+    gains = (100 * (trained - kept["zero_shot", None, 0])).tolist()
+    assert by_runs_less["MeZO"]["less"] == pytest.approx(statistics.mean(gains))
+    error = statistics.pstdev(gains) / len(gains) ** 0.5
+    assert by_runs_less["MeZO"]["less_se"] == pytest.approx(error)
+    assert error > 0
+    assert [by_runs_less[row]["less"] for row in ("Untrained", "Zero-shot", "Nothing")] == [
+        None
+    ] * 3
+
     # The command of a file is its run: the run is there already.
     runs = {p: p.stat().st_mtime_ns for p in Path("runs").rglob("result.json")}
     for file in files:
@@ -327,6 +350,9 @@ def test_a_result_that_names_a_place_is_not_collected(
         ("small/1 rt:task.data_dir=x", "no column rt, did you mean rte?"),
         ("small/1 --row MeZo", "no such row, did you mean MeZO"),
         ("small/1 --format xml", "no such format"),
+        ("small/1 --less MeZo", "--less MeZo: there is no such row, did you mean MeZO"),
+        ("small/1 --less MeZO --row R-MeZO", "add --row MeZO beside the others"),
+        ("sparse-mezo/memory --less FT", "nothing can be paired"),
         ("small/1 seed", "not of the form KEY=VALUE"),
     ],
 )
