@@ -116,8 +116,9 @@ class Follower:
             self._steps(**message)
         elif do == "weights":
             self._load(**message)
-        elif do == "peak":
-            self.team.gather(json.dumps(self.memory.read()).encode())
+        elif do == "memory":
+            found = {"peak": self.memory.read(), "micro_batch_size": self._measure.size}
+            self.team.gather(json.dumps(found).encode())
         else:
             raise AssertionError(do)
 

@@ -316,10 +316,10 @@ class Ranks:
         self._expected = 1
         return self.add([1.0])[0] == self.size
 
-    def peaks(self) -> list[int]:
-        """Peak bytes of every rank; that of this one is 0."""
-        self.tell("peak")
-        return [json.loads(part) for part in self.gather(b"0")]
+    def memory(self) -> list[dict[str, int | None]]:
+        """Of each of the other ranks its peak in bytes and its micro_batch_size at the end."""
+        self.tell("memory")
+        return [json.loads(part) for part in self.gather(b"")[1:]]
 
     def leave(self) -> None:
         """End the run for the followers, wherever they are; nothing where they are gone."""

@@ -133,6 +133,7 @@ class _Run:
         self.settings, self.folder, self.console, self.stop = settings, folder, console, stop
         self.config, self.team, self._as_it_came = plain(cfg), team, False
         self._rank_peaks: list[int] | None = None
+        self._rank_sizes: list[int | None] | None = None
         self._handed_out = False  # followers have the tested weights, whatever they made before
         self._world_size = 1 if team is None else team.size
         self.objective: str = settings.method.get("objective", "loss")
@@ -719,7 +720,14 @@ class _Run:
 
     def _dismiss(self, team: "Ranks") -> None:
         """Let the followers go, for what is left is this rank's."""
-        self._rank_peaks = [self.memory.read(), *team.peaks()[1:]]
+        found = team.memory()
+        self._rank_peaks = [self.memory.read(), *(int(of["peak"] or 0) for of in found)]
+        self._rank_sizes = [self._micro_batch_size(), *(of["micro_batch_size"] for of in found)]
+        for rank, size in enumerate(self._rank_sizes):
+            if rank and size != self.settings.micro_batch_size:
+                self.console.say(
+                    f"  rank {rank} was out of memory and ended with {size} rows at once"
+                )
         team.leave()
         self.team = None
 
@@ -852,6 +860,7 @@ class _Run:
             "world_size": self._world_size,
             "query_ranks": s.query_ranks,
             "rank_peak_memory_bytes": self._rank_peaks,
+            "rank_micro_batch_sizes": self._rank_sizes,
             "steps": s.steps,
             "step": state.step,
             "stopped_early": notes.get("stopped_early"),

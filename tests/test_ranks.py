@@ -34,6 +34,7 @@ from test_train import (
 from smezo_cli import follower, ranks, scoring, share, train
 from smezo_cli.config import compose
 from smezo_cli.errors import UserError
+from smezo_cli.room import OutOfRoom
 from smezo_cli.settings import check
 
 # Two looks; rows that no number of ranks divides evenly but 1, 2, 4.
@@ -130,6 +131,25 @@ def test_ranks_train_the_weights_of_one_process(
     assert (result["rank"], result["world_size"]) == (0, size)
     assert len(result["rank_peak_memory_bytes"]) == size
     assert min(result["rank_peak_memory_bytes"]) > 1 << 20
+
+
+def crowded() -> None:
+    """Rank 1 has room for two rows."""
+    whole = scoring.Scorer.objective_sum
+
+    def narrow(self: Any, batch: Any, name: str = "loss") -> Any:
+        if os.environ["RANK"] == "1" and len(batch) > 2:
+            raise OutOfRoom("no room")
+        return whole(self, batch, name)
+
+    scoring.Scorer.objective_sum = narrow  # type: ignore[method-assign]  # in this process alone
+
+
+def test_a_rank_that_has_less_room_halves_its_rows_and_that_is_said(tmp_path: Path) -> None:
+    ended = together(2, [*METHODS["mezo"], *RUN], tmp_path, [few_tokens, crowded])
+    assert [one.code for one in ended] == [0, 0], ended[0].err
+    assert result_of(run_folder(tmp_path))["rank_micro_batch_sizes"] == [None, 2]
+    assert "rank 1 was out of memory and ended with 2 rows at once" in ended[0].out
 
 
 def test_ranks_share_answers_that_are_generated(tmp_path: Path) -> None:
