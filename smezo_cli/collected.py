@@ -65,18 +65,21 @@ def load(path: Path) -> Run | None:
         outcomes = _outcomes_of(found.get("outcomes"))
     except ValueError:
         return None
+    labelled = None if outcomes is None else int((~np.isnan(outcomes)).sum())
+    if labelled is not None and labelled != (result.get("test") or {}).get("n"):
+        return None
     return Run(path, result, settings, tuple((int(step), float(f)) for step, f in looks), outcomes)
 
 
 def _outcomes_of(text: object) -> Floats | None:
-    """Of each test row, from text; None where the file is of before there were any."""
+    """Of each test row (nan: no label), from text; None in files of before there were any."""
     if text is None:
         return None
     if not isinstance(text, str):
         raise ValueError("not text")
-    words = text.split() if " " in text else list(text)
+    words = text.split() if "." in text else list(text)
     found = np.array([float(word) for word in words], dtype=np.float64)
-    if not (len(found) and ((found >= 0) & (found <= 1)).all()):
+    if not (len(found) and (np.isnan(found) | ((found >= 0) & (found <= 1))).all()):
         raise ValueError("not in [0, 1]")
     return found
 
@@ -105,7 +108,8 @@ def write(
     """
     from smezo_cli.runs import write_text
 
-    done = run.result["status"] == "done"
+    of_before = run.collected is not None and run.collected_outcomes is None
+    has_rows = run.result["status"] == "done" and not of_before
     named = [word for word in words if word.partition("=")[0] not in _FOLDERS]
     content = redacted_tree(
         {
@@ -113,7 +117,7 @@ def write(
             "command": ["smezo", "train", *named],
             "settings": settings,
             "looks": run.looks(),
-            "outcomes": _text_of(run.outcomes()["test"]) if done else None,
+            "outcomes": _text_of(run.outcomes()["test"]) if has_rows else None,
             "result": {key: v for key, v in run.result.items() if key not in _LEFT_OUT},
         }
     )

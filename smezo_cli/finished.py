@@ -19,7 +19,7 @@ from yaml import YAMLError
 from smezo_cli.errors import UserError
 from smezo_cli.intake import is_known, is_prompt, load_yaml, parse_yaml
 from smezo_cli.redaction import redacted
-from smezo_cli.settings import Settings, check, is_frozen, near, sentence
+from smezo_cli.settings import Settings, check, is_frozen, near, sentence, with_later_keys
 
 if TYPE_CHECKING:
     from smezo_cli.job import Job
@@ -154,6 +154,7 @@ def _read_config(
 def _parsed(
     cfg: DictConfig, overrides: Sequence[str], may_change: Sequence[str] = ()
 ) -> tuple[DictConfig, Settings]:
+    with_later_keys(cfg)
     for word in overrides:
         _change(cfg, word, may_change)
     return cfg, check(cfg)

@@ -117,7 +117,9 @@ class Follower:
         elif do == "weights":
             self._load(**message)
         elif do == "memory":
-            found = {"peak": self.memory.read(), "micro_batch_size": self._measure.size}
+            size = self._measure.size
+            halved = size != self.settings.micro_batch_size
+            found = {"peak": self.memory.read(), "micro_batch_size": size, "halved": halved}
             self.team.gather(json.dumps(found).encode())
         else:
             raise AssertionError(do)

@@ -177,8 +177,9 @@ class Batches:
         batch_size: of them in a batch.
         seed: of the permutations.
         order: "shuffled"; or "stratified", the rows of each class evenly over the epoch, so that a
-            batch has the share of each within a row or two. The mean over an epoch is the same,
-            the spread of batches is smaller (docs/batches.md).
+            batch inside an epoch has the share of each within one row (two classes; more where
+            many small classes meet). The mean over an epoch is the same, the spread of batches is
+            smaller (docs/batches.md).
     """
 
     def __init__(

@@ -316,8 +316,8 @@ class Ranks:
         self._expected = 1
         return self.add([1.0])[0] == self.size
 
-    def memory(self) -> list[dict[str, int | None]]:
-        """Of each of the other ranks its peak in bytes and its micro_batch_size at the end."""
+    def memory(self) -> list[dict[str, Any]]:
+        """Of each of the other ranks `peak` in bytes, `micro_batch_size` at the end, `halved`."""
         self.tell("memory")
         return [json.loads(part) for part in self.gather(b"")[1:]]
 

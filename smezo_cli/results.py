@@ -27,7 +27,7 @@ from smezo_cli.settings import digest, near, plain
 
 USAGE = """\
 smezo runs [KEY=VALUE ...]            the runs below runs/, filtered by results or settings
-smezo runs --mean [KEY=VALUE ...]     runs that differ in their seed alone as one line
+smezo runs --mean [KEY=VALUE ...]     runs that differ in their seed (and the rows it draws) as one
 smezo runs --compare A B [...]        run folders (or parts of their names) row by row
     --runs-dir DIR    where to look (runs)
     --sort KEY        order by a column or by any key of result.json, such as train_seconds
@@ -109,7 +109,7 @@ class Run:
             if self.collected_outcomes is None:
                 raise UserError(
                     f"{self.path} has no outcomes of test rows: it was collected by an older "
-                    "version; smezo table ID --collect writes them from the run."
+                    "version; smezo table ID --collect DIR, where the run is, writes them."
                 )
             return {"test": self.collected_outcomes}
         path = self.path / "scores.safetensors"
@@ -209,7 +209,7 @@ def _keys(run: Run) -> list[str]:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone."""
+    """Runs that differ in their seed alone, and in the training rows that it draws."""
 
     runs: tuple[Run, ...]
 
@@ -271,7 +271,13 @@ def draw_their_rows(runs: Sequence[Run]) -> bool:
 
 
 def paired(ours: Floats, theirs: Floats) -> tuple[float, float]:
-    """Mean difference over rows and its standard error."""
+    """Mean difference over rows and its standard error.
+
+    Raises:
+        UserError: they are not of the same rows.
+    """
+    if len(ours) != len(theirs):
+        raise UserError(f"outcomes of {len(ours)} and of {len(theirs)} test rows have no pairs.")
     difference = ours - theirs
     n = len(difference)
     error = float(difference.std()) / math.sqrt(n)
@@ -389,7 +395,7 @@ def _compared(found: Sequence[Group]) -> Iterator[dict[str, Any]]:
         results = [run.result for run in group.runs]
         scores = [run.score for run in group.runs]
         values = [score for score in scores if score is not None]
-        outcomes = group.runs[0].outcomes()
+        kept = set.intersection(*(set(run.outcomes()) for run in group.runs))
         ours = group.mean()
         record: dict[str, Any] = {
             "runs": group.name,
@@ -400,8 +406,9 @@ def _compared(found: Sequence[Group]) -> Iterator[dict[str, Any]]:
             "n": len(ours),
         }
         for name in ("zero_shot", "calibrated"):
-            if name in outcomes:
-                record[f"over_{name}"], record[f"over_{name}_se"] = paired(ours, outcomes[name])
+            if name in kept:  # of each run its own: prompt and offsets are chosen on its dev rows
+                gain = paired(ours, group.mean(name))
+                record[f"over_{name}"], record[f"over_{name}_se"] = gain
         aucs = [r["test"].get("auc") for r in results]
         record["auc"] = statistics.mean(aucs) if all(a is not None for a in aucs) else None
         record["train_seconds"] = statistics.mean(r["train_seconds"] for r in results)

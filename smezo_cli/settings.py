@@ -42,6 +42,9 @@ LATER = {
     "batch_order": "shuffled",
 }
 FULL_SAVE_EVERY = 500  # as conf/train.yaml has it
+_LATER_AND_OF_A_MACHINE = {"micro_batch_size": None, "query_ranks": 1, "rank_backend": "gloo"} | {
+    "full_save_every": FULL_SAVE_EVERY
+}
 # The figure that counts, by the kind of the task.
 METRICS = {"classification": "accuracy", "choice": "accuracy", "generation": "f1"}
 
@@ -890,6 +893,18 @@ def without_later_keys(values: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in values.items()
         if key not in LATER or value != LATER[key]
     }
+
+
+def with_later_keys(cfg: DictConfig) -> None:
+    """Give the settings of a run that is there what they lack because it came after the run.
+
+    And take from them what is refused for its method now, but was ignored then.
+    """
+    for key, value in (LATER | _LATER_AND_OF_A_MACHINE).items():
+        if key in _SETTINGS and key not in cfg:
+            cfg[key] = value
+    if isinstance(method := cfg.get("method"), DictConfig) and "eps" not in method:
+        cfg.full_save_every = FULL_SAVE_EVERY
 
 
 def _canonical(value: object) -> object:

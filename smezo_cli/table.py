@@ -445,13 +445,24 @@ def subtract(cells: Sequence[Cell], base: str) -> list[str]:
     theirs = {cell.column.name: cell for cell in cells if cell.row.name == base}
     for cell in cells:
         other = theirs[cell.column.name]
-        if cell is other or not (cell.runs and other.runs):
+        if cell is other or not cell.runs:
             continue
-        if (cell.row.figure or other.row.figure) or not _one_set([cell, other]):
-            notes.append(f"{cell.row.name} less {base}, {cell.column.name}: other rows or figures.")
-            continue
-        difference, error = paired(*(Group(tuple(c.runs)).mean() for c in (cell, other)))
-        cell.less = 100 * difference, 100 * error
+        why = ""
+        if not other.runs:
+            why = f"{base} has no finished run there"
+        elif cell.row.figure or other.row.figure:
+            why = "one of them is not the score of test rows"
+        elif not _one_set([cell, other]):
+            why = "they were tested on different rows"
+        else:
+            try:
+                ours, its = (Group(tuple(c.runs)).mean() for c in (cell, other))
+                difference, error = paired(ours, its)
+                cell.less = 100 * difference, 100 * error
+            except UserError as lacking:
+                why = str(lacking)
+        if why:
+            notes.append(f"{cell.row.name} less {base}, {cell.column.name}: {why.rstrip('.')}.")
     return notes
 
 
@@ -710,6 +721,8 @@ def _check_less(table: Table, less: str, rows: Sequence[str]) -> None:
             f"--less {less}: {table.id} shows no figure of test rows ({table.figure}), and nothing "
             "can be paired by them."
         )
+    if list(rows) == [less]:
+        raise UserError(f"--less {less}: add --row NAME for what it is to be taken from.")
     if rows and less not in rows:
         raise UserError(f"--less {less}: add --row {shlex.quote(less)} beside the others.")
 

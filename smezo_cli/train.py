@@ -721,12 +721,13 @@ class _Run:
     def _dismiss(self, team: "Ranks") -> None:
         """Let the followers go, for what is left is this rank's."""
         found = team.memory()
-        self._rank_peaks = [self.memory.read(), *(int(of["peak"] or 0) for of in found)]
+        self._rank_peaks = [self.memory.read(), *(of["peak"] for of in found)]
         self._rank_sizes = [self._micro_batch_size(), *(of["micro_batch_size"] for of in found)]
-        for rank, size in enumerate(self._rank_sizes):
-            if rank and size != self.settings.micro_batch_size:
+        for rank, of in enumerate(found, start=1):
+            if of["halved"]:
+                size = of["micro_batch_size"]
                 self.console.say(
-                    f"  rank {rank} was out of memory and ended with {size} rows at once"
+                    f"  rank {rank} was out of memory: it ended with {size} rows at once"
                 )
         team.leave()
         self.team = None

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smezo_cli.cli import main
+from smezo_cli.config import compose
+from smezo_cli.errors import UserError
 from smezo_cli.model import load_model
+from smezo_cli.settings import check, with_later_keys
 
 # So large a step that the model answers otherwise than before.
 TRAIN = (
@@ -297,6 +301,29 @@ def test_replay_gives_the_weights_and_the_figures_of_the_run(
         smezo("replay", sparse, f"compile={compiled}", "--split", "none", "--step", 7)
         assert f"{result['weights']['last']['sha256']}: the same" in capsys.readouterr().out
     torch.set_num_threads(1)
+
+
+def test_a_run_of_before_a_setting_came_is_read_as_one_that_has_it(
+    sparse: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    smezo("eval", sparse)
+    expected = capsys.readouterr().out
+    old = Path(shutil.copytree(sparse, tmp_path / sparse.name))
+    config = OmegaConf.load(old / "config.yaml")
+    for key in ("batch_order", "zero_shot", "query_ranks", "rank_backend", "micro_batch_size"):
+        del config[key]
+    (old / "config.yaml").write_text(OmegaConf.to_yaml(config))
+    smezo("eval", old)
+    assert capsys.readouterr().out.replace(str(old), str(sparse)) == expected
+
+
+def test_what_was_ignored_when_a_run_was_made_does_not_refuse_it_now() -> None:
+    cfg = compose(["task=toy", "model=tiny-llama", "method=adamw"])
+    cfg.full_save_every = 100
+    with pytest.raises(UserError, match="full_save_every=100: adamw"):
+        check(cfg)
+    with_later_keys(cfg)
+    assert check(cfg).full_save_every == 500
 
 
 def test_a_delta_alone_gives_the_model_again(

@@ -149,7 +149,7 @@ def test_a_rank_that_has_less_room_halves_its_rows_and_that_is_said(tmp_path: Pa
     ended = together(2, [*METHODS["mezo"], *RUN], tmp_path, [few_tokens, crowded])
     assert [one.code for one in ended] == [0, 0], ended[0].err
     assert result_of(run_folder(tmp_path))["rank_micro_batch_sizes"] == [None, 2]
-    assert "rank 1 was out of memory and ended with 2 rows at once" in ended[0].out
+    assert "rank 1 was out of memory: it ended with 2 rows at once" in ended[0].out
 
 
 def test_ranks_share_answers_that_are_generated(tmp_path: Path) -> None:

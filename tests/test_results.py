@@ -141,6 +141,16 @@ def test_seeds_that_draw_their_training_rows_are_one_line_where_the_test_rows_ar
     assert sorted(row["seeds"] for row in table(capsys, tmp_path, "--mean")) == [1, 1, 1, 3]
 
 
+def test_the_gain_of_several_seeds_is_over_the_zero_shot_outcomes_of_each(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of its own let a seed choose a prompt of its own; nothing was gained by either."""
+    make(tmp_path, "a", [1, 1, 0, 0], zero=[1, 1, 0, 0], seed=13, data_seed=13, train_rows="a")
+    make(tmp_path, "b", [1, 1, 1, 0], zero=[1, 1, 1, 0], seed=21, data_seed=21, train_rows="b")
+    (row,) = table(capsys, tmp_path, "--mean")
+    assert (row["over_zero_shot"], row["over_zero_shot_se"]) == (0, 0)
+
+
 def test_gains_are_differences_row_by_row_with_the_error_of_their_mean(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -259,6 +259,28 @@ def test_collected_results_fill_the_table_without_their_runs(
         None
     ] * 3
 
+    # Files of before they had outcomes: collected as they are, and named where they would count.
+    of_before = Path("before")
+    of_before.mkdir()
+    for file in files:
+        content = intake.unsealed(json.loads(file.read_text()))
+        assert content is not None
+        content.pop("outcomes")
+        (of_before / file.name).write_text(json.dumps(intake.sealed(content)))
+    old, notes = tiny("--results", "before", "--collect", "again", *less)
+    assert {row: cell["ours"] for row, cell in old.items()} == {
+        row: cell["ours"] for row, cell in by_runs.items()
+    }
+    assert old["MeZO"]["less"] is None
+    assert any("MeZO less Untrained" in note and "older version" in note for note in notes)
+    assert len(list(Path("again").glob("*.json"))) == len(files)
+    # Rows that are missing are damage, though the seal is right.
+    content = intake.unsealed(json.loads(files[0].read_text())) or {}
+    content["outcomes"] = content["outcomes"][1:]
+    (of_before / files[0].name).write_text(json.dumps(intake.sealed(content)))
+    _, notes = tiny("--results", "before", "task.max_train_tokens=64")
+    assert any(files[0].name in note and "changed since" in note for note in notes)
+
     # The command of a file is its run: the run is there already.
     runs = {p: p.stat().st_mtime_ns for p in Path("runs").rglob("result.json")}
     for file in files:
@@ -352,6 +374,7 @@ def test_a_result_that_names_a_place_is_not_collected(
         ("small/1 --format xml", "no such format"),
         ("small/1 --less MeZo", "--less MeZo: there is no such row, did you mean MeZO"),
         ("small/1 --less MeZO --row R-MeZO", "add --row MeZO beside the others"),
+        ("small/1 --less MeZO --row MeZO", "add --row NAME"),
         ("sparse-mezo/memory --less FT", "nothing can be paired"),
         ("small/1 seed", "not of the form KEY=VALUE"),
     ],
