@@ -1,10 +1,28 @@
 """What several test files share."""
 
+import os
+import signal
+import sys
 import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# Who starts the tests in the background of a shell lets them ignore SIGINT, and so their children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def no_service_is_left() -> Iterator[None]:
+    """W&B names its service in the environment, where processes of later tests would find it."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("WANDB")}
+    yield
+    if "WANDB_SERVICE" in os.environ and "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()
+    for name in [name for name in os.environ if name.startswith("WANDB")]:
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture

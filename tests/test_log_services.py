@@ -8,7 +8,6 @@ import struct
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +43,6 @@ def run(cfg):
 
 sys.exit(launch(sys.argv[1:], run))
 """
-
-
-@pytest.fixture(autouse=True)
-def no_service_is_left() -> Iterator[None]:
-    """W&B names its service in the environment, where processes of later tests would find it."""
-    before = {name: value for name, value in os.environ.items() if name.startswith("WANDB")}
-    yield
-    if "wandb" in sys.modules:
-        sys.modules["wandb"].teardown()
-    for name in [name for name in os.environ if name.startswith("WANDB")]:
-        del os.environ[name]
-    os.environ.update(before)
 
 
 @pytest.fixture(autouse=True)
