@@ -279,6 +279,32 @@ def _as_prompt(note: Mapping[str, Any]) -> "Prompt":
     return Prompt(note["template"], tuple(note["labels"]), option or Prompt.option)
 
 
+def _batch(
+    job: "Job",
+    prompt: "Prompt",
+    noted: Mapping[str, Any] | None,
+    rows: Sequence["Row"] | None,
+    say: Callable[[str], None],
+) -> None:
+    """Let rows share forwards as the run did; and as these rows may, which it did not see.
+
+    Args:
+        job: task and model, loaded.
+        prompt: the run's.
+        noted: what the run measured; None: nothing, as it is older, or of other rows.
+        rows: that the run did not see; None: those that are scored are its own.
+        say: receives a line where rows are kept apart.
+    """
+    from smezo_cli.batching import Found
+
+    found = Found.of(dict(noted)) if noted is not None else Found()
+    if noted is None or rows is not None:
+        found = found.stricter(job.measure_batching(prompt, rows))
+    found.to(job.scorer)
+    if found.line:
+        say(found.line)
+
+
 def _check_model(state: "State", job: "Job", overrides: Sequence[str], run: str) -> None:
     """Trained tensors belong on the model that they were trained on, frozen ones included."""
     if any(word.startswith("dtype=") for word in overrides):
@@ -337,7 +363,9 @@ def evaluate(words: Sequence[str]) -> int:
                 f"the {given.split} rows are not those that {given.run} was trained with: the data "
                 "has changed since; put it back, or say which to use (such as task.data=FILE)."
             )
-        encoded = _encoded(job, rows, _prompt(state), given.run)
+        prompt = _prompt(state)
+        encoded = _encoded(job, rows, prompt, given.run)
+        _batch(job, prompt, state.notes.get("batching"), None if same_task else rows, console.say)
         bar = console.bar(given.split, len(rows))
         with job.as_it_came() if given.base else contextlib.nullcontext():
             found = evaluate_rows(job.scorer, encoded, bar, lambda: False)
@@ -556,6 +584,7 @@ def predict(words: Sequence[str]) -> int:
         _check_model(state, job, overrides, given.run)
         _trained(folder, state, job, None, console.say)
         encoded = job.encode(rows, prompt)
+        _batch(job, prompt, state.notes.get("batching"), rows, console.say)
         bar = console.bar("predict", len(rows))
         found = evaluate_rows(job.scorer, encoded, bar, lambda: False)
         predictions = [
@@ -625,7 +654,10 @@ def _replay(
     device = choose_device(settings.device, settings.model["device_map"])
     _say_code(settings, console.say)
     job = Job(settings, device, console.say, with_rows=given.split != "none")
+    same_task = not any(word.startswith("task.") for word in given.overrides)
     method = _replayed(job, records, given.source)
+    if given.split != "none":  # before the steps, as in the run
+        _batch(job, prompt, known.get("batching") if same_task else None, None, console.say)
     start = time.perf_counter()
     apply(method, records, step)
     spent = time.perf_counter() - start
@@ -641,7 +673,6 @@ def _replay(
     if given.split == "none":
         return same
     rows = getattr(job.task, given.split)
-    same_task = not any(word.startswith("task.") for word in given.overrides)
     if same_task and records.header.get("rows", {}).get(given.split) != fingerprint(rows):
         raise UserError(
             f"the {given.split} rows are not those of {given.source}: the data has changed since; "
@@ -717,6 +748,6 @@ def _of_run(name: str, overrides: Sequence[str]) -> _Source:
     known = {
         "step": best.get("step") if best.get("step") is not None else len(records),
         "weights": {note["step"]: note["sha256"] for note in noted},
-        **{"test": result.get("test"), "dev": best},
+        **{"test": result.get("test"), "dev": best, "batching": result.get("batching")},
     }
     return cfg, settings, records, _as_prompt(result["prompt"]), known

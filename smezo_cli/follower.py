@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from smezo_cli import __version__
+from smezo_cli.batching import Found
 from smezo_cli.device import choose_device
 from smezo_cli.errors import UserError
 from smezo_cli.job import Job
@@ -110,6 +111,8 @@ class Follower:
         do = message.pop("do")
         if do == "trajectory":
             self._known = np.frombuffer(content, "<f8").reshape(message["queries"] + 1, -1)
+        elif do == "batching":
+            Found.of(message["found"]).to(self.job.scorer)
         elif do == "evaluate":
             self._evaluate(**message)
         elif do == "steps":

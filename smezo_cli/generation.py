@@ -5,11 +5,12 @@ for (repetition penalties, sampling), and then is no longer greedy.
 """
 
 import inspect
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @torch.no_grad()
@@ -20,11 +21,11 @@ def greedy(
     max_new_tokens: int,
     past: Any = None,
     num_past: int = 0,
+    caches: bool = True,
 ) -> list[str]:
     """The most probable next token again and again, to the first newline or end of text.
 
-    Contexts are padded on the left and continued together, with a key-value cache where the model
-    has one.
+    Contexts are padded on the left and continued together.
 
     Args:
         model: a causal language model.
@@ -33,33 +34,16 @@ def greedy(
         max_new_tokens: at most so many tokens a context.
         past: a key-value cache of what stands before all contexts; it grows.
         num_past: tokens in it.
+        caches: use a key-value cache where the model has one.
 
     Returns:
         One line for each context, stripped, without special tokens.
     """
-    device = next(model.parameters()).device
-    names = inspect.signature(type(model).forward).parameters
-    width = max(map(len, contexts))
-    padding = [width - len(context) for context in contexts]
-    pad = tokenizer.pad_token_id
-    ids = torch.tensor(
-        [[pad] * n + list(c) for n, c in zip(padding, contexts, strict=True)], device=device
-    )
-    seen = [[1] * num_past + [0] * n + [1] * (width - n) for n in padding]
-    mask = torch.tensor(seen, device=device)
     ends = _ends(model, tokenizer)
     answers: list[list[int]] = [[] for _ in contexts]
     open_rows = set(range(len(contexts)))
-    step = ids
-    for _ in range(max_new_tokens):
-        inputs: dict[str, Any] = {"input_ids": step, "attention_mask": mask, "use_cache": True}
-        if "position_ids" in names:
-            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -step.shape[1] :]
-        if past is not None:
-            inputs["past_key_values"] = past
-        output = model(**inputs, logits_to_keep=1)
-        past = getattr(output, "past_key_values", None)
-        best = output.logits[:, -1].argmax(-1)  # (contexts,)
+    steps = next_tokens(model, tokenizer.pad_token_id, contexts, past, num_past, caches)
+    for _, best in itertools.islice(steps, max_new_tokens):
         for i, token in enumerate(best.tolist()):
             if i not in open_rows:
                 continue
@@ -72,10 +56,54 @@ def greedy(
                 open_rows.remove(i)
         if not open_rows:
             break
+    return [_text(tokenizer, answer).partition("\n")[0].strip() for answer in answers]
+
+
+def next_tokens(
+    model: nn.Module,
+    pad: int,
+    contexts: Sequence[Sequence[int]],
+    past: Any = None,
+    num_past: int = 0,
+    caches: bool = True,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Continue contexts by the most probable token; endless, for it knows of no end of text.
+
+    Args:
+        model: a causal language model.
+        pad: id of the token that pads.
+        contexts: token ids, none empty.
+        past: a key-value cache of what stands before all contexts; it grows.
+        num_past: tokens in it.
+        caches: use a key-value cache where the model has one.
+
+    Yields:
+        Of each step the logits (contexts, vocabulary) and the tokens with the largest (contexts,).
+    """
+    device = next(model.parameters()).device
+    names = inspect.signature(type(model).forward).parameters
+    width = max(map(len, contexts))
+    padding = [width - len(context) for context in contexts]
+    ids = torch.tensor(
+        [[pad] * n + list(c) for n, c in zip(padding, contexts, strict=True)], device=device
+    )
+    seen = [[1] * num_past + [0] * n + [1] * (width - n) for n in padding]
+    mask = torch.tensor(seen, device=device)
+    step = ids
+    while True:
+        inputs: dict[str, Any] = {"input_ids": step, "attention_mask": mask, "use_cache": caches}
+        if "position_ids" in names:
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -step.shape[1] :]
+        if past is not None:
+            inputs["past_key_values"] = past
+        output = model(**inputs, logits_to_keep=1)
+        past = getattr(output, "past_key_values", None) if caches else None
+        logits = output.logits[:, -1]
+        best = logits.argmax(-1)
+        yield logits, best
         ids = torch.cat([ids, best[:, None]], dim=1)
         mask = torch.cat([mask, mask.new_ones(len(contexts), 1)], dim=1)
         step = ids if past is None else best[:, None]
-    return [_text(tokenizer, answer).partition("\n")[0].strip() for answer in answers]
 
 
 def _text(tokenizer: Any, ids: Sequence[int]) -> str:

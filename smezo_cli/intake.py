@@ -421,7 +421,23 @@ _STATE: Rules = {
     "metrics_sha256": _is_text,
     "files": lambda value: isinstance(value, dict) and all(map(_is_saved, value.items())),
 }
+
+
+def _is_batching(value: object) -> bool:
+    """Which rows share a forward; see :class:`smezo_cli.batching.Found`."""
+    if not isinstance(value, dict) or value.keys() != {"scores", "answers", "difference"}:
+        return False
+    each = value["scores"], value["answers"]
+    return _or_none(_is_number)(value["difference"]) and all(
+        isinstance(of, dict)
+        and of.keys() == {"pads", "caches", "together"}
+        and all(isinstance(flag, bool) for flag in of.values())
+        for of in each
+    )
+
+
 _NOTES: Rules = {
+    "batching": _is_batching,
     "prompts": _is_prompts,
     "prompt": _is_count,
     "rows": _is_digests,
@@ -449,6 +465,7 @@ _NOTES: Rules = {
     ),
 }
 _RESULT: Rules = {
+    "batching": _or_none(_is_batching),
     "status": _is_text,
     "task": _is_text,
     "model": _is_text,

@@ -14,6 +14,7 @@ from torch import Tensor
 from smezo_cli.adapter import Adapter, attach
 from smezo_cli.allocator import keep_freed_memory
 from smezo_cli.assets import cache_dir
+from smezo_cli.batching import Found, measure, pick
 from smezo_cli.config import build, target_of
 from smezo_cli.errors import UserError
 from smezo_cli.linear import use_onednn
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 # Weights times steps from which Numba's start, some 4 s, is repaid (eager: some 1e8 a second).
 _WORTH_IT = 5e8
 _ENCODED_TOGETHER = 64  # rows behind demonstrations
+_MEASURED = 24  # rows of which some are scored together and alone
 
 
 class Job:
@@ -157,6 +159,21 @@ class Job:
         """Let what is encoded from now on stand behind a text, which all rows have in common."""
         self._head = text
         self.scorer.holds_common = bool(text)
+
+    def measure_batching(self, prompt: Prompt, rows: Sequence[Row] | None = None) -> Found:
+        """Return which rows may share forwards, measured with some of unlike length.
+
+        Args:
+            prompt: that they are asked under.
+            rows: of which some are taken; None: all of the task.
+        """
+        if rows is None:
+            rows = [*self.task.train, *self.task.dev, *self.task.test]
+        ordered = sorted(rows, key=lambda row: sum(map(len, (*row.fields.values(), *row.options))))
+        few = _MEASURED // 3
+        middle = ordered[few:-few][(len(ordered) - 2 * few) // 2 :][:few]
+        some = [*ordered[:few], *middle, *ordered[max(few, len(ordered) - few) :]]
+        return measure(self.scorer, pick(self.encode(some, prompt), self.scorer.most_tokens))
 
     def set_probe(self, saved: Mapping[str, Tensor], where: Path) -> None:
         """Score by a saved probe from now on.

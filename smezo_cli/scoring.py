@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +30,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from smezo_cli import generation, metrics
+from smezo_cli.batching import Batching
 from smezo_cli.errors import UserError
 from smezo_cli.probe import only_rows
 
@@ -416,6 +418,9 @@ class Scorer:
         self.places_before = places_before
         self.holds_common = False  # rows begin with the same demonstrations: see holding()
         self._held: _Held | None = None
+        #: which sequences share a forward, of scores (and losses) and of generated answers
+        self.batching = self.batching_of_answers = Batching()
+        self.always_caches = False  # where a common prefix saves too little to be worth it, too
         #: weight (classes, hidden) and bias (classes,), float64: they score in place of label words
         self.probe: Mapping[str, Tensor] | None = None
         self.num_forwards = 0  # passes over a batch; a prefix that runs first is part of one
@@ -495,7 +500,8 @@ class Scorer:
         Only where ``holds_common`` asks for it and the model's attention makes it exact (to
         rounding); rows that were cut on the left begin with others, and are computed whole.
         """
-        ids = self._begin(rows) if self.holds_common else ()
+        may_hold = self.holds_common and self.batching.caches and self.batching_of_answers.caches
+        ids = self._begin(rows) if may_hold else ()
         longest = max(row.width + row.max_new_tokens for row in rows)
         cache = self._cache_for(longest) if ids else None
         if cache is None:
@@ -586,6 +592,13 @@ class Scorer:
     def _features(self, batch: Sequence[Candidates]) -> Tensor:
         masked = batch[0].mask is not None
         prompts = [c.context if masked else c.full[0][: -c.num_option[0]] for c in batch]
+
+        def together(chosen: list[int]) -> Tensor:
+            return self._features_of([prompts[i] for i in chosen], [batch[i] for i in chosen])
+
+        return self._in_forwards(prompts, together)
+
+    def _features_of(self, prompts: Sequence[Sequence[int]], batch: Sequence[Candidates]) -> Tensor:
         at = [len(p) - 1 if c.mask is None else c.mask for p, c in zip(prompts, batch, strict=True)]
         places = list(enumerate(at))
         seen: list[Tensor] = []
@@ -610,17 +623,38 @@ class Scorer:
             logits = self._features(batch).double() @ weight.T + bias
             return logits.log_softmax(1).float()
         if batch[0].kind == "classification":
+            sequences = [c.context or c.full[0] for c in batch]
             if batch[0].mask is not None:
-                return self._mask_scores(batch)
+                return self._in_forwards(
+                    sequences, lambda chosen: self._mask_scores([batch[i] for i in chosen])
+                )
             labels = {tuple(ids[-1] for ids in c.full) for c in batch}
             if len(labels) == 1 and all(c.shares_prefix for c in batch):
-                return self._next_token_scores(batch, labels.pop())
+                of_labels = labels.pop()
+                return self._in_forwards(
+                    sequences,
+                    lambda chosen: self._next_token_scores([batch[i] for i in chosen], of_labels),
+                )
         counts = [n for c in batch for n in c.num_option]
         if not counts:
             return torch.full((len(batch), 1), -math.inf, device=self._device)
         means = self._log_p(batch) / self._tensor(counts)
         rows = torch.split(means, [len(c.full) for c in batch])
         return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=-math.inf)
+
+    def _in_forwards(
+        self, sequences: Sequence[Sequence[int]], compute: Callable[[list[int]], Tensor]
+    ) -> Tensor:
+        """What ``compute`` gives for sequences (by number), forward by forward, in their order.
+
+        One forward, unless :attr:`batching` keeps some of them apart.
+        """
+        groups = self.batching.groups(list(map(len, sequences)))
+        if len(groups) == 1:
+            return compute(groups[0])
+        found = torch.cat([compute(chosen) for chosen in groups])
+        order = torch.tensor([i for chosen in groups for i in chosen], device=found.device)
+        return found[order.argsort()]
 
     @torch.no_grad()
     def generate(self, batch: Sequence[Candidates]) -> list[str]:
@@ -630,15 +664,66 @@ class Scorer:
         contexts = [c.context for c in batch]
         held = self._held_for(batch)
         size = 0 if held is None else len(held.ids)
+        texts: dict[int, str] = {}
         with self._computing():
-            return generation.greedy(
-                self.model,
-                self.tokenizer,
-                [ids[size:] for ids in contexts],
-                longest,
-                past=None if held is None else held.growing(len(contexts)),
-                num_past=size,
-            )
+            for chosen in self.batching_of_answers.groups(list(map(len, contexts))):
+                answers = generation.greedy(
+                    self.model,
+                    self.tokenizer,
+                    [contexts[i][size:] for i in chosen],
+                    longest,
+                    past=None if held is None else held.growing(len(chosen)),
+                    num_past=size,
+                    caches=self.batching_of_answers.caches,
+                )
+                texts |= zip(chosen, answers, strict=True)
+        return [texts[i] for i in range(len(batch))]
+
+    def continued(
+        self,
+        contexts: Sequence[Sequence[int]],
+        batching: Batching,
+        num: int,
+        columns: Sequence[int],
+    ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Continue contexts by the most probable token, so many times, whatever it is.
+
+        Yields:
+            Of the contexts that share a forward their numbers; logits (contexts, num, columns);
+            and tokens (contexts, num).
+        """
+        for chosen in batching.groups(list(map(len, contexts))):
+            with self._computing():
+                steps = generation.next_tokens(
+                    self.model,
+                    self.pad_id,
+                    [contexts[i] for i in chosen],
+                    caches=batching.caches,
+                )
+                found = [(logits[:, columns].float(), best) for logits, best in islice(steps, num)]
+            logits, tokens = (torch.stack(of, dim=1) for of in zip(*found, strict=True))
+            yield chosen, logits, tokens
+
+    def logits_alone(
+        self, ids: Sequence[int], num: int, columns: Sequence[int], copies: int = 1
+    ) -> Tensor:
+        """(num, columns) logits at the last places of one sequence, by one forward over it.
+
+        Args:
+            ids: of the sequence.
+            num: of places.
+            columns: of the vocabulary.
+            copies: of the sequence, side by side; what the first gives is returned.
+        """
+        places = [(0, p) for p in range(len(ids) - num, len(ids))]
+        with self._computing():
+            found = self._logits_at(places, columns, **self._behind([ids] * copies, None))
+        return found.float()
+
+    def some_of_vocabulary(self, most: int) -> list[int]:
+        """At most so many numbers of output rows, evenly spread."""
+        size = len(self.model.get_output_embeddings().weight)  # type: ignore[operator]  # transformers' own
+        return list(range(0, size, -(-size // most)))
 
     def _check_family(self, row: Candidates) -> None:
         """Refuse a prompt that the model would take in and answer with nonsense."""
@@ -693,25 +778,33 @@ class Scorer:
 
     def _log_p(self, batch: Sequence[Candidates]) -> Tensor:
         """Sum of the log-probabilities of each candidate's tokens, row after row: float32."""
+        sequences = [ids for c in batch for ids in c.full]
         options = [n for c in batch for n in c.num_option]
         held = self._held_for(batch)
         alone = held is not None or torch.is_grad_enabled()
         cache = None if alone else self._cache_that_saves(batch)
-        logits = self._apart(batch, held) if cache is None else self._behind_prefix(batch, cache)
-        targets = [
-            token
-            for c in batch
-            for ids, n in zip(c.full, c.num_option, strict=True)
-            for token in ids[-n:]
-        ]
-        log_p = -F.cross_entropy(logits.float(), self._tensor(targets), reduction="none")
-        return torch.stack([of_one.sum() for of_one in torch.split(log_p, options)])
 
-    def _apart(self, batch: Sequence[Candidates], held: _Held | None) -> Tensor:
+        def sums(logits: Tensor, chosen: Sequence[int]) -> Tensor:
+            targets = [token for i in chosen for token in sequences[i][-options[i] :]]
+            log_p = -F.cross_entropy(logits.float(), self._tensor(targets), reduction="none")
+            each = torch.split(log_p, [options[i] for i in chosen])
+            return torch.stack([of_one.sum() for of_one in each])
+
+        if cache is not None:
+            return sums(self._behind_prefix(batch, cache), range(len(sequences)))
+
+        def together(chosen: list[int]) -> Tensor:
+            of_chosen = [sequences[i] for i in chosen], [options[i] for i in chosen]
+            return sums(self._apart(*of_chosen, held), chosen)
+
+        return self._in_forwards(sequences, together)
+
+    def _apart(
+        self, candidates: Sequence[Sequence[int]], options: Sequence[int], held: _Held | None
+    ) -> Tensor:
         """Logits before each option token, (option tokens, vocabulary); a sequence a candidate."""
         # Logits at position p speak of token p + 1: the last token is never read.
-        sequences = [ids[:-1] for c in batch for ids in c.full]
-        options = [n for c in batch for n in c.num_option]
+        sequences = [ids[:-1] for ids in candidates]
         start = 0 if held is None else len(held.ids)
         places = [
             (i, p - start)
@@ -771,7 +864,9 @@ class Scorer:
         longest_rest = max(length - prefix for length, prefix in lengths)
         together = len(batch) * longest_prefix + len(lengths) * longest_rest
         apart = len(lengths) * max(length for length, _ in lengths)
-        if min(p for _, p in lengths) < 1 or together + SECOND_PASS_TOKENS >= apart:
+        if not self.batching.caches or min(p for _, p in lengths) < 1:
+            return None
+        if together + SECOND_PASS_TOKENS >= apart and not self.always_caches:
             return None
         return self._cache_for(longest_prefix + longest_rest)
 
@@ -866,6 +961,11 @@ class Scorer:
                 scores = self.scores([rows[i] for i in chosen]).cpu()
             yield chosen, scores
 
+    @property
+    def most_tokens(self) -> int:
+        """Padded tokens in a forward of an evaluation, unless one row has more."""
+        return EVAL_TOKENS if self._device.type == "cpu" else EVAL_TOKENS_GPU
+
     def features_of(self, rows: Sequence[Candidates]) -> Tensor:
         """The :meth:`features` of many rows, in batches of like length: float64 on the CPU."""
         parts, order = [], list[int]()
@@ -880,7 +980,7 @@ class Scorer:
         self, rows: Sequence[Candidates], first: int = 0, every: int = 1
     ) -> Iterator[list[int]]:
         """Indices of rows of like length; each is a forward."""
-        limit = EVAL_TOKENS if self._device.type == "cpu" else EVAL_TOKENS_GPU
+        limit = self.most_tokens
         tokens = [self._tokens(row) for row in rows]
         order = sorted(range(len(rows)), key=lambda i: -tokens[i])
         start = number = 0

@@ -205,6 +205,7 @@ class _Run:
         method = self._build_method()
         numerics = Numerics(method, self.settings.seed, self.state.notes)  # of the base model
         self.stop.patient = True  # from here on there is a state to save
+        self._choose_batching()
         self._as_it_came = True  # followers hear it
         with self.job.as_it_came():
             self._zero_shot()
@@ -254,6 +255,7 @@ class _Run:
 
         method = self.job.build_frozen()
         self.stop.patient = True
+        self._choose_batching()
         self._zero_shot()
         found = self.untrained
         if isinstance(method, InContext):
@@ -308,7 +310,8 @@ class _Run:
         """Put demonstrations before every row: those of the state, or chosen for it."""
         notes, task = self.state.notes, self.job.task
         prompt = self.job.prompts[notes["prompt"]]
-        if "demonstrations" not in notes:
+        is_new = "demonstrations" not in notes
+        if is_new:
             limit = self.job.max_length
             if task.kind == "generation":
                 limit -= self.settings.task["max_new_tokens"]
@@ -327,6 +330,8 @@ class _Run:
             f"{note['tokens']} tokens"
         )
         self.job.demonstrate(note["text"])
+        if is_new:  # behind them a row is computed in another way
+            self._choose_batching(again=True)
         self.dev, self.test = (self.job.encode(rows, prompt) for rows in (task.dev, task.test))
         self.train = []
         self._count_cut()
@@ -353,6 +358,25 @@ class _Run:
             self.console.say(f"  recipe  {' and '.join(self.recipes)}")
         if self.resumed:
             self.console.say(f"  going on from step {self.state.step}")
+
+    def _choose_batching(self, again: bool = False) -> None:
+        """Decide by measuring which rows share a forward; a run that goes on keeps to it.
+
+        Args:
+            again: measure once more, and keep apart what either measurement does.
+        """
+        from smezo_cli.batching import Found
+
+        notes, job = self.state.notes, self.job
+        found = Found.of(notes["batching"]) if "batching" in notes else Found()
+        if again or "batching" not in notes:
+            found = found.stricter(job.measure_batching(job.prompts[notes.get("prompt", 0)]))
+            notes["batching"] = found.plain()
+        found.to(job.scorer)
+        if self.team is not None:
+            self.team.tell("batching", found=found.plain())
+        if found.line:
+            self.console.say(found.line)
 
     def _build_method(self) -> "Method":
         """The method, and a line on its passes."""
@@ -840,6 +864,7 @@ class _Run:
             "weights": notes.get("weights"),
             "prompt": notes["prompts"][notes["prompt"]] if "prompt" in notes else None,
             "truncated_prompts": notes.get("truncated"),
+            "batching": notes.get("batching"),
             "data_fingerprint": self.job.task.fingerprint if hasattr(self, "job") else None,
             "model_fingerprint": notes.get("model"),
             # Of a model from the hub, what its revision stood for.

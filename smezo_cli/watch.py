@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from smezo_cli.batching import Found
 from smezo_cli.noise import hash64, stream_key
 from smezo_cli.probe import looks_up_rows, renumbered
 from smezo_cli.scoring import Candidates, Scorer
@@ -344,6 +345,7 @@ def loss_noise(
         RuntimeError: the model mixes dtypes of its own accord, or memory does not suffice.
     """
     exact = Scorer(scorer.model, scorer.tokenizer, places_before=scorer.places_before)
+    Found(scorer.batching, scorer.batching_of_answers).to(exact)
     scorer.model.eval()
     errors: list[float] = []
     for query in range(PROBED_QUERIES):

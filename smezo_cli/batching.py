@@ -1,0 +1,241 @@
+"""Choose which rows share a forward, so that a row's scores do not depend on the rows beside it.
+
+A causal model whose attention hides padding scores a row in a batch as it does alone. Others do
+not: attention with a window counts padding as tokens, recurrent states take it in, and a
+key-value cache may forget where a window began. Which models these are is not read off a name: a
+few rows of the run are scored together and alone, and what differs by more than rounding is kept
+apart.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from smezo_cli.scoring import Candidates, Scorer
+
+MOST_ROWS = 4  # that are measured; a forward each alone, and one or two together
+# Largest difference that is put down to rounding, as a part of the largest score: some ten times
+# what other shapes of matrix products make of the logits of a small model.
+ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+# Products of a large model round more: how much shows where a row is scored beside its own copy.
+NOISE_FACTOR = 8
+COLUMNS = 1024  # entries of the vocabulary whose logits are compared
+
+
+@dataclass(frozen=True)
+class Batching:
+    """Which sequences share a forward.
+
+    Attributes:
+        pads: those of unlike length; the shorter ones are padded.
+        caches: what they have in common is computed once, and what has been generated is kept.
+        together: any at all.
+    """
+
+    pads: bool = True
+    caches: bool = True
+    together: bool = True
+
+    def groups(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Return the numbers of the sequences that share a forward, from their lengths."""
+        if not self.together:
+            return [[i] for i in range(len(lengths))]
+        if self.pads:
+            return [list(range(len(lengths)))]
+        of_length: dict[int, list[int]] = {}
+        for i, length in enumerate(lengths):
+            of_length.setdefault(length, []).append(i)
+        return list(of_length.values())
+
+    @property
+    def words(self) -> str:
+        """What is done, for a line of the console; "" where nothing is kept apart."""
+        if not self.together:
+            return "one row a forward"
+        if not self.pads:
+            return "rows of one length a forward" + ("" if self.caches else ", without a cache")
+        return "" if self.caches else "no cache of what rows have in common"
+
+
+ALONE = Batching(pads=False, caches=False, together=False)
+_ONE_LENGTH = Batching(pads=False, caches=False)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was measured of a model and some rows.
+
+    Attributes:
+        scores: how sequences are scored (and their losses computed).
+        answers: how answers are generated.
+        difference: the largest between a row's scores or logits in a batch and alone.
+    """
+
+    scores: Batching = Batching()
+    answers: Batching = Batching()
+    difference: float = 0.0
+
+    def to(self, scorer: "Scorer") -> None:
+        """Let a scorer go by it."""
+        scorer.batching, scorer.batching_of_answers = self.scores, self.answers
+
+    def stricter(self, other: "Found") -> "Found":
+        """Return what keeps apart all that either of the two does."""
+        return Found(
+            _stricter(self.scores, other.scores),
+            _stricter(self.answers, other.answers),
+            max(self.difference, other.difference),
+        )
+
+    @property
+    def line(self) -> str:
+        """A line for the console; "" where rows may share forwards freely."""
+        said = [
+            f"{of.words} ({what})"
+            for what, of in (("scores", self.scores), ("answers", self.answers))
+            if of.words
+        ]
+        if not said:
+            return ""
+        much = f"by up to {self.difference:.2g}" if self.is_finite else "infinitely"
+        return f"  batches  rows together differ {much} from rows alone, so: {', '.join(said)}"
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as plain values, for JSON, which knows no infinity."""
+        return asdict(self) | {"difference": self.difference if self.is_finite else None}
+
+    @property
+    def is_finite(self) -> bool:
+        """False where a score was finite only alone, or only in a batch."""
+        return self.difference < float("inf")
+
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> "Found":
+        """Undo :meth:`plain`."""
+        scores, answers = (Batching(**plain[name]) for name in ("scores", "answers"))
+        difference = plain["difference"]
+        return cls(scores, answers, float("inf") if difference is None else difference)
+
+
+def _stricter(a: Batching, b: Batching) -> Batching:
+    return Batching(a.pads and b.pads, a.caches and b.caches, a.together and b.together)
+
+
+def pick(rows: "Sequence[Candidates]", most_tokens: int) -> "list[Candidates]":
+    """Return the rows to measure: the longest, the shortest, some between, two of one length.
+
+    Args:
+        rows: encoded.
+        most_tokens: padded, in one forward; two rows are taken whatever they hold.
+    """
+    ordered = sorted(rows, key=lambda row: (row.width, row.num_tokens))
+    chosen = [ordered[0], ordered[-1]] if len(ordered) > 1 else list(ordered)
+    like = [row for row in ordered[1:-1] if row.width == chosen[-1].width]
+    between = ordered[len(ordered) // 2]
+    for row in (*like[:1], between, *ordered[1:-1]):
+        tokens = max(one.num_tokens for one in (*chosen, row)) * (len(chosen) + 1)
+        is_there = any(row is one for one in chosen)
+        if len(chosen) < MOST_ROWS and tokens <= most_tokens and not is_there:
+            chosen.append(row)
+    return chosen
+
+
+@torch.no_grad()
+def measure(scorer: "Scorer", rows: "Sequence[Candidates]") -> Found:
+    """Return how these rows are scored, and answered, in batches as they are alone.
+
+    Args:
+        scorer: of the model as it is, with what it holds of demonstrations.
+        rows: some of unlike length; labels are not read.
+    """
+    scorer.model.eval()
+    before = Found(scorer.batching, scorer.batching_of_answers)
+    try:
+        scores, difference = _scores(scorer, rows)
+        answers = Batching()
+        if rows[0].kind == "generation":
+            replace(before, scores=scores).to(scorer)
+            answers, of_answers = _answers(scorer, rows)
+            difference = max(difference, of_answers)
+    finally:
+        before.to(scorer)
+    return Found(scores, answers, difference)
+
+
+def _scores(scorer: "Scorer", rows: "Sequence[Candidates]") -> tuple[Batching, float]:
+    rows = [row for row in rows if row.full]
+    if not rows:
+        return Batching(), 0.0
+
+    def scored(batching: Batching, rows: "Sequence[Candidates]" = rows) -> Tensor:
+        scorer.batching = batching
+        found = scorer.scores(rows).float()
+        # Those of classification are defined up to a constant of the row.
+        return found.log_softmax(1) if rows[0].kind == "classification" else found
+
+    alone = [scored(ALONE, [row])[0] for row in rows]
+    copies = scored(_ONE_LENGTH, [rows[0]] * 2)[0]
+    wanted = _padded(alone)
+    limit = _limit(scorer, wanted, _difference(_padded([copies]), _padded(alone[:1])))
+    padded = _difference(scored(Batching(caches=False)), wanted)
+    if padded > limit:
+        within = _difference(scored(_ONE_LENGTH), wanted) <= limit
+        return _ONE_LENGTH if within else ALONE, padded
+    with _always_caching(scorer), scorer.holding(rows):
+        cached = _difference(scored(Batching()), wanted)
+    return Batching(caches=cached <= limit), max(padded, cached)
+
+
+def _answers(scorer: "Scorer", rows: "Sequence[Candidates]") -> tuple[Batching, float]:
+    contexts = [row.context for row in rows]
+    num = max(row.max_new_tokens for row in rows)
+    columns = scorer.some_of_vocabulary(COLUMNS)
+    largest = 0.0
+    for batching in (Batching(), Batching(pads=False), _ONE_LENGTH):
+        differs = False
+        for chosen, logits, tokens in scorer.continued(contexts, batching, num, columns):
+            for k, i in enumerate(chosen):
+                ids = (*contexts[i], *tokens[k].tolist()[:-1])
+                wanted = scorer.logits_alone(ids, num, columns)
+                copies = scorer.logits_alone(ids, num, columns, copies=2) if k == 0 else wanted
+                limit = _limit(scorer, wanted, _difference(copies, wanted))
+                difference = _difference(logits[k], wanted)
+                largest, differs = max(largest, difference), differs or difference > limit
+        if not differs:
+            return batching, largest
+    return ALONE, largest
+
+
+def _limit(scorer: "Scorer", wanted: Tensor, noise: float) -> float:
+    dtype = scorer.compute_dtype or next(scorer.model.parameters()).dtype
+    largest = wanted[wanted.isfinite()].abs().max() if wanted.isfinite().any() else 0.0
+    return max(ROUNDING.get(dtype, 0.0) * float(largest), NOISE_FACTOR * noise)
+
+
+def _difference(found: Tensor, wanted: Tensor) -> float:
+    """The largest difference; of entries that are not finite, infinite where only one is so."""
+    both = found.isfinite() & wanted.isfinite()
+    if not torch.equal(found.isfinite(), wanted.isfinite()):
+        return float("inf")
+    return float((found[both] - wanted[both]).abs().max()) if both.any() else 0.0
+
+
+def _padded(rows: Sequence[Tensor]) -> Tensor:
+    """Return (rows, longest), padded with -inf."""
+    return torch.nn.utils.rnn.pad_sequence(
+        list(rows), batch_first=True, padding_value=-float("inf")
+    )
+
+
+@contextmanager
+def _always_caching(scorer: "Scorer") -> Iterator[None]:
+    scorer.always_caches = True
+    try:
+        yield
+    finally:
+        scorer.always_caches = False
