@@ -552,7 +552,7 @@ def predict(words: Sequence[str]) -> int:
         rows = unlabelled(settings.task, prompt, files[0] if files else fields)
         _say_code(settings, console.say)
         device = choose_device(settings.device, settings.model["device_map"])
-        job = Job(settings, device, lambda line: None, with_rows=False)
+        job = Job(settings, device, lambda line: None, with_rows=False, warn=console.say)
         _check_model(state, job, overrides, given.run)
         _trained(folder, state, job, None, console.say)
         encoded = job.encode(rows, prompt)

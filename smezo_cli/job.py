@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from smezo_cli import openmp
 from smezo_cli.adapter import Adapter, attach
 from smezo_cli.allocator import keep_freed_memory
 from smezo_cli.assets import cache_dir
@@ -40,6 +41,8 @@ class Job:
         device: "cpu", "cuda" or "cuda:N"; of a model that is spread one of its devices.
         say: receives a line about the data and one about the model.
         with_rows: False leaves the data alone; then there is no `task` and there are no `prompts`.
+        warn: receives a line where this machine's threads are not what torch takes them for, or
+            not all of torch can be used; default `say`.
 
     Raises:
         UserError: data or model cannot be had, read, or fitted together.
@@ -51,7 +54,11 @@ class Job:
         device: str,
         say: Callable[[str], None],
         with_rows: bool = True,
+        warn: Callable[[str], None] | None = None,
     ) -> None:
+        warn = warn or say
+        if line := openmp.settle():
+            warn(line)
         self.settings = settings
         self.device = torch.device(device)
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
@@ -74,7 +81,7 @@ class Job:
             self.adapter = attach(self.model, node, settings.seed)
         self._head = ""  # before the context of every row: demonstrations
         if compute == self.dtype:
-            use_onednn(self.model)
+            use_onednn(self.model, warn)
         keep_freed_memory()
         self.scorer = Scorer(
             self.model,

@@ -158,6 +158,8 @@ class _Run:
 
     def finish(self) -> dict[str, Any]:
         """Do what is left."""
+        import torch
+
         from smezo_cli.job import Job
         from smezo_cli.lockstep import NotInLockstep
         from smezo_cli.runs import Stopped
@@ -171,6 +173,7 @@ class _Run:
                 self.stop.patient = True  # an exchange that is broken off leaves the others in it
                 self.team.start()
             self.job = Job(self.settings, str(self.device), self.console.say)
+            self.versions["threads"] = torch.get_num_threads()  # there may be fewer now
             if self.team is not None:
                 self._agree(self.team)
                 if self._stopped():
@@ -879,6 +882,7 @@ class _Run:
             "noise": s.method.get("noise"),
             "passes": self.backend,
             "executor": notes.get("executor"),
+            "onednn_layers": self._num_onednn(),
             "digest": digest(self.config),
             "started": self.started,
             "ended": None if status == "running" else runs.now(),
@@ -888,6 +892,12 @@ class _Run:
 
     def _micro_batch_size(self) -> int | None:
         return self.measure.size if hasattr(self, "measure") else self.settings.micro_batch_size
+
+    def _num_onednn(self) -> int | None:
+        """Linear layers that computed by oneDNN; where it was wrong on the way, 0."""
+        from smezo_cli.linear import num_onednn
+
+        return num_onednn(self.job.model) if hasattr(self, "job") else None
 
     def _model_commit(self) -> str | None:
         return (
