@@ -4,7 +4,6 @@ No torch here: a mistake on the line is answered before it loads.
 """
 
 import argparse
-import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from rich.box import SIMPLE
 from rich.console import Console as RichConsole
 from rich.table import Table
 
+from smezo_cli import strict_json
 from smezo_cli.config import compose
 from smezo_cli.device import choose_device
 from smezo_cli.errors import UserError
@@ -93,7 +93,7 @@ def main(words: Sequence[str]) -> int:
     if out is not None:
         from smezo_cli.runs import write_text
 
-        write_text(out, json.dumps(result, indent=2) + "\n")
+        write_text(out, strict_json.dumps(result, indent=2) + "\n")
         print(f"  {out}")
     return 0
 

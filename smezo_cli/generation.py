@@ -20,7 +20,7 @@ def greedy(
     max_new_tokens: int,
     past: Any = None,
     num_past: int = 0,
-) -> list[str]:
+) -> list[str | None]:
     """The most probable next token again and again, to the first newline or end of text.
 
     Contexts are padded on the left and continued together, with a key-value cache where the model
@@ -35,7 +35,8 @@ def greedy(
         num_past: tokens in it.
 
     Returns:
-        One line for each context, stripped, without special tokens.
+        One line for each context, stripped, without special tokens; None where the logits of a
+        token of it are not finite, for then no token is the most probable one.
     """
     device = next(model.parameters()).device
     names = inspect.signature(type(model).forward).parameters
@@ -49,7 +50,7 @@ def greedy(
     mask = torch.tensor(seen, device=device)
     ends = _ends(model, tokenizer)
     answers: list[list[int]] = [[] for _ in contexts]
-    open_rows = set(range(len(contexts)))
+    open_rows, lost = set(range(len(contexts))), set[int]()
     step = ids
     for _ in range(max_new_tokens):
         inputs: dict[str, Any] = {"input_ids": step, "attention_mask": mask, "use_cache": True}
@@ -59,11 +60,15 @@ def greedy(
             inputs["past_key_values"] = past
         output = model(**inputs, logits_to_keep=1)
         past = getattr(output, "past_key_values", None)
-        best = output.logits[:, -1].argmax(-1)  # (contexts,)
-        for i, token in enumerate(best.tolist()):
+        logits = output.logits[:, -1]
+        best = logits.argmax(-1)  # (contexts,); of NaN, where there is one
+        is_known = logits.gather(1, best[:, None])[:, 0].isfinite()
+        for i, (token, known) in enumerate(zip(best.tolist(), is_known.tolist(), strict=True)):
             if i not in open_rows:
                 continue
-            if token in ends:
+            if not known:
+                lost.add(i)
+            if not known or token in ends:
                 open_rows.remove(i)
                 continue
             answers[i].append(token)
@@ -75,7 +80,8 @@ def greedy(
         ids = torch.cat([ids, best[:, None]], dim=1)
         mask = torch.cat([mask, mask.new_ones(len(contexts), 1)], dim=1)
         step = ids if past is None else best[:, None]
-    return [_text(tokenizer, answer).partition("\n")[0].strip() for answer in answers]
+    texts = [_text(tokenizer, answer).partition("\n")[0].strip() for answer in answers]
+    return [None if i in lost else text for i, text in enumerate(texts)]
 
 
 def _text(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -183,6 +183,27 @@ class Job:
         """Inside, the model computes without its adapter, if it has one."""
         return nullcontext() if self.adapter is None else self.adapter.off()
 
+    def spoilt_weight(self) -> str:
+        """A clause on a weight that holds NaN or inf; empty where there is none."""
+        for name, p in self.model.named_parameters():
+            if p.is_floating_point() and not torch.isfinite(p).all():
+                return (
+                    f"{name} of model={self.settings.model['name']} holds numbers that are not "
+                    "finite: get the model anew, or choose another"
+                )
+        return ""
+
+    def why_not_finite(self) -> str:
+        """What may be the cause of scores that are not finite, and what to do: a clause."""
+        if why := self.spoilt_weight():
+            return why
+        name, s = self.settings.model["name"], self.settings
+        low = [f"{key}={getattr(s, key)}" for key in ("dtype", "compute_dtype")]
+        low = [word for word in low if word.endswith("float16")]
+        if low:
+            return f"{' '.join(low)} may be too narrow: add dtype=float32 compute_dtype=null"
+        return f"model={name} gives none for it: choose another model or task.prompt"
+
     def fingerprint(self) -> str:
         """Twelve hex digits of the model as it is: names, shapes, dtypes, 64 weights of each.
 
