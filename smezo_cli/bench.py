@@ -4,7 +4,6 @@ No torch here: a mistake on the line is answered before it loads.
 """
 
 import argparse
-import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -15,12 +14,14 @@ from rich.box import SIMPLE
 from rich.console import Console as RichConsole
 from rich.table import Table
 
+from smezo_cli import strict_json
 from smezo_cli.config import compose
 from smezo_cli.device import choose_device
 from smezo_cli.errors import UserError
 from smezo_cli.settings import Settings, check, near, quoted
 
 if TYPE_CHECKING:
+    from smezo_cli.log import Console
     from smezo_cli.scoring import Candidates, Scorer
 
 USAGE = """\
@@ -92,7 +93,7 @@ def main(words: Sequence[str]) -> int:
     if out is not None:
         from smezo_cli.runs import write_text
 
-        write_text(out, json.dumps(result, indent=2) + "\n")
+        write_text(out, strict_json.dumps(result, indent=2) + "\n")
         print(f"  {out}")
     return 0
 
@@ -143,7 +144,7 @@ def _measure(
     names = _chosen(only, timing.NAMES)
     console = Console()
     started = runs.now()
-    scorer, ids, labels, source = _model_and_tokens(settings, length, device_name, grow)
+    scorer, ids, labels, source = _model_and_tokens(settings, length, device_name, grow, console)
     assert settings.sparsity is not None
     total = sum(p.numel() for p in scorer.model.parameters())
     result: dict[str, Any] = {
@@ -198,7 +199,7 @@ def _chosen(only: str | None, names: Sequence[str]) -> list[str]:
 
 
 def _model_and_tokens(
-    settings: Settings, length: int, device_name: str, grow: bool
+    settings: Settings, length: int, device_name: str, grow: bool, console: "Console"
 ) -> "tuple[Scorer, list[int], tuple[int, int], str]":
     """The model as a run loads it, tokens for the prompts, two labels, and what the tokens are.
 
@@ -207,18 +208,21 @@ def _model_and_tokens(
     """
     import torch
 
+    from smezo_cli import openmp
     from smezo_cli.allocator import keep_freed_memory
     from smezo_cli.assets import cache_dir
     from smezo_cli.linear import use_onednn
     from smezo_cli.model import load_model
     from smezo_cli.scoring import Scorer
 
+    if line := openmp.settle():
+        console.say(line)
     cache, device = cache_dir(), torch.device(device_name)
     dtype = getattr(torch, settings.dtype)
     compute = getattr(torch, settings.compute_dtype or settings.dtype)
     model, tokenizer = load_model(settings.model, dtype=dtype, device=device, cache=cache)
     if compute == dtype:
-        use_onednn(model)
+        use_onednn(model, console.say)
     keep_freed_memory()  # as a run does
     scorer = Scorer(model, tokenizer, None if compute == dtype else compute)
     needed = settings.batch_size * length

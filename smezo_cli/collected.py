@@ -5,7 +5,6 @@ and what result.json says, and, as result.json does, a SHA-256 of all of it. Not
 where it was run. No torch.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from smezo_cli import intake
+from smezo_cli import intake, strict_json
 from smezo_cli.errors import UserError
 from smezo_cli.redaction import redacted_tree
 from smezo_cli.results import Floats, Run
@@ -128,7 +127,7 @@ def write(
                 f"this machine ({text}); give it a relative path and repeat the run."
             )
     path = folder / f"{name}.json"
-    text = json.dumps(intake.sealed(content), indent=1) + "\n"
+    text = strict_json.dumps(intake.sealed(content), indent=1) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if path.is_file() and intake.read_text(path, 1 << 26) == text:

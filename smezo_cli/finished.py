@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import shlex
 import shutil
@@ -16,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from smezo_cli import strict_json
 from smezo_cli.errors import UserError
 from smezo_cli.intake import is_known, is_prompt, load_yaml, parse_yaml
 from smezo_cli.redaction import redacted
@@ -23,6 +23,8 @@ from smezo_cli.settings import Settings, check, is_frozen, near, sentence, with_
 
 if TYPE_CHECKING:
     from smezo_cli.job import Job
+    from smezo_cli.log import Bar
+    from smezo_cli.loop import Evaluation
     from smezo_cli.runs import RunFolder, State
     from smezo_cli.tasks import Prompt, Row
     from smezo_cli.trajectory import Trajectory
@@ -272,6 +274,17 @@ def _encoded(job: "Job", rows: Sequence["Row"], prompt: "Prompt", where: str) ->
     )
 
 
+def _scored(job: "Job", rows: Any, bar: "Bar", where: str) -> "Evaluation":
+    """What the model makes of encoded rows; UserError where a score is not finite."""
+    from smezo_cli.loop import evaluate
+    from smezo_cli.scoring import NonFiniteScore
+
+    try:
+        return evaluate(job.scorer, rows, bar, lambda: False)
+    except NonFiniteScore as error:
+        raise UserError(f"{where}: {error}; {job.why_not_finite()}.") from error
+
+
 def _as_prompt(note: Mapping[str, Any]) -> "Prompt":
     from smezo_cli.tasks import Prompt
 
@@ -340,7 +353,6 @@ def evaluate(words: Sequence[str]) -> int:
         from smezo_cli.device import choose_device
         from smezo_cli.job import Job
         from smezo_cli.log import Console
-        from smezo_cli.loop import evaluate as evaluate_rows
         from smezo_cli.tasks.base import fingerprint
 
         device = choose_device(settings.device, settings.model["device_map"])
@@ -368,7 +380,7 @@ def evaluate(words: Sequence[str]) -> int:
         _batch(job, prompt, state.notes.get("batching"), None if same_task else rows, console.say)
         bar = console.bar(given.split, len(rows))
         with job.as_it_came() if given.base else contextlib.nullcontext():
-            found = evaluate_rows(job.scorer, encoded, bar, lambda: False)
+            found = _scored(job, encoded, bar, given.run)
         figures = found.figures()
         which = "-base" if given.base else "" if given.step is None else f"-step{step}"
         name = f"predictions-{given.split}{which}.jsonl"
@@ -411,7 +423,7 @@ def _write_lines(path: Path, records: Iterator[dict[str, Any]] | Any) -> None:
     """Replace a JSONL file as a whole."""
     from smezo_cli.runs import write_text
 
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    lines = [strict_json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     write_text(path, "".join(lines))
 
 
@@ -570,7 +582,6 @@ def predict(words: Sequence[str]) -> int:
         from smezo_cli.device import choose_device
         from smezo_cli.job import Job
         from smezo_cli.log import Console
-        from smezo_cli.loop import evaluate as evaluate_rows
         from smezo_cli.tasks.own import unlabelled
 
         # What is said goes beside the predictions, never among them; of the rows of the training
@@ -580,13 +591,13 @@ def predict(words: Sequence[str]) -> int:
         rows = unlabelled(settings.task, prompt, files[0] if files else fields)
         _say_code(settings, console.say)
         device = choose_device(settings.device, settings.model["device_map"])
-        job = Job(settings, device, lambda line: None, with_rows=False)
+        job = Job(settings, device, lambda line: None, with_rows=False, warn=console.say)
         _check_model(state, job, overrides, given.run)
         _trained(folder, state, job, None, console.say)
         encoded = job.encode(rows, prompt)
         _batch(job, prompt, state.notes.get("batching"), rows, console.say)
         bar = console.bar("predict", len(rows))
-        found = evaluate_rows(job.scorer, encoded, bar, lambda: False)
+        found = _scored(job, encoded, bar, given.run)
         predictions = [
             {"fields": dict(row.fields)}
             | {key: value for key, value in prediction.items() if value is not None}
@@ -597,7 +608,7 @@ def predict(words: Sequence[str]) -> int:
             console.say(f"  {given.out}: {len(predictions)} predictions")
         else:
             for prediction in predictions:
-                print(json.dumps(prediction, ensure_ascii=False))
+                print(strict_json.dumps(prediction, ensure_ascii=False))
     return 0
 
 
@@ -645,7 +656,6 @@ def _replay(
     from smezo_cli.device import choose_device
     from smezo_cli.job import Job
     from smezo_cli.log import Console
-    from smezo_cli.loop import evaluate as evaluate_rows
     from smezo_cli.runs import tensors_digest
     from smezo_cli.tasks.base import fingerprint
     from smezo_cli.trajectory import replay as apply
@@ -679,7 +689,7 @@ def _replay(
             "put it back, say which to use (such as task.data=FILE), or add --split none."
         )
     encoded, bar = _encoded(job, rows, prompt, given.source), console.bar(given.split, len(rows))
-    figures = (scored := evaluate_rows(job.scorer, encoded, bar, lambda: False)).figures()
+    figures = (scored := _scored(job, encoded, bar, given.source)).figures()
     recorded = known[given.split] if step == known["step"] and same_task else None
     what = ""
     if recorded:

@@ -155,7 +155,7 @@ class Follower:
             try:
                 bar = self.console.bar("", len(rows))
                 evaluate(self.job.scorer, rows, bar, self.team.asked, self.team)
-            except Stopped:
+            except (Stopped, NonFiniteLoss):
                 return  # rank 0 knows it, too
 
     def _steps(self, step: int, until: int, prompt: int) -> None:

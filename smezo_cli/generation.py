@@ -22,7 +22,7 @@ def greedy(
     past: Any = None,
     num_past: int = 0,
     caches: bool = True,
-) -> list[str]:
+) -> list[str | None]:
     """The most probable next token again and again, to the first newline or end of text.
 
     Contexts are padded on the left and continued together.
@@ -37,17 +37,22 @@ def greedy(
         caches: use a key-value cache where the model has one.
 
     Returns:
-        One line for each context, stripped, without special tokens.
+        One line for each context, stripped, without special tokens; None where the logits of a
+        token of it are not finite, for then no token is the most probable one.
     """
     ends = _ends(model, tokenizer)
     answers: list[list[int]] = [[] for _ in contexts]
-    open_rows = set(range(len(contexts)))
+    open_rows, lost = set(range(len(contexts))), set[int]()
     steps = next_tokens(model, tokenizer.pad_token_id, contexts, past, num_past, caches)
-    for _, best in itertools.islice(steps, max_new_tokens):
-        for i, token in enumerate(best.tolist()):
+    for logits, best in itertools.islice(steps, max_new_tokens):
+        # The largest of logits with a NaN among them is that NaN.
+        is_known = logits.gather(1, best[:, None])[:, 0].isfinite()
+        for i, (token, known) in enumerate(zip(best.tolist(), is_known.tolist(), strict=True)):
             if i not in open_rows:
                 continue
-            if token in ends:
+            if not known:
+                lost.add(i)
+            if not known or token in ends:
                 open_rows.remove(i)
                 continue
             answers[i].append(token)
@@ -56,7 +61,8 @@ def greedy(
                 open_rows.remove(i)
         if not open_rows:
             break
-    return [_text(tokenizer, answer).partition("\n")[0].strip() for answer in answers]
+    texts = [_text(tokenizer, answer).partition("\n")[0].strip() for answer in answers]
+    return [None if i in lost else text for i, text in enumerate(texts)]
 
 
 def next_tokens(

@@ -20,6 +20,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from smezo_cli import strict_json
 from smezo_cli.errors import UserError
 
 _MOST_YAML_BYTES = 1 << 17  # ours have 8 kB at most
@@ -74,16 +75,24 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content with a SHA-256 of itself."""
-    plain = {key: value for key, value in content.items() if key != "sha256"}
-    text = json.dumps(plain, sort_keys=True)
-    return plain | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
+    """The content, its numbers that are not finite as None, with a SHA-256 of itself."""
+    plain: dict[str, Any] = strict_json.finite(_without_seal(content))
+    return plain | {"sha256": _seal(plain)}
 
 
 def unsealed(content: Mapping[str, Any]) -> dict[str, Any] | None:
     """Undo :func:`sealed`; None where it is not the content that was sealed."""
-    plain = {key: value for key, value in content.items() if key != "sha256"}
-    return plain if sealed(plain)["sha256"] == content.get("sha256") else None
+    plain = _without_seal(content)
+    return plain if _seal(plain) == content.get("sha256") else None
+
+
+def _without_seal(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key != "sha256"}
+
+
+def _seal(plain: Mapping[str, Any]) -> str:
+    # Files of before have NaN in them, and seals of that.
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def open_own(path: Path) -> TextIO:

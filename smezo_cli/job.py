@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from smezo_cli import openmp
 from smezo_cli.adapter import Adapter, attach
 from smezo_cli.allocator import keep_freed_memory
 from smezo_cli.assets import cache_dir
@@ -42,6 +43,8 @@ class Job:
         device: "cpu", "cuda" or "cuda:N"; of a model that is spread one of its devices.
         say: receives a line about the data and one about the model.
         with_rows: False leaves the data alone; then there is no `task` and there are no `prompts`.
+        warn: receives a line where this machine's threads are not what torch takes them for, or
+            not all of torch can be used; default `say`.
 
     Raises:
         UserError: data or model cannot be had, read, or fitted together.
@@ -53,7 +56,11 @@ class Job:
         device: str,
         say: Callable[[str], None],
         with_rows: bool = True,
+        warn: Callable[[str], None] | None = None,
     ) -> None:
+        warn = warn or say
+        if line := openmp.settle():
+            warn(line)
         self.settings = settings
         self.device = torch.device(device)
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
@@ -76,7 +83,7 @@ class Job:
             self.adapter = attach(self.model, node, settings.seed)
         self._head = ""  # before the context of every row: demonstrations
         if compute == self.dtype:
-            use_onednn(self.model)
+            use_onednn(self.model, warn)
         keep_freed_memory()
         self.scorer = Scorer(
             self.model,
@@ -192,6 +199,27 @@ class Job:
     def as_it_came(self) -> AbstractContextManager[None]:
         """Inside, the model computes without its adapter, if it has one."""
         return nullcontext() if self.adapter is None else self.adapter.off()
+
+    def spoilt_weight(self) -> str:
+        """A clause on a weight that holds NaN or inf; empty where there is none."""
+        for name, p in self.model.named_parameters():
+            if p.is_floating_point() and not torch.isfinite(p).all():
+                return (
+                    f"{name} of model={self.settings.model['name']} holds numbers that are not "
+                    "finite: get the model anew, or choose another"
+                )
+        return ""
+
+    def why_not_finite(self) -> str:
+        """What may be the cause of scores that are not finite, and what to do: a clause."""
+        if why := self.spoilt_weight():
+            return why
+        name, s = self.settings.model["name"], self.settings
+        low = [f"{key}={getattr(s, key)}" for key in ("dtype", "compute_dtype")]
+        low = [word for word in low if word.endswith("float16")]
+        if low:
+            return f"{' '.join(low)} may be too narrow: add dtype=float32 compute_dtype=null"
+        return f"model={name} gives none for it: choose another model or task.prompt"
 
     def fingerprint(self) -> str:
         """Twelve hex digits of the model as it is: names, shapes, dtypes, 64 weights of each.

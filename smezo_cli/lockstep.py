@@ -19,6 +19,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from smezo_cli import openmp
+
 
 class NotInLockstep(ValueError):
     """A model or a loss whose two forwards cannot run in turns."""
@@ -182,6 +184,7 @@ def _thread_setting() -> Callable[[], None]:
     stream = torch.cuda.current_stream() if "cuda" in devices else None
 
     def apply() -> None:
+        openmp.give_all()
         torch.set_grad_enabled(grad)
         for device, enabled, dtype in casts:
             torch.set_autocast_enabled(device, enabled)

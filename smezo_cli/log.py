@@ -18,7 +18,7 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from smezo_cli import intake
+from smezo_cli import intake, strict_json
 from smezo_cli.errors import UserError
 from smezo_cli.redaction import redacted, redacted_tree
 from smezo_cli.settings import INSTALL_TENSORBOARD
@@ -63,7 +63,7 @@ class JsonlLogger:
         Raises:
             UserError: the disk is full.
         """
-        line = (json.dumps(record) + "\n").encode()
+        line = (strict_json.dumps(record) + "\n").encode()
         with self._saying():
             done = 0
             while done < len(line):
@@ -120,7 +120,9 @@ class WandbLogger:
     def close(self, summary: Mapping[str, Any], ok: bool) -> None:
         """See :class:`Logger`."""
         self._run.summary.update(
-            redacted_tree({k: v for k, v in summary.items() if k not in ("config", "versions")})
+            strict_json.finite(
+                redacted_tree({k: v for k, v in summary.items() if k not in ("config", "versions")})
+            )
         )
         self._run.finish(exit_code=0 if ok else 1)
 
@@ -155,7 +157,7 @@ class TensorBoardLogger:
                 file.unlink()
             # Who looks at the files meanwhile is told to forget what was in them.
             self._writer: Any = SummaryWriter(str(self._folder), purge_step=0, flush_secs=10)
-            text = json.dumps(redacted_tree(config), indent=1)
+            text = strict_json.dumps(redacted_tree(config), indent=1)
             self._writer.add_text("config", f"```\n{text}\n```")
             kept = list(_records(folder / "metrics.jsonl"))
             since = sum(record.get("seconds", 0.0) for record in kept)
@@ -205,14 +207,14 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """Every number in a record, with the keys that lead to it; one alone in a list has no place."""
+    """Every finite number in a record, with its keys; one alone in a list has no place."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _numbers(item, f"{name}.{key}" if name else str(key))
     elif isinstance(value, list | tuple):
         for place, item in enumerate(value):
             yield from _numbers(item, name if len(value) == 1 else f"{name}/{place}")
-    elif isinstance(value, int | float):
+    elif isinstance(value, int | float) and math.isfinite(value):
         yield name, float(value)
 
 

@@ -17,12 +17,12 @@ from smezo_cli.log import Bar, Console, Logger
 from smezo_cli.ranks import Ranks
 from smezo_cli.runs import PeakMemory, RunFolder, State, Stopped
 from smezo_cli.schedule import lr_factor
-from smezo_cli.scoring import Candidates, Scorer, of_answers, outcomes
+from smezo_cli.scoring import Candidates, Scorer, check_scores, of_answers, outcomes
 from smezo_cli.settings import METRICS
 from smezo_cli.share import Measure
 from smezo_cli.trajectory import Recorder, seconds_between
 from smezo_cli.watch import Watch
-from smezo_cli.zo import Closure, NonFiniteLoss, StepRecord
+from smezo_cli.zo import Closure, StepRecord
 
 
 class Method(Protocol):
@@ -67,11 +67,17 @@ class Evaluation:
         scores: float32 (n, most candidates of a row), -inf where a row has fewer; of generation
             the mean log-probability of the first answer's tokens.
         texts: of generation what the model answers, row by row.
+
+    Raises:
+        NonFiniteScore: a score is not finite, or there is no answer for that reason.
     """
 
     rows: Sequence[Candidates]
     scores: Tensor
     texts: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        check_scores(self.rows, self.scores, self.texts)
 
     @property
     def kind(self) -> str:
@@ -230,15 +236,18 @@ def evaluate(
 
     Raises:
         Stopped: between two batches, when that was asked for (of some rank).
+        NonFiniteScore: a score is not finite; with ranks of all of them, after the last batch.
     """
     scorer.model.eval()
     first, every = (0, 1) if team is None else (team.rank, team.size)
     answers = rows[0].kind == "generation"
     scores = torch.zeros(len(rows), max(1, *(len(row.full) for row in rows)))
-    texts: dict[int, str] = {}
+    texts: dict[int, Any] = {}  # None where there is no answer
     is_stopping = False
     with bar, scorer.holding(rows):
         for chosen, batch in scorer.score_all(rows, first, every):
+            if team is None:
+                check_scores([rows[i] for i in chosen], batch)
             scores[chosen] = -math.inf
             scores[chosen, : batch.shape[1]] = batch
             if not answers:  # else answering takes the time
@@ -247,6 +256,8 @@ def evaluate(
                 break
         if answers and not is_stopping:
             for chosen, batch_texts in scorer.generate_all(rows, first, every):
+                if team is None:
+                    check_scores([rows[i] for i in chosen], scores[chosen], batch_texts)
                 texts |= zip(chosen, batch_texts, strict=True)
                 bar.step(len(chosen) * every)
                 if is_stopping := stopped():
@@ -306,6 +317,7 @@ def fit(
     Raises:
         Stopped: asked to; the state is saved and the same call goes on from there.
         NonFiniteLoss: the weights are those before that step, the checkpoint that of the last look.
+        NonFiniteScore: of a row of dev, at the present weights; the checkpoint likewise.
     """
     batches = Batches(train, batch_size, seed, batch_order)
     objective, scorer = measure.objective, measure.scorer
@@ -345,8 +357,6 @@ def fit(
                     save()
                     raise
                 look = found.figures()
-                if not math.isfinite(look["loss"]):
-                    raise NonFiniteLoss(f"dev loss {look['loss']} at step {state.step}")
                 state.notes["final_share"] = share = method.active_share()
                 lowest, highest = map(state.notes.get, ("lowest_loss", "highest_metric"))
                 metric = None if objective == "loss" else look[objective]

@@ -106,7 +106,7 @@ def fit_offsets(scores: Tensor, labels: Tensor, sweeps: int = 3) -> Tensor:
     given its best offset while the rest stay. Among equally good offsets the smallest change wins.
 
     Args:
-        scores: (n, classes).
+        scores: (n, classes), some of a row -inf where the model rules a class out.
         labels: int64 (n,).
         sweeps: rounds over the classes (two classes need one).
     """
@@ -115,7 +115,9 @@ def fit_offsets(scores: Tensor, labels: Tensor, sweeps: int = 3) -> Tensor:
     if classes == 2:
         return _climb(scores, labels, torch.zeros(2, dtype=torch.float64), 1)
     # Class after class may get stuck: start from no offsets and from equal class means, too.
-    starts = [torch.zeros(classes, dtype=torch.float64), scores.mean() - scores.mean(0)]
+    starts = [torch.zeros(classes, dtype=torch.float64)]
+    if scores.isfinite().all():  # else there are no such means
+        starts.append(scores.mean() - scores.mean(0))
     tried = [_climb(scores, labels, start - start[0], sweeps) for start in starts]
     return max(tried, key=lambda offsets: accuracy(scores + offsets, labels))
 
@@ -132,6 +134,9 @@ def _climb(scores: Tensor, labels: Tensor, offsets: Tensor, sweeps: int) -> Tens
             rival, rival_class = others.max(1)
             gap = rival - scores[:, k]  # class k wins where its offset is above
             order = gap.argsort(stable=True)
+            order = order[gap[order].isfinite()]  # of others no offset changes anything
+            if not len(order):
+                continue
             steps = (labels[order] == k).long() - (rival_class[order] == labels[order]).long()
             right = torch.cat([torch.zeros(1, dtype=torch.long), steps.cumsum(0)])
             edges = gap[order]

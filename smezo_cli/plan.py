@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from smezo_cli import strict_json
 from smezo_cli.errors import UserError
 from smezo_cli.settings import Settings, check, is_extensible, is_frozen
 
@@ -147,7 +148,7 @@ def main(words: Sequence[str]) -> int:
     found = plan(settings, capacity=capacity, tokens=tokens)
     if seconds is not None:
         found = dataclasses.replace(found, seconds=seconds)
-    print(json.dumps(found.record(), indent=2) if given.json else found.text())
+    print(strict_json.dumps(found.record(), indent=2) if given.json else found.text())
     return 0
 
 

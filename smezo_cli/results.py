@@ -21,7 +21,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from smezo_cli import intake
+from smezo_cli import intake, strict_json
 from smezo_cli.errors import UserError
 from smezo_cli.settings import digest, near, plain
 
@@ -333,7 +333,7 @@ def main(words: Sequence[str]) -> int:
                 for record, run in zip(records, runs, strict=True):
                     record["model_commit"] = run.result.get("model_commit")
     if given.json:
-        print(json.dumps(records, indent=2))
+        print(strict_json.dumps(records, indent=2))
     elif not records:
         where = f" with {' '.join(given.words)}" if given.words else ""
         print(f"no {'finished ' if given.mean else ''}runs in {given.runs_dir}{where}")

@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smezo_cli import __version__, allocator, intake
+from smezo_cli import __version__, allocator, intake, strict_json
 from smezo_cli.errors import UserError
 from smezo_cli.redaction import redacted_tree
 from smezo_cli.zo import NUMERICS
@@ -169,7 +169,8 @@ class RunFolder:
     def write_result(self, result: Mapping[str, Any], name: str = "result.json") -> None:
         """Replace result.json, or the record of a shorter run beside it."""
         write_text(
-            self.path / name, json.dumps(intake.sealed(redacted_tree(result)), indent=2) + "\n"
+            self.path / name,
+            strict_json.dumps(intake.sealed(redacted_tree(result)), indent=2) + "\n",
         )
 
     def damaged(self) -> list[str]:
@@ -248,7 +249,7 @@ class RunFolder:
     def save_state(self, state: State) -> None:
         """The state alone: the tensors that it names are there already."""
         content = intake.sealed({"schema": _STATE, **asdict(state)})
-        write_text(self.checkpoint / "state.json", json.dumps(content, indent=1) + "\n")
+        write_text(self.checkpoint / "state.json", strict_json.dumps(content, indent=1) + "\n")
 
     def settle(self, state: State, keep: str, go_on: bool = True) -> None:
         """Save the state; of the tensors what is needed stays, with ``keep="all"`` all weights.
@@ -352,7 +353,7 @@ class RunFolder:
         needed = sum(t.numel() * t.element_size() for t in content.values())
         check_space(path.parent, needed)
         digest = tensors_digest(content)
-        words = json.dumps({"sha256": digest, **(about or {})})
+        words = strict_json.dumps({"sha256": digest, **(about or {})})
         with _replacing(path) as partial:
             save_file(content, partial, {"smezo": words})
         return digest

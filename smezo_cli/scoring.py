@@ -33,6 +33,7 @@ from smezo_cli import generation, metrics
 from smezo_cli.batching import Batching
 from smezo_cli.errors import UserError
 from smezo_cli.probe import only_rows
+from smezo_cli.zo import NonFiniteLoss
 
 EVAL_TOKENS = 512  # padded tokens in an evaluation batch: activations stay in a CPU's cache
 EVAL_TOKENS_GPU = 4096  # a GPU would rather have few launches; bounds the logits kept at once
@@ -40,6 +41,10 @@ EVAL_ANSWERS = 16  # rows generated together: each token reads all weights once 
 # A second pass reads all weights (and, under a probe, draws all noise) once more; on a CPU and a
 # model of 135M weights that takes the time of 40 (and 200) tokens; this lies between.
 SECOND_PASS_TOKENS = 128
+
+
+class NonFiniteScore(NonFiniteLoss):
+    """A model's score of a row was NaN or infinite."""
 
 
 class RowLike(Protocol):
@@ -467,7 +472,8 @@ class Scorer:
                 answers are generated for it.
 
         Returns:
-            () float32 of the loss; else float64 in [0, 1] on the CPU.
+            () float32 of the loss; else float64 in [0, 1] on the CPU, NaN where a score is not
+            finite.
 
         Raises:
             UserError: the prompt is not for this model.
@@ -488,8 +494,10 @@ class Scorer:
             raise ValueError(f"a row without a label has no {name}")
         self.num_forwards += 1
         if name == "f1":
-            found = [pair for of in self.generate_all(batch) for pair in zip(*of, strict=True)]
-            return outcomes(batch, None, [text for _, text in sorted(found)])
+            texts = dict[int, str | None]()
+            for chosen, of_chosen in self.generate_all(batch):
+                texts |= zip(chosen, of_chosen, strict=True)
+            return outcomes(batch, None, [texts[i] for i in range(len(batch))])
         parts = _split_by_length(batch) if self._device.type == "cpu" else [batch]
         return torch.cat([outcomes(part, self.scores(part)) for part in parts])
 
@@ -657,14 +665,14 @@ class Scorer:
         return found[order.argsort()]
 
     @torch.no_grad()
-    def generate(self, batch: Sequence[Candidates]) -> list[str]:
+    def generate(self, batch: Sequence[Candidates]) -> list[str | None]:
         """Greedy continuations of the contexts; see :func:`smezo_cli.generation.greedy`."""
         self._check_family(batch[0])
         longest = max(c.max_new_tokens for c in batch)
         contexts = [c.context for c in batch]
         held = self._held_for(batch)
         size = 0 if held is None else len(held.ids)
-        texts: dict[int, str] = {}
+        texts: dict[int, str | None] = {}
         with self._computing():
             for chosen in self.batching_of_answers.groups(list(map(len, contexts))):
                 answers = generation.greedy(
@@ -967,14 +975,22 @@ class Scorer:
         return EVAL_TOKENS if self._device.type == "cpu" else EVAL_TOKENS_GPU
 
     def features_of(self, rows: Sequence[Candidates]) -> Tensor:
-        """The :meth:`features` of many rows, in batches of like length: float64 on the CPU."""
+        """The :meth:`features` of many rows, in batches of like length: float64 on the CPU.
+
+        Raises:
+            NonFiniteScore: a hidden state is not finite; it names the row.
+        """
         parts, order = [], list[int]()
         for chosen in self._batches(rows):
             with torch.inference_mode():
                 parts.append(self.features([rows[i] for i in chosen]).double().cpu())
             order += chosen
         features = torch.cat(parts)
-        return torch.empty_like(features).index_copy_(0, torch.tensor(order), features)
+        features = torch.empty_like(features).index_copy_(0, torch.tensor(order), features)
+        for row, is_finite in zip(rows, features.isfinite().all(1).tolist(), strict=True):
+            if not is_finite:
+                raise NonFiniteScore(f"the hidden state of row {row.id} is not finite")
+        return features
 
     def _batches(
         self, rows: Sequence[Candidates], first: int = 0, every: int = 1
@@ -995,7 +1011,7 @@ class Scorer:
 
     def generate_all(
         self, rows: Sequence[Candidates], first: int = 0, every: int = 1
-    ) -> Iterator[tuple[list[int], list[str]]]:
+    ) -> Iterator[tuple[list[int], list[str | None]]]:
         """Continue many rows in batches of like length; `first` and `every` as in `score_all`.
 
         Yields:
@@ -1015,9 +1031,12 @@ def loss_weight(batch: Sequence[Candidates], name: str) -> int:
 
 
 def outcomes(
-    rows: Sequence[Candidates], scores: Tensor | None, texts: Sequence[str] = ()
+    rows: Sequence[Candidates], scores: Tensor | None, texts: Sequence[str | None] = ()
 ) -> Tensor:
-    """The metric of each row, float64 (n,); nan where nothing is known to compare with.
+    """The metric of each row, float64 (n,).
+
+    NaN where nothing is known to compare with, and where the scores say nothing; see
+    :func:`are_scored`.
 
     Args:
         rows: of one kind.
@@ -1030,18 +1049,63 @@ def outcomes(
     right = torch.zeros(scores.shape, dtype=torch.bool)
     for i, row in enumerate(rows):
         right[i, list(row.correct)] = True
-    found = metrics.correct(scores.cpu(), right).double()
-    return torch.where(torch.tensor([row.is_labelled for row in rows]), found, math.nan)
+    scores = scores.cpu()
+    found = metrics.correct(scores, right).double()
+    is_known = torch.tensor([row.is_labelled for row in rows]) & are_scored(rows, scores)
+    return torch.where(is_known, found, math.nan)
+
+
+def are_scored(rows: Sequence[Candidates], scores: Tensor) -> Tensor:
+    """Whether scores of a row can be compared and have a loss: bool (n,).
+
+    A candidate at -inf is one that the model rules out, which is a score like others; not where it
+    is the one that the loss is of, nor where all of a row are ruled out. NaN and inf never are.
+
+    Args:
+        rows: of one kind.
+        scores: (n, most candidates of a row) on the CPU, -inf where a row has fewer.
+    """
+    has_any = torch.tensor([bool(row.full) for row in rows])
+    gold = torch.tensor([row.gold for row in rows])
+    of_gold = scores.gather(1, gold.clamp(min=0)[:, None])[:, 0]
+    good = ~(scores.isnan() | (scores == math.inf)).any(1)
+    good &= ~has_any | (scores.amax(1) > -math.inf)
+    return good & ((gold < 0) | (of_gold > -math.inf))
+
+
+def check_scores(
+    rows: Sequence[Candidates], scores: Tensor, texts: Sequence[str | None] = ()
+) -> None:
+    """Refuse what a model gives that is not finite; see :func:`are_scored`.
+
+    Args:
+        rows: of one kind.
+        scores: (n, most candidates of a row) on the CPU.
+        texts: of generation, None for a row whose answer cannot be told.
+
+    Raises:
+        NonFiniteScore: it names the first such row.
+    """
+    bad = (~are_scored(rows, scores)).nonzero()[:, 0].tolist()
+    if bad:
+        row, of_row = rows[bad[0]], scores[bad[0]]
+        found = ", ".join(f"{score:g}" for score in of_row[: len(row.full) or 1].tolist())
+        has_numbers = not (of_row.isnan() | (of_row == math.inf)).any()
+        why = ": the right answer is ruled out, and its loss infinite" if has_numbers else ""
+        raise NonFiniteScore(f"the scores of row {row.id} are {found}{why}")
+    for row, text in zip(rows, texts, strict=False):
+        if text is None:
+            raise NonFiniteScore(f"the scores of the next token of row {row.id} are not finite")
 
 
 def of_answers(
     rows: Sequence[Candidates],
-    texts: Sequence[str],
+    texts: Sequence[str | None],
     metric: Callable[[str, Sequence[str]], float],
 ) -> Tensor:
-    """A metric of each row's answer, float64 (n,); nan where no reference is known."""
+    """A metric of each row's answer, float64 (n,); nan where no reference is known, or no text."""
     found = [
-        metric(text, row.answers) if row.answers else math.nan
+        metric(text, row.answers) if row.answers and text is not None else math.nan
         for text, row in zip(texts, rows, strict=True)
     ]
     return torch.tensor(found, dtype=torch.float64)

@@ -9,7 +9,6 @@ import copy
 import csv
 import io
 import itertools
-import json
 import re
 import shlex
 import statistics
@@ -21,7 +20,7 @@ from typing import Any, NoReturn
 
 from omegaconf import OmegaConf
 
-from smezo_cli import collected, intake
+from smezo_cli import collected, intake, strict_json
 from smezo_cli.errors import UserError
 from smezo_cli.results import Group, Run, find, paired
 from smezo_cli.settings import (
@@ -604,7 +603,7 @@ def shown(
     if form == "json":
         about = {"table": table.id, "title": table.title, "source": table.source}
         whole = about | {"marks": dict(table.marks), "cells": records, "notes": list(notes)}
-        return json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
+        return strict_json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
     if form == "csv":
         out = io.StringIO()
         writer = csv.DictWriter(out, list(records[0]), lineterminator="\n")

@@ -7,6 +7,7 @@ What the in-place candidates leave behind of rounding errors is not put back.
 """
 
 import gc
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -335,7 +336,7 @@ class Bench:
         for name in self.names:
             with _fitting(name, failed):
                 made = found[name]()
-                made.step()  # compiles, fills caches
+                _check_scores(made.step())  # compiles, fills caches
                 warm[name] = made
             self.tick(name)
         if UNIT in failed:
@@ -410,6 +411,12 @@ class Bench:
         made.step()
         self._wait()
         return memory.read()
+
+
+def _check_scores(found: object) -> None:
+    """Raise NonFiniteLoss where a step gave scores that are none; -inf is one."""
+    if isinstance(found, Tensor) and bool((found.isnan() | (found == math.inf)).any()):
+        raise NonFiniteLoss("its scores are not finite")
 
 
 @contextmanager

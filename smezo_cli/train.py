@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from smezo_cli import intake, ranks
+from smezo_cli import intake, ranks, strict_json
 from smezo_cli.config import command, launch, recipes
 from smezo_cli.device import all_devices, choose_device
 from smezo_cli.errors import UserError
@@ -136,6 +136,7 @@ class _Run:
         self._rank_sizes: list[int | None] | None = None
         self._handed_out = False  # followers have the tested weights, whatever they made before
         self._world_size = 1 if team is None else team.size
+        self._split = ""  # that was evaluated last
         self.objective: str = settings.method.get("objective", "loss")
         self.recipes = recipes()
         self.device = torch.device(device_name)
@@ -158,6 +159,8 @@ class _Run:
 
     def finish(self) -> dict[str, Any]:
         """Do what is left."""
+        import torch
+
         from smezo_cli.job import Job
         from smezo_cli.lockstep import NotInLockstep
         from smezo_cli.runs import Stopped
@@ -171,6 +174,7 @@ class _Run:
                 self.stop.patient = True  # an exchange that is broken off leaves the others in it
                 self.team.start()
             self.job = Job(self.settings, str(self.device), self.console.say)
+            self.versions["threads"] = torch.get_num_threads()  # there may be fewer now
             if self.team is not None:
                 self._agree(self.team)
                 if self._stopped():
@@ -704,7 +708,7 @@ class _Run:
     def _evaluate(self, rows: Any, split: str, prompt: int | None = None) -> "Evaluation":
         from smezo_cli.loop import evaluate
 
-        team = self.team
+        team, self._split = self.team, split
         if team is not None:
             prompt = self.state.notes["prompt"] if prompt is None else prompt
             # Of the base model, and of weights that were handed out, there is nothing to apply.
@@ -788,15 +792,13 @@ class _Run:
 
     def _report(self, found: "Evaluation", dev_scores: "Tensor") -> dict[str, Any]:
         """The result, from the test rows and the scores of dev; saves scores and predictions."""
-        import json
-
         from smezo_cli import metrics, runs
         from smezo_cli.loop import Evaluation
 
         scores = self.folder.load_scores() | {"dev": dev_scores}
         scores |= {"labels": found.labels, "test": found.scores, "outcome.test": found.per_row()}
         self.folder.save_scores(scores)
-        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in found.predictions()]
+        lines = [strict_json.dumps(line, ensure_ascii=False) + "\n" for line in found.predictions()]
         runs.write_text(self.folder.path / "predictions-test.jsonl", "".join(lines))
         test = found.figures()
         if found.kind == "classification":
@@ -904,6 +906,7 @@ class _Run:
             "noise": s.method.get("noise"),
             "passes": self.backend,
             "executor": notes.get("executor"),
+            "onednn_layers": self._num_onednn(),
             "digest": digest(self.config),
             "started": self.started,
             "ended": None if status == "running" else runs.now(),
@@ -913,6 +916,12 @@ class _Run:
 
     def _micro_batch_size(self) -> int | None:
         return self.measure.size if hasattr(self, "measure") else self.settings.micro_batch_size
+
+    def _num_onednn(self) -> int | None:
+        """Linear layers that computed by oneDNN; where it was wrong on the way, 0."""
+        from smezo_cli.linear import num_onednn
+
+        return num_onednn(self.job.model) if hasattr(self, "job") else None
 
     def _model_commit(self) -> str | None:
         return (
@@ -927,7 +936,18 @@ class _Run:
             logger.close(result, result["status"] == "done")
 
     def _diverged(self, error: Exception) -> str:
-        best = self.state.best_step
+        from smezo_cli.scoring import NonFiniteScore
+
+        best, step = self.state.best_step, self.state.step
+        what, is_score = str(error), isinstance(error, NonFiniteScore)
+        if is_score and self._split:
+            what = f"on {self._split} {what}"
+        # Of the tested weights the dev scores were finite: it is the row that is another.
+        if is_score and (not step or self._split == "test"):
+            return f"{what}; {self.job.why_not_finite()}."
+        if not step and (why := self.job.spoilt_weight()):
+            return f"{what}; {why}."
+        what += f" at step {step}" if is_score else ""
         good = (
             f"the last good checkpoint is step {best}"
             if best is not None
@@ -939,7 +959,7 @@ class _Run:
         )
         if best is None:
             advice += ", or eps, or use dtype=float32"
-        return f"{error}; {good} in {self.folder.path}; {advice}."
+        return f"{what}; {good} in {self.folder.path}; {advice}."
 
     def _summary(self, result: Mapping[str, Any]) -> None:
         """The closing lines."""

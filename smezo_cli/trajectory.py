@@ -36,6 +36,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from smezo_cli import strict_json
 from smezo_cli.errors import UserError
 from smezo_cli.zo import StepRecord
 
@@ -244,7 +245,7 @@ class Recorder:
         self.path, self.method, self._known = path, method, known
         self.count = 0 if known is None else len(known)
         kind = _record_type(method.identity()["num_queries"])
-        self._kind, text = kind, json.dumps(header, sort_keys=True).encode()
+        self._kind, text = kind, strict_json.dumps(header, sort_keys=True).encode()
         start = _START.pack(_RUN, _VERSION, len(text)) + text
         start += _CRC.pack(zlib.crc32(start))
         self._crc = zlib.crc32(start[: -_CRC.size])
@@ -329,7 +330,7 @@ def check_length(steps: int, queries: int) -> None:
 
 def delta(trajectory: Trajectory, steps: int, about: Mapping[str, Any]) -> bytes:
     """The content of a delta of the first ``steps`` steps; ``about`` is plain JSON."""
-    text = json.dumps({"header": trajectory.header, "step": steps, **about}).encode()
+    text = strict_json.dumps({"header": trajectory.header, "step": steps, **about}).encode()
     columns = np.ascontiguousarray(trajectory.columns(steps), "<f8")
     # Bytes of like significance lie together: those of equal learning rates then take no room.
     by_place = columns.view(np.uint8).reshape(len(columns), steps, 8).transpose(0, 2, 1)
