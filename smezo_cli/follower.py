@@ -92,6 +92,7 @@ class Follower:
         self.job = Job(settings, device, lambda _: None)
         self.memory = PeakMemory(self.job.device)
         self.method: ZeroOrder | None = None
+        self._is_checked = False
         self._known = np.zeros((2, 0))
         self._encoded: dict[tuple[str, int], list[Candidates]] = {}
         self._measure = Measure(
@@ -161,6 +162,13 @@ class Follower:
     def _steps(self, step: int, until: int, prompt: int) -> None:
         s, team, method = self.settings, self.team, self._advance(step)
         train = self._rows("train", prompt)
+        if not self._is_checked:  # it also finds where weights must be moved
+            self._is_checked = True
+            self.job.scorer.model.eval()
+            try:
+                method.self_check(lambda: self.job.scorer.loss(train[:2]))
+            except ValueError as error:
+                raise UserError(f"method: {error}.") from error
         batches = Batches(train, s.batch_size, s.seed, s.batch_order)
         team.left = until - step
         while team.left > 0:

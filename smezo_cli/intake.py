@@ -351,6 +351,8 @@ def _is_watch(value: object) -> bool:
         return False
     if (value["num"] == 0) is not (value["recent"] == []):
         return False
+    if not _is_count(value.get("unmoved", 0)):  # a run may be older than it
+        return False
     return (value["spikes"] == 0) is (value["largest_spike"] is None)
 
 

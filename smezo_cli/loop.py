@@ -418,6 +418,7 @@ def fit(
                     "loss": record.loss,
                     "projected_grad": list(record.projected_grad),
                     **({"clipped": record.clipped} if record.clipped else {}),
+                    **({"unmoved": record.unmoved} if record.unmoved else {}),
                     "seconds": seconds,
                 }
             )

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from smezo_cli import noise
+from smezo_cli import dynamo, noise
 from smezo_cli.elementwise import as_f32, as_i32, f32, floor, i32, where
 from smezo_cli.masks import RULES
 
@@ -686,9 +686,10 @@ def _compile(function: types.FunctionType) -> Callable[..., Tensor]:
     def compiled(*tensors: Tensor | None) -> Tensor:
         assert tensors[0] is not None
         device = tensors[0].device
-        if device not in made:
-            made[device] = _compile_alone(function)
-        return made[device](*tensors)
+        with dynamo.allowed():
+            if device not in made:
+                made[device] = _compile_alone(function)
+            return made[device](*tensors)
 
     return compiled
 

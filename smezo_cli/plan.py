@@ -689,12 +689,13 @@ class _Planner:
     def _checked_together(self) -> int:
         """Weights that the self-check moves together, at most."""
         from smezo_cli.probe import FunctionalProbe
-        from smezo_cli.zo import checked_together, kinds_to_check
+        from smezo_cli.reach import checked_together, kinds_to_check
 
         names = {id(parameter): name for name, parameter in self.trained.items()}
-        kinds = kinds_to_check(FunctionalProbe(self.model, list(self.trained.values())), names)
-        sizes = [[int(self.trained[n].numel()) for n in chosen] for chosen in kinds.values()]
         total = sum(p.numel() for p in self.trained.values())
+        probe = FunctionalProbe(self.model, list(self.trained.values()))
+        kinds = kinds_to_check(probe, names, total)
+        sizes = [[int(self.trained[n].numel()) for n in chosen] for chosen in kinds.values()]
         return max(sum(of[part]) for of in sizes for part in checked_together(of, total))
 
     def _first_order(self) -> tuple[dict[str, int], dict[str, int], int]:

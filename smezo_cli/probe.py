@@ -100,6 +100,36 @@ class FunctionalProbe:
         )
         #: the forward that each owner had when it was wrapped, and the wrapped one
         self._wrapped: dict[nn.Module, tuple[Any, Callable[..., Any]]] = {}
+        #: of a parameter, by its ``id``: the module in whose forward every owner holds the copy
+        self._lent: dict[int, nn.Module] = {}
+        self._places = self._placed()
+
+    def lend(self, parameter: nn.Parameter, module: nn.Module | None) -> None:
+        """Have the moved copy in place for the whole forward of a module that contains its owners.
+
+        For a parameter that this module's forward reads by itself (Mamba's ``self.dt_proj.weight``)
+        without calling the owner.
+
+        Args:
+            parameter: one of the perturbed ones.
+            module: None undoes it.
+        """
+        self._wrapped.clear()
+        if module is None:
+            self._lent.pop(id(parameter), None)
+        else:
+            self._lent[id(parameter)] = module
+        self._places = self._placed()
+
+    def _placed(self) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+        """The (owner, name) that the forward of each wrapped module moves."""
+        places = {module: [(module, name) for name in own] for module, own in self.owners}
+        for module, own in self.owners if self._lent else ():
+            for name in own:
+                lent = self._lent.get(id(module._parameters[name]))
+                if lent is not None and lent is not module:
+                    places.setdefault(lent, []).append((module, name))
+        return places
 
     @contextmanager
     def at(self, mover: Mover, only: set[int] | None = None) -> Iterator[None]:
@@ -109,21 +139,22 @@ class FunctionalProbe:
             mover: writes the moved copies.
             only: ``id`` of the parameters to move; None moves all.
         """
-        held = [module.__dict__.get("forward") for module, _ in self.owners]
+        places = self._places
+        held = {module: module.__dict__.get("forward") for module in places}
         before, self._mover = self._mover, mover
-        for (module, names), own in zip(self.owners, held, strict=True):
+        for module, moved in places.items():
             if only is None:
                 made = self._wrapped.get(module)
-                if made is None or made[0] is not own:
-                    made = self._wrapped[module] = own, self._wrap(module, names)
+                if made is None or made[0] is not held[module]:
+                    made = self._wrapped[module] = held[module], self._wrap(module, moved)
                 module.__dict__["forward"] = made[1]
-            elif names := [n for n in names if id(module._parameters[n]) in only]:
-                module.__dict__["forward"] = self._wrap(module, names)
+            elif some := [(m, n) for m, n in moved if id(m._parameters[n]) in only]:
+                module.__dict__["forward"] = self._wrap(module, some)
         try:
             yield
         finally:
             self._mover = before
-            for (module, _), forward in zip(self.owners, held, strict=True):
+            for module, forward in held.items():
                 _restore(module, forward)
 
     @contextmanager
@@ -142,16 +173,25 @@ class FunctionalProbe:
         finally:
             self._pair = self._ready = None
 
-    def _wrap(self, module: nn.Module, names: list[str]) -> Callable[..., Any]:
+    def _wrap(
+        self, module: nn.Module, places: Sequence[tuple[nn.Module, str]]
+    ) -> Callable[..., Any]:
         inner = module.forward
         by_rows = looks_up_rows(module)
-        parameters, own = module._parameters, {name: module._parameters[name] for name in names}
+        parameters = module._parameters
+        # (where it is held, name, the parameter)
+        held = [(owner._parameters, name, owner._parameters[name]) for owner, name in places]
 
         def forward(*args: Any, only_rows: Tensor | None = None, **kwargs: Any) -> Any:
             mover, kept = self._mover, dict(parameters)
             assert mover is not None
-            if any(kept[name] is not p for name, p in own.items()):
-                return inner(*args, **kwargs)  # re-entered: its scratch is in place already
+            # Of those that are not in place already: in a forward that is entered again, or lent.
+            still = [
+                (slot, *place) for slot, place in enumerate(held) if place[0][place[1]] is place[2]
+            ]
+            if not still and only_rows is None:
+                return inner(*args, **kwargs)
+            own = {name: p for _, where, name, p in still if where is parameters}
             turns, side = None, 0
             if self._pair is not None:
                 turns = self._pair[2]
@@ -159,43 +199,44 @@ class FunctionalProbe:
                     refuse(f"the closure calls a {type(module).__name__} of the model by itself")
                 side = turns.side
                 mover = self._pair[1] if side else self._pair[0]
-            by_row = by_rows and len(args) == 1 and not kwargs
+            lent = [place for place in still if place[1] is not parameters]
+            by_row = by_rows and len(args) == 1 and not kwargs and "weight" in own and not lent
             is_first = False
             self._depth += 1
             try:
-                moved: dict[str, Any]
                 if by_row:
                     padding = module.padding_idx
                     # Of a model on several devices what moves them is in the inner forward.
                     rows, args = renumbered(args[0].to(own["weight"].device))  # type: ignore[union-attr]  # owners have it
                     module.padding_idx = None  # type: ignore[assignment]  # a position of the old numbering
-                    moved = {"weight": mover.rows(own["weight"], rows)}  # type: ignore[arg-type]  # owners have it
+                    parameters["weight"] = mover.rows(own["weight"], rows)  # type: ignore[assignment,arg-type]  # owners have it
                 elif only_rows is not None:
-                    moved = {
-                        name: mover.rows(p, only_rows)
-                        if name in own
-                        else p.index_select(0, only_rows)
-                        for name, p in kept.items()
-                        if p is not None
-                    }
+                    parameters.update(
+                        {
+                            name: mover.rows(p, only_rows)  # type: ignore[misc]  # likewise
+                            if name in own
+                            else p.index_select(0, only_rows)
+                            for name, p in kept.items()
+                            if p is not None
+                        }
+                    )
+                    for slot, where, name, p in lent:
+                        where[name] = self._whole(slot, p, mover)  # type: ignore[arg-type,assignment]  # likewise
                 elif turns is not None and self._depth == 1:
                     is_first = self._ready is None or self._ready != (module, side)
-                    moved = {
-                        name: self._drawn(slot, p, side, is_first)  # type: ignore[arg-type]  # likewise
-                        for slot, (name, p) in enumerate(own.items())
-                    }
+                    for slot, where, name, p in still:
+                        where[name] = self._drawn(slot, p, side, is_first)  # type: ignore[arg-type,assignment]  # likewise
                     self._ready = (module, 1 - side) if is_first else None
                 else:
-                    moved = {
-                        name: self._whole(slot, p, mover)  # type: ignore[arg-type]  # likewise
-                        for slot, (name, p) in enumerate(own.items())
-                    }
-                parameters.update(moved)
+                    for slot, where, name, p in still:
+                        where[name] = self._whole(slot, p, mover)  # type: ignore[arg-type,assignment]  # likewise
                 # What a module returns may be its parameter, in scratch that the next one reuses.
                 value = _apart(inner(*args, **kwargs), self._addresses)
             finally:
                 self._depth -= 1
                 parameters.update(kept)
+                for _, where, name, p in still:
+                    where[name] = p
                 if by_row:
                     module.padding_idx = padding
             if is_first and turns is not None:
@@ -230,13 +271,17 @@ class FunctionalProbe:
             return part
         place = (self._depth, slot, side, parameter.dtype, parameter.device)
         buffer = self._scratch.get(place)
-        if buffer is None or buffer.numel() < size:
-            buffer = torch.empty(size, dtype=parameter.dtype, device=parameter.device)
-            self._scratch[place] = buffer
-            self._parts.clear()  # some lay in the one that was too small
-            self._addresses = {b.untyped_storage().data_ptr() for b in self._scratch.values()}
-        flat = buffer[:size]
-        part = self._parts[key] = parameter, flat, flat.view(parameter.shape)
+        with torch.inference_mode(False), torch.no_grad():  # a later step may write to them
+            if buffer is None or buffer.numel() < size:
+                buffer = torch.empty(size, dtype=parameter.dtype, device=parameter.device)
+                self._scratch[place] = buffer
+                self._parts.clear()  # some lay in the one that was too small
+                self._addresses = {b.untyped_storage().data_ptr() for b in self._scratch.values()}
+            flat = buffer[:size]
+            # torch multiplies by a weight that asks for a gradient in another way, whether or not
+            # there will be one. As a view it is not among the casts that autocast keeps.
+            shaped = flat.view(parameter.shape).requires_grad_(parameter.requires_grad)
+        part = self._parts[key] = parameter, flat, shaped
         return part
 
 

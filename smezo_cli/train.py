@@ -3,9 +3,10 @@
 smezo train [KEY=VALUE ...]        (or: python -m smezo_cli.train ...)
 """
 
+import json
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from smezo_cli.scoring import Candidates
     from smezo_cli.trajectory import Recorder, Trajectory
     from smezo_cli.watch import Numerics, Watch
+
+_LOOKED_AT = 64  # training rows, for two that are short enough for the self-check
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -134,6 +137,7 @@ class _Run:
         self.config, self.team, self._as_it_came = plain(cfg), team, False
         self._rank_peaks: list[int] | None = None
         self._rank_sizes: list[int | None] | None = None
+        self._has_looked = False
         self._handed_out = False  # followers have the tested weights, whatever they made before
         self._world_size = 1 if team is None else team.size
         self._split = ""  # that was evaluated last
@@ -207,6 +211,8 @@ class _Run:
         from smezo_cli.watch import Numerics
 
         method = self._build_method()
+        checked = self._self_check(method)  # before the scoring takes its time
+        allocator.give_back()
         numerics = Numerics(method, self.settings.seed, self.state.notes)  # of the base model
         self.stop.patient = True  # from here on there is a state to save
         self._choose_batching()
@@ -217,14 +223,16 @@ class _Run:
         self._restore(method)
         self._teach()
         allocator.give_back()  # what reading and encoding the data has freed
-        self._check_method(method)
+        if checked is None:
+            self._self_check(method, self.train)
+        self._prepare(method)
         allocator.give_back()
         self._open_loggers()
         fit(
             method,
             self.measure,
             self.train,
-            on_dev=lambda: self._evaluate(self.dev, "dev"),
+            on_dev=lambda: self._look(method),
             lead=self._lead,
             steps=self.settings.steps,
             batch_size=self.settings.batch_size,
@@ -621,19 +629,77 @@ class _Run:
             say(f"  {count - state.step} steps after step {state.step} are recorded: applied")
         return known
 
-    def _check_method(self, method: "Method") -> None:
-        """Refuse what functional probes cannot reach; record the realised sparsity."""
+    def _self_check(
+        self, method: "Method", rows: "Sequence[Candidates] | None" = None
+    ) -> int | None:
+        """Refuse what functional probes cannot reach, on two training rows.
+
+        Args:
+            method: at any weights of the run.
+            rows: to take them from; None encodes a few, before the prompt is chosen.
+
+        Returns:
+            How many kinds of parameters were checked; None where losses of the model as it came are
+            not finite, which its scores say with the row.
+        """
+        from smezo_cli.follower import short_enough
+        from smezo_cli.zo import NonFiniteLoss
+
+        scorer, is_first = self.job.scorer, rows is None
+        if rows is None:
+            prompt = self.job.prompts[self.state.notes.get("prompt", 0)]
+            some = self.job.encode(self.job.task.train[:_LOOKED_AT], prompt)
+            rows = short_enough(some, self.settings.task["max_train_tokens"]) or some
+        two = rows[:2]
+        scorer.model.eval()
+        try:
+            checked = method.self_check(lambda: scorer.loss(two))
+        except NonFiniteLoss:
+            if not is_first:
+                raise
+            return None
+        except ValueError as error:
+            raise UserError(self._unreached(error)) from error
+        if checked:
+            self.console.say(f"  self-check: {checked} kinds of parameters probed exactly")
+        return checked
+
+    def _unreached(self, error: ValueError) -> str:
+        """The sentence of a self-check that fails, with the words that let the run go."""
+        from smezo_cli.reach import Unreached
+
+        if not isinstance(error, Unreached):
+            return f"method: {error}."
+        globs = [*self.settings.method["freeze"], *error.globs]
+        word = f"method.freeze=[{','.join(json.dumps(glob) for glob in globs)}]"
+        return (
+            f"method: {error.what}freeze them by {shlex.quote(word)}, or use "
+            "method.executor=in_place."
+        )
+
+    def _look(self, method: "Method") -> "Evaluation":
+        """Dev at the present weights; the first time after steps, its rows are checked too.
+
+        A model may take another path at other rows, or after a while.
+        """
+        check = getattr(method, "check_reads", None)
+        rows = [row for row in self.dev if row.gold >= 0][:2]
+        if check is not None and rows and not self._has_looked:
+            self._has_looked = True
+            self.job.scorer.model.eval()
+            try:
+                check(lambda: self.job.scorer.loss(rows))
+            except ValueError as error:
+                raise UserError(self._unreached(error)) from error
+        return self._evaluate(self.dev, "dev")
+
+    def _prepare(self, method: "Method") -> None:
+        """Choose the executor, see to the space, record the realised sparsity."""
         from smezo_cli.runs import check_space
 
-        try:
-            checked = method.self_check(lambda: self.job.scorer.loss(self.train[:2]))
-        except ValueError as error:
-            raise UserError(f"method: {error}.") from error
         self._choose_executor(method)
         weights = method.trained.values()
         check_space(self.folder.path, 3 * sum(p.numel() * p.element_size() for p in weights))
-        if checked:
-            self.console.say(f"  self-check: {checked} kinds of parameters probed exactly")
         if "active_share" not in self.state.notes:
             self.state.notes["active_share"] = method.active_share()
             self.state.notes["num_trained"] = method.num_weights

@@ -80,6 +80,8 @@ class Watch:
         seen["losses"] += record.loss
         seen["num_losses"] += 1
         seen["clipped"] += record.clipped
+        # A run that goes on may be older than this count.
+        seen["unmoved"] = seen.get("unmoved", 0) + record.unmoved
         for g in record.projected_grad:
             recent: list[float] = seen["recent"]
             scale = statistics.median(recent) if len(recent) >= ENOUGH else 0.0
@@ -148,7 +150,8 @@ def spike_report(notes: Mapping[str, Any]) -> dict[str, Any] | None:
     """result.json's "watch" from a run's notes; None of a run without projected gradients.
 
     Its values: ``projected_grads`` measured, their root mean square ``projected_grad_rms``, how
-    many were ``clipped``, how many were ``spikes``, and the ``largest_spike`` (times the median).
+    many were ``clipped``, how many were ``spikes``, the ``largest_spike`` (times the median), and
+    how many were 0, their probes ``unmoved``: two losses that are the same number.
     """
     seen = notes.get("watch")
     if not seen or not seen["num"]:
@@ -157,6 +160,7 @@ def spike_report(notes: Mapping[str, Any]) -> dict[str, Any] | None:
         "projected_grads": seen["num"],
         "projected_grad_rms": math.sqrt(seen["squares"] / seen["num"]),
         **{key: seen[key] for key in ("clipped", "spikes", "largest_spike")},
+        "unmoved": seen.get("unmoved", 0),
     }
 
 
@@ -388,5 +392,10 @@ def report_lines(numerics: Mapping[str, Any] | None, watch: Mapping[str, Any] | 
     if watch and watch["clipped"]:
         lines.append(
             f"  clipped        {watch['clipped']} of {watch['projected_grads']} projected gradients"
+        )
+    if watch and watch.get("unmoved"):
+        lines.append(
+            f"  unmoved        {watch['unmoved']} of {watch['projected_grads']} probes gave the "
+            "same loss on both sides"
         )
     return lines

@@ -11,17 +11,16 @@ import hashlib
 import json
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from smezo_cli import masks
+from smezo_cli import dynamo, masks, reach
 from smezo_cli.lockstep import NotInLockstep, Turns, refuse
 from smezo_cli.noise import KINDS, stream_key, uniform_at
 from smezo_cli.passes import (
@@ -35,6 +34,7 @@ from smezo_cli.passes import (
     choose_passes,
 )
 from smezo_cli.probe import FunctionalProbe
+from smezo_cli.reach import Base, Losses, Reads, Rounding, Unreached
 
 Closure = Callable[[], Tensor]
 
@@ -89,6 +89,11 @@ class StepRecord:
     projected_grad: tuple[float, ...]
     num_forwards: int
     clipped: int = 0
+
+    @property
+    def unmoved(self) -> int:
+        """Probes that moved nothing: queries whose two losses are the same number."""
+        return sum(g == 0 for g in self.projected_grad)
 
 
 @dataclass
@@ -236,6 +241,7 @@ class InPlace:
         for target, (step, mask) in zip(self._targets, steps, strict=True):
             moved = (target.flat.float() + scale * step).to(target.flat.dtype)
             target.flat.copy_(torch.where(mask, moved, target.flat))
+        torch.clear_autocast_cache()
 
 
 class ZeroOrder(torch.optim.Optimizer):
@@ -327,6 +333,7 @@ class ZeroOrder(torch.optim.Optimizer):
         _one_of("keep_noise", keep_noise, ("auto", True, False))
         _one_of("backend", backend, ("auto", "compiled", "eager"))
 
+        model = dynamo.original(model)
         self.targets = _select(model, list(freeze), list(dense))
         self._by_id = {id(t.parameter): t for t in self.targets}
         super().__init__(
@@ -334,7 +341,8 @@ class ZeroOrder(torch.optim.Optimizer):
             {"lr": lr, "eps": eps, "weight_decay": weight_decay},
         )
         self.lr = lr
-        self._unchecked = check
+        self._unchecked = self._asks_again = check
+        self._model, self._is_compiled = model, dynamo.is_compiled(model)
         self.seed = seed
         self.num_queries = num_queries
         self.clip_projected_grad = math.inf if clip is None else clip
@@ -424,15 +432,19 @@ class ZeroOrder(torch.optim.Optimizer):
             plus = self.direction([query], [eps])
             minus = self.direction([query], [-eps])
             try:
-                pair = self._executor.losses(closure, plus, minus)
+                pair = self._measured(self._executor, closure, plus, minus)
             except NotInLockstep:  # at a later batch, which calls the model in another way
                 if not self._may_choose:
                     raise
                 self._use(self._sequential)
-                pair = self._executor.losses(closure, plus, minus)
+                pair = self._measured(self._executor, closure, plus, minus)
             l_plus, l_minus = torch.stack([x.detach().double() for x in pair]).tolist()
             if shared is None:
                 self._check_finite(l_plus, l_minus)
+                if l_plus == l_minus and self._asks_again:
+                    # The loss may be a step function; or the model has taken another path.
+                    self._asks_again = False
+                    self.check_reads(closure)
             measured[query] = l_plus, l_minus
 
         pairs = list(measured.values())
@@ -444,6 +456,23 @@ class ZeroOrder(torch.optim.Optimizer):
         projected_grad = [(l_plus - l_minus) / (2 * eps) for l_plus, l_minus in pairs]
         self._end(projected_grad)
         return self.record(sum(losses) / len(losses), projected_grad)
+
+    def _measured(
+        self, executor: Executor, closure: Closure, plus: Direction, minus: Direction
+    ) -> tuple[Tensor, Tensor]:
+        """The losses of a query, without the user's compiler."""
+        try:
+            with self._uncompiled():
+                return executor.losses(closure, plus, minus)
+        except Exception as error:
+            if self._is_compiled or not dynamo.is_its_error(error):
+                raise
+        self._is_compiled = True
+        with self._uncompiled():
+            return executor.losses(closure, plus, minus)
+
+    def _uncompiled(self) -> AbstractContextManager[None]:
+        return dynamo.kept_out() if self._is_compiled else nullcontext()
 
     def _check_finite(self, l_plus: float, l_minus: float) -> None:
         if not (math.isfinite(l_plus) and math.isfinite(l_minus)):
@@ -503,6 +532,7 @@ class ZeroOrder(torch.optim.Optimizer):
         lr = group["lr"]
         self.update(self.coefficients(projected_grad, lr), lr * group["weight_decay"])
         self._kept.clear()
+        torch.clear_autocast_cache()  # of a loop inside of torch.autocast: casts of the old weights
         self.num_steps += 1
 
     def coefficients(self, projected_grad: Sequence[float], lr: float) -> list[float]:
@@ -537,18 +567,23 @@ class ZeroOrder(torch.optim.Optimizer):
         eps = self.param_groups[0]["eps"]
         plus, minus = self.direction([0], [eps]), self.direction([0], [-eps])
         seconds: dict[str, float] = {}
-        found: dict[str, tuple[float, ...]] = {}
+        found: dict[str, list[tuple[float, ...]]] = {}
         with suppress(NotInLockstep):
             for _ in range(2):  # the first may compile, and touches memory for the first time
                 for executor in (self._sequential, self._lockstep):
                     start = time.perf_counter()
-                    losses = tuple(float(x) for x in executor.losses(closure, plus, minus))
+                    pair = self._measured(executor, closure, plus, minus)
+                    losses = tuple(map(_number, pair))
                     spent = time.perf_counter() - start
                     name = executor.name
                     seconds[name] = min(spent, seconds.get(name, math.inf))
-                    found[name] = losses
-        if "lockstep" in found and found["lockstep"] != found["sequential"]:
-            del seconds["lockstep"]
+                    found.setdefault(name, []).append(losses)
+        if "lockstep" in found:
+            first, second = found["sequential"][0], found["sequential"][-1]
+            for a, b, c in zip(first, second, found["lockstep"][-1], strict=True):
+                # Where a loss is the same from call to call, no other number will do.
+                if not abs(b - c) <= abs(a - b):
+                    seconds.pop("lockstep", None)
         self._kept.clear()
         fastest = min(seconds, key=lambda name: seconds[name])
         self._use(self._lockstep if fastest == "lockstep" else self._sequential)
@@ -661,9 +696,9 @@ class ZeroOrder(torch.optim.Optimizer):
         eps = self.param_groups[0]["eps"]
         plus, minus = self.direction([query], [eps]), self.direction([query], [-eps])
         self._kept.clear()
-        pair = self._sequential.losses(closure, plus, minus)
+        pair = self._measured(self._sequential, closure, plus, minus)
         self._kept.clear()
-        return float(pair[0]), float(pair[1])
+        return _number(pair[0]), _number(pair[1])
 
     @staticmethod
     def _pass(passes: Passes, target: Target, out: Tensor, direction: Direction) -> None:
@@ -743,10 +778,11 @@ class ZeroOrder(torch.optim.Optimizer):
     def self_check(self, closure: Closure) -> int:
         """Is the functional loss the loss of an exactly saved copy perturbed in place?
 
-        Asked for each kind of (module class, parameter name), so that a parameter which some
-        forward reads without its wrapped owner is found before it spoils a run. Of parameters
-        that differ in the number of their layer alone the first and the last are asked, so that
-        the saved copies stay small beside the model.
+        Asked for each kind of (module class, parameter name), together where the saved copies stay
+        small beside the model, so that a parameter which some forward reads without its wrapped
+        owner is found before it spoils a run; of all parameters an operation that reads them so is
+        seen. One that a module around its owner reads is moved for the whole forward of that
+        module from then on. "Is" means: but for what rounding does to a loss.
 
         Args:
             closure: as for :meth:`step`.
@@ -755,104 +791,224 @@ class ZeroOrder(torch.optim.Optimizer):
             The number of kinds checked.
 
         Raises:
-            ValueError: naming the parameters that functional probes cannot perturb.
-            NonFiniteLoss: the loss of a perturbed model is not finite.
+            Unreached: naming all parameters that functional probes cannot perturb.
+            ValueError: the closure is random, or gives another loss at each call.
+            NonFiniteLoss: a loss is not finite.
         """
         self._unchecked = False
-        if isinstance(self._executor, InPlace):
-            return 0
-        kinds = self._kinds()
-        for kind, targets in kinds.items():
-            parts = checked_together([t.parameter.numel() for t in targets], self.num_weights)
-            if not all(self._agrees(targets[part], closure) for part in parts):
-                wrong = [t.name for t in targets if not self._agrees([t], closure)] or [kind]
-                raise ValueError(
-                    f"functional probes do not reach {', '.join(wrong[:5])} ({kind}): "
-                    "freeze them (method.freeze), or use method.executor=in_place"
-                )
-        if self._executor is self._lockstep:
-            plus, minus = self.direction([0], [1e-2]), self.direction([0], [-1e-2])
-            pairs = [
-                executor.losses(closure, plus, minus)
-                for executor in (self._sequential, self._lockstep)
-            ]
-            self._kept.clear()
-            if not all(map(torch.equal, *pairs)):
-                refuse("its losses differ from those of one forward after the other")
+        self._find_compiled(closure)
+        with self._uncompiled():
+            base = self._base(closure)
+            if isinstance(self._executor, InPlace):
+                return 0
+            wrong, base = self._read_past(closure, base)
+            kinds = self._kinds()
+            for kind, targets in kinds.items():
+                asked = [t for t in targets if t.name not in wrong]
+                found = self._unlike(kind, asked, closure, base)
+                wrong |= {t.name: kind for t in found if t.name not in wrong}
+            self._refuse(wrong, closure, base)
+            if self._executor is self._lockstep:
+                self._check_lockstep(closure, base)
         return len(kinds)
 
-    def _kinds(self) -> dict[str, list[Target]]:
-        by_name = {t.name: t for t in self.targets}
-        names = {id(t.parameter): t.name for t in self.targets}
-        kinds = kinds_to_check(self._probe, names)
-        return {kind: [by_name[name] for name in chosen] for kind, chosen in kinds.items()}
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def check_reads(self, closure: Closure) -> None:
+        """Ask again, of another closure, for parameters that are read without their owners.
 
-    def _agrees(self, targets: list[Target], closure: Closure) -> bool:
-        """Are the functional and the exact in-place loss of moving ``targets`` alone equal?"""
-        direction = self.direction([0], [max(self.param_groups[0]["eps"], 1e-2)])
+        The cheap half of :meth:`self_check`: one forward where there are none.
+
+        Raises:
+            Unreached: naming them.
+            ValueError, NonFiniteLoss: as there.
+        """
+        if isinstance(self._executor, InPlace):
+            return
+        with self._uncompiled():
+            if self._reads(closure).read:
+                wrong, base = self._read_past(closure, self._base(closure))
+                self._refuse(wrong, closure, base)
+
+    def _find_compiled(self, closure: Closure) -> None:
+        """Does the closure call compiled code with this model inside?"""
+        self._is_compiled = self._is_compiled or dynamo.is_compiled(self._model)
+        if self._is_compiled or not dynamo.is_imported():
+            return
+        try:
+            closure()
+        except Exception as error:
+            if not dynamo.is_its_error(error):
+                raise
+            self._is_compiled = True
+            return
+        with self._probe.at(Reads([t.parameter for t in self.targets])):
+            self._is_compiled = dynamo.recompiles(closure)
+
+    def _base(self, closure: Closure) -> Base:
+        """The loss of the weights as they are, twice.
+
+        Raises:
+            ValueError: the two differ by more than rounding.
+        """
+        first = closure().detach()
+        devices = {t.parameter.device for t in self.targets}
+        states = reach.generators(devices)
+        second = closure().detach()
+        is_drawn = states != reach.generators(devices)
+        one, other = float(first), float(second)
+        self._check_finite(one, other)
+        eps = torch.finfo(torch.float32).eps
+        of_loss = max(eps, torch.finfo(first.dtype).eps) if first.is_floating_point() else eps
+        coarsest = max(of_loss, *(torch.finfo(t.parameter.dtype).eps for t in self.targets))
+        rounding = Rounding(coarsest, of_loss, abs(one - other))
+        if rounding.is_random(one, other, is_drawn):
+            raise ValueError(reach.random_closure(one, other, is_drawn))
+        return Base(one, rounding, is_drawn)
+
+    def _reads(self, closure: Closure) -> Reads:
+        """What is read past the probe, and the loss of a probe that moves nothing."""
+        reads = Reads([t.parameter for t in self.targets])
+        with self._probe.at(reads), reads:
+            reads.loss = _number(closure())
+        return reads
+
+    def _read_past(self, closure: Closure, base: Base) -> tuple[dict[str, str], Base]:
+        """Names and kinds of those read past their probes, if it matters; and what is known now.
+
+        A module around the owner that reads them holds their moved copies from now on, if that
+        helps.
+        """
+        reads = self._reads(closure)
+        known = base.rounding
+        noise = max(known.noise, abs(reads.loss - base.unmoved))
+        base = base._replace(rounding=Rounding(max(known.eps, reads.eps), known.of_loss, noise))
+
+        def read(targets: Sequence[Target]) -> list[Target]:
+            found = self._reads(closure).read
+            return [t for t in targets if id(t.parameter) in found]
+
+        def harmless(targets: Sequence[Target]) -> bool:
+            return self._is_reached(targets, closure, base, is_read=True)
+
+        read_past = self._lend([t for t in self.targets if id(t.parameter) in reads.read], read)
+        parts = reach.checked_together([t.parameter.numel() for t in read_past], self.num_weights)
+        wrong = [t for part in parts for t in reach.search(read_past[part], harmless)]
+        return {target.name: self._kind_of(target) for target in wrong}, base
+
+    def _lend(
+        self, wrong: list[Target], still: Callable[[list[Target]], list[Target]]
+    ) -> list[Target]:
+        """Those that no module around their owners reaches, by trying one after the other."""
+        around = {t.name: iter(reach.enclosing(self._model, t.parameter)) for t in wrong}
+        while wrong:
+            modules = [next(around[t.name], None) for t in wrong]
+            for target, module in zip(wrong, modules, strict=True):
+                self._probe.lend(target.parameter, module)
+            if not any(module is not None for module in modules):
+                break
+            wrong = still(wrong)
+        return wrong
+
+    def _unlike(
+        self, kind: str, targets: list[Target], closure: Closure, base: Base
+    ) -> list[Target]:
+        """Parameters of a kind whose functional loss is another than that in place."""
+
+        def agree(asked: Sequence[Target]) -> bool:
+            losses = self._losses_of_move(asked, closure, base, 1.0)
+            if not all(map(math.isfinite, losses)):
+                raise NonFiniteLoss(f"loss {losses.in_place} at weights moved by eps")
+            return losses.error <= max(map(base.rounding.of, losses))
+
+        def wrong_of(targets: list[Target]) -> list[Target]:
+            sizes = [t.parameter.numel() for t in targets]
+            parts = reach.checked_together(sizes, self.num_weights)
+            found = [t for part in parts for t in reach.search(targets[part], agree)]
+            return [t for t in found if not self._is_reached([t], closure, base)]
+
+        if not wrong_of(targets):
+            return []
+        names = {id(t.parameter): t.name for t in self.targets}
+        by_name = {t.name: t for t in self.targets}
+        everyone = [by_name[name] for name in reach.alike(self._probe, names, kind)]
+        return self._lend(wrong_of(everyone), wrong_of)
+
+    def _is_reached(
+        self, targets: Sequence[Target], closure: Closure, base: Base, is_read: bool = False
+    ) -> bool:
+        def ask(scale: float) -> Losses:
+            return self._losses_of_move(targets, closure, base, scale)
+
+        return reach.is_reached(ask, base.rounding, is_read)
+
+    def _losses_of_move(
+        self, targets: Sequence[Target], closure: Closure, base: Base, scale: float
+    ) -> Losses:
+        """Losses where these are moved alone, by a multiple of the self-check's step."""
+        size = scale * max(self.param_groups[0]["eps"], 1e-2)
+        direction = self.direction([0], [size])
         with self._probe.at(direction, only={id(t.parameter) for t in targets}):
-            functional = closure()
+            functional = _number(closure())
         saved = [t.flat.clone() for t in targets]
+        torch.clear_autocast_cache()  # it may hold casts of what is written to
         try:
             for target in targets:
                 direction.whole(target.parameter, target.flat)
-            in_place = closure()
+            in_place = _number(closure())
         finally:
             for target, copy in zip(targets, saved, strict=True):
                 target.flat.copy_(copy)
             self._kept.clear()
-        if not (torch.isfinite(functional) and torch.isfinite(in_place)):
-            raise NonFiniteLoss(f"loss {float(in_place)} at weights moved by eps")
-        return torch.equal(functional, in_place)
+            torch.clear_autocast_cache()
+        return Losses(functional, in_place, base.unmoved)
+
+    def _refuse(self, wrong: Mapping[str, str], closure: Closure, base: Base) -> None:
+        """Name what is not reached; a closure whose losses differ by chance is told apart."""
+        if not wrong:
+            return
+        losses = [_number(closure()) for _ in range(4)]
+        lowest, highest = min(losses), max(losses)
+        if base.rounding.is_random(lowest, highest, base.is_drawn):
+            raise ValueError(reach.random_closure(lowest, highest, base.is_drawn))
+        first, *_ = found = [t for t in self.targets if t.name in wrong]
+        hint = reach.fast_path_of(self._model, first.parameter)
+        raise Unreached(
+            {t.name: wrong[t.name] for t in found}, [t.name for t in self.targets], hint
+        )
+
+    def _check_lockstep(self, closure: Closure, base: Base) -> None:
+        plus, minus = self.direction([0], [1e-2]), self.direction([0], [-1e-2])
+        pairs = [
+            map(_number, executor.losses(closure, plus, minus))
+            for executor in (self._sequential, self._lockstep)
+        ]
+        self._kept.clear()
+        for a, b in zip(*pairs, strict=True):
+            if not abs(a - b) <= base.rounding.of(a):
+                refuse("its losses differ from those of one forward after the other")
+
+    def _kind_of(self, target: Target) -> str:
+        return next(
+            f"{type(module).__name__}.{name}"
+            for module, own in self._probe.owners
+            for name in own
+            if module._parameters[name] is target.parameter
+        )
+
+    def _kinds(self) -> dict[str, list[Target]]:
+        by_name = {t.name: t for t in self.targets}
+        names = {id(t.parameter): t.name for t in self.targets}
+        kinds = reach.kinds_to_check(self._probe, names, self.num_weights)
+        return {kind: [by_name[name] for name in chosen] for kind, chosen in kinds.items()}
 
 
-def kinds_to_check(probe: FunctionalProbe, names: Mapping[int, str]) -> dict[str, list[str]]:
-    """Parameters that the self-check moves, by kind: (module class, parameter name) of the owner.
-
-    Of those whose names differ in numbers alone, as those of layers do, the first and the last.
-
-    Args:
-        probe: knows the owners.
-        names: of the parameters, by their ``id``.
-    """
-    kinds: dict[str, dict[str, dict[str, None]]] = {}
-    for module, own in probe.owners:
-        for name in own:
-            full = names[id(module._parameters[name])]
-            places = kinds.setdefault(f"{type(module).__name__}.{name}", {})
-            # A tied parameter counts once.
-            places.setdefault(re.sub(r"\d+", "*", full), {})[full] = None
-    chosen: dict[str, list[str]] = {}
-    for kind, places in kinds.items():
-        for alike in map(list, places.values()):
-            chosen.setdefault(kind, []).extend([alike[0], *alike[1:][-1:]])
-    return chosen
-
-
-def checked_together(sizes: Sequence[int], num_weights: int) -> list[slice]:
-    """Parts of a kind that the self-check moves at once: small beside the model, or one tensor.
-
-    Args:
-        sizes: weights of the kind's parameters.
-        num_weights: of all.
-    """
-    parts: list[slice] = []
-    left = 0
-    for i, size in enumerate(sizes):
-        if size > left or not parts:
-            parts.append(slice(i, i))
-            left = max(num_weights // 50, _ALWAYS_SAVED)
-        parts[-1] = slice(parts[-1].start, i + 1)
-        left -= size
-    return parts
-
-
-_ALWAYS_SAVED = 1_000_000  # weights; few beside a model that is worth training
 _WORTH_COMPILING = 1_000_000  # weights; fewer are moved some hundred times while Numba starts
 
 
 def _select(model: nn.Module, freeze: list[str], dense: list[str]) -> list[Target]:
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    plain = [(dynamo.plain_name(name), p) for name, p in model.named_parameters()]
+    named = [(name, p) for name, p in plain if p.requires_grad]
     if not named:
         raise ValueError("no parameter of the model requires gradients, so nothing can be trained")
     for name, parameter in named:
@@ -878,6 +1034,10 @@ def _free_memory_bytes() -> int:
     if "SC_AVPHYS_PAGES" not in os.sysconf_names:
         return 0
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _number(loss: Tensor) -> float:
+    return float(loss.detach())
 
 
 def _check(condition: bool, message: str) -> None:

@@ -130,7 +130,7 @@ def test_a_scale_of_zero_makes_no_spikes() -> None:
     feed(watch_of(notes), [0.0] * ENOUGH * 2 + [1.0])
     assert spike_report(notes) == {
         **{"projected_grads": 2 * ENOUGH + 1, "projected_grad_rms": math.sqrt(1 / 41)},
-        **{"clipped": 0, "spikes": 0, "largest_spike": None},
+        **{"clipped": 0, "spikes": 0, "largest_spike": None, "unmoved": 2 * ENOUGH},
     }
 
 

@@ -1,0 +1,75 @@
+"""Keep ``torch.compile`` away from the forwards that a probe has replaced.
+
+A model that the user has compiled runs as it is written while its losses are measured: dynamo
+would trace into the replaced forwards, and compile them anew for every probe. The compiled passes
+of this package stay compiled.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+_PREFIX = "_orig_mod."  # of the names of parameters inside of torch.compile(module)
+_is_kept_out = False
+
+
+def original(model: nn.Module) -> nn.Module:
+    """Return the module inside of ``torch.compile(module)``, or the module itself."""
+    inner = model.__dict__.get("_modules", {}).get("_orig_mod")
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def plain_name(name: str) -> str:
+    """Return the name that a parameter has in the model before it was compiled."""
+    return name.replace(_PREFIX, "")
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Return whether the model or a part of it was compiled by the user."""
+    return any(
+        original(module) is not module or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+
+
+def is_its_error(error: BaseException) -> bool:
+    """Return whether the compiler has failed, and not what it compiles."""
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+
+
+def is_imported() -> bool:
+    """Return whether anything can have been compiled in this process."""
+    return "torch._dynamo" in sys.modules
+
+
+def recompiles(call: Callable[[], Any]) -> bool:
+    """Return whether the call meets compiled code that would have to be compiled anew."""
+    try:
+        with torch.compiler.set_stance("fail_on_recompile"):
+            call()
+    except RuntimeError as error:
+        if is_its_error(error) or "fail_on_recompile" in str(error):
+            return True
+        raise
+    return False
+
+
+@contextmanager
+def kept_out() -> Iterator[None]:
+    """Inside, all compiled code runs as it is written."""
+    global _is_kept_out
+    before, _is_kept_out = _is_kept_out, True
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        _is_kept_out = before
+
+
+def allowed() -> AbstractContextManager[Any]:
+    """Inside, compiled code is compiled again: for passes, in a :func:`kept_out`."""
+    return torch.compiler.set_stance("default") if _is_kept_out else nullcontext()
