@@ -310,6 +310,10 @@ def fit(
     batches = Batches(train, batch_size, seed, batch_order)
     objective, scorer = measure.objective, measure.scorer
 
+    if recorder is None and not 0 < state.step == state.looked:
+        # Weights that a stop between two looks has left: no other run has them (keep=all).
+        state.files.pop(folder.weights_path(state.step).name, None)
+
     def save() -> None:
         state.method, tensors = method.snapshot()
         state.peak_memory_bytes = max(state.peak_memory_bytes, memory.read())

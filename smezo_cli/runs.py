@@ -41,6 +41,7 @@ from smezo_cli.zo import NUMERICS
 
 SCHEMA = 2  # of result.json; 1 had no checksum
 _STATE = 2  # of checkpoint/state.json
+UNSETTLED = "unsettled"  # note of a run that has its result, and has not removed the rest yet
 
 
 @dataclass

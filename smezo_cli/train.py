@@ -62,17 +62,19 @@ def _run(cfg: DictConfig, settings: Settings, team: "Ranks | None") -> dict[str,
     device_name = choose_device(settings.device, settings.model["device_map"], ranks.local_rank())
     # What follows imports torch, which takes seconds: every cheap check lies above.
     from smezo_cli.log import Console
-    from smezo_cli.runs import RunFolder, Stopped, StopRequest
+    from smezo_cli.runs import UNSETTLED, RunFolder, Stopped, StopRequest
 
     path = Path(settings.runs_dir) / settings.name / _run_name(cfg, settings)
     folder = RunFolder(path)
     console = Console()
 
-    def finish() -> dict[str, Any]:
+    def finish(result: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Do what is left of the run, or with its result what is left behind that."""
         console.keep(path / "console.log")
         with StopRequest(console.say, patient=False) as stop:
             try:
-                return _Run(cfg, settings, folder, console, stop, device_name, team).finish()
+                left = _Run(cfg, settings, folder, console, stop, device_name, team)
+                return left.finish() if result is None else left.settle(result)
             except Stopped:
                 words = [w for w in shlex.split(command()) if not w.startswith("if_exists=")]
                 console.say(f"stopped; the same command goes on from here:\n  {shlex.join(words)}")
@@ -98,6 +100,8 @@ def _run(cfg: DictConfig, settings: Settings, team: "Ranks | None") -> dict[str,
                 return finish()
             if not _has_config(folder, cfg):
                 _write_config(folder, cfg)
+            if state is not None and UNSETTLED in state.notes:
+                finish(done)
             metric = done.get("metric", "accuracy")
             console.say(
                 f"{path}: done already, test {metric} {done['test'][metric]:.4f} "
@@ -160,10 +164,11 @@ class _Run:
         """Do what is left."""
         from smezo_cli.job import Job
         from smezo_cli.lockstep import NotInLockstep
-        from smezo_cli.runs import Stopped
+        from smezo_cli.runs import UNSETTLED, Stopped
         from smezo_cli.zo import NonFiniteLoss
 
         self._announce()
+        self.state.notes.pop(UNSETTLED, None)  # of a run that now goes on
         self.folder.write_result(self._result("running"))
         try:
             if self.team is not None:
@@ -186,15 +191,34 @@ class _Run:
             status = "stopped" if self._stopped() else "failed"
             self._close(self._result(status, error=f"{type(error).__name__}: {error}"))
             raise
-        self._close(result)
-        s = self.settings
         # A run with a trajectory needs the best weights alone, to go on too; unless its method has
         # tensors of its own, which would be made again from the first step on.
         goes_on = self.recorder is None or self.keeps_state
-        goes_on = goes_on and is_extensible(s.lr_schedule)
-        self.folder.settle(self.state, s.keep, goes_on)
+        goes_on = goes_on and is_extensible(self.settings.lr_schedule)
+        # A kill behind the result must not leave what is to go: the next start reads it here.
+        self.state.notes[UNSETTLED] = {"goes_on": goes_on}
+        self.folder.save_state(self.state)
+        self._close(result)
+        self._settle(result)
         self._summary(result)
         return result
+
+    def settle(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Do what a run that was killed right behind its result has not done any more."""
+        self._open_loggers()
+        for logger in self.loggers:
+            logger.close(result, True)
+        self._settle(result)
+        return result
+
+    def _settle(self, result: Mapping[str, Any]) -> None:
+        """Remove of the checkpoint what a finished run does not need."""
+        from smezo_cli.runs import UNSETTLED
+
+        notes = self.state.notes
+        self.folder.settle(self.state, result["keep"], notes[UNSETTLED]["goes_on"])
+        del notes[UNSETTLED]  # only now: all that is not named is gone
+        self.folder.save_state(self.state)
 
     def _trained(self) -> dict[str, Any]:
         """The result of a method that takes steps."""
