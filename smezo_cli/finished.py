@@ -23,6 +23,9 @@ from smezo_cli.settings import Settings, check, is_frozen, near, sentence, with_
 
 if TYPE_CHECKING:
     from smezo_cli.job import Job
+    from smezo_cli.log import Console
+    from smezo_cli.loop import Evaluation
+    from smezo_cli.partial_scores import PartialScores
     from smezo_cli.runs import RunFolder, State
     from smezo_cli.tasks import Prompt, Row
     from smezo_cli.trajectory import Trajectory
@@ -279,6 +282,54 @@ def _as_prompt(note: Mapping[str, Any]) -> "Prompt":
     return Prompt(note["template"], tuple(note["labels"]), option or Prompt.option)
 
 
+def _kept_beside(path: Path, job: "Job") -> "PartialScores":
+    """Where the scores are kept of a verb that is stopped: beside the file that it writes."""
+    from smezo_cli.partial_scores import NAME, PartialScores
+
+    return PartialScores(path.with_name(f".{path.name}.{NAME}"), job.model)
+
+
+def _scored(
+    job: "Job",
+    rows: Any,
+    split: str,
+    console: "Console",
+    kept: "PartialScores",
+    step: int,
+    as_it_came: bool = False,
+) -> "Evaluation":
+    """What the model makes of encoded rows, of which some may be scored from an earlier start.
+
+    Raises:
+        KeyboardInterrupt: a signal asked to stop, between two batches; the scores so far are kept.
+    """
+    from smezo_cli.loop import evaluate
+    from smezo_cli.runs import Stopped, StopRequest, tensors_digest
+
+    probe, s = job.scorer.probe, job.settings
+    about = {
+        "step": step,
+        "as_it_came": as_it_came,
+        "probe": None if probe is None else tensors_digest(probe),
+        "machine": [str(job.device), s.dtype, s.compute_dtype],
+    }
+    with StopRequest(console.say) as stop:
+        part = kept.part(about, split, rows)
+        done = len(part.answered if rows[0].kind == "generation" else part.scored)
+        if done:
+            console.say(f"  {done} of {len(rows)} rows were scored before the stop")
+        bar = console.bar(split, len(rows), done)
+        try:
+            return evaluate(job.scorer, rows, bar, lambda: stop.asked, part=part)
+        except Stopped:
+            try:
+                count = f"{kept.keep()} of {len(rows)} rows"
+                console.say(f"stopped; the scores of {count} are kept for the same command")
+            except UserError as error:
+                console.say(f"stopped; nothing is kept: {error}")
+            raise KeyboardInterrupt from None
+
+
 def _check_model(state: "State", job: "Job", overrides: Sequence[str], run: str) -> None:
     """Trained tensors belong on the model that they were trained on, frozen ones included."""
     if any(word.startswith("dtype=") for word in overrides):
@@ -314,7 +365,6 @@ def evaluate(words: Sequence[str]) -> int:
         from smezo_cli.device import choose_device
         from smezo_cli.job import Job
         from smezo_cli.log import Console
-        from smezo_cli.loop import evaluate as evaluate_rows
         from smezo_cli.tasks.base import fingerprint
 
         device = choose_device(settings.device, settings.model["device_map"])
@@ -338,13 +388,13 @@ def evaluate(words: Sequence[str]) -> int:
                 "has changed since; put it back, or say which to use (such as task.data=FILE)."
             )
         encoded = _encoded(job, rows, _prompt(state), given.run)
-        bar = console.bar(given.split, len(rows))
-        with job.as_it_came() if given.base else contextlib.nullcontext():
-            found = evaluate_rows(job.scorer, encoded, bar, lambda: False)
-        figures = found.figures()
         which = "-base" if given.base else "" if given.step is None else f"-step{step}"
         name = f"predictions-{given.split}{which}.jsonl"
         out = Path(given.out) if given.out else folder.path / name
+        kept = _kept_beside(out, job)
+        with job.as_it_came() if given.base else contextlib.nullcontext():
+            found = _scored(job, encoded, given.split, console, kept, step, given.base)
+        figures = found.figures()
         _write_lines(
             out,
             (
@@ -352,6 +402,7 @@ def evaluate(words: Sequence[str]) -> int:
                 for row, prediction in zip(rows, found.predictions(), strict=True)
             ),
         )
+        kept.remove()
         value = figures[found.metric]
         console.say(
             f"{given.split} {found.metric} {value:.4f} +- {figures['standard_error']:.4f} "
@@ -542,7 +593,6 @@ def predict(words: Sequence[str]) -> int:
         from smezo_cli.device import choose_device
         from smezo_cli.job import Job
         from smezo_cli.log import Console
-        from smezo_cli.loop import evaluate as evaluate_rows
         from smezo_cli.tasks.own import unlabelled
 
         # What is said goes beside the predictions, never among them; of the rows of the training
@@ -554,10 +604,10 @@ def predict(words: Sequence[str]) -> int:
         device = choose_device(settings.device, settings.model["device_map"])
         job = Job(settings, device, lambda line: None, with_rows=False)
         _check_model(state, job, overrides, given.run)
-        _trained(folder, state, job, None, console.say)
+        step = _trained(folder, state, job, None, console.say)
         encoded = job.encode(rows, prompt)
-        bar = console.bar("predict", len(rows))
-        found = evaluate_rows(job.scorer, encoded, bar, lambda: False)
+        kept = _kept_beside(Path(given.out) if given.out else folder.path / "predictions", job)
+        found = _scored(job, encoded, "predict", console, kept, step)
         predictions = [
             {"fields": dict(row.fields)}
             | {key: value for key, value in prediction.items() if value is not None}
@@ -569,6 +619,7 @@ def predict(words: Sequence[str]) -> int:
         else:
             for prediction in predictions:
                 print(json.dumps(prediction, ensure_ascii=False))
+        kept.remove()
     return 0
 
 

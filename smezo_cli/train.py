@@ -3,6 +3,7 @@
 smezo train [KEY=VALUE ...]        (or: python -m smezo_cli.train ...)
 """
 
+import contextlib
 import shlex
 import sys
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from smezo_cli.log import Console
     from smezo_cli.loop import Evaluation, Method
     from smezo_cli.methods.frozen import InContext, LinearProbe
+    from smezo_cli.partial_scores import Part
     from smezo_cli.ranks import Ranks
     from smezo_cli.runs import RunFolder
     from smezo_cli.scoring import Candidates
@@ -164,6 +166,7 @@ class _Run:
         """Do what is left."""
         from smezo_cli.job import Job
         from smezo_cli.lockstep import NotInLockstep
+        from smezo_cli.partial_scores import NAME, PartialScores
         from smezo_cli.runs import UNSETTLED, Stopped
         from smezo_cli.zo import NonFiniteLoss
 
@@ -176,6 +179,7 @@ class _Run:
                 self.stop.patient = True  # an exchange that is broken off leaves the others in it
                 self.team.start()
             self.job = Job(self.settings, str(self.device), self.console.say)
+            self.partial = PartialScores(self.folder.path / NAME, self.job.model)
             if self.team is not None:
                 self._agree(self.team)
                 if self._stopped():
@@ -188,6 +192,7 @@ class _Run:
             self._close(self._result("failed", error=str(error)))
             raise UserError(f"method: {error}.") from error
         except BaseException as error:
+            self._keep_scores()
             status = "stopped" if self._stopped() else "failed"
             self._close(self._result(status, error=f"{type(error).__name__}: {error}"))
             raise
@@ -212,10 +217,13 @@ class _Run:
         return result
 
     def _settle(self, result: Mapping[str, Any]) -> None:
-        """Remove of the checkpoint what a finished run does not need."""
+        """Remove what a finished run does not need of its checkpoint, and its partial scores."""
+        from smezo_cli.partial_scores import NAME
         from smezo_cli.runs import UNSETTLED
 
-        notes = self.state.notes
+        notes, path = self.state.notes, self.folder.path
+        for left in (path / NAME, path / f".{NAME}.partial"):
+            left.unlink(missing_ok=True)
         self.folder.settle(self.state, result["keep"], notes[UNSETTLED]["goes_on"])
         del notes[UNSETTLED]  # only now: all that is not named is gone
         self.folder.save_state(self.state)
@@ -243,7 +251,7 @@ class _Run:
             method,
             self.measure,
             self.train,
-            on_dev=lambda: self._evaluate(self.dev, "dev"),
+            on_dev=self._look,
             lead=self._lead,
             steps=self.settings.steps,
             batch_size=self.settings.batch_size,
@@ -291,6 +299,7 @@ class _Run:
         look = dev.figures()
         state = self.state
         state.best_step, state.best_loss, state.notes["best_look"] = 0, look["loss"], look
+        state.metrics_bytes = 0  # of the one record, which a start before this may have written
         self._open_loggers()
         figures = {k: v for k, v in look.items() if k not in ("standard_error", "n")}
         for logger in self.loggers:
@@ -305,27 +314,29 @@ class _Run:
 
         import torch
 
+        from smezo_cli.loop import features
         from smezo_cli.runs import tensors_digest
 
         state, folder, scorer = self.state, self.folder, self.job.scorer
         if 0 in state.weights():
             self.job.set_probe(folder.load_weights(state, 0), folder.path)
             return
-        start, before = time.perf_counter(), scorer.num_forwards
-        self.stop.patient = False  # nothing of a fit is kept before it is there
-        scorer.model.eval()
+        start = time.perf_counter()
         self.console.say(f"  hidden states of {len(self.train)} training rows, then the fit")
-        features = scorer.features_of(self.train)
+        part = self._part(self.train, "train")
+        states = features(scorer, self.train, self._stopped, part)
+        self.stop.patient = False  # nothing of a fit is kept before it is there
         labels = torch.tensor([c.label for c in self.train])
-        probe = method.fit(features, labels, len(self.train[0].full))
+        probe = method.fit(states, labels, len(self.train[0].full))
         self.stop.patient = True
         state.train_seconds = time.perf_counter() - start
-        state.num_forwards = scorer.num_forwards - before
+        state.num_forwards = part.num_forwards
         state.notes["num_trained"] = sum(t.numel() for t in probe.values())
         note = {"step": 0, "sha256": tensors_digest(probe)}
         state.notes["weights"] = {"best": note, "last": note}
         folder.save_weights(state, 0, probe, {})
         folder.save_state(state)
+        self.partial.forget()
         scorer.probe = probe
 
     def _demonstrate(self, method: "InContext") -> None:
@@ -440,6 +451,7 @@ class _Run:
             before = note.get("dev") or self._evaluate(self.dev, "dev").figures()
             notes["dev_loss_before"] = before["loss"]
             self.folder.save_state(self.state)
+        self.partial.forget()
 
     def _choose_prompt(self) -> None:
         """The prompt with the best dev figure, of classification with a threshold fitted there."""
@@ -684,7 +696,7 @@ class _Run:
         rows = Batches(self.train, s.batch_size, s.seed, s.batch_order)(self.state.step)
         try:
             batch = [self.train[i] for i in rows][: self.measure.size]
-            return loss_noise(method, self.job.scorer, batch, self.objective)
+            return loss_noise(method, self.job.scorer, batch, self.objective, self._check_stop)
         except (RuntimeError, MemoryError, NonFiniteLoss) as error:  # the run has its result
             line = str(error).partition("\n")[0]
             self.console.say(f"  the loss noise of {s.dtype} was not measured: {line}")
@@ -701,18 +713,69 @@ class _Run:
         elif node["name"] == "tensorboard":
             self.loggers.append(TensorBoardLogger(folder, self.config))
 
-    def _evaluate(self, rows: Any, split: str, prompt: int | None = None) -> "Evaluation":
+    def _keep_scores(self) -> None:
+        """Keep what evaluations have scored whose results are not saved."""
+        if hasattr(self, "partial"):
+            with contextlib.suppress(UserError):  # the run ends for another reason, which is told
+                count = self.partial.keep()
+                if count:
+                    self.console.say(f"  kept the scores of {count} rows")
+
+    def _look(self) -> "Evaluation":
+        """What the present weights make of dev; the loop saves it at once."""
+        found = self._evaluate(self.dev, "dev", step=self.state.step)
+        self.partial.forget()
+        return found
+
+    def _part(self, rows: Any, split: str, step: int = 0) -> "Part":
+        """What an evaluation that was stopped has left of these rows."""
+        from smezo_cli.runs import tensors_digest
+
+        probe = self.job.scorer.probe
+        about = {
+            "step": step,
+            "as_it_came": self._as_it_came,
+            "probe": None if probe is None else tensors_digest(probe),
+            "settings": digest(self.config),
+            "model": self.state.notes["model"],
+            "machine": [str(self.device), self.settings.dtype, self.settings.compute_dtype],
+        }
+        return self.partial.part(about, split, rows)
+
+    def _evaluate(
+        self, rows: Any, split: str, prompt: int | None = None, step: int = 0
+    ) -> "Evaluation":
+        """What the model makes of some rows.
+
+        Args:
+            rows: of the split.
+            split: their name.
+            prompt: under which they are; None: the chosen one.
+            step: that the model's weights are of.
+        """
         from smezo_cli.loop import evaluate
 
-        team = self.team
+        team, part = self.team, self._part(rows, split, step)
         if team is not None:
             prompt = self.state.notes["prompt"] if prompt is None else prompt
             # Of the base model, and of weights that were handed out, there is nothing to apply.
             is_there = self._as_it_came or self._handed_out
-            step = 0 if is_there else getattr(self.method, "num_steps", 0)
-            team.evaluate(split=split, prompt=prompt, as_it_came=self._as_it_came, step=step)
-        bar = self.console.bar(split, len(rows))
-        return evaluate(self.job.scorer, rows, bar, self._stopped, team)
+            made = 0 if is_there else getattr(self.method, "num_steps", 0)
+            team.evaluate(
+                **{"split": split, "prompt": prompt, "as_it_came": self._as_it_came, "step": made},
+                **{"scored": sorted(part.scored), "answered": sorted(part.answered)},
+            )
+        done = len(part.answered if self.job.task.kind == "generation" else part.scored)
+        if done:
+            self.console.say(f"  {split}: {done} of {len(rows)} rows were scored before the stop")
+        bar = self.console.bar(split, len(rows), done)
+        return evaluate(self.job.scorer, rows, bar, self._stopped, team, part)
+
+    def _check_stop(self) -> None:
+        from smezo_cli.runs import Stopped
+
+        if self._stopped():
+            raise Stopped
 
     def _stopped(self) -> bool:
         return self.stop.asked or (self.team is not None and self.team.stop_asked)
@@ -776,12 +839,12 @@ class _Run:
         self._put_best(method, self.state.best_step)
         if self.team is not None and not self._have_best(self.team, self.state.best_step):
             self._dismiss(self.team)  # they do not see the folder: they have the last weights alone
-        found = self._evaluate(self.test, "test")
+        found = self._evaluate(self.test, "test", step=self.state.best_step)
         scores = self.folder.load_scores()
         shape = (len(self.dev), *found.scores.shape[1:])
         is_classes = found.kind == "classification"
         if "dev" not in scores or (is_classes and scores["dev"].shape != shape):  # it was damaged
-            scores["dev"] = self._evaluate(self.dev, "dev").scores
+            scores["dev"] = self._evaluate(self.dev, "dev", step=self.state.best_step).scores
         if self.team is not None:
             self._dismiss(self.team)
         return self._report(found, scores["dev"])
