@@ -1,6 +1,7 @@
 """Faults by the hundred in real runs of tiny models; afterwards the same command, the same bits.
 
     python scripts/soak.py --faults 500 --seed 0 --json soak.json
+    python scripts/soak.py --kills 200 --seed 0 --json kills.json
 
 A trial is a run that suffers some faults one after the other, each in a process of its own, and is
 then given its command again until it ends. (A fault that comes too late is counted as missed, and a
@@ -8,6 +9,11 @@ file of the finished run is harmed in its place.) It is lost if it does not end,
 weights, metrics (but seconds), scores, predictions, settings or results (but clocks) are not those
 of a run that was never disturbed. Processes are forked from this one, which has imported all and
 computes nothing (so has no threads): Python and torch start once, not five hundred times.
+
+With --kills a trial is a run of any method, with any keep and full_save_every, that is killed or
+stopped at a place drawn from all that it comes by: losses, batches of an evaluation, files that are
+written, synced, renamed and removed. Resumed, it is killed again, up to five times. Afterwards its
+folder must hold the files of a run that was never disturbed, and no other.
 
 Nothing of this is in the product: a child patches functions in itself.
 """
@@ -20,6 +26,7 @@ import json
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -64,6 +71,46 @@ PLACES: dict[str, tuple[Any, str, int]] = {  # where, and how often a whole run 
     "load": (job, "load_model", 1),
     "replay": (zo.ZeroOrder, "replay", 8),
 }
+ANYWHERE: list[tuple[Any, str]] = [
+    *((owner, name) for owner, name, _ in PLACES.values()),
+    *((scoring.Scorer, name) for name in ("scores", "features", "generate")),
+    *((os, name) for name in ("unlink", "ftruncate")),
+]
+_TOY = f"{COMMON.format('sequential')} task.num_dev=8 task.num_test=12"
+_FIRST_ORDER = _TOY.replace(" compile=false method.executor=sequential", "")
+_ASKED = (
+    "train task.num_train=8 task.num_dev=8 task.num_test=12 task.prompt=0 device=cpu "
+    "model=tiny-llama"
+)
+_ANSWERS = (
+    "task=generation task.data=../own.jsonl \"task.prompt='{q}? It is'\" task.columns={answer:a} "
+    "task.max_new_tokens=4"
+)
+_EVERY_KEEP = [f"keep={keep}" for keep in ("best", "last", "all")]
+_FULL_SAVES = [f"{keep}{of}" for keep in _EVERY_KEEP for of in ("", " full_save_every=4")]
+KILLED: dict[str, tuple[str, list[str]]] = {  # a command, and what may be added to it
+    "mezo": (f"{_TOY} model=tiny-opt method=mezo", _FULL_SAVES),
+    "sparse_mezo": (
+        f"{_TOY} model=tiny-llama method=sparse_mezo sparsity=0.6 method.mask_refresh_every=5",
+        _FULL_SAVES,
+    ),
+    "mezo_adam": (f"{_TOY} model=tiny-llama method=mezo_adam lr=1e-2", _FULL_SAVES),
+    "mezo_lora": (f"{_TOY} model=tiny-llama method=mezo_lora lr=1e-2", _FULL_SAVES),
+    "mezo of answers": (
+        f"{_ASKED} {_ANSWERS} method=mezo lr=1e-3 steps=4 batch_size=4 eval_every=2 "
+        "method.executor=sequential compile=false",
+        _EVERY_KEEP,
+    ),
+    "adamw": (f"{_FIRST_ORDER} model=tiny-opt method=adamw lr=3e-2", _EVERY_KEEP),
+    "adamw, falling lr": (
+        f"{_FIRST_ORDER} model=tiny-opt method=adamw lr=3e-2 lr_schedule=linear",
+        _EVERY_KEEP,
+    ),
+    "lora": (f"{_FIRST_ORDER} model=tiny-llama method=lora lr=1e-2", _EVERY_KEEP),
+    "zero_shot": (f"{_ASKED} task=toy method=zero_shot", [""]),
+    "icl": (f"{_ASKED} task=toy method=icl method.num_demonstrations=2", [""]),
+    "linear_probe": (f"{_ASKED} task=toy method=linear_probe", [""]),
+}
 Patch = Callable[[], None]
 
 
@@ -81,6 +128,42 @@ def at(place: str, number: int, do: Callable[[], None]) -> Patch:
             return real(*words, **keywords)
 
         setattr(owner, name, counted)
+
+    return install
+
+
+def anywhere(
+    number: int, do: Callable[[], None], tally: Path | None = None, at_end: bool = False
+) -> Patch:
+    """Do something at the n-th call of all the functions in `ANYWHERE`; write how many came by.
+
+    With `at_end` they are counted from where all is scored, and only the result is to be written.
+    """
+
+    def install() -> None:
+        count = [-(10**9) if at_end else 0]
+        report = train._Run._report
+
+        def ending(*words: Any) -> Any:
+            if at_end:
+                count[0] = 0
+            return report(*words)
+
+        setattr(train._Run, "_report", ending)  # noqa: B010 - mypy knows its type
+
+        def counted(real: Callable[..., Any], *words: Any, **keywords: Any) -> Any:
+            count[0] += 1
+            if tally is not None:
+                tally.write_text(str(count[0]))
+            if count[0] == number:
+                do()
+            return real(*words, **keywords)
+
+        for owner, name in ANYWHERE:
+            real = getattr(owner, name)
+            wrapped = functools.partial(counted, real)
+            # A method needs a function, which binds.
+            setattr(owner, name, functools.wraps(real)(lambda *a, f=wrapped, **k: f(*a, **k)))
 
     return install
 
@@ -162,21 +245,30 @@ def ended(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+_CLOCKS = ("started", "ended", "train_seconds", "peak_memory_bytes", "sha256")
+_OF_METRICS = ("metrics_bytes", "metrics_sha256")  # its lines have seconds in them
+
+
 def left(folder: Path) -> dict[str, Any]:
     """What a finished run left, without clocks."""
     (run,) = (path for path in (folder / "runs" / "default").iterdir() if path.is_dir())
     result = json.loads((run / "result.json").read_text())
-    for name in ("started", "ended", "train_seconds", "peak_memory_bytes", "sha256"):
+    for name in _CLOCKS:
         del result[name]
+    state = json.loads((run / "checkpoint/state.json").read_text())
+    for name in (*_CLOCKS[2:], *_OF_METRICS):
+        del state[name]
     del result["versions"]["commit"]  # who works on the checkout meanwhile changes it
     lines = (run / "metrics.jsonl").read_text().splitlines()
     metrics = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
-    found = {"result": result, "metrics": metrics}
+    found = {"result": result, "metrics": metrics, "state": state}
+    found["files"] = sorted(str(path.relative_to(run)) for path in run.rglob("*"))
     for path in [*run.glob("checkpoint/*.safetensors"), *run.glob("scores*"), *run.glob("pred*")]:
         found[path.name] = path.read_bytes()
     found["config"] = (run / "config.yaml").read_bytes()
-    steps = trajectory.read(run / "trajectory.bin")
-    found["steps"] = steps.columns(len(steps)).tobytes()
+    if (run / "trajectory.bin").exists():
+        steps = trajectory.read(run / "trajectory.bin")
+        found["steps"] = steps.columns(len(steps)).tobytes()
     return found
 
 
@@ -184,7 +276,7 @@ class Trial:
     """One run, its faults, its end."""
 
     def __init__(self, folder: Path, line: str, seconds: float, rng: random.Random) -> None:
-        self.folder, self.words, self.seconds, self.rng = folder, line.split(), seconds, rng
+        self.folder, self.words, self.seconds, self.rng = folder, shlex.split(line), seconds, rng
         self.log = folder / "log"
         folder.mkdir()
 
@@ -338,6 +430,72 @@ def soak(faults: int, seed: int, work: Path) -> dict[str, Any]:
     }
 
 
+def kills(number: int, seed: int, work: Path) -> dict[str, Any]:
+    """So many kills and stops in runs of all methods; counts by method, and what went wrong."""
+    rng = random.Random(seed)
+    (work / "own.jsonl").write_text(
+        "".join(json.dumps({"q": f"what is {i}", "a": f"one {i % 3}"}) + "\n" for i in range(40))
+    )
+    # Tiny rows would make one batch.
+    scoring.EVAL_TOKENS, scoring.EVAL_ANSWERS = 128, 4
+    whole: dict[str, tuple[dict[str, Any], int]] = {}
+    counts: dict[str, collections.Counter[str]] = {}
+    wrong: list[str] = []
+    order = list[str]()
+    start, done, trials, lost, different = time.perf_counter(), 0, 0, 0, 0
+    while done < number:
+        if not order:  # every method in turn
+            order = rng.sample(list(KILLED), len(KILLED))
+        name = order.pop()
+        line = f"{KILLED[name][0]} {rng.choice(KILLED[name][1])}"
+        count = counts.setdefault(name, collections.Counter())
+        if line not in whole:
+            first, tally = Trial(work / f"whole-{len(whole)}", line, 0, rng), work / "tally"
+            if first.run(anywhere(-1, lambda: None, tally)) != 0:
+                raise SystemExit(f"the undisturbed run failed:\n{first.log.read_text()}")
+            whole[line] = left(first.folder), int(tally.read_text())
+            shutil.rmtree(first.folder)
+        wanted, events = whole[line]
+        trial = Trial(work / f"trial-{trials}", line, 0, rng)
+        suffered: list[str] = []
+        for _ in range(min(rng.randint(1, 5), number - done)):
+            at_end = rng.random() < 0.4
+            place = rng.randint(1, 30 if at_end else rng.choice([30, events]))
+            sent = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+            code = trial.run(anywhere(place, send(sent), at_end=at_end))
+            where = "of the end" if at_end else f"of {events}"
+            suffered.append(f"{sent.name} at {place} {where} ({code})")
+            if code == 0:  # it would have come after the end
+                count["missed"] += 1
+                break
+            done += 1
+            count["faults"] += 1
+            if code not in EXPECTED or "Traceback" in trial.log.read_text():
+                count["unclean"] += 1
+                wrong.append(f"trial {trials}, {line}: {suffered}: {trial.log.read_text()[-600:]}")
+                trial.log.write_text("")
+        code = trial.run()
+        try:
+            bad = [] if code else differing(wanted, left(trial.folder))
+        except Exception as error:  # whatever a damaged folder raises here, the run is not right
+            bad = [f"{type(error).__name__}: {error}"]
+        count["lost"] += code != 0
+        count["different"] += bool(bad)
+        lost += code != 0
+        different += bool(bad)
+        if code or bad:
+            tail = trial.log.read_text()[-900:]
+            wrong.append(f"trial {trials}, {line}: {suffered}: exit {code}, {bad}: {tail}")
+        shutil.rmtree(trial.folder)
+        trials += 1
+    return {
+        **{"faults": done, "runs": trials, "lost": lost, "different": different},
+        **{"seconds": time.perf_counter() - start, "seed": seed, "torch": torch.__version__},
+        "kinds": {name: dict(count) for name, count in counts.items()},
+        "wrong": wrong,
+    }
+
+
 def differing(wanted: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """Names of what is not the same."""
     names = wanted.keys() | found.keys()
@@ -361,12 +519,16 @@ def main() -> int:
     """0 where nothing was lost, different or unclean."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--faults", type=int, default=500)
+    parser.add_argument("--kills", type=int, help="so many kills anywhere, in place of the faults")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="smezo-soak-") as work:
-        report = soak(given.faults, given.seed, Path(work))
+        if given.kills:
+            report = kills(given.kills, given.seed, Path(work))
+        else:
+            report = soak(given.faults, given.seed, Path(work))
     print("\n".join(table(report)))
     if given.json:
         given.json.write_text(json.dumps(report, indent=1) + "\n")

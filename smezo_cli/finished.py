@@ -23,8 +23,9 @@ from smezo_cli.settings import Settings, check, is_frozen, near, sentence, with_
 
 if TYPE_CHECKING:
     from smezo_cli.job import Job
-    from smezo_cli.log import Bar
+    from smezo_cli.log import Console
     from smezo_cli.loop import Evaluation
+    from smezo_cli.partial_scores import PartialScores
     from smezo_cli.runs import RunFolder, State
     from smezo_cli.tasks import Prompt, Row
     from smezo_cli.trajectory import Trajectory
@@ -274,17 +275,6 @@ def _encoded(job: "Job", rows: Sequence["Row"], prompt: "Prompt", where: str) ->
     )
 
 
-def _scored(job: "Job", rows: Any, bar: "Bar", where: str) -> "Evaluation":
-    """What the model makes of encoded rows; UserError where a score is not finite."""
-    from smezo_cli.loop import evaluate
-    from smezo_cli.scoring import NonFiniteScore
-
-    try:
-        return evaluate(job.scorer, rows, bar, lambda: False)
-    except NonFiniteScore as error:
-        raise UserError(f"{where}: {error}; {job.why_not_finite()}.") from error
-
-
 def _as_prompt(note: Mapping[str, Any]) -> "Prompt":
     from smezo_cli.tasks import Prompt
 
@@ -316,6 +306,61 @@ def _batch(
     found.to(job.scorer)
     if found.line:
         say(found.line)
+
+
+def _kept_beside(path: Path, job: "Job") -> "PartialScores":
+    """Where the scores are kept of a verb that is stopped: beside the file that it writes."""
+    from smezo_cli.partial_scores import NAME, PartialScores
+
+    return PartialScores(path.with_name(f".{path.name}.{NAME}"), job.model)
+
+
+def _scored(
+    job: "Job",
+    rows: Any,
+    split: str,
+    console: "Console",
+    kept: "PartialScores",
+    step: int,
+    where: str,
+    as_it_came: bool = False,
+) -> "Evaluation":
+    """What the model makes of encoded rows, of which some may be scored from an earlier start.
+
+    Raises:
+        KeyboardInterrupt: a signal asked to stop, between two batches; the scores so far are kept.
+        UserError: a score is not finite.
+    """
+    from smezo_cli.batching import Found
+    from smezo_cli.loop import evaluate
+    from smezo_cli.runs import Stopped, StopRequest, tensors_digest
+    from smezo_cli.scoring import NonFiniteScore
+
+    probe, s, scorer = job.scorer.probe, job.settings, job.scorer
+    about = {
+        "step": step,
+        "as_it_came": as_it_came,
+        "probe": None if probe is None else tensors_digest(probe),
+        "batching": Found(scorer.batching, scorer.batching_of_answers).plain(),
+        "machine": [str(job.device), s.dtype, s.compute_dtype],
+    }
+    with StopRequest(console.say) as stop:
+        part = kept.part(about, split, rows)
+        done = len(part.answered if rows[0].kind == "generation" else part.scored)
+        if done:
+            console.say(f"  {done} of {len(rows)} rows were scored before the stop")
+        bar = console.bar(split, len(rows), done)
+        try:
+            return evaluate(scorer, rows, bar, lambda: stop.asked, part=part)
+        except NonFiniteScore as error:
+            raise UserError(f"{where}: {error}; {job.why_not_finite()}.") from error
+        except Stopped:
+            try:
+                count = f"{kept.keep()} of {len(rows)} rows"
+                console.say(f"stopped; the scores of {count} are kept for the same command")
+            except UserError as error:
+                console.say(f"stopped; nothing is kept: {error}")
+            raise KeyboardInterrupt from None
 
 
 def _check_model(state: "State", job: "Job", overrides: Sequence[str], run: str) -> None:
@@ -378,13 +423,13 @@ def evaluate(words: Sequence[str]) -> int:
         prompt = _prompt(state)
         encoded = _encoded(job, rows, prompt, given.run)
         _batch(job, prompt, state.notes.get("batching"), None if same_task else rows, console.say)
-        bar = console.bar(given.split, len(rows))
-        with job.as_it_came() if given.base else contextlib.nullcontext():
-            found = _scored(job, encoded, bar, given.run)
-        figures = found.figures()
         which = "-base" if given.base else "" if given.step is None else f"-step{step}"
         name = f"predictions-{given.split}{which}.jsonl"
         out = Path(given.out) if given.out else folder.path / name
+        kept = _kept_beside(out, job)
+        with job.as_it_came() if given.base else contextlib.nullcontext():
+            found = _scored(job, encoded, given.split, console, kept, step, given.run, given.base)
+        figures = found.figures()
         _write_lines(
             out,
             (
@@ -392,6 +437,7 @@ def evaluate(words: Sequence[str]) -> int:
                 for row, prediction in zip(rows, found.predictions(), strict=True)
             ),
         )
+        kept.remove()
         value = figures[found.metric]
         console.say(
             f"{given.split} {found.metric} {value:.4f} +- {figures['standard_error']:.4f} "
@@ -593,11 +639,11 @@ def predict(words: Sequence[str]) -> int:
         device = choose_device(settings.device, settings.model["device_map"])
         job = Job(settings, device, lambda line: None, with_rows=False, warn=console.say)
         _check_model(state, job, overrides, given.run)
-        _trained(folder, state, job, None, console.say)
+        step = _trained(folder, state, job, None, console.say)
         encoded = job.encode(rows, prompt)
         _batch(job, prompt, state.notes.get("batching"), rows, console.say)
-        bar = console.bar("predict", len(rows))
-        found = _scored(job, encoded, bar, given.run)
+        kept = _kept_beside(Path(given.out) if given.out else folder.path / "predictions", job)
+        found = _scored(job, encoded, "predict", console, kept, step, given.run)
         predictions = [
             {"fields": dict(row.fields)}
             | {key: value for key, value in prediction.items() if value is not None}
@@ -609,6 +655,7 @@ def predict(words: Sequence[str]) -> int:
         else:
             for prediction in predictions:
                 print(strict_json.dumps(prediction, ensure_ascii=False))
+        kept.remove()
     return 0
 
 
@@ -688,8 +735,12 @@ def _replay(
             f"the {given.split} rows are not those of {given.source}: the data has changed since; "
             "put it back, say which to use (such as task.data=FILE), or add --split none."
         )
-    encoded, bar = _encoded(job, rows, prompt, given.source), console.bar(given.split, len(rows))
-    figures = (scored := _scored(job, encoded, bar, given.source)).figures()
+    encoded = _encoded(job, rows, prompt, given.source)
+    beside = Path(given.source) / "replay" if Path(given.source).is_dir() else Path(given.source)
+    kept = _kept_beside(beside, job)
+    scored = _scored(job, encoded, given.split, console, kept, step, given.source)
+    figures = scored.figures()
+    kept.remove()
     recorded = known[given.split] if step == known["step"] and same_task else None
     what = ""
     if recorded:

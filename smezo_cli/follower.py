@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import io
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from smezo_cli.errors import UserError
 from smezo_cli.job import Job
 from smezo_cli.log import Console
 from smezo_cli.loop import Batches, evaluate
+from smezo_cli.partial_scores import Part
 from smezo_cli.ranks import Left, Ranks, local_rank
 from smezo_cli.runs import PeakMemory, Saved, Stopped, StopRequest
 from smezo_cli.schedule import lr_factor
@@ -148,14 +150,23 @@ class Follower:
             self._encoded[split, prompt] = found
         return self._encoded[split, prompt]
 
-    def _evaluate(self, split: str, prompt: int, as_it_came: bool, step: int) -> None:
+    def _evaluate(
+        self,
+        split: str,
+        prompt: int,
+        as_it_came: bool,
+        step: int,
+        scored: Sequence[int],
+        answered: Sequence[int],
+    ) -> None:
         rows = self._rows(split, prompt)
         if step:
             self._advance(step)
         with self.job.as_it_came() if as_it_came else nullcontext():
             try:
                 bar = self.console.bar("", len(rows))
-                evaluate(self.job.scorer, rows, bar, self.team.asked, self.team)
+                part = Part(len(rows), scored, answered)  # what rank 0 has
+                evaluate(self.job.scorer, rows, bar, self.team.asked, self.team, part)
             except (Stopped, NonFiniteLoss):
                 return  # rank 0 knows it, too
 

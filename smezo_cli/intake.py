@@ -469,6 +469,9 @@ _NOTES: Rules = {
     "weights": _is_noted_weights,
     "dev_loss_before": _is_number,
     "stopped_early": lambda value: isinstance(value, dict),
+    "unsettled": lambda value: (
+        isinstance(value, dict) and isinstance(value.get("goes_on"), bool) and len(value) == 1
+    ),
     "demonstrations": lambda value: (
         isinstance(value, dict)
         and all(_is_count(value.get(name)) for name in ("asked", "used", "tokens"))

@@ -232,6 +232,18 @@ class Ranks:
         found: list[float] = vector.tolist()
         return found
 
+    def goes_on(self, has_scored: bool) -> bool:
+        """Between two batches of an evaluation, hear whether any rank has scored one just now.
+
+        As :meth:`add`; where it is False, or a stop was asked for, no other exchange of this kind
+        follows.
+        """
+        self.left = 2  # another may follow, whatever comes of this one
+        goes_on = self.add([float(has_scored)])[0] > 0
+        if not goes_on or self.stop_asked:
+            self.left, self._expected = 0, None
+        return goes_on
+
     def add_tensor(self, tensor: Any) -> Any:
         """The sum of float tensors over the ranks, on the CPU."""
         from torch import distributed
@@ -308,7 +320,7 @@ class Ranks:
     def evaluate(self, **about: Any) -> None:
         """Let the followers score their share of some rows; :func:`smezo_cli.loop.evaluate`."""
         self.tell("evaluate", **about)
-        self.left, self._expected = 1, 0
+        self._expected = 1  # number in each exchange of `goes_on`
 
     def hand_out(self, path: str, sha256: str) -> bool:
         """Let the followers load a file of weights; True where all of them have it."""

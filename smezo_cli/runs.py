@@ -41,6 +41,7 @@ from smezo_cli.zo import NUMERICS
 
 SCHEMA = 2  # of result.json; 1 had no checksum
 _STATE = 2  # of checkpoint/state.json
+UNSETTLED = "unsettled"  # note of a run that has its result, and has not removed the rest yet
 
 
 @dataclass
@@ -236,7 +237,7 @@ class RunFolder:
         self.save_weights(state, state.step, weights, state.method)
         if optimizer:
             path = self._optimizer(state.step)
-            state.files[path.name] = self._save_tensors(path, optimizer)
+            state.files[path.name] = save_tensors(path, optimizer)
         self.settle(state, keep)
 
     def save_weights(
@@ -244,7 +245,7 @@ class RunFolder:
     ) -> None:
         """Weights of any step, with the method's numbers at it; named when the state is saved."""
         path = self.weights_path(step)
-        state.files[path.name] = self._save_tensors(path, weights, {"method": method})
+        state.files[path.name] = save_tensors(path, weights, {"method": method})
 
     def save_state(self, state: State) -> None:
         """The state alone: the tensors that it names are there already."""
@@ -329,7 +330,7 @@ class RunFolder:
 
     def save_scores(self, scores: Mapping[str, Tensor]) -> None:
         """scores.safetensors: candidate scores and labels, row by row."""
-        self._save_tensors(self.path / "scores.safetensors", scores)
+        save_tensors(self.path / "scores.safetensors", scores)
 
     def load_scores(self) -> dict[str, Tensor]:
         """Undo :meth:`save_scores`; empty where there is no such file, or it is damaged."""
@@ -346,17 +347,23 @@ class RunFolder:
     def _optimizer(self, step: int) -> Path:
         return self.checkpoint / f"optimizer-{step}.safetensors"
 
-    def _save_tensors(
-        self, path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None
-    ) -> str:
-        content = {name: t.detach().contiguous() for name, t in tensors.items()}
-        needed = sum(t.numel() * t.element_size() for t in content.values())
-        check_space(path.parent, needed)
-        digest = tensors_digest(content)
-        words = strict_json.dumps({"sha256": digest, **(about or {})})
-        with _replacing(path) as partial:
-            save_file(content, partial, {"smezo": words})
-        return digest
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None
+) -> str:
+    """Replace a safetensors file as a whole; return the digest of what is in it.
+
+    Raises:
+        UserError: there is no room, or it cannot be written.
+    """
+    content = {name: t.detach().contiguous() for name, t in tensors.items()}
+    needed = sum(t.numel() * t.element_size() for t in content.values())
+    check_space(path.parent, needed)
+    digest = tensors_digest(content)
+    words = strict_json.dumps({"sha256": digest, **(about or {})})
+    with _replacing(path) as partial:
+        save_file(content, partial, {"smezo": words})
+    return digest
 
 
 def _remove(path: Path) -> None:
@@ -529,7 +536,9 @@ class StopRequest:
             raise KeyboardInterrupt
         if not self.asked:
             self.asked = True
-            self._say(f"{signal.Signals(number).name}: stopping after this step, please wait.")
+            self._say(
+                f"{signal.Signals(number).name}: stopping after this step or batch, please wait."
+            )
 
 
 # --- what a reader of a result must know ------------------------------------------------------

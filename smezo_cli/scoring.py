@@ -16,7 +16,7 @@ import dataclasses
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -952,7 +952,11 @@ class Scorer:
         return next(self.model.parameters()).device
 
     def score_all(
-        self, rows: Sequence[Candidates], first: int = 0, every: int = 1
+        self,
+        rows: Sequence[Candidates],
+        first: int = 0,
+        every: int = 1,
+        done: Collection[int] = (),
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Score many rows in batches of like length, without gradients.
 
@@ -960,11 +964,12 @@ class Scorer:
             rows: of one kind.
             first: number of the first batch that is scored here.
             every: of how many batches one is.
+            done: indices of rows that need not be scored; a batch of such alone is left out.
 
         Yields:
             Indices of the batch's rows and their scores, float32 (batch, candidates) on the CPU.
         """
-        for chosen in self._batches(rows, first, every):
+        for chosen in self._batches(rows, first, every, done):
             with torch.inference_mode():
                 scores = self.scores([rows[i] for i in chosen]).cpu()
             yield chosen, scores
@@ -974,29 +979,38 @@ class Scorer:
         """Padded tokens in a forward of an evaluation, unless one row has more."""
         return EVAL_TOKENS if self._device.type == "cpu" else EVAL_TOKENS_GPU
 
-    def features_of(self, rows: Sequence[Candidates]) -> Tensor:
-        """The :meth:`features` of many rows, in batches of like length: float64 on the CPU.
+    def features_all(
+        self, rows: Sequence[Candidates], done: Collection[int] = ()
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Compute the :meth:`features` of many rows in batches of like length.
+
+        Args:
+            rows: of one kind.
+            done: as in :meth:`score_all`.
+
+        Yields:
+            Indices of the batch's rows and their features, float64 on the CPU.
 
         Raises:
             NonFiniteScore: a hidden state is not finite; it names the row.
         """
-        parts, order = [], list[int]()
-        for chosen in self._batches(rows):
+        for chosen in self._batches(rows, done=done):
             with torch.inference_mode():
-                parts.append(self.features([rows[i] for i in chosen]).double().cpu())
-            order += chosen
-        features = torch.cat(parts)
-        features = torch.empty_like(features).index_copy_(0, torch.tensor(order), features)
-        for row, is_finite in zip(rows, features.isfinite().all(1).tolist(), strict=True):
-            if not is_finite:
-                raise NonFiniteScore(f"the hidden state of row {row.id} is not finite")
-        return features
+                features = self.features([rows[i] for i in chosen]).double().cpu()
+            for i, is_finite in zip(chosen, features.isfinite().all(1).tolist(), strict=True):
+                if not is_finite:
+                    raise NonFiniteScore(f"the hidden state of row {rows[i].id} is not finite")
+            yield chosen, features
 
     def _batches(
-        self, rows: Sequence[Candidates], first: int = 0, every: int = 1
+        self,
+        rows: Sequence[Candidates],
+        first: int = 0,
+        every: int = 1,
+        done: Collection[int] = (),
     ) -> Iterator[list[int]]:
         """Indices of rows of like length; each is a forward."""
-        limit = self.most_tokens
+        limit, finished = self.most_tokens, frozenset(done)
         tokens = [self._tokens(row) for row in rows]
         order = sorted(range(len(rows)), key=lambda i: -tokens[i])
         start = number = 0
@@ -1004,22 +1018,31 @@ class Scorer:
             size = max(1, limit // tokens[order[start]])
             chosen = order[start : start + size]
             start += size
+            if finished.issuperset(chosen):
+                continue
             if number % every == first:
                 self.num_forwards += 1
                 yield chosen
             number += 1
 
     def generate_all(
-        self, rows: Sequence[Candidates], first: int = 0, every: int = 1
+        self,
+        rows: Sequence[Candidates],
+        first: int = 0,
+        every: int = 1,
+        done: Collection[int] = (),
     ) -> Iterator[tuple[list[int], list[str | None]]]:
-        """Continue many rows in batches of like length; `first` and `every` as in `score_all`.
+        """Continue many rows in batches of like length; all arguments as in `score_all`.
 
         Yields:
             Indices of the batch's rows and their texts.
         """
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i].context))
-        for start in range(first * EVAL_ANSWERS, len(order), every * EVAL_ANSWERS):
-            chosen = order[start : start + EVAL_ANSWERS]
+        starts = range(0, len(order), EVAL_ANSWERS)
+        finished = frozenset(done)
+        batches = [order[start : start + EVAL_ANSWERS] for start in starts]
+        left = [chosen for chosen in batches if not finished.issuperset(chosen)]
+        for chosen in left[first::every]:
             yield chosen, self.generate([rows[i] for i in chosen])
 
 

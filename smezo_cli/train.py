@@ -3,6 +3,7 @@
 smezo train [KEY=VALUE ...]        (or: python -m smezo_cli.train ...)
 """
 
+import contextlib
 import json
 import shlex
 import sys
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from smezo_cli.log import Console
     from smezo_cli.loop import Evaluation, Method
     from smezo_cli.methods.frozen import InContext, LinearProbe
+    from smezo_cli.partial_scores import Part
     from smezo_cli.ranks import Ranks
     from smezo_cli.runs import RunFolder
     from smezo_cli.scoring import Candidates
@@ -65,17 +67,19 @@ def _run(cfg: DictConfig, settings: Settings, team: "Ranks | None") -> dict[str,
     device_name = choose_device(settings.device, settings.model["device_map"], ranks.local_rank())
     # What follows imports torch, which takes seconds: every cheap check lies above.
     from smezo_cli.log import Console
-    from smezo_cli.runs import RunFolder, Stopped, StopRequest
+    from smezo_cli.runs import UNSETTLED, RunFolder, Stopped, StopRequest
 
     path = Path(settings.runs_dir) / settings.name / _run_name(cfg, settings)
     folder = RunFolder(path)
     console = Console()
 
-    def finish() -> dict[str, Any]:
+    def finish(result: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Do what is left of the run, or with its result what is left behind that."""
         console.keep(path / "console.log")
         with StopRequest(console.say, patient=False) as stop:
             try:
-                return _Run(cfg, settings, folder, console, stop, device_name, team).finish()
+                left = _Run(cfg, settings, folder, console, stop, device_name, team)
+                return left.finish() if result is None else left.settle(result)
             except Stopped:
                 words = [w for w in shlex.split(command()) if not w.startswith("if_exists=")]
                 console.say(f"stopped; the same command goes on from here:\n  {shlex.join(words)}")
@@ -101,6 +105,8 @@ def _run(cfg: DictConfig, settings: Settings, team: "Ranks | None") -> dict[str,
                 return finish()
             if not _has_config(folder, cfg):
                 _write_config(folder, cfg)
+            if state is not None and UNSETTLED in state.notes:
+                finish(done)
             metric = done.get("metric", "accuracy")
             console.say(
                 f"{path}: done already, test {metric} {done['test'][metric]:.4f} "
@@ -167,10 +173,12 @@ class _Run:
 
         from smezo_cli.job import Job
         from smezo_cli.lockstep import NotInLockstep
-        from smezo_cli.runs import Stopped
+        from smezo_cli.partial_scores import NAME, PartialScores
+        from smezo_cli.runs import UNSETTLED, Stopped
         from smezo_cli.zo import NonFiniteLoss
 
         self._announce()
+        self.state.notes.pop(UNSETTLED, None)  # of a run that now goes on
         self.folder.write_result(self._result("running"))
         try:
             if self.team is not None:
@@ -179,6 +187,7 @@ class _Run:
                 self.team.start()
             self.job = Job(self.settings, str(self.device), self.console.say)
             self.versions["threads"] = torch.get_num_threads()  # there may be fewer now
+            self.partial = PartialScores(self.folder.path / NAME, self.job.model)
             if self.team is not None:
                 self._agree(self.team)
                 if self._stopped():
@@ -191,18 +200,41 @@ class _Run:
             self._close(self._result("failed", error=str(error)))
             raise UserError(f"method: {error}.") from error
         except BaseException as error:
+            self._keep_scores()
             status = "stopped" if self._stopped() else "failed"
             self._close(self._result(status, error=f"{type(error).__name__}: {error}"))
             raise
-        self._close(result)
-        s = self.settings
         # A run with a trajectory needs the best weights alone, to go on too; unless its method has
         # tensors of its own, which would be made again from the first step on.
         goes_on = self.recorder is None or self.keeps_state
-        goes_on = goes_on and is_extensible(s.lr_schedule)
-        self.folder.settle(self.state, s.keep, goes_on)
+        goes_on = goes_on and is_extensible(self.settings.lr_schedule)
+        # A kill behind the result must not leave what is to go: the next start reads it here.
+        self.state.notes[UNSETTLED] = {"goes_on": goes_on}
+        self.folder.save_state(self.state)
+        self._close(result)
+        self._settle(result)
         self._summary(result)
         return result
+
+    def settle(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Do what a run that was killed right behind its result has not done any more."""
+        self._open_loggers()
+        for logger in self.loggers:
+            logger.close(result, True)
+        self._settle(result)
+        return result
+
+    def _settle(self, result: Mapping[str, Any]) -> None:
+        """Remove what a finished run does not need of its checkpoint, and its partial scores."""
+        from smezo_cli.partial_scores import NAME
+        from smezo_cli.runs import UNSETTLED
+
+        notes, path = self.state.notes, self.folder.path
+        for left in (path / NAME, path / f".{NAME}.partial"):
+            left.unlink(missing_ok=True)
+        self.folder.settle(self.state, result["keep"], notes[UNSETTLED]["goes_on"])
+        del notes[UNSETTLED]  # only now: all that is not named is gone
+        self.folder.save_state(self.state)
 
     def _trained(self) -> dict[str, Any]:
         """The result of a method that takes steps."""
@@ -281,6 +313,7 @@ class _Run:
         look = dev.figures()
         state = self.state
         state.best_step, state.best_loss, state.notes["best_look"] = 0, look["loss"], look
+        state.metrics_bytes = 0  # of the one record, which a start before this may have written
         self._open_loggers()
         figures = {k: v for k, v in look.items() if k not in ("standard_error", "n")}
         for logger in self.loggers:
@@ -295,27 +328,29 @@ class _Run:
 
         import torch
 
+        from smezo_cli.loop import features
         from smezo_cli.runs import tensors_digest
 
         state, folder, scorer = self.state, self.folder, self.job.scorer
         if 0 in state.weights():
             self.job.set_probe(folder.load_weights(state, 0), folder.path)
             return
-        start, before = time.perf_counter(), scorer.num_forwards
-        self.stop.patient = False  # nothing of a fit is kept before it is there
-        scorer.model.eval()
+        start = time.perf_counter()
         self.console.say(f"  hidden states of {len(self.train)} training rows, then the fit")
-        features = scorer.features_of(self.train)
+        part = self._part(self.train, "train")
+        states = features(scorer, self.train, self._stopped, part)
+        self.stop.patient = False  # nothing of a fit is kept before it is there
         labels = torch.tensor([c.label for c in self.train])
-        probe = method.fit(features, labels, len(self.train[0].full))
+        probe = method.fit(states, labels, len(self.train[0].full))
         self.stop.patient = True
         state.train_seconds = time.perf_counter() - start
-        state.num_forwards = scorer.num_forwards - before
+        state.num_forwards = part.num_forwards
         state.notes["num_trained"] = sum(t.numel() for t in probe.values())
         note = {"step": 0, "sha256": tensors_digest(probe)}
         state.notes["weights"] = {"best": note, "last": note}
         folder.save_weights(state, 0, probe, {})
         folder.save_state(state)
+        self.partial.forget()
         scorer.probe = probe
 
     def _demonstrate(self, method: "InContext") -> None:
@@ -335,7 +370,6 @@ class _Run:
                 limit,
                 max(c.width for c in (*self.dev, *self.test)),
             )
-            self.folder.save_state(self.state)
         note = notes["demonstrations"]
         self.console.say(
             f"  {note['used']} of {note['asked']} demonstrations before every row, "
@@ -344,6 +378,7 @@ class _Run:
         self.job.demonstrate(note["text"])
         if is_new:  # behind them a row is computed in another way
             self._choose_batching(again=True)
+            self.folder.save_state(self.state)
         self.dev, self.test = (self.job.encode(rows, prompt) for rows in (task.dev, task.test))
         self.train = []
         self._count_cut()
@@ -452,6 +487,7 @@ class _Run:
             before = note.get("dev") or self._evaluate(self.dev, "dev").figures()
             notes["dev_loss_before"] = before["loss"]
             self.folder.save_state(self.state)
+        self.partial.forget()
 
     def _choose_prompt(self) -> None:
         """The prompt with the best dev figure, of classification with a threshold fitted there."""
@@ -678,9 +714,10 @@ class _Run:
         )
 
     def _look(self, method: "Method") -> "Evaluation":
-        """Dev at the present weights; the first time after steps, its rows are checked too.
+        """What the present weights make of dev; the loop saves it at once.
 
-        A model may take another path at other rows, or after a while.
+        The first time after steps, two rows of it are checked as those of train were: a model may
+        take another path at other rows, or after a while.
         """
         check = getattr(method, "check_reads", None)
         rows = [row for row in self.dev if row.gold >= 0][:2]
@@ -691,7 +728,9 @@ class _Run:
                 check(lambda: self.job.scorer.loss(rows))
             except ValueError as error:
                 raise UserError(self._unreached(error)) from error
-        return self._evaluate(self.dev, "dev")
+        found = self._evaluate(self.dev, "dev", step=self.state.step)
+        self.partial.forget()
+        return found
 
     def _prepare(self, method: "Method") -> None:
         """Choose the executor, see to the space, record the realised sparsity."""
@@ -754,7 +793,7 @@ class _Run:
         rows = Batches(self.train, s.batch_size, s.seed, s.batch_order)(self.state.step)
         try:
             batch = [self.train[i] for i in rows][: self.measure.size]
-            return loss_noise(method, self.job.scorer, batch, self.objective)
+            return loss_noise(method, self.job.scorer, batch, self.objective, self._check_stop)
         except (RuntimeError, MemoryError, NonFiniteLoss) as error:  # the run has its result
             line = str(error).partition("\n")[0]
             self.console.say(f"  the loss noise of {s.dtype} was not measured: {line}")
@@ -771,18 +810,65 @@ class _Run:
         elif node["name"] == "tensorboard":
             self.loggers.append(TensorBoardLogger(folder, self.config))
 
-    def _evaluate(self, rows: Any, split: str, prompt: int | None = None) -> "Evaluation":
+    def _keep_scores(self) -> None:
+        """Keep what evaluations have scored whose results are not saved."""
+        if hasattr(self, "partial"):
+            with contextlib.suppress(UserError):  # the run ends for another reason, which is told
+                count = self.partial.keep()
+                if count:
+                    self.console.say(f"  kept the scores of {count} rows")
+
+    def _part(self, rows: Any, split: str, step: int = 0) -> "Part":
+        """What an evaluation that was stopped has left of these rows."""
+        from smezo_cli.runs import tensors_digest
+
+        probe = self.job.scorer.probe
+        about = {
+            "step": step,
+            "as_it_came": self._as_it_came,
+            "probe": None if probe is None else tensors_digest(probe),
+            "settings": digest(self.config),
+            "model": self.state.notes["model"],
+            "batching": self.state.notes["batching"],
+            "machine": [str(self.device), self.settings.dtype, self.settings.compute_dtype],
+        }
+        return self.partial.part(about, split, rows)
+
+    def _evaluate(
+        self, rows: Any, split: str, prompt: int | None = None, step: int = 0
+    ) -> "Evaluation":
+        """What the model makes of some rows.
+
+        Args:
+            rows: of the split.
+            split: their name.
+            prompt: under which they are; None: the chosen one.
+            step: that the model's weights are of.
+        """
         from smezo_cli.loop import evaluate
 
-        team, self._split = self.team, split
+        self._split = split
+        team, part = self.team, self._part(rows, split, step)
         if team is not None:
             prompt = self.state.notes["prompt"] if prompt is None else prompt
             # Of the base model, and of weights that were handed out, there is nothing to apply.
             is_there = self._as_it_came or self._handed_out
-            step = 0 if is_there else getattr(self.method, "num_steps", 0)
-            team.evaluate(split=split, prompt=prompt, as_it_came=self._as_it_came, step=step)
-        bar = self.console.bar(split, len(rows))
-        return evaluate(self.job.scorer, rows, bar, self._stopped, team)
+            made = 0 if is_there else getattr(self.method, "num_steps", 0)
+            team.evaluate(
+                **{"split": split, "prompt": prompt, "as_it_came": self._as_it_came, "step": made},
+                **{"scored": sorted(part.scored), "answered": sorted(part.answered)},
+            )
+        done = len(part.answered if self.job.task.kind == "generation" else part.scored)
+        if done:
+            self.console.say(f"  {split}: {done} of {len(rows)} rows were scored before the stop")
+        bar = self.console.bar(split, len(rows), done)
+        return evaluate(self.job.scorer, rows, bar, self._stopped, team, part)
+
+    def _check_stop(self) -> None:
+        from smezo_cli.runs import Stopped
+
+        if self._stopped():
+            raise Stopped
 
     def _stopped(self) -> bool:
         return self.stop.asked or (self.team is not None and self.team.stop_asked)
@@ -846,12 +932,12 @@ class _Run:
         self._put_best(method, self.state.best_step)
         if self.team is not None and not self._have_best(self.team, self.state.best_step):
             self._dismiss(self.team)  # they do not see the folder: they have the last weights alone
-        found = self._evaluate(self.test, "test")
+        found = self._evaluate(self.test, "test", step=self.state.best_step)
         scores = self.folder.load_scores()
         shape = (len(self.dev), *found.scores.shape[1:])
         is_classes = found.kind == "classification"
         if "dev" not in scores or (is_classes and scores["dev"].shape != shape):  # it was damaged
-            scores["dev"] = self._evaluate(self.dev, "dev").scores
+            scores["dev"] = self._evaluate(self.dev, "dev", step=self.state.best_step).scores
         if self.team is not None:
             self._dismiss(self.team)
         return self._report(found, scores["dev"])

@@ -330,13 +330,17 @@ def _as_float32(value: Any) -> Any:
 
 
 def loss_noise(
-    method: ZeroOrder, scorer: Scorer, rows: Sequence[Candidates], objective: str = "loss"
+    method: ZeroOrder,
+    scorer: Scorer,
+    rows: Sequence[Candidates],
+    objective: str = "loss",
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """How far the losses of a run in low precision are from those of the same weights in float32.
 
     On one batch at four probes of the next step, theta +- eps z of two queries, stored in the
     weights' dtype: four forwards in the run's precision and four in float32. Of a run with another
-    objective "losses" are that objective.
+    objective "losses" are that objective. ``between`` is called before each forward, and may raise.
 
     Returns:
         ``loss_error_rms`` and ``loss_error_mean`` of the differences; ``loss_noise``, their
@@ -352,10 +356,15 @@ def loss_noise(
     Found(scorer.batching, scorer.batching_of_answers).to(exact)
     scorer.model.eval()
     errors: list[float] = []
+
+    def measured(by: Scorer) -> Tensor:
+        between()
+        return by.objective(rows, objective)
+
     for query in range(PROBED_QUERIES):
-        low = method.losses_at(lambda: scorer.objective(rows, objective), query)
+        low = method.losses_at(lambda: measured(scorer), query)
         with in_float32(scorer.model):
-            high = method.losses_at(lambda: exact.objective(rows, objective), query)
+            high = method.losses_at(lambda: measured(exact), query)
         errors += [a - b for a, b in zip(low, high, strict=True)]
     if not all(map(math.isfinite, errors)):
         raise NonFiniteLoss("a loss is not finite")

@@ -1,9 +1,11 @@
 """`smezo eval`, `predict` and `export` on finished runs of every kind of task."""
 
 import json
+import math
 import os
 import shlex
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,12 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from smezo_cli import scoring
 from smezo_cli.cli import main
 from smezo_cli.config import compose
 from smezo_cli.errors import UserError
 from smezo_cli.model import load_model
+from smezo_cli.scoring import Scorer
 from smezo_cli.settings import check, with_later_keys
 
 # So large a step that the model answers otherwise than before.
@@ -118,6 +122,74 @@ def test_eval_repeats_the_test_of_the_training_bit_for_bit(
     assert f"test {metric} {test[metric]:.4f} +- {test['standard_error']:.4f} (n=12, " in out
     assert f"step {step})" in out
     assert f"loss  {test['loss']:.4f}" in out
+
+
+@pytest.mark.parametrize("verb", ["eval", "predict"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_between_two_batches_keeps_what_is_scored(
+    run: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    verb: str,
+    number: signal.Signals,
+) -> None:
+    """Every start is stopped at its second batch; each batch is computed once, to the same end.
+
+    Of predictions that go to the standard output, the scores are kept in the run folder.
+    """
+    monkeypatch.setattr(scoring, "EVAL_TOKENS", 24)
+    monkeypatch.setattr(scoring, "EVAL_ANSWERS", 3)
+    batches: list[str] = []
+    stop_at = [math.inf]
+
+    def wrap(name: str) -> Callable[..., Iterator[Any]]:
+        real = getattr(Scorer, name)
+
+        def counted(*args: Any) -> Iterator[Any]:
+            for found in real(*args):
+                batches.append(f"{name} {found[0]}")
+                if len(batches) == stop_at[0]:
+                    os.kill(os.getpid(), number)
+                yield found
+
+        return counted
+
+    for name in ("score_all", "generate_all"):
+        monkeypatch.setattr(Scorer, name, wrap(name))
+    columns = KINDS[kind_of(run)][2]
+    records = [{name: f"{name} {'so ' * (i % 5)} {i}" for name in columns} for i in range(9)]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(record) + "\n" for record in records))
+    words = ["eval", str(run), "--out", str(tmp_path / "found.jsonl")]
+    if verb == "predict":
+        words = ["predict", str(run), str(rows)]
+
+    def found() -> str:
+        out = capsys.readouterr().out
+        return out if verb == "predict" else (tmp_path / "found.jsonl").read_text()
+
+    def kept() -> list[Path]:
+        return [p for of in (tmp_path, run) for p in of.iterdir() if "partial" in p.name]
+
+    assert main(words) == 0
+    wanted, all_batches, stops = found(), sorted(batches), 0
+    del batches[:]
+    while True:
+        stop_at[0] = len(batches) + 2
+        code = main(words)
+        if code == 0:
+            break
+        assert code == 130
+        assert len(batches) == stop_at[0]
+        assert len(kept()) == 1
+        stops += 1
+        said = capsys.readouterr()
+        assert "the same command" in (said.err if verb == "predict" else said.out)
+    assert stops >= 2
+    assert sorted(batches) == all_batches
+    assert found() == wanted
+    assert kept() == []
 
 
 def test_eval_takes_any_split(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

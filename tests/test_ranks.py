@@ -3,8 +3,10 @@
 Ranks are forked with the variables that torchrun sets; one test has torchrun itself.
 """
 
+import functools
 import importlib.util
 import json
+import math
 import os
 import shutil
 import signal
@@ -24,6 +26,7 @@ from test_train import (
     Ended,
     Fault,
     Started,
+    count_batches,
     records_of,
     result_of,
     run_folder,
@@ -34,6 +37,7 @@ from test_train import (
 from smezo_cli import follower, ranks, scoring, share, train
 from smezo_cli.config import compose
 from smezo_cli.errors import UserError
+from smezo_cli.partial_scores import NAME
 from smezo_cli.room import OutOfRoom
 from smezo_cli.settings import check
 
@@ -229,6 +233,39 @@ def test_a_stop_of_any_rank_stops_all_between_two_steps(asked: int, tmp_path: Pa
     assert [one.code for one in ended] == [130, 0]
     assert "stopped; the same command goes on" in ended[0].out
     assert result_of(run_folder(tmp_path))["status"] == "stopped"
+
+
+def term_at_batch(rank: int, number: int) -> None:
+    """SIGTERM to one rank at its n-th batch of all evaluations; every rank notes its batches."""
+    mine = os.environ.get("RANK") == str(rank)
+    count_batches(number if mine else math.inf)
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_stop_of_any_rank_stops_all_between_two_batches(asked: int, tmp_path: Path) -> None:
+    """All ranks break off at once, what all have scored is kept, and no rank scores it again."""
+    words = [*METHODS["sparse_mezo"], *RUN, "task.prompt=0"]
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert [one.code for one in together(2, words, whole, [count_batches])] == [0, 0]
+    made, batches = [0, 0], [(whole / of / "batches").read_text() for of in ("", "rank1")]
+    total = [text.count("\n") for text in batches]
+    # In dev before training, in a look, in the test.
+    for number in (1, total[asked] // 2, 1, total[asked] // 3):
+        stop = functools.partial(term_at_batch, asked, number)
+        ended = together(2, words, part, [stop])
+        assert [one.code for one in ended] == [130, 0], [one.err for one in ended]
+        assert "kept the scores of" in ended[0].out
+        now = [(part / of / "batches").read_text().count("\n") for of in ("", "rank1")]
+        assert max(abs(now[k] - made[k] - number) for k in (0, 1)) <= 2
+        made = now
+    assert [one.code for one in together(2, words, part, [count_batches])] == [0, 0]
+    found = [(part / of / "batches").read_text() for of in ("", "rank1")]
+    assert sorted("".join(found).split("\n")) == sorted("".join(batches).split("\n"))
+    assert weights_of(run_folder(part)) == weights_of(run_folder(whole))
+    for name in ("scores.safetensors", "predictions-test.jsonl"):
+        files = [(run_folder(of) / name).read_bytes() for of in (part, whole)]
+        assert files[0] == files[1]
+    assert not (run_folder(part) / NAME).exists()
 
 
 def test_the_jobs_of_a_sweep_follow_each_other_on_all_ranks(tmp_path: Path) -> None:

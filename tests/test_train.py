@@ -29,8 +29,9 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from smezo_cli import job, loop, metrics, train, zo
+from smezo_cli import job, loop, metrics, scoring, train, watch, zo
 from smezo_cli.model import load_model
+from smezo_cli.partial_scores import NAME
 from smezo_cli.scoring import Scorer, encode
 from smezo_cli.tasks import load_task
 
@@ -85,16 +86,30 @@ class Fault:
             "evaluate": [(loop, "evaluate")],
             "rename": [(os, "replace")],  # a file takes its place
             "nan": [(Scorer, "loss")],
+            "noise": [(watch, "loss_noise")],
+            "end": [(os, "replace"), (os, "unlink")],  # from where a result is to be written
         }
         places["any"] = [*places["loss"], *places["evaluate"], *places["rename"]]
         count = itertools.count(1)
+        is_end = self.event != "end"
+
+        def ending(real: Callable[..., Any]) -> Callable[..., Any]:
+            def noted(*args: Any) -> Any:
+                nonlocal is_end
+                is_end = True
+                return real(*args)
+
+            return noted
+
+        for name in ("_report", "settle"):
+            setattr(train._Run, name, ending(getattr(train._Run, name)))
 
         def wrap(real: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(real)
             def counted(*args: Any, **keywords: Any) -> Any:
                 if real is loss and len(args[1]) != BATCH_SIZE:  # the self-check takes two rows
                     return real(*args, **keywords)
-                struck = next(count) == self.number
+                struck = is_end and next(count) == self.number
                 if self.event == "nan":
                     return real(*args, **keywords) * (math.nan if struck else 1)
                 if struck and callable(self.action):
@@ -107,6 +122,29 @@ class Fault:
 
         for owner, name in places[self.event]:
             setattr(owner, name, wrap(getattr(owner, name)))
+
+
+def count_batches(number: float = math.inf, action: signal.Signals = signal.SIGTERM) -> None:
+    """Evaluate a few rows at a time; note each batch in a file; send a signal at the n-th of them.
+
+    The batches are those of scores, of hidden states and of answers, together.
+    """
+    scoring.EVAL_TOKENS, scoring.EVAL_ANSWERS = 96, 4
+    count = itertools.count(1)
+
+    def wrap(real: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **keywords: Any) -> Any:
+            for found in real(*args, **keywords):
+                with Path("batches").open("a") as file:
+                    file.write(f"{real.__name__} {len(found[0])}\n")
+                if next(count) == number:
+                    os.kill(os.getpid(), action)
+                yield found
+
+        return counted
+
+    for name in ("score_all", "features_all", "generate_all"):
+        setattr(Scorer, name, wrap(getattr(Scorer, name)))
 
 
 def _child(
@@ -245,14 +283,17 @@ def records_of(folder: Path) -> list[dict[str, Any]]:
 
 
 CLOCKS_AND_BYTES = {"started", "ended", "train_seconds", "peak_memory_bytes", "command", "sha256"}
+OF_METRICS = {"metrics_bytes", "metrics_sha256"}  # its lines have seconds in them
 
 
 def assert_same_run(folder: Path, other: Path) -> None:
-    """Weights, scores and metrics bit for bit, and all of the result but clocks and memory."""
+    """The same files; weights, scores and metrics bit for bit, all of the result but clocks."""
+    names = [{str(p.relative_to(of)) for p in of.rglob("*")} for of in (folder, other)]
+    assert names[0] == names[1]
     for pattern in ("checkpoint/*.safetensors", "scores.safetensors"):
         files, others = (sorted(path.glob(pattern)) for path in (folder, other))
         assert [path.name for path in files] == [path.name for path in others]
-        assert files
+        assert files or "icl" in folder.name
         for mine, theirs in zip(files, others, strict=True):
             assert mine.read_bytes() == theirs.read_bytes(), mine.name
     assert records_of(folder) == records_of(other)
@@ -261,6 +302,11 @@ def assert_same_run(folder: Path, other: Path) -> None:
         for path in (folder, other)
     ]
     assert results[0] == results[1]
+    states = [
+        {k: v for k, v in state_of(path).items() if k not in (*CLOCKS_AND_BYTES, *OF_METRICS)}
+        for path in (folder, other)
+    ]
+    assert states[0] == states[1]
 
 
 def sentence_of(ended: Ended) -> str:
@@ -478,12 +524,15 @@ def test_if_exists_says_what_becomes_of_an_old_run(
 # ---------------------------------------------------------------------------------- killed, stopped
 
 
-@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize(("method", "seed"), [*((m, m) for m in EXACT), ("mezo", "lozo")])
 def test_a_run_killed_anywhere_and_started_again_is_one_never_killed(
-    finished: Callable[[str], Path], tmp_path: Path, method: str
+    finished: Callable[[str], Path], tmp_path: Path, method: str, seed: str
 ) -> None:
-    """SIGKILL in probes, looks and writes, the places drawn: the end is the same bit for bit."""
-    rng = random.Random(method)
+    """SIGKILL in probes, looks and writes, the places drawn: the end is the same bit for bit.
+
+    Many more: python scripts/soak.py --kills 200.
+    """
+    rng = random.Random(seed)
     kills = 0
     while True:
         # Some 14 events lie between a start and its first checkpoint.
@@ -498,6 +547,40 @@ def test_a_run_killed_anywhere_and_started_again_is_one_never_killed(
             file.write('{"step": 9')
     assert kills >= 4
     assert_same_run(run_folder(tmp_path), run_folder(finished(method)))
+
+
+@pytest.mark.parametrize("method", ["mezo", "adamw"])
+def test_a_run_killed_behind_its_result_leaves_nothing_that_is_to_go(
+    finished: Callable[[str], Path], tmp_path: Path, method: str
+) -> None:
+    """SIGKILL at every file that is renamed or removed from where all is scored on."""
+    kills, done = 0, 0
+    while True:
+        fault = Fault("end", kills - done + 1, signal.SIGKILL)
+        ended = smezo(words_of(method), tmp_path, faults=[fault.install])
+        if ended.code == 0:
+            break
+        assert ended.code == -signal.SIGKILL, ended.err
+        kills += 1
+        if not done and result_of(run_folder(tmp_path))["status"] == "done":
+            done = kills  # what is left then begins anew
+    assert 3 <= done < kills - 2
+    assert "unsettled" not in state_of(run_folder(tmp_path))["notes"]
+    assert_same_run(run_folder(tmp_path), run_folder(finished(method)))
+    assert "done already" in smezo(words_of(method), tmp_path).out
+
+
+def test_a_stop_between_two_looks_leaves_no_weights_of_its_own(
+    finished: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """keep=all keeps those of the looks, whether the run was stopped in between or not."""
+    words = words_of("adamw", "keep=all")
+    assert smezo(words, tmp_path / "whole").code == 0
+    for losses in (1, 4, 1):  # at step 0, 4 and 4 again
+        stop = Fault("loss", losses, signal.SIGTERM)
+        assert smezo(words, tmp_path / "part", faults=[stop.install]).code == 130
+    assert smezo(words, tmp_path / "part").code == 0
+    assert_same_run(run_folder(tmp_path / "part"), run_folder(tmp_path / "whole"))
 
 
 def words_said(cwd: Path) -> int:
@@ -570,6 +653,73 @@ def test_a_signal_is_honoured_between_steps_and_nothing_is_lost(
     assert f"from step {steps}" in ended.out
     assert_same_run(run_folder(tmp_path), run_folder(finished(method)))
     assert result_of(folder)["train_seconds"] > 0
+
+
+SCORED = {
+    "mezo": words_of("mezo"),
+    "adamw": words_of("adamw", "eval_every=6"),
+    "linear_probe": [*SMALL, "model=tiny-llama", "method=linear_probe"],
+    "icl": [*SMALL, "model=tiny-llama", "method=icl", "method.num_demonstrations=2"],
+}
+
+
+@pytest.mark.parametrize("method", SCORED)
+def test_a_stop_between_two_batches_keeps_what_is_scored(tmp_path: Path, method: str) -> None:
+    """In zero-shot, looks, hidden states and the test: every start is stopped at its 5th batch.
+
+    No batch is computed twice, the end is that of a run that was never stopped.
+    """
+    whole, part, words = tmp_path / "whole", tmp_path / "part", SCORED[method]
+    assert smezo(words, whole, faults=[count_batches]).code == 0
+    stops = 0
+    while True:
+        before = len((part / "batches").read_text().splitlines()) if stops else 0
+        ended = smezo(words, part, faults=[functools.partial(count_batches, 5)])
+        if ended.code == 0:
+            break
+        assert (ended.code, ended.err) == (130, "")
+        assert len((part / "batches").read_text().splitlines()) == before + 5
+        assert "kept the scores of" in ended.out
+        assert (run_folder(part) / NAME).is_file()
+        stops += 1
+    assert stops >= 2
+    batches = [sorted((of / "batches").read_text().splitlines()) for of in (whole, part)]
+    assert batches[0] == batches[1]
+    assert_same_run(run_folder(part), run_folder(whole))
+
+
+def test_a_stop_in_the_measurements_after_the_test_is_honoured(tmp_path: Path) -> None:
+    """The loss noise of low precision; the scores of the test are kept, and the end is the same."""
+    whole, part, words = tmp_path / "whole", tmp_path / "part", words_of("mezo", "dtype=bfloat16")
+    assert smezo(words, whole, faults=[count_batches]).code == 0
+    stop = Fault("noise", 1, signal.SIGTERM)
+    ended = smezo(words, part, faults=[count_batches, stop.install])
+    assert (ended.code, ended.err) == (130, "")
+    assert "kept the scores of 24 rows" in ended.out
+    assert smezo(words, part, faults=[count_batches]).code == 0
+    batches = [(of / "batches").read_text().splitlines() for of in (whole, part)]
+    assert batches[0] == batches[1]
+    assert_same_run(run_folder(part), run_folder(whole))
+
+
+@pytest.mark.parametrize("harm", ["flipped", "of another run"])
+def test_partial_scores_that_are_not_this_runs_are_not_used(tmp_path: Path, harm: str) -> None:
+    """Damaged, or of other weights: all is scored again, the file is gone at the end."""
+    whole, part, words = tmp_path / "whole", tmp_path / "part", words_of("mezo")
+    assert smezo(words, whole, faults=[count_batches]).code == 0
+    assert smezo(words, part, faults=[functools.partial(count_batches, 3)]).code == 130
+    kept = run_folder(part) / NAME
+    if harm == "flipped":
+        flip(kept, 0.7)
+    else:
+        other = words_of("mezo", "seed=1")
+        stop = [functools.partial(count_batches, 3)]
+        assert smezo(other, tmp_path / "other", faults=stop).code == 130
+        shutil.copy(run_folder(tmp_path / "other") / NAME, kept)
+    ended = smezo(words, part, faults=[count_batches])
+    assert (ended.code, ended.err) == (0, "")
+    assert "before the stop" not in ended.out
+    assert_same_run(run_folder(part), run_folder(whole))
 
 
 @pytest.mark.parametrize("choice", ["fresh", "error"])
