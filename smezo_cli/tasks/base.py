@@ -64,11 +64,14 @@ class Prompt:
         return any(name == MASK for _, name, _ in places(self.template))
 
     def context(self, fields: Mapping[str, str]) -> str:
-        """Fill in the template; blanks (not newlines) are stripped at both ends, as in MeZO.
+        """Fill in the template; blanks are stripped at both ends, and newlines where a text begins.
 
-        Of a masked prompt `fields` may hold the mask token as `mask`; else `{mask}` stays there.
+        So MeZO does it: a newline at the end stays, and one behind demonstrations, too. Of a masked
+        prompt, where only blanks are stripped, `fields` may hold the mask token as `mask`; else
+        `{mask}` stays there.
         """
-        return self.head + fill(self.template, fields).strip(" ")
+        text = fill(self.template, fields).strip(" ")
+        return self.head + text if self.head or self.is_masked else text.lstrip()
 
     def candidates(self, row: Row) -> tuple[str, ...]:
         """Context and candidate, for each candidate of the row; of generation the first answer.

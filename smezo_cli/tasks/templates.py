@@ -31,6 +31,7 @@ def _lower_first(text: str) -> str:
 # Each gets the text and all fields of the row.
 FILTERS: dict[str, Callable[[str, Mapping[str, str]], str]] = {
     "strip": lambda text, _: text.strip(),
+    "rstrip": lambda text, _: text.rstrip(),
     "lower": lambda text, _: text.lower(),
     "question": lambda text, _: _question(text),  # is it so -> Is it so?
     "no_period": lambda text, _: text.removesuffix("."),
