@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from smezo_cli.tokens import padding_id
+
 
 @torch.no_grad()
 def greedy(
@@ -41,7 +43,7 @@ def greedy(
     names = inspect.signature(type(model).forward).parameters
     width = max(map(len, contexts))
     padding = [width - len(context) for context in contexts]
-    pad = tokenizer.pad_token_id
+    pad = padding_id(tokenizer, model)
     ids = torch.tensor(
         [[pad] * n + list(c) for n, c in zip(padding, contexts, strict=True)], device=device
     )

@@ -31,6 +31,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from smezo_cli import generation, metrics
 from smezo_cli.errors import UserError
 from smezo_cli.probe import only_rows
+from smezo_cli.tokens import padding_id, token_ids
 
 EVAL_TOKENS = 512  # padded tokens in an evaluation batch: activations stay in a CPU's cache
 EVAL_TOKENS_GPU = 4096  # a GPU would rather have few launches; bounds the logits kept at once
@@ -198,8 +199,8 @@ def encode(
     texts = [
         () if kind == "generation" and not row.answers else prompt.candidates(row) for row in rows
     ]
-    context_ids = _ids(tokenizer, contexts)
-    text_ids = iter(_ids(tokenizer, list(itertools.chain(*texts))))
+    context_ids = token_ids(tokenizer, contexts)
+    text_ids = iter(token_ids(tokenizer, list(itertools.chain(*texts))))
 
     def fitted(ids: list[int]) -> tuple[int, ...]:
         if len(ids) <= limit:
@@ -303,7 +304,7 @@ def _encode_masked(
     first = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
     last = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
     encoded = []
-    for row, ids in zip(rows, _ids(tokenizer, texts), strict=True):
+    for row, ids in zip(rows, token_ids(tokenizer, texts, goes_on=False), strict=True):
         if ids.count(mask) != 1:
             raise UserError(f"{shown} must have one {{mask}}, not {ids.count(mask)}.")
         head, tail = int(ids[0] in first), int(ids[-1] in last)
@@ -343,10 +344,6 @@ def _num_common(sequences: Sequence[Any]) -> int:
     first, last = min(sequences), max(sequences)
     pairs = enumerate(zip(first, last, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(last)))
-
-
-def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, verbose=False)["input_ids"] if texts else []
 
 
 class _HeldLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # untyped in transformers
@@ -409,7 +406,7 @@ class Scorer:
         self.model = model
         self.compute_dtype = compute_dtype
         self.tokenizer = tokenizer
-        self.pad_id: int = tokenizer.pad_token_id
+        self.pad_id = padding_id(tokenizer, model)
         # Whether the model calls its output layer: asked of a forward that was computed, for one
         # that is given from before (executor=lockstep) calls nothing.
         self._calls_head = False
