@@ -217,7 +217,8 @@ class Job:
             )
         ]
         for row in encoded:
-            check_rows(self.tokenizer, self.model, row.id, chain(*row.full, row.context))
+            of_base = row.base.full if row.base is not None else ()
+            check_rows(self.tokenizer, self.model, row.id, chain(*row.full, row.context, *of_base))
         return encoded
 
     @property

@@ -67,11 +67,14 @@ class Evaluation:
         scores: float32 (n, most candidates of a row), -inf where a row has fewer; of generation
             the mean log-probability of the first answer's tokens.
         texts: of generation what the model answers, row by row.
+        bases: of a calibrated choice task, float32 (n,), what the score of each row's gold
+            candidate lacks of the log-probability that is trained on.
     """
 
     rows: Sequence[Candidates]
     scores: Tensor
     texts: Sequence[str] = ()
+    bases: Tensor | None = None
 
     @property
     def kind(self) -> str:
@@ -126,7 +129,10 @@ class Evaluation:
         gold = [(i, row.gold, row) for i, row in enumerate(self.rows) if row.gold >= 0]
         counts = torch.tensor([row.num_option[k] for _, k, row in gold])
         means = torch.stack([self.scores[i, k] for i, k, _ in gold]).double()
-        figures["loss"] = -float((means * counts).sum() / counts.sum())
+        sums = means * counts
+        if self.bases is not None:
+            sums = means + torch.stack([self.bases[i] for i, _, _ in gold])
+        figures["loss"] = -float(sums.sum() / counts.sum())
         if self.kind == "generation":
             exact = of_answers(self.rows, self.texts, metrics.exact_match)[labelled]
             figures["exact_match"] = float(exact.mean())
@@ -136,7 +142,7 @@ class Evaluation:
         """What was predicted for each row, in plain values for a line of JSON.
 
         The scores of classification are log-probabilities among the labels, those of choice mean
-        log-probabilities of a token.
+        log-probabilities of a token (of a calibrated prompt sums over the tokens, less the base's).
         """
         lines = []
         scores = self.scores if offsets is None else self.scores + offsets
@@ -251,6 +257,10 @@ def evaluate(
                 bar.step(len(chosen) * every)
                 if is_stopping := stopped():
                     break
+        bases = torch.zeros(len(rows)) if rows[0].kind == "choice" and rows[0].base else None
+        if bases is not None and not is_stopping:
+            for chosen, of_batch in scorer.log_p_of_bases(rows, first, every):
+                bases[chosen] = of_batch
     if team is not None:
         # By what all ranks hear now: one that stopped by itself would leave the others waiting.
         team.add([])
@@ -259,9 +269,11 @@ def evaluate(
         raise Stopped
     if team is not None:
         scores = team.add_tensor(scores)  # of the rows of others there are zeros
+        bases = None if bases is None else team.add_tensor(bases)
         for part in team.gather(json.dumps(texts).encode()) if answers else ():
             texts |= {int(i): text for i, text in json.loads(part).items()}
-    return Evaluation(rows, scores, [texts[i] for i in range(len(rows))] if answers else ())
+    answered = [texts[i] for i in range(len(rows))] if answers else ()
+    return Evaluation(rows, scores, answered, bases)
 
 
 def fit(

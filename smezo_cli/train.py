@@ -429,6 +429,7 @@ class _Run:
             note: dict[str, Any] = {
                 **{"template": prompt.template, "labels": list(prompt.labels)},
                 "option": prompt.option,
+                **({} if prompt.sfc is None else {"sfc": prompt.sfc}),
             }
             calibrates = self.settings.zero_shot and task.kind == "classification"
             if len(self.job.prompts) > 1 or calibrates:

@@ -11,12 +11,12 @@
     options       of choice: a list of paths, or one path with []
     option_spans  path of the text of which the options are {start, end} spans, the end included
     option_prefix regular expression of what stands before the text of each option
-    answers       of choice the texts of the right options; of generation the reference answers:
-                  a path, or a list of which the first with a text counts ("a b" joins two)
+    answers       of choice the texts of the right options, of which the first in the order of
+                  characters is trained on; of generation the reference answers: a path, or a list
+                  of which the first with a text counts ("a b" joins two)
     answers_in    of generation, by split, the paths of the objects that `answers` lead into (where
                   they do not start at the top of the record): a row has the answers of them all,
                   and is a blank row that takes no number if one has several kinds, or all have none
-    sort_answers  of choice: the first of the answers is that in the order of characters
     unlabelled    values of the label of rows without one, which are blank rows
     listed        further fields that list the options: {choices: "({letter}) {option}"}
     skip_blank    leave out rows with a blank text or nothing right, and say how many
@@ -249,9 +249,8 @@ def _row(place: Place, layout: Mapping[str, Any], kind: str, split: str, number:
         parts = [fill(template, option_fields(text, k)) for k, text in enumerate(options)]
         texts[name] = " ".join(parts)
     if "answers" in layout:
-        answers = _answers(place, layout["answers"])
-        if layout.get("sort_answers"):
-            answers = tuple(sorted(answers))
+        # Files have them in the order in which people gave them, the hub's copy of ReCoRD so.
+        answers = sorted(_answers(place, layout["answers"]))
         right = [options.index(answer) for answer in answers if answer in options]
         if not right:
             raise _BlankError(f"none of the answers ({', '.join(answers)}) is an option")
