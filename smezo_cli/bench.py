@@ -236,11 +236,12 @@ def _model_and_tokens(
         return scorer, ids, (first, second), "random, seed 0"
 
     from smezo_cli.tasks import load_task
+    from smezo_cli.tokens import token_ids
 
     task = load_task(settings.task, data_seed=0, cache=cache)
     ids = []
     for row in task.train:
-        ids += tokenizer(task.prompts[0].context(row.fields))["input_ids"]
+        ids += token_ids(tokenizer, [task.prompts[0].context(row.fields)])[0]
         if len(ids) >= needed:
             break
     else:
@@ -249,7 +250,7 @@ def _model_and_tokens(
             f"{task.name} has {len(ids)}; lower one of them."
         )
     # A word with its blank is one token of the embedded model.
-    first, second = (tokenizer(f" {word}")["input_ids"][-1] for word in ("terrible", "great"))
+    first, second = (token_ids(tokenizer, [f" {word}"])[0][-1] for word in ("terrible", "great"))
     return scorer, ids, (first, second), f"text of {task.name}"
 
 

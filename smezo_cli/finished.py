@@ -99,7 +99,10 @@ def main(verb: str, words: Sequence[str]) -> int:
 _MAY_CHANGE = ("task", "device", "dtype", "compute_dtype")
 _WHERE = "model.device_map"  # may change, and come where there was none
 _SAME_BITS = ("compile",)  # may change where steps are applied again: their bits do not
-_OF_THE_TRAINING = ("name", "kind", "source", "prompt", "prompts", "masked", "option_template")
+_OF_THE_TRAINING = (
+    *("name", "kind", "source", "prompt", "prompts", "masked", "option_template"),
+    *("sfc", "sfc_prompt"),
+)
 
 
 class _Flags(argparse.ArgumentParser):
@@ -279,7 +282,8 @@ def _as_prompt(note: Mapping[str, Any]) -> "Prompt":
     from smezo_cli.tasks import Prompt
 
     option = note.get("option")
-    return Prompt(note["template"], tuple(note["labels"]), option or Prompt.option)
+    labels = tuple(note["labels"])
+    return Prompt(note["template"], labels, option or Prompt.option, sfc=note.get("sfc"))
 
 
 def _batch(

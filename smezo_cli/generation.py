@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smezo_cli.tokens import padding_id
+
 
 @torch.no_grad()
 def greedy(
@@ -43,7 +45,7 @@ def greedy(
     ends = _ends(model, tokenizer)
     answers: list[list[int]] = [[] for _ in contexts]
     open_rows, lost = set(range(len(contexts))), set[int]()
-    steps = next_tokens(model, tokenizer.pad_token_id, contexts, past, num_past, caches)
+    steps = next_tokens(model, padding_id(tokenizer, model), contexts, past, num_past, caches)
     for logits, best in itertools.islice(steps, max_new_tokens):
         # The largest of logits with a NaN among them is that NaN.
         is_known = logits.gather(1, best[:, None])[:, 0].isfinite()

@@ -323,6 +323,7 @@ def _is_prompt(value: object) -> bool:
         and isinstance(labels := value.get("labels"), list)
         and all(map(_is_text, labels))
         and _or_none(_is_text)(value.get("option"))
+        and _or_none(_is_text)(value.get("sfc"))
         and _or_none(_is_figures)(value.get("dev"))
         and _or_none(_is_figures)(value.get("dev_calibrated"))
         and isinstance(offsets := value.get("offsets", []), list)

@@ -5,6 +5,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from smezo_cli.passes import NoCompiler
 from smezo_cli.scoring import Candidates, Scorer, encode
 from smezo_cli.settings import Settings
 from smezo_cli.tasks import Prompt, Row, load_task
+from smezo_cli.tokens import appended, check_rows
 
 if TYPE_CHECKING:
     from smezo_cli.loop import Method
@@ -93,6 +95,9 @@ class Job:
         )
         where = f", on {', '.join(sorted({*self.device_map.values()}))}" if self.device_map else ""
         say(f"  model   {settings.model['name']}, {total / 1e6:.1f} M weights{where}")
+        if settings.model["family"] == "causal" and (ends := appended(self.tokenizer)):
+            words = " ".join(self.tokenizer.convert_ids_to_tokens(ends))
+            say(f"  tokenizer  puts {words} behind a text: left out, for the model goes on there")
 
     @property
     def device_map(self) -> dict[str, str] | None:
@@ -236,11 +241,15 @@ class Job:
         return digest.hexdigest()[:12]
 
     def encode(self, rows: Sequence[Row], prompt: Prompt) -> list[Candidates]:
-        """Rows as tokens under a prompt, behind what is demonstrated."""
+        """Rows as tokens under a prompt, behind what is demonstrated.
+
+        Raises:
+            UserError: as :func:`smezo_cli.scoring.encode`; a token that the model has no row for.
+        """
         prompt = dataclasses.replace(prompt, head=self._head)
         # A tokenizer takes a hundred bytes a token while it works, and demonstrations are long.
         size = _ENCODED_TOGETHER if self._head else max(1, len(rows))
-        return [
+        encoded = [
             candidates
             for start in range(0, len(rows), size)
             for candidates in encode(
@@ -252,6 +261,10 @@ class Job:
                 self.settings.task.get("max_new_tokens", 0),
             )
         ]
+        for row in encoded:
+            of_base = row.base.full if row.base is not None else ()
+            check_rows(self.tokenizer, self.model, row.id, chain(*row.full, row.context, *of_base))
+        return encoded
 
     @property
     def max_length(self) -> int:

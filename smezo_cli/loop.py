@@ -69,6 +69,8 @@ class Evaluation:
         scores: float32 (n, most candidates of a row), -inf where a row has fewer; of generation
             the mean log-probability of the first answer's tokens.
         texts: of generation what the model answers, row by row.
+        bases: of a calibrated choice task, float32 (n,), what the score of each row's gold
+            candidate lacks of the log-probability that is trained on.
 
     Raises:
         NonFiniteScore: a score is not finite, or there is no answer for that reason.
@@ -77,6 +79,7 @@ class Evaluation:
     rows: Sequence[Candidates]
     scores: Tensor
     texts: Sequence[str] = ()
+    bases: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_scores(self.rows, self.scores, self.texts)
@@ -134,7 +137,10 @@ class Evaluation:
         gold = [(i, row.gold, row) for i, row in enumerate(self.rows) if row.gold >= 0]
         counts = torch.tensor([row.num_option[k] for _, k, row in gold])
         means = torch.stack([self.scores[i, k] for i, k, _ in gold]).double()
-        figures["loss"] = -float((means * counts).sum() / counts.sum())
+        sums = means * counts
+        if self.bases is not None:
+            sums = means + torch.stack([self.bases[i] for i, _, _ in gold])
+        figures["loss"] = -float(sums.sum() / counts.sum())
         if self.kind == "generation":
             exact = of_answers(self.rows, self.texts, metrics.exact_match)[labelled]
             figures["exact_match"] = float(exact.mean())
@@ -144,7 +150,7 @@ class Evaluation:
         """What was predicted for each row, in plain values for a line of JSON.
 
         The scores of classification are log-probabilities among the labels, those of choice mean
-        log-probabilities of a token.
+        log-probabilities of a token (of a calibrated prompt sums over the tokens, less the base's).
         """
         lines = []
         scores = self.scores if offsets is None else self.scores + offsets
@@ -286,11 +292,20 @@ def evaluate(
                 is_stopping = goes_on and stopped()
             if is_stopping or not goes_on:
                 break
+        bases = torch.zeros(len(rows)) if rows[0].kind == "choice" and rows[0].base else None
+        if bases is not None and not is_stopping:
+            for chosen, sums in scorer.log_p_of_bases(rows, first, every):
+                bases[chosen] = sums
+                if team is None and (is_stopping := stopped()):
+                    break
     if team is not None:
         _put_together(part, team, known, answers)
     if is_stopping:
         raise Stopped
-    return Evaluation(rows, part.table(0), [texts[i] for i in range(len(rows))] if answers else ())
+    if team is not None and bases is not None:
+        bases = team.add_tensor(bases)
+    answered = [texts[i] for i in range(len(rows))] if answers else ()
+    return Evaluation(rows, part.table(0), answered, bases)
 
 
 def _put_together(part: Part, team: Ranks, known: Sequence[set[int]], answers: bool) -> None:

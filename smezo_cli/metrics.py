@@ -45,19 +45,23 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
     return float(normalise(prediction) in {normalise(reference) for reference in references})
 
 
-def f1(prediction: str, references: Sequence[str]) -> float:
-    """Word F1 with the nearest reference, all normalised as SQuAD does.
+# References by which a data set says that a question has no answer.
+_NO_ANSWER = ("no answer", "CANNOTANSWER")
 
-    Where either has no words, 1 if both have none, else 0 (SQuAD 2.0).
+
+def f1(prediction: str, references: Sequence[str]) -> float:
+    """Word F1 with the nearest reference, all normalised as SQuAD does; 0 where no word is shared.
+
+    As in MeZO: of a question without an answer (its first reference says so) the exact match.
     """
+    if references[0] in _NO_ANSWER:
+        return exact_match(prediction, references[:1])
     return max(_f1(normalise(prediction).split(), normalise(r).split()) for r in references)
 
 
 def _f1(ours: Sequence[str], theirs: Sequence[str]) -> float:
-    if not ours or not theirs:
-        return float(ours == theirs)
     shared = (Counter(ours) & Counter(theirs)).total()
-    return 2 * shared / (len(ours) + len(theirs))
+    return 2 * shared / (len(ours) + len(theirs)) if shared else 0.0
 
 
 def standard_error(figures: Tensor) -> float:

@@ -73,7 +73,8 @@ def load_model(
     tokens, which becomes the tokenizer's limit; `quantization`, null or 4bit: its linear layers but
     the head are then in 4 bits, and multiply in `compute_dtype` (None: `dtype`); `device_map`, null
     or as :mod:`smezo_cli.placement` has it, which then counts in place of `device`. The tokenizer
-    has a padding token. The commit that came from the hub is `model.config._commit_hash`.
+    has a padding token, if it has a special token that can serve as one. The commit that came from
+    the hub is `model.config._commit_hash`.
     Raises `UserError` for what cannot be found, fetched or read, or is another model.
     """
     routes = [key for key in ("package", "path", "tiny") if cfg.get(key) is not None]
@@ -242,7 +243,8 @@ def _set_up(tokenizer: PreTrainedTokenizerBase, cfg: Mapping[str, Any]) -> None:
     """Padding, the asked BOS and the length limit."""
     tokenizer.model_max_length = cfg["max_length"]
     if tokenizer.pad_token_id is None:
-        # Padded positions are masked out, so any token that exists serves (LLaMA: unk, as MeZO).
+        # Padded positions are masked out, so any token that exists serves (LLaMA: unk, as MeZO);
+        # of a tokenizer that names neither it stays None (smezo_cli.tokens.padding_id).
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if cfg.get("family") == "masked" and tokenizer.mask_token_id is None:
         raise UserError(
@@ -322,6 +324,8 @@ def _pretrained(
     config = AutoConfig.from_pretrained(where, **common)
     intake.check_sizes(config.to_dict(), f"model.path={where}")
     _compare(config, cfg)
+    vocabulary, pad = getattr(config, "vocab_size", None), getattr(config, "pad_token_id", None)
+    no_row = isinstance(pad, int) and isinstance(vocabulary, int) and pad >= vocabulary
     # transformers would put it into the model, or load another in its place, without a word.
     known = {"revision": common["revision"], "local_files_only": common["local_files_only"]}
     if find_adapter_config_file(str(where), **known) is not None:
@@ -331,6 +335,9 @@ def _pretrained(
         )
     tokenizer = AutoTokenizer.from_pretrained(where, **common)
     loading = {"dtype": dtype, "attn_implementation": cfg["attention"], **common, **quantized}
+    if no_row:  # some models would not be built; any token can pad (smezo_cli.tokens.padding_id)
+        config.pad_token_id = None
+        loading["config"] = config
     if "gguf_file" in common:
         return _from_gguf(_auto(cfg), where, **loading), tokenizer
     if (device_map := cfg.get("device_map")) is not None:  # each weight goes to its device at once

@@ -820,7 +820,16 @@ class _Planner:
             row = Candidates(
                 tuple(sequences), (option,) * len(sequences), 0, False, self.kind, context=ids
             )
+        if self.settings.task.get("sfc"):
+            row = dataclasses.replace(row, base=self._base(row))
         return [row] * count
+
+    @staticmethod
+    def _base(row: Any) -> Any:
+        """The candidates behind a domain-conditional prompt of one token, or of a mask alone."""
+        sequences = tuple((1, *ids[-n:]) for ids, n in zip(row.full, row.num_option, strict=True))
+        masked = {} if row.mask is None else {"mask": 1, "context": sequences[0]}
+        return dataclasses.replace(row, full=sequences, label=-1, **masked)
 
     def _options(self) -> int:
         if self.kind == "generation":
@@ -841,6 +850,11 @@ class _Planner:
         if self.shows:
             own = self.eval_tokens - self.demonstrated
             yield f"{self.demonstrated} tokens of demonstrations before rows of {own}"
+        if s.task.get("sfc"):
+            yield (
+                "a domain-conditional prompt of one token (task.sfc=true), scored in the same "
+                "forwards; its rows and tokens are not counted"
+            )
         if self.kind == "choice":
             yield f"{self._options()} options of {_OPTION_TOKENS} tokens each"
         if self.kind == "generation":

@@ -5,6 +5,9 @@ own options (choice) or by its answer (generation); a candidate's score is the m
 of its tokens behind the context. Classification trains on the cross-entropy over the scores,
 choice and generation on the mean of -log p over the gold candidates' tokens.
 
+Of a calibrated prompt (SFC) a candidate's score is the sum of the log-probabilities of its tokens
+less that sum behind the prompt's base, which shows nothing of the row itself.
+
 Nothing is computed that a loss does not read. Where every label is one token after the same
 prefix, one forward per row gives all scores, and only the label rows of the output layer are
 computed: the softmax over candidates cancels what the others would have added. Longer candidates
@@ -33,6 +36,7 @@ from smezo_cli import generation, metrics
 from smezo_cli.batching import Batching
 from smezo_cli.errors import UserError
 from smezo_cli.probe import only_rows
+from smezo_cli.tokens import padding_id, token_ids
 from smezo_cli.zo import NonFiniteLoss
 
 EVAL_TOKENS = 512  # padded tokens in an evaluation batch: activations stay in a CPU's cache
@@ -73,6 +77,8 @@ class PromptLike(Protocol):
     def labels(self) -> tuple[str, ...]: ...
     @property
     def is_masked(self) -> bool: ...
+    @property
+    def base(self) -> "PromptLike | None": ...
     def context(self, fields: Mapping[str, str]) -> str: ...
     def candidates(self, row: Any) -> tuple[str, ...]: ...
 
@@ -96,6 +102,7 @@ class Candidates:
         mask: position of the mask of a masked prompt, else None.
         num_merged: candidates whose first characters share a token with the context's last.
         id: the row's.
+        base: of a calibrated prompt the candidates behind its domain-conditional prompt.
     """
 
     full: tuple[tuple[int, ...], ...]
@@ -111,6 +118,7 @@ class Candidates:
     mask: int | None = None
     num_merged: int = 0
     id: str = ""
+    base: "Candidates | None" = None
 
     @property
     def width(self) -> int:
@@ -191,6 +199,30 @@ def encode(
         UserError: a candidate adds no token or leaves no room for one before it; a masked prompt
             that does not fit the tokenizer or the kind.
     """
+    encoded = _encode(rows, prompt, tokenizer, max_length, kind, max_new_tokens)
+    if prompt.base is None:
+        return encoded
+    bases = [
+        dataclasses.replace(c, label=-1, right=frozenset(), id="")
+        for c in _encode(rows, prompt.base, tokenizer, max_length, kind, begins=True)
+    ]
+    one_of = {base: base for base in bases}  # most rows have the same one
+    return [
+        dataclasses.replace(c, base=one_of[base]) for c, base in zip(encoded, bases, strict=True)
+    ]
+
+
+def _encode(
+    rows: Sequence[RowLike],
+    prompt: PromptLike,
+    tokenizer: Any,
+    max_length: int,
+    kind: str,
+    max_new_tokens: int = 50,
+    *,
+    begins: bool = False,
+) -> list[Candidates]:
+    """As :func:`encode` under one prompt; with `begins` an empty context is the begin of a text."""
     if prompt.is_masked:
         return _encode_masked(rows, prompt, tokenizer, max_length, kind)
     limit = max_length
@@ -205,8 +237,11 @@ def encode(
     texts = [
         () if kind == "generation" and not row.answers else prompt.candidates(row) for row in rows
     ]
-    context_ids = _ids(tokenizer, contexts)
-    text_ids = iter(_ids(tokenizer, list(itertools.chain(*texts))))
+    context_ids = token_ids(tokenizer, contexts)
+    text_ids = iter(token_ids(tokenizer, list(itertools.chain(*texts))))
+    # Where a tokenizer puts nothing before a text, the token that parts texts stands there.
+    start = tokenizer.bos_token_id if begins else None
+    start = tokenizer.eos_token_id if begins and start is None else start
 
     def fitted(ids: list[int]) -> tuple[int, ...]:
         if len(ids) <= limit:
@@ -221,12 +256,19 @@ def encode(
         longest = len(context) if kind == "generation" else 0
         for text in texts[i]:
             ids = next(text_ids)
+            if start is not None and not context_ids[i]:
+                context, ids = [start], [start, *ids]
             # As MeZO: what the candidate adds to the tokens of the context. A tokenizer may merge
             # across the border; then the candidate begins with the first token that differs.
             extra = len(ids) - len(context)
             if ids[: len(context)] != context:
                 extra = len(ids) - _num_common([ids, context])
                 num_merged += extra > 0
+            if extra == len(ids) and begins:
+                raise UserError(
+                    f"task.sfc_prompt={prompt.template!r} is no token of the model's tokenizer, "
+                    "which has none for the begin of a text either: give a template with a text."
+                )
             if extra == len(ids):
                 raise UserError(
                     f"row {row.id}: no token stands before {text!r}; choose a task.prompt that "
@@ -310,7 +352,7 @@ def _encode_masked(
     first = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
     last = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
     encoded = []
-    for row, ids in zip(rows, _ids(tokenizer, texts), strict=True):
+    for row, ids in zip(rows, token_ids(tokenizer, texts, goes_on=False), strict=True):
         if ids.count(mask) != 1:
             raise UserError(f"{shown} must have one {{mask}}, not {ids.count(mask)}.")
         head, tail = int(ids[0] in first), int(ids[-1] in last)
@@ -344,16 +386,22 @@ def _is_one(row: Candidates) -> bool:
     return not row.full or row.shares_prefix
 
 
+def _label_ids(batch: Sequence[Candidates]) -> tuple[int, ...] | None:
+    """Last tokens of the labels, where they are the same for all rows and all that is read."""
+    if batch[0].kind != "classification":
+        return None
+    if batch[0].mask is not None:
+        return tuple(ids[batch[0].mask] for ids in batch[0].full)
+    labels = {tuple(ids[-1] for ids in c.full) for c in batch}
+    return labels.pop() if len(labels) == 1 and all(c.shares_prefix for c in batch) else None
+
+
 def _num_common(sequences: Sequence[Any]) -> int:
     """Leading tokens in which all sequences agree."""
     # The first and the last in order differ as early as any two.
     first, last = min(sequences), max(sequences)
     pairs = enumerate(zip(first, last, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(last)))
-
-
-def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, verbose=False)["input_ids"] if texts else []
 
 
 class _HeldLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # untyped in transformers
@@ -416,7 +464,7 @@ class Scorer:
         self.model = model
         self.compute_dtype = compute_dtype
         self.tokenizer = tokenizer
-        self.pad_id: int = tokenizer.pad_token_id
+        self.pad_id = padding_id(tokenizer, model)
         # Whether the model calls its output layer: asked of a forward that was computed, for one
         # that is given from before (executor=lockstep) calls nothing.
         self._calls_head = False
@@ -581,12 +629,30 @@ class Scorer:
     def scores(self, batch: Sequence[Candidates]) -> Tensor:
         """(batch, most candidates of a row) float32, -inf where a row has fewer.
 
-        Mean log-probability of the candidate's tokens; of classification up to a constant of the
-        row.
+        Mean log-probability of the candidate's tokens; of a calibrated prompt their sum less that
+        behind its base. Of classification up to a constant of the row.
         """
         self._check_family(batch[0])
         with self._computing():
+            if batch[0].base is not None and self.probe is None:
+                return self._calibrated(batch)
             return self._scores(batch)
+
+    def _calibrated(self, batch: Sequence[Candidates]) -> Tensor:
+        """Scores as sums over a candidate's tokens, less those under the base of the row."""
+        numbers: dict[Candidates, int] = {}
+        at = [numbers.setdefault(c.base, len(numbers)) for c in batch if c.base is not None]
+        bases = list(numbers)
+        together = [*batch, *bases]
+        if self._held is None and _label_ids(together) is not None:
+            scores = self._scores(together)
+            own, of_bases = scores[: len(batch)], scores[len(batch) :]
+        else:
+            own, of_bases = (self._scores(rows, sums=True) for rows in (batch, bases))
+        less = of_bases[self._tensor(at)]
+        counts = self._tensor([len(c.full) for c in batch])
+        fewer = torch.arange(own.shape[1], device=own.device) >= counts[:, None]
+        return own - less.masked_fill(fewer, 0)
 
     def features(self, batch: Sequence[Candidates]) -> Tensor:
         """(batch, hidden) hidden states, as they enter the output layer.
@@ -625,28 +691,26 @@ class Scorer:
         hidden = seen[0]
         return hidden[sequences.to(hidden.device), positions.to(hidden.device)].to(self._device)
 
-    def _scores(self, batch: Sequence[Candidates]) -> Tensor:
+    def _scores(self, batch: Sequence[Candidates], sums: bool = False) -> Tensor:
         if self.probe is not None:
             weight, bias = (self.probe[name].to(self._device) for name in ("weight", "bias"))
             logits = self._features(batch).double() @ weight.T + bias
             return logits.log_softmax(1).float()
-        if batch[0].kind == "classification":
-            sequences = [c.context or c.full[0] for c in batch]
-            if batch[0].mask is not None:
-                return self._in_forwards(
-                    sequences, lambda chosen: self._mask_scores([batch[i] for i in chosen])
-                )
-            labels = {tuple(ids[-1] for ids in c.full) for c in batch}
-            if len(labels) == 1 and all(c.shares_prefix for c in batch):
-                of_labels = labels.pop()
-                return self._in_forwards(
-                    sequences,
-                    lambda chosen: self._next_token_scores([batch[i] for i in chosen], of_labels),
-                )
+        if batch[0].mask is not None:
+            return self._in_forwards(
+                [c.context for c in batch],
+                lambda chosen: self._mask_scores([batch[i] for i in chosen]),
+            )
+        if (label_ids := _label_ids(batch)) is not None:
+            return self._in_forwards(
+                [c.full[0] for c in batch],
+                lambda chosen: self._next_token_scores([batch[i] for i in chosen], label_ids),
+            )
         counts = [n for c in batch for n in c.num_option]
         if not counts:
             return torch.full((len(batch), 1), -math.inf, device=self._device)
-        means = self._log_p(batch) / self._tensor(counts)
+        log_p = self._log_p(batch)
+        means = log_p if sums else log_p / self._tensor(counts)
         rows = torch.split(means, [len(c.full) for c in batch])
         return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=-math.inf)
 
@@ -978,6 +1042,31 @@ class Scorer:
     def most_tokens(self) -> int:
         """Padded tokens in a forward of an evaluation, unless one row has more."""
         return EVAL_TOKENS if self._device.type == "cpu" else EVAL_TOKENS_GPU
+
+    def log_p_of_bases(
+        self, rows: Sequence[Candidates], first: int = 0, every: int = 1
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Of calibrated rows the sum of log-probabilities of the gold candidate behind its base.
+
+        What is trained on in a choice task is the score of the gold candidate with this added.
+
+        Args:
+            rows: of a calibrated prompt; those without a label are left out.
+            first: number of the first batch that is scored here.
+            every: of how many batches one is.
+
+        Yields:
+            Indices of a batch's rows and their sums, float32 (batch,) on the CPU.
+        """
+        known = [
+            (i, dataclasses.replace(c.base, label=c.gold).gold_alone())
+            for i, c in enumerate(rows)
+            if c.base is not None and c.gold >= 0
+        ]
+        bases = [base for _, base in known]
+        for chosen, means in self.score_all(bases, first, every):
+            counts = torch.tensor([bases[k].num_option[0] for k in chosen])
+            yield [known[k][0] for k in chosen], means[:, 0] * counts
 
     def features_all(
         self, rows: Sequence[Candidates], done: Collection[int] = ()

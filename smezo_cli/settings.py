@@ -40,6 +40,8 @@ LATER = {
     "objective": "loss",
     "zero_shot": True,
     "batch_order": "shuffled",
+    "sfc": False,
+    "sfc_prompt": None,
 }
 FULL_SAVE_EVERY = 500  # as conf/train.yaml has it
 _LATER_AND_OF_A_MACHINE = {"micro_batch_size": None, "query_ranks": 1, "rank_backend": "gloo"} | {
@@ -358,6 +360,8 @@ _NODE_RULES: dict[str, Rule] = {
     "task.test_from": Choice("test", "train"),
     "task.prompt": Template(),
     "task.option_template": Text(r"(?s).+", "a template in quotes", '"{option}"'),
+    "task.sfc": Choice(True, False),
+    "task.sfc_prompt": Text(r"(?s).*", "a template in quotes, which may be empty", '"It was"'),
     "task.data_dir": Text(r"(?s).+", "the path of a folder", "PATH"),
     "task.data": Text(r"(?s).+", "the path of a file or the id of a data set", "my.csv"),
     "task.test_data": _FILE,
@@ -408,9 +412,10 @@ _NODE_KEYS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 _TASK_KEYS = {"prompt": None, "num_train": None, "num_dev": None, "num_test": None} | {
     "max_train_tokens": None,
 }
+_SFC_KEYS: dict[str, Any] = {"sfc": False, "sfc_prompt": None}
 _TASK_KEYS_OF_KIND: dict[str, dict[str, Any]] = {
-    "classification": {"labels": None, "num_per_class": None},
-    "choice": {"option_template": None},
+    "classification": {"labels": None, "num_per_class": None} | _SFC_KEYS,
+    "choice": {"option_template": None} | _SFC_KEYS,
     "generation": {"max_new_tokens": 50},
 }
 # Of a task with data of its own, and of one for the user's data.
@@ -471,6 +476,7 @@ _NULLABLE = {
     "task.max_train_tokens",
     "task.prompt",
     "task.option_template",
+    "task.sfc_prompt",
     "task.data_dir",
     "task.test_data",
     "task.columns",
@@ -518,7 +524,7 @@ def check(cfg: DictConfig) -> Settings:
         group, _, name = key.partition(".")
         if name in checked[group]:
             checked[group][name] = _checked(key, checked[group][name], rule)
-    for name in ("prompt", "prompts", "labels", "option_template"):
+    for name in ("prompt", "prompts", "labels", "option_template", "sfc_prompt"):
         text = checked["task"].get(name)
         if text is not None and redacted_tree(text) != text:
             raise UserError(
@@ -527,6 +533,7 @@ def check(cfg: DictConfig) -> Settings:
             )
     _check_targets(checked["method"], "method")
     _check_counts(checked["task"])
+    _check_sfc(checked["task"], checked["model"], checked["method"])
     _check_method(checked["method"], {knob: checked[knob] for knob in KNOBS if knob in checked})
     _check_objective(checked["method"].get("objective", "loss"), checked["task"])
     if "adapter" in checked["method"]:
@@ -690,6 +697,55 @@ def _check_counts(task: Mapping[str, Any]) -> None:
             f"train and again for dev, so {also} would be ignored: add "
             f"{' '.join(f'{key}=null' for key in idle)}, or task.num_per_class=null."
         )
+
+
+def _check_sfc(
+    task: Mapping[str, Any], model: Mapping[str, Any], method: Mapping[str, Any]
+) -> None:
+    """Refuse a calibration that would be ignored, or whose domain-conditional prompt is unknown."""
+    given = task.get("sfc_prompt")
+    if not task.get("sfc"):
+        if given is not None:
+            raise UserError(
+                f"task.sfc_prompt={given!r} is the prompt of task.sfc=true, without which it would "
+                "be ignored: add task.sfc=true, or leave it out."
+            )
+        return
+    if "l2" in method:
+        raise UserError(
+            f"task.sfc=true: method {method['name']} scores no label words that could be "
+            "calibrated: leave task.sfc out."
+        )
+    masked = model["family"] == "masked"
+    if given is not None:
+        if masked != bool(re.search(r"\{mask\b", given)):
+            raise UserError(
+                f"task.sfc_prompt={given!r}: model={model['name']} "
+                + ("fills masks: give a template with" if masked else "fills no masks: leave out")
+                + " its place, {mask}."
+            )
+        return
+    prompt, nodes = task["prompt"], task.get("masked" if masked else "prompts") or []
+    if isinstance(prompt, int) and not masked:
+        nodes = nodes[prompt : prompt + 1] if prompt >= 0 else []
+    known = [isinstance(node, Mapping) and node.get("sfc") is not None for node in nodes]
+    if isinstance(prompt, str) or not known or not all(known):
+        raise UserError(
+            "task.sfc=true: no domain-conditional prompt is known for this prompt of task "
+            f"{task['name']} (for causal models {', '.join(_tasks_with_sfc())} have one): give it "
+            "by task.sfc_prompt=TEMPLATE, which may be empty, or leave task.sfc out."
+        )
+
+
+def _tasks_with_sfc() -> list[str]:
+    """Names of our tasks of which a prompt has a domain-conditional one."""
+    files = sorted((CONF_DIR / "task").glob("*.yaml"))
+    loaded = {file.stem: _load_yaml(file) for file in files}
+    return [
+        name
+        for name, cfg in loaded.items()
+        if any("sfc" in node for node in OmegaConf.select(cfg, "prompts") or ())
+    ]
 
 
 def _check_method(method: Mapping[str, Any], knobs: Mapping[str, float]) -> None:
@@ -857,7 +913,8 @@ def quoted(override: str) -> str:
     To Hydra braces open a mapping: task.prompt={text} It was -> task.prompt="{text} It was".
     """
     key, _, value = override.partition("=")
-    if key.lstrip("+") not in ("task.prompt", "task.option_template") or "{" not in value:
+    templates = ("task.prompt", "task.option_template", "task.sfc_prompt")
+    if key.lstrip("+") not in templates or "{" not in value:
         return override
     one = r"""\s*(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')\s*"""
     if value.startswith("$") or re.fullmatch(f"{one}(?:,{one})*", value):
@@ -888,11 +945,20 @@ def digest(cfg: DictConfig | Mapping[str, Any]) -> str:
 
 def without_later_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     """Settings less those that came later and say what runs did before: equal for equal runs."""
-    return {
+    kept = {
         key: without_later_keys(value) if isinstance(value, Mapping) else value
         for key, value in values.items()
         if key not in LATER or value != LATER[key]
     }
+    if isinstance(prompts := values.get("prompts"), list) and not values.get("sfc"):
+        # Of a task without calibration nothing asks for these.
+        kept["prompts"] = [
+            {key: value for key, value in node.items() if key != "sfc"}
+            if isinstance(node, Mapping)
+            else node
+            for node in prompts
+        ]
+    return kept
 
 
 def with_later_keys(cfg: DictConfig) -> None:

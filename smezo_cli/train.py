@@ -355,6 +355,8 @@ class _Run:
 
     def _demonstrate(self, method: "InContext") -> None:
         """Put demonstrations before every row: those of the state, or chosen for it."""
+        from smezo_cli.tokens import token_ids
+
         notes, task = self.state.notes, self.job.task
         prompt = self.job.prompts[notes["prompt"]]
         is_new = "demonstrations" not in notes
@@ -366,7 +368,7 @@ class _Run:
             rows = [row for row in task.train if row.id in kept]
             notes["demonstrations"] = method.choose(
                 [(row.id, prompt.candidates(row)[max(0, row.label)]) for row in rows],
-                lambda text: len(self.job.tokenizer(text, verbose=False)["input_ids"]),
+                lambda text: len(token_ids(self.job.tokenizer, [text])[0]),
                 limit,
                 max(c.width for c in (*self.dev, *self.test)),
             )
@@ -499,6 +501,7 @@ class _Run:
             note: dict[str, Any] = {
                 **{"template": prompt.template, "labels": list(prompt.labels)},
                 "option": prompt.option,
+                **({} if prompt.sfc is None else {"sfc": prompt.sfc}),
             }
             calibrates = self.settings.zero_shot and task.kind == "classification"
             if len(self.job.prompts) > 1 or calibrates:

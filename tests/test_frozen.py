@@ -11,8 +11,10 @@ import torch
 
 from smezo_cli.cli import main
 from smezo_cli.config import check, compose
+from smezo_cli.loop import features
 from smezo_cli.methods.frozen import InContext, LinearProbe
 from smezo_cli.model import load_model
+from smezo_cli.partial_scores import Part
 from smezo_cli.plan import plan
 from smezo_cli.scoring import Candidates, Scorer, encode
 from smezo_cli.tasks import Prompt, Row
@@ -328,8 +330,8 @@ def test_features_are_the_hidden_states_that_transformers_gives(name: str) -> No
     template = "{text} . It was {mask} ." if masked else "{text}. It was"
     rows = [Row({"text": text}, 0, str(k)) for k, text in enumerate(WORDS)]
     encoded = encode(rows, Prompt(template, ("terrible", "great")), scorer.tokenizer, 100)
-    features = scorer.features_of(encoded)
-    for row, found in zip(encoded, features, strict=True):
+    found_by_row = features(scorer, encoded, lambda: False, Part(len(encoded)))
+    for row, found in zip(encoded, found_by_row, strict=True):
         ids = row.context if masked else row.full[0][:-1]
         with torch.no_grad():
             out = model(input_ids=torch.tensor([ids]), output_hidden_states=True)

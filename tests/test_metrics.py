@@ -188,8 +188,6 @@ def words_of(answer: str) -> list[str]:
 def squad_f1(prediction: str, reference: str) -> float:
     """Harmonic mean of precision and recall of words, each counted as often as it stands."""
     ours, theirs = words_of(prediction), words_of(reference)
-    if not ours or not theirs:
-        return float(not ours and not theirs)
     left, shared = list(theirs), 0
     for word in ours:
         if word in left:
@@ -272,14 +270,31 @@ def test_the_nearest_reference_counts() -> None:
         ("Denver", "Denver Broncos", 2 / 3, 0),
         ("to be or not to be", "to be", 0.5, 0),
         ("", "x", 0, 0),
-        ("the", "A.", 1, 1),
-        ("", "", 1, 1),
+        # No word is shared: so MeZO's metric and that of SQuAD 1.1 (in SQuAD 2.0 it would be 1).
+        ("the", "A.", 0, 1),
+        ("", "", 0, 1),
+        ("...", "an", 0, 1),
         ("well-known", "wellknown", 1, 1),
         ("the-atre", "theatre", 1, 1),
         ("a\u00a0b", "b", 1, 1),
         ("12", "1 2", 0, 0),
+        # The reference of a question without an answer, as MeZO has it: right or wrong.
+        ("no answer", "no answer", 1, 1),
+        ("The no answer!", "no answer", 1, 1),
+        ("no", "no answer", 0, 0),
+        ("no good answer", "no answer", 0, 0),
+        ("cannotanswer", "CANNOTANSWER", 1, 1),
+        ("no answer", "No answer", 1, 1),
+        ("no", "No answer", 2 / 3, 0),
     ],
 )
 def test_f1_by_hand(ours: str, theirs: str, f1: float, exact: int) -> None:
     assert metrics.f1(ours, [theirs]) == pytest.approx(f1, abs=1e-15)
     assert metrics.exact_match(ours, [theirs]) == exact
+
+
+def test_a_question_without_an_answer_has_that_one_reference() -> None:
+    """As in MeZO: where the first reference says so, the others do not count; else all do."""
+    assert metrics.f1("cat", ["no answer", "cat"]) == 0
+    assert metrics.f1("cat", ["cat", "no answer"]) == 1
+    assert metrics.f1("no", ["cat", "no answer"]) == pytest.approx(2 / 3)

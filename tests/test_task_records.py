@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from smezo_cli import metrics
 from smezo_cli.errors import UserError
 from smezo_cli.tasks import Row, Task, hub, load_task
 from smezo_cli.tasks.paths import NotThereError, places_of, value_at
@@ -308,8 +309,26 @@ def test_record_options_are_the_spans_without_repetition(tmp_path: Path) -> None
     task = load("record", tmp_path)
     for row in rows_of(task):
         assert row.options == ("Ann", "Eve")
-        assert (row.label, row.right) == (1, frozenset({0, 1}))  # trained on the first answer
+        assert (row.label, row.right) == (0, frozenset({0, 1}))  # trained on the first answer
     assert "2 of train and 2 of test" in task.source
+
+
+def test_record_is_trained_on_the_same_answer_from_files_and_from_the_hub(
+    tmp_path: Path, online: dict[str, Any]
+) -> None:
+    """The hub's copy has the answers once and in the order of characters: "Eve" before "eve"."""
+    given = ["eve", "Bob", "Eve", "eve"]
+    text = "eve met Ann and Eve"
+    spans = [{"start": 0, "end": 2}, {"start": 8, "end": 10}, {"start": 16, "end": 18}]
+    passage = {"text": text, "entities": spans}
+    query = {"query": "@placeholder", "answers": [{"text": one} for one in given]}
+    write(tmp_path, "record", [{"passage": passage, "qas": [query]}] * 3)
+    on_hub = {"passage": text, "query": "@placeholder", "entities": ["eve", "Ann", "Eve"]}
+    online["records"] = [on_hub | {"answers": sorted(set(given))}] * 3
+    files, table = load("record", tmp_path), load("record", None)
+    assert [row.options[row.label] for row in rows_of(files)] == ["Eve"] * 3
+    assert {row.right for row in rows_of(files)} == {frozenset({0, 2})}
+    assert (files.train, files.dev, files.test) == (table.train, table.dev, table.test)
 
 
 @pytest.mark.parametrize(
@@ -334,6 +353,45 @@ def test_drop_without_an_answer_is_left_out_and_counted(tmp_path: Path) -> None:
     task = load("drop", tmp_path)
     assert [row.answers for row in rows_of(task)] == [("1",), ("2",), ("3",)]
     assert "1 of train and 1 of test" in task.source
+
+
+def test_drop_counts_the_answers_of_all_who_checked_a_dev_question(tmp_path: Path) -> None:
+    """Each is a reference of the dev file; what is trained on is the one answer of the train file.
+
+    As in the data set's own scripts.
+    """
+    checked = [
+        answer(number="5"),
+        answer(spans=["five", "six"]),
+        answer(date={"day": "", "month": "May", "year": "1999"}),
+        answer(number="4"),
+        {"spans": ["a few"]},
+        answer(),
+    ]
+    pair = {"question": "q", "answer": answer(number="4"), "validated_answers": checked}
+    bare = {"question": "q", "answer": answer(number="7"), "validated_answers": []}
+    write(tmp_path, "drop", [{"passage": "P", "qa_pairs": [pair, bare, pair]}])
+    task = load("drop", tmp_path)
+    assert [row.answers for row in rows_of(task)] == [("4",), ("7",), ("4",)]
+    tested = sorted(task.test, key=lambda row: row.id)
+    of_all = ("4", "5", "five", "six", "May 1999", "a few")
+    assert [row.answers for row in tested] == [of_all, ("7",), of_all]
+    assert metrics.f1("six", tested[0].answers) == 1
+
+
+def test_drop_rows_that_the_hub_lacks_take_no_number(tmp_path: Path) -> None:
+    """Its script leaves out answers of no kind and of two: rows behind them keep their split."""
+    both = answer(number="3", spans=["three"])
+    given = [answer(number="1"), both, answer(number="2"), answer(), answer(number="3")]
+    pairs = [{"question": "q", "answer": one} for one in given]
+    write(tmp_path, "drop", [{"passage": "P", "qa_pairs": pairs}])
+    task = load("drop", tmp_path)
+    assert [(row.id, row.answers) for row in rows_of(task)] == [
+        ("train/1", ("1",)),
+        ("train/2", ("2",)),
+        ("train/3", ("3",)),
+    ]
+    assert "2 of train and 2 of test" in task.source
 
 
 def test_quotes_in_the_tsv_of_glue_are_characters(tmp_path: Path) -> None:

@@ -144,13 +144,15 @@ def test_masked_prompts(
     ],
 )
 def test_copa(conjunction: str, options: tuple[str, ...], ends: tuple[str, ...]) -> None:
-    """The whole first word is lower-cased, unless it is I alone: so MeZO's code."""
+    """The whole first word is lower-cased, unless it is I alone: so MeZO's code.
+
+    And of the premise a full stop goes, whatever blanks are behind it.
+    """
     (prompt,) = prompts("copa")
-    row = Row(
-        {"premise": "The dog barked..", "conjunction": conjunction}, 0, "train/1", options=options
-    )
-    assert prompt.context(row.fields) == f"The dog barked. {conjunction}"
-    assert prompt.candidates(row) == tuple("The dog barked." + end for end in ends)
+    for premise in ("The dog barked..", "The dog barked.. \n"):
+        row = Row({"premise": premise, "conjunction": conjunction}, 0, "train/1", options=options)
+        assert prompt.context(row.fields) == f"The dog barked. {conjunction}"
+        assert prompt.candidates(row) == tuple("The dog barked." + end for end in ends)
 
 
 GOAL = {"goal": "Dry a cup.", "sol1": "Wipe it.", "sol2": "Fill it."}
@@ -252,13 +254,24 @@ def test_record() -> None:
             "Title: Cats\nContext: Cats nap.\nQuestion: Who naps?\nAnswer:",
         ),
         (
+            "squad",
+            {"title": "Cats ", "context": "Cats nap.\n", "question": " \tWho naps? \n"},
+            "Title: Cats \nContext: Cats nap.\n\nQuestion: Who naps?\nAnswer:",
+        ),
+        (
             "drop",
             {"passage": "Two cats nap.", "question": "How many?"},
             "Passage: Two cats nap.\nQuestion: How many?\nAnswer:",
         ),
+        (
+            "drop",
+            {"passage": " Two cats nap. ", "question": "How many? "},
+            "Passage:  Two cats nap. \nQuestion: How many?\nAnswer:",
+        ),
     ],
 )
 def test_generation(task: str, fields: dict[str, str], context: str) -> None:
+    """Of the question alone blanks and newlines at its ends go, as in MeZO's code."""
     (prompt,) = prompts(task)
     row = Row(fields, 0, "train/1", answers=("cats", "the cats"))
     assert prompt.context(fields) == context
@@ -272,6 +285,7 @@ def test_generation(task: str, fields: dict[str, str], context: str) -> None:
     ("filters", "text", "result"),
     [
         ("strip", "\n a \t", "a"),
+        ("rstrip", "\n a \t", "\n a"),
         ("lower", "ÄB", "äb"),
         ("question", "is it", "Is it?"),
         ("question", "Why?", "Why?"),

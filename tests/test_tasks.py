@@ -8,6 +8,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +85,29 @@ def test_the_prompts_of_rotten_tomatoes() -> None:
         ("{text} It was ", "fine It was", "fine It was good"),  # blanks at the end go
         ("  {text}?\n", "fine?\n", "fine?\ngood"),  # newlines stay, and no blank follows them
         ("{text}\t", "fine\t", "fine\tgood"),
+        ("\n\t {text}\n\u2003It was", "fine\n\u2003It was", "fine\n\u2003It was good"),
         ("{{{text}}}", "{fine}", "{fine} good"),
     ],
 )
-def test_only_blanks_are_stripped_and_one_is_put_between(
+def test_blanks_are_stripped_and_newlines_at_the_begin_and_one_is_put_between(
     template: str, context: str, full: str
 ) -> None:
+    """As MeZO's code: all that is blank at the begin of a text, blanks alone at its end."""
     prompt = Prompt(template, ("bad", "good"))
     assert prompt.context({"text": "fine"}) == context
     assert prompt.candidates(Row({"text": "fine"}, 1, "0"))[1] == full
+
+
+def test_newlines_of_a_row_are_stripped_where_the_text_begins_alone() -> None:
+    """Behind demonstrations a row keeps them, as in MeZO's code; so does a masked prompt."""
+    row = Row({"text": " \n\tfine"}, 1, "0")
+    prompt = Prompt("{text} It was", ("bad", "good"))
+    assert prompt.context(row.fields) == "fine It was"
+    assert prompt.candidates(row)[1] == "fine It was good"
+    shown = replace(prompt, head="dull It was bad\n\n")
+    assert shown.context(row.fields) == "dull It was bad\n\n\n\tfine It was"
+    assert shown.candidates(row)[1] == "dull It was bad\n\n\n\tfine It was good"
+    assert Prompt("{text} {mask}", ("bad", "good")).candidates(row)[1] == "\n\tfine good"
 
 
 def test_braces_in_a_text_are_only_text() -> None:

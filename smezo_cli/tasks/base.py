@@ -51,24 +51,39 @@ class Prompt:
         option: of a choice task how an option is written behind the context; beside the fields it
             has places for `{option}`, its `{number}` from 1 and its `{letter}` from A.
         head: what stands before every context: demonstrations, and what parts them from it.
+        sfc: of a calibrated prompt the template of the domain-conditional prompt; see `base`.
     """
 
     template: str
     labels: tuple[str, ...] = ()
     option: str = "{option}"
     head: str = ""
+    sfc: str | None = None
 
     @property
     def is_masked(self) -> bool:
         """For masked language models."""
         return any(name == MASK for _, name, _ in places(self.template))
 
-    def context(self, fields: Mapping[str, str]) -> str:
-        """Fill in the template; blanks (not newlines) are stripped at both ends, as in MeZO.
+    @property
+    def base(self) -> "Prompt | None":
+        """The prompt whose scores are taken off those of this one; None where none are.
 
-        Of a masked prompt `fields` may hold the mask token as `mask`; else `{mask}` stays there.
+        It says of the row only what all rows of the domain have in common, so that its scores are
+        those which the candidates owe to their wording alone (surface form competition, Holtzman et
+        al., 2021, arXiv 2104.08315; MeZO's `--sfc`). No demonstrations stand before it.
         """
-        return self.head + fill(self.template, fields).strip(" ")
+        return None if self.sfc is None else BasePrompt(self.sfc, self.labels, self.option)
+
+    def context(self, fields: Mapping[str, str]) -> str:
+        """Fill in the template; blanks are stripped at both ends, and newlines where a text begins.
+
+        So MeZO does it: a newline at the end stays, and one behind demonstrations, too. Of a masked
+        prompt, where only blanks are stripped, `fields` may hold the mask token as `mask`; else
+        `{mask}` stays there.
+        """
+        text = fill(self.template, fields).strip(" ")
+        return self.head + text if self.head or self.is_masked else text.lstrip()
 
     def candidates(self, row: Row) -> tuple[str, ...]:
         """Context and candidate, for each candidate of the row; of generation the first answer.
@@ -88,6 +103,15 @@ class Prompt:
         ]
         blank = "" if context[-1:].isspace() else " "
         return tuple((context + blank + word).strip(" ") for word in words or self.labels)
+
+
+@dataclass(frozen=True)
+class BasePrompt(Prompt):
+    """A domain-conditional prompt; it may be empty, and show nothing of the row."""
+
+    def context(self, fields: Mapping[str, str]) -> str:
+        """Fill in the template; blanks alone are stripped at both ends, as in MeZO."""
+        return fill(self.template, fields).strip(" ")
 
 
 def option_fields(text: str, index: int) -> dict[str, str]:
@@ -279,6 +303,7 @@ def prompts_of(cfg: Mapping[str, Any], tables: Tables) -> tuple[Prompt, ...]:
                 node["template"],
                 _words(node["labels"]) if "labels" in node else (),
                 node.get("option", Prompt.option),
+                sfc=node.get("sfc"),
             )
             for node in _listed(cfg, key)
         ]
@@ -305,7 +330,7 @@ def prompts_of(cfg: Mapping[str, Any], tables: Tables) -> tuple[Prompt, ...]:
         like = listed[0] if listed else Prompt("")
         # A shell hands on \\n as two characters.
         template = str(choice).replace("\\n", "\n")
-        listed, masked = [replace(like, template=template)], []
+        listed, masked = [replace(like, template=template, sfc=None)], []
     if words is not None:
         if len(listed) > 1:
             raise UserError(
@@ -317,9 +342,22 @@ def prompts_of(cfg: Mapping[str, Any], tables: Tables) -> tuple[Prompt, ...]:
     if (option := cfg.get("option_template")) is not None:
         option = str(option).replace("\\n", "\n")
         listed = [replace(prompt, option=option) for prompt in listed]
-    for prompt in (*listed, *masked):
+    prompts = [_calibrated(prompt, cfg) for prompt in (*listed, *masked)]
+    for prompt in prompts:
         _check(prompt, tables, cfg["kind"])
-    return (*listed, *masked)
+    return tuple(prompts)
+
+
+def _calibrated(prompt: Prompt, cfg: Mapping[str, Any]) -> Prompt:
+    """The prompt with the domain-conditional prompt that `sfc` and `sfc_prompt` give it."""
+    if not cfg.get("sfc"):
+        return replace(prompt, sfc=None)
+    if (given := cfg.get("sfc_prompt")) is None:
+        return prompt
+    given = str(given).replace("\\n", "\n")
+    # The other prompts are for the other family of models, and are not asked.
+    is_alike = Prompt(given).is_masked == prompt.is_masked
+    return replace(prompt, sfc=given if is_alike else None)
 
 
 def _words(words: Any) -> tuple[str, ...]:
@@ -339,6 +377,9 @@ def _words(words: Any) -> tuple[str, ...]:
 
 
 def _check(prompt: Prompt, tables: Tables, kind: str) -> None:
+    if prompt.sfc is not None:
+        allowed = (*tables.fields, MASK) if prompt.is_masked else tables.fields
+        check_template(prompt.sfc, allowed, key="task.sfc_prompt", may_be_plain=True)
     if kind != "classification":
         check_template(prompt.template, tables.fields)
         if kind == "choice":

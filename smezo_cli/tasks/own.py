@@ -45,6 +45,9 @@ def read(cfg: Mapping[str, Any]) -> tuple[Tables, dict[str, Any]]:
     if cfg["kind"] == "choice" and cfg.get("option_template") is not None:
         templates.append(str(cfg["option_template"]))
     fields = columns.fields(templates)
+    if cfg.get("sfc_prompt") is not None:
+        more = columns.fields([str(cfg["sfc_prompt"])], ["task.sfc_prompt"])
+        fields = list(dict.fromkeys([*fields, *more]))
     rows = {}
     if cfg["kind"] == "classification":
         keys, cfg["labels"] = _labels(cfg["labels"])
@@ -211,6 +214,8 @@ def unlabelled(task: Mapping[str, Any], prompt: Prompt, data: str | Mapping[str,
     columns = _Columns({"columns": task.get("columns"), "options": options}, split)
     choice = task["kind"] == "choice"
     fields = columns.fields([prompt.template, prompt.option] if choice else [prompt.template])
+    if prompt.sfc is not None:
+        fields = list(dict.fromkeys([*fields, *columns.fields([prompt.sfc], ["task.sfc_prompt"])]))
     for name in columns.option_names if choice else ():
         columns.need(name, f"task.options={name}")
     texts = columns.texts(split.records, fields)
@@ -270,11 +275,15 @@ class _Columns:
             )
         return column
 
-    def fields(self, templates: Sequence[str]) -> list[str]:
+    def fields(
+        self,
+        templates: Sequence[str],
+        keys: Sequence[str] = ("task.prompt", "task.option_template"),
+    ) -> list[str]:
         """The fields that the templates show; all must be columns."""
         names: list[str] = []
         for number, template in enumerate(templates):
-            key = ("task.prompt", "task.option_template")[number]
+            key = keys[number]
             places = [p for p in (NUMBER, LETTER) if self.map.get(p, p) not in self.there]
             reserved = (OPTION, *places) if number else ()
             try:

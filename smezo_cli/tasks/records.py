@@ -11,8 +11,12 @@
     options       of choice: a list of paths, or one path with []
     option_spans  path of the text of which the options are {start, end} spans, the end included
     option_prefix regular expression of what stands before the text of each option
-    answers       of choice the texts of the right options; of generation the reference answers:
-                  a path, or a list of which the first with a text counts ("a b" joins two)
+    answers       of choice the texts of the right options, of which the first in the order of
+                  characters is trained on; of generation the reference answers: a path, or a list
+                  of which the first with a text counts ("a b" joins two)
+    answers_in    of generation, by split, the paths of the objects that `answers` lead into (where
+                  they do not start at the top of the record): a row has the answers of them all,
+                  and is a blank row that takes no number if one has several kinds, or all have none
     unlabelled    values of the label of rows without one, which are blank rows
     listed        further fields that list the options: {choices: "({letter}) {option}"}
     skip_blank    leave out rows with a blank text or nothing right, and say how many
@@ -21,6 +25,7 @@
 `line`, `encoding`; and its `labels` names for each split a file with one `label` a line.
 """
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -36,6 +41,14 @@ from smezo_cli.tasks.templates import fill
 
 class _BlankError(Exception):
     """A row that `skip_blank` leaves out; the text says why."""
+
+    takes_number = True  # it stands in the hub's copy, too
+
+
+class _NoAnswerError(_BlankError):
+    """A row without a clear answer, which the hub's copy lacks."""
+
+    takes_number = False
 
 
 def read(cfg: Mapping[str, Any], cache: Path) -> Tables:
@@ -197,11 +210,12 @@ def _rows(
                 number = count if nested else record.number
                 where = f"{record.where}, {place.where}" if place.where else record.where
                 try:
-                    rows.append(_row(place, layout, kind, f"{split}/{number}"))
+                    rows.append(_row(place, layout, kind, split, number))
                 except _BlankError as error:
                     if not layout.get("skip_blank"):
                         raise UserError(f"{where}: {error}.") from None
                     skipped += 1
+                    count -= not error.takes_number
                 except (NotThereError, ValueError) as error:
                     raise UserError(f"{where}: {error}.") from error
         except NotThereError as error:
@@ -209,9 +223,9 @@ def _rows(
     return rows, skipped
 
 
-def _row(place: Place, layout: Mapping[str, Any], kind: str, identity: str) -> Row:
+def _row(place: Place, layout: Mapping[str, Any], kind: str, split: str, number: int) -> Row:
     """One row; ValueError or NotThereError for what is missing or malformed."""
-    texts = {}
+    texts, identity = {}, f"{split}/{number}"
     for name, path in _fields(layout).items():
         value = value_at(place, path)
         if not isinstance(value, str):
@@ -227,7 +241,7 @@ def _row(place: Place, layout: Mapping[str, Any], kind: str, identity: str) -> R
             value = meanings[value]
         texts[name] = value
     if kind == "generation":
-        return Row(texts, 0, identity, answers=_answers(place, layout))
+        return Row(texts, 0, identity, answers=_references(place, layout, split))
     if kind == "classification":
         return Row(texts, _label(place, layout), identity)
     options = _options(place, layout)
@@ -235,7 +249,8 @@ def _row(place: Place, layout: Mapping[str, Any], kind: str, identity: str) -> R
         parts = [fill(template, option_fields(text, k)) for k, text in enumerate(options)]
         texts[name] = " ".join(parts)
     if "answers" in layout:
-        answers = _answers(place, layout)
+        # Files have them in the order in which people gave them, the hub's copy of ReCoRD so.
+        answers = sorted(_answers(place, layout["answers"]))
         right = [options.index(answer) for answer in answers if answer in options]
         if not right:
             raise _BlankError(f"none of the answers ({', '.join(answers)}) is an option")
@@ -284,23 +299,52 @@ def _options(place: Place, layout: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(options)) if "answers" in layout else options
 
 
-def _answers(place: Place, layout: Mapping[str, Any]) -> tuple[str, ...]:
-    paths = layout["answers"]
-    for path in [paths] if isinstance(paths, str) else paths:
+def _references(place: Place, layout: Mapping[str, Any], split: str) -> tuple[str, ...]:
+    """Reference answers of a generation row, each once; the first is trained on."""
+    if "answers_in" not in layout:
+        return _answers(place, layout["answers"])
+    found: dict[str, None] = {}
+    for path in layout["answers_in"][split]:
         try:
-            found = [value_at(place, part) for part in path.split(" ")]
+            objects = value_at(place, path)
         except NotThereError:
-            if isinstance(paths, str):
-                raise
-            continue  # the next path may lead somewhere
-        if len(found) > 1:
-            values = [" ".join(str(text) for text in found if text)]
-        else:
-            values = found[0] if isinstance(found[0], list) else [found[0]]
-        texts = tuple(text for text in _texts(values, "an answer", blank=True) if text.strip())
-        if texts:
-            return texts
-    raise _BlankError(f"there is no answer in {paths if isinstance(paths, str) else paths[0]!r}")
+            continue
+        for one in objects if isinstance(objects, list) else [objects]:
+            kinds = list(_kinds(Place((), (one,), ""), layout["answers"]))
+            if len(kinds) > 1:
+                several = ", ".join(repr(text) for texts in kinds for text in texts)
+                raise _NoAnswerError(f"one answer is of several kinds ({several})")
+            found |= dict.fromkeys(text for texts in kinds for text in texts)
+    if not found:
+        raise _NoAnswerError(f"there is no answer in {' or '.join(layout['answers_in'][split])}")
+    return tuple(found)
+
+
+def _answers(place: Place, paths: str | list[str]) -> tuple[str, ...]:
+    texts = _texts_at(place, paths) if isinstance(paths, str) else next(_kinds(place, paths), ())
+    if not texts:
+        raise _BlankError(
+            f"there is no answer in {paths if isinstance(paths, str) else paths[0]!r}"
+        )
+    return texts
+
+
+def _kinds(place: Place, paths: list[str]) -> Iterator[tuple[str, ...]]:
+    """What the paths that lead to a text lead to."""
+    for path in paths:
+        with contextlib.suppress(NotThereError):  # the next path may lead somewhere
+            if texts := _texts_at(place, path):
+                yield texts
+
+
+def _texts_at(place: Place, path: str) -> tuple[str, ...]:
+    """The texts of a path that are not blank; of several paths with a blank between, one text."""
+    found = [value_at(place, part) for part in path.split(" ")]
+    if len(found) > 1:
+        values = [" ".join(str(text) for text in found if text)]
+    else:
+        values = found[0] if isinstance(found[0], list) else [found[0]]
+    return tuple(text for text in _texts(values, "an answer", blank=True) if text.strip())
 
 
 def _texts(values: Any, what: str, *, blank: bool = False) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ def _lower_first(text: str) -> str:
 # Each gets the text and all fields of the row.
 FILTERS: dict[str, Callable[[str, Mapping[str, str]], str]] = {
     "strip": lambda text, _: text.strip(),
+    "rstrip": lambda text, _: text.rstrip(),
     "lower": lambda text, _: text.lower(),
     "question": lambda text, _: _question(text),  # is it so -> Is it so?
     "no_period": lambda text, _: text.removesuffix("."),
@@ -81,8 +82,11 @@ def check_template(
     *,
     key: str = "task.prompt",
     needed: Sequence[str] = (),
+    may_be_plain: bool = False,
 ) -> None:
     """Refuse a template that does not fit the rows; of `needed` it must show a field at least.
+
+    With `may_be_plain` it need not show any.
 
     Raises:
         UserError: naming the template, the field or filter, and what there is.
@@ -114,7 +118,7 @@ def check_template(
                 )
     if sum(name == MASK for name, _ in used) > 1:
         raise UserError(f"{shown}: {{mask}} stands there more than once; one is allowed.")
-    if not any(name != MASK for name, _ in used):
+    if not may_be_plain and not any(name != MASK for name, _ in used):
         raise UserError(f"{shown} shows nothing of a row; use {names}.")
     if needed and not any(name in needed or "with_option" in filters for name, filters in used):
         raise UserError(f"{shown} does not show the {needed[0]}; use {{{needed[0]}}}.")
