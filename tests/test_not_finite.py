@@ -120,15 +120,11 @@ def test_a_run_stops_at_a_score_that_is_not_finite(
     words += [] if method in FROZEN else STEPS
     if method == "icl":
         words.append("method.num_demonstrations=1")
-    if method == "linear_probe":
-        words.append("zero_shot=false")  # else dev is scored before
     assert train(tmp_path, words) == 2
     error = capsys.readouterr().err
     if "loss nan" in error:  # of a training row: dev was not looked at yet
         assert split == "dev"
         assert method not in FROZEN
-    elif method == "linear_probe" and split == "dev":  # it is fitted on training rows before
-        assert error.startswith("smezo: the hidden state of row train/")
     else:
         row = "test/2" if split == "test" else "train/"  # named after its file
         assert f"{split} loss is not finite" in error
@@ -154,12 +150,30 @@ def test_training_that_diverges_names_the_row_and_the_last_good_step(
     assert (result["status"], result["step"]) == ("diverged", 1)
 
 
+def scorer_of() -> Scorer:
+    node = check(compose(["model=tiny-llama", "task=toy", "method=zero_shot"])).model
+    return Scorer(*load_model(node, dtype=torch.float32, device="cpu", cache=Path(".")))
+
+
+def test_a_hidden_state_that_is_not_finite_is_named_by_its_row() -> None:
+    """The features of a linear probe, one row of three."""
+    scorer = scorer_of()
+    rows = [Row({"text": text}, k % 2, f"id{k}") for k, text in enumerate(["ok", BAD, "good"])]
+    prompt = Prompt("{text}. It was", ("terrible", "great"))
+    batch = encode(rows, prompt, scorer.tokenizer, 99)
+    assert scorer.features_of(batch).isfinite().all()
+    (token,) = scorer.tokenizer(BAD, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        next(scorer.model.parameters())[token] = NAN
+    with pytest.raises(NonFiniteScore, match="the hidden state of row id1 is not finite"):
+        scorer.features_of(batch)
+
+
 @pytest.mark.parametrize("objective", ["accuracy", "f1"])
 def test_an_objective_over_scores_that_are_not_finite_stops_the_step(objective: str) -> None:
     """The most probable of NaN is no answer, right or wrong: the weights stay as they were."""
-    node = check(compose(["model=tiny-llama", "task=toy", "method=zero_shot"])).model
-    model, tokenizer = load_model(node, dtype=torch.float32, device="cpu", cache=Path("."))
-    scorer = Scorer(model, tokenizer)
+    scorer = scorer_of()
+    model, tokenizer = scorer.model, scorer.tokenizer
     kind = "generation" if objective == "f1" else "classification"
     labels = () if kind == "generation" else ("terrible", "great")
     answers = ("ok",) if kind == "generation" else ()
@@ -167,7 +181,7 @@ def test_an_objective_over_scores_that_are_not_finite_stops_the_step(objective: 
     batch = encode(rows, Prompt("{text}. It was", labels), tokenizer, 99, kind, 3)
     assert scorer.objective(batch, objective).isfinite()
     with torch.no_grad():
-        model.get_input_embeddings().weight[:] = NAN
+        next(model.parameters())[:] = NAN
     opt = MeZO(model, lr=1e-3, eps=1e-3, check=False, backend="eager")
     before = [p.clone() for p in model.parameters()]
     assert scorer.objective(batch, objective).isnan()
