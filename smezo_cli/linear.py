@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from smezo_cli import openmp
 
-_ROWS = (1, 16, 64)  # of the inputs that a proof multiplies
+_ROWS = (1, 16, 64)  # of the inputs that a proof multiplies,
+_MOST = 1 << 20  # but for those that give more numbers, lest a proof be the peak of a run's memory
 # Allowed between oneDNN's sum of K products and torch's, times |x| |w| (and the bias): rounding
 # errors of sums in another order grow as sqrt(K) 2^-24; 60 times what was measured is no part left
 # out, which is off by |x| |w| / sqrt(K).
@@ -143,6 +144,8 @@ def _is_right(weight: Tensor, bias: Tensor | None) -> bool:
     generator = torch.Generator().manual_seed(0)
     size = math.sqrt(weight.shape[1]) * weight.norm(dim=1)
     for rows in _ROWS:
+        if rows > max(1, _MOST // weight.shape[0]):
+            break
         x = torch.randn(rows, weight.shape[1], generator=generator, dtype=weight.dtype)
         # What is left out is then not a number, rather than what happened to lie there.
         torch.full((rows, weight.shape[0]), math.nan, dtype=weight.dtype)

@@ -337,7 +337,7 @@ class _Run:
             return
         start = time.perf_counter()
         self.console.say(f"  hidden states of {len(self.train)} training rows, then the fit")
-        part = self._part(self.train, "train")
+        part, self._split = self._part(self.train, "train"), ""
         states = features(scorer, self.train, self._stopped, part)
         self.stop.patient = False  # nothing of a fit is kept before it is there
         labels = torch.tensor([c.label for c in self.train])
@@ -1096,13 +1096,13 @@ class _Run:
         best, step = self.state.best_step, self.state.step
         what, is_score = str(error), isinstance(error, NonFiniteScore)
         if is_score and self._split:
-            what = f"on {self._split} {what}"
+            at = f" at step {step}" if step else ""
+            what = f"{self._split} loss is not finite{at}: {what}"
         # Of the tested weights the dev scores were finite: it is the row that is another.
         if is_score and (not step or self._split == "test"):
             return f"{what}; {self.job.why_not_finite()}."
         if not step and (why := self.job.spoilt_weight()):
             return f"{what}; {why}."
-        what += f" at step {step}" if is_score else ""
         good = (
             f"the last good checkpoint is step {best}"
             if best is not None

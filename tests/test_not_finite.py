@@ -125,11 +125,10 @@ def test_a_run_stops_at_a_score_that_is_not_finite(
     if "loss nan" in error:  # of a training row: dev was not looked at yet
         assert split == "dev"
         assert method not in FROZEN
-    elif method == "linear_probe" and split == "dev":  # it is fitted on training rows before
-        assert "the hidden state of row train/" in error or "on dev the scores of row" in error
     else:
         row = "test/2" if split == "test" else "train/"  # named after its file
-        assert f"on {split} the scores of row {row}" in error
+        assert f"{split} loss is not finite" in error
+        assert f": the scores of row {row}" in error
         assert "nan" in error
     assert "holds numbers that are not finite" in error
     result = check_files(tmp_path / "runs")
@@ -144,19 +143,37 @@ def test_training_that_diverges_names_the_row_and_the_last_good_step(
     words = [*data_of(tmp_path, "classification", "none"), "method=mezo", *STEPS]
     assert train(tmp_path, [*words, "lr=1e38", "lr_schedule=constant"]) == 2
     error = capsys.readouterr().err
-    assert "on dev the scores of row train/" in error
-    assert " at step 1; no checkpoint was good in " in error
+    assert "dev loss is not finite at step 1: the scores of row train/" in error
+    assert "; no checkpoint was good in " in error
     assert "lr=1e+38 is too large here: lower it" in error
     result = check_files(tmp_path / "runs")
     assert (result["status"], result["step"]) == ("diverged", 1)
 
 
+def scorer_of() -> Scorer:
+    node = check(compose(["model=tiny-llama", "task=toy", "method=zero_shot"])).model
+    return Scorer(*load_model(node, dtype=torch.float32, device="cpu", cache=Path(".")))
+
+
+def test_a_hidden_state_that_is_not_finite_is_named_by_its_row() -> None:
+    """The features of a linear probe, one row of three."""
+    scorer = scorer_of()
+    rows = [Row({"text": text}, k % 2, f"id{k}") for k, text in enumerate(["ok", BAD, "good"])]
+    prompt = Prompt("{text}. It was", ("terrible", "great"))
+    batch = encode(rows, prompt, scorer.tokenizer, 99)
+    assert scorer.features_of(batch).isfinite().all()
+    (token,) = scorer.tokenizer(BAD, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        next(scorer.model.parameters())[token] = NAN
+    with pytest.raises(NonFiniteScore, match="the hidden state of row id1 is not finite"):
+        scorer.features_of(batch)
+
+
 @pytest.mark.parametrize("objective", ["accuracy", "f1"])
 def test_an_objective_over_scores_that_are_not_finite_stops_the_step(objective: str) -> None:
     """The most probable of NaN is no answer, right or wrong: the weights stay as they were."""
-    node = check(compose(["model=tiny-llama", "task=toy", "method=zero_shot"])).model
-    model, tokenizer = load_model(node, dtype=torch.float32, device="cpu", cache=Path("."))
-    scorer = Scorer(model, tokenizer)
+    scorer = scorer_of()
+    model, tokenizer = scorer.model, scorer.tokenizer
     kind = "generation" if objective == "f1" else "classification"
     labels = () if kind == "generation" else ("terrible", "great")
     answers = ("ok",) if kind == "generation" else ()
@@ -164,7 +181,7 @@ def test_an_objective_over_scores_that_are_not_finite_stops_the_step(objective: 
     batch = encode(rows, Prompt("{text}. It was", labels), tokenizer, 99, kind, 3)
     assert scorer.objective(batch, objective).isfinite()
     with torch.no_grad():
-        model.get_input_embeddings().weight[:] = NAN
+        next(model.parameters())[:] = NAN
     opt = MeZO(model, lr=1e-3, eps=1e-3, check=False, backend="eager")
     before = [p.clone() for p in model.parameters()]
     assert scorer.objective(batch, objective).isnan()
