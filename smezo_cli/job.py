@@ -5,6 +5,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from fnmatch import filter as matching
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from smezo_cli.batching import Found, measure, pick
 from smezo_cli.config import build, target_of
 from smezo_cli.errors import UserError
 from smezo_cli.linear import use_onednn
+from smezo_cli.modalities import freeze_unread
 from smezo_cli.model import check_quantization, load_model, num_weights, quiet
 from smezo_cli.passes import NoCompiler
 from smezo_cli.scoring import Candidates, Scorer, encode
@@ -83,6 +85,8 @@ class Job:
         if (node := settings.method.get("adapter")) is not None:
             self._of_base = self.fingerprint()
             self.adapter = attach(self.model, node, settings.seed)
+        #: modules that text never reads, which are frozen; of a model with an adapter all is
+        self.unread = [] if self.adapter is not None else freeze_unread(self.model)
         self._head = ""  # before the context of every row: demonstrations
         if compute == self.dtype:
             use_onednn(self.model, warn)
@@ -98,6 +102,8 @@ class Job:
         if settings.model["family"] == "causal" and (ends := appended(self.tokenizer)):
             words = " ".join(self.tokenizer.convert_ids_to_tokens(ends))
             say(f"  tokenizer  puts {words} behind a text: left out, for the model goes on there")
+        if self.unread:
+            say(f"  frozen  {', '.join(self.unread)}: text never reads them")
 
     @property
     def device_map(self) -> dict[str, str] | None:
@@ -147,10 +153,28 @@ class Job:
                 "compile; leave compile out."
             )
         try:
-            method: Method = build(s.method, "method", **runtime)
+            method: Method = build(self._without_unread(), "method", **runtime)
         except NoCompiler as error:
             raise UserError(f"compile=true: {error}; mend that or leave compile out.") from error
         return method
+
+    def _without_unread(self) -> Mapping[str, Any]:
+        """The method's node, without globs for what is frozen already because text never reads it.
+
+        Globs that match nothing stay, to be refused.
+        """
+        node = self.settings.method
+        if not self.unread or "freeze" not in node:
+            return node
+        named = [(name, p.requires_grad) for name, p in self.model.named_parameters()]
+        trained = [name for name, is_trained in named if is_trained]
+        unread = [
+            name
+            for name, _ in named
+            if any(name == part or name.startswith(f"{part}.") for part in self.unread)
+        ]
+        kept = [g for g in node["freeze"] if matching(trained, g) or not matching(unread, g)]
+        return {**node, "freeze": kept}
 
     def build_frozen(self) -> "ZeroShot | InContext | LinearProbe":
         """The method, where it takes no steps.

@@ -1031,6 +1031,8 @@ class _Run:
             "test_rows": notes.get("rows", {}).get("test"),
             "sparsity": {"requested": s.sparsity, **sparsities},
             "num_trained": notes.get("num_trained"),
+            # Of a model that also takes images or sound.
+            "frozen_unread": (self.job.unread or None) if hasattr(self, "job") else None,
             "lr": s.lr,
             "lr_schedule": s.lr_schedule,
             "warmup_steps": s.warmup_steps,

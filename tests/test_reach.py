@@ -1,7 +1,10 @@
 """The self-check: what users write is accepted where probes are right, and named where not."""
 
 import copy
+import json
+import shlex
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Mamba2Config,
+    MambaConfig,
+)
+from transformers.models.llama.modeling_llama import LlamaMLP
 
+from smezo_cli import train
+from smezo_cli.config import compose
+from smezo_cli.errors import UserError
 from smezo_cli.methods.mezo import MeZO
 from smezo_cli.reach import Losses, Rounding, Unreached, globs_of, is_reached
 from smezo_cli.zo import Closure
@@ -541,3 +554,97 @@ def test_globs_match_these_names_alone(
     names: list[str], others: list[str], globs: list[str]
 ) -> None:
     assert globs_of(names, [*names, *others]) == globs
+
+
+# --------------------------------------------------------------------------------- of models
+
+STATES = {
+    "mamba": lambda: MambaConfig(
+        vocab_size=67, hidden_size=16, state_size=4, num_hidden_layers=2, pad_token_id=0
+    ),
+    "mamba2": lambda: Mamba2Config(
+        **{"vocab_size": 67, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 2},
+        **{"num_heads": 4, "head_dim": 8, "n_groups": 2, "chunk_size": 4, "pad_token_id": 0},
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # that the fast kernels are not installed
+@pytest.mark.parametrize("name", STATES)
+@pytest.mark.usefixtures("one_thread")
+def test_the_convolution_that_a_mixer_reads_is_moved_with_the_mixer(name: str) -> None:
+    """Mamba's conv1d and dt_proj: every weight moves the loss as in the textbook."""
+    model = seeded(lambda: AutoModelForCausalLM.from_config(STATES[name]()).eval())
+
+    def make(m: nn.Module) -> Closure:
+        return lambda: F.cross_entropy(m(input_ids=IDS, use_cache=False).logits[:, -1], IDS[:, 0])
+
+    wanted = textbook(model, make)
+    opt = mezo(model)
+    opt.self_check(make(model))
+    assert len(opt.trained) == len(list(model.parameters()))
+    (got,) = opt.step(make(model)).projected_grad
+    assert got == pytest.approx(wanted, rel=1e-2, abs=1e-3)
+
+
+def run(tmp_path: Path, *words: str) -> dict[str, Any]:
+    few = ["task.num_train=8", "task.num_dev=4", "task.num_test=4", "task.prompt=0", "lr=1e-4"]
+    short = ["steps=4", "batch_size=4", "eval_every=2", "device=cpu", f"runs_dir={tmp_path}"]
+    return train.run(compose(["task=toy", "model=tiny-llama", *few, *short, *words]))
+
+
+def by_itself(self: Any, x: Tensor) -> Tensor:
+    """A layer that multiplies by the weight of another in place of calling it."""
+    found: Tensor = F.linear(
+        self.act_fn(self.gate_proj(x)) * self.up_proj(x), self.down_proj.weight
+    )
+    return found
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_names_what_is_not_reached_before_it_scores_with_the_words_that_let_it_go(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(LlamaMLP, "forward", by_itself)
+    with pytest.raises(UserError) as caught:
+        run(tmp_path, "method=sparse_mezo", "method.freeze=[model.norm*]")
+    assert "zero-shot" not in capsys.readouterr().out
+    message = str(caught.value)
+    assert message.startswith("method: functional probes do not reach model.layers.0.mlp.down_proj")
+    (word,) = (w for w in shlex.split(message.replace(", or use", " ")) if "method.freeze" in w)
+    assert word == 'method.freeze=["model.norm*","*.down_proj.weight"]'
+    assert run(tmp_path, "method=sparse_mezo", word)["status"] == "done"
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_checks_again_at_its_first_dev_evaluation(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A path that is first taken after a step does not spoil a run in silence."""
+    step = MeZO.step
+
+    def then_another_path(self: MeZO, closure: Closure) -> Any:
+        record = step(self, closure)
+        monkeypatch.setattr(LlamaMLP, "forward", by_itself)
+        return record
+
+    monkeypatch.setattr(MeZO, "step", then_another_path)
+    with pytest.raises(
+        UserError, match=r"do not reach .*down_proj.*freeze them by 'method\.freeze="
+    ):
+        run(tmp_path, "method=mezo")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_counts_the_probes_that_moved_nothing(tmp_path: Path) -> None:
+    """Of an accuracy that is a step function they are no error."""
+    result = run(tmp_path, "method=mezo", "method.objective=accuracy")
+    (file,) = tmp_path.rglob("metrics.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    gradients = [line["projected_grad"] for line in lines if "projected_grad" in line]
+    assert result["watch"]["unmoved"] == gradients.count([0.0]) > 0
+    assert [line.get("unmoved", 0) for line in lines if "projected_grad" in line] == [
+        int(g == [0.0]) for g in gradients
+    ]
+    (console,) = tmp_path.rglob("console.log")
+    assert f"unmoved        {result['watch']['unmoved']} of 4 probes" in console.read_text()
