@@ -315,7 +315,6 @@ def evaluate(words: Sequence[str]) -> int:
         from smezo_cli.job import Job
         from smezo_cli.log import Console
         from smezo_cli.loop import evaluate as evaluate_rows
-        from smezo_cli.tasks.base import fingerprint
 
         device = choose_device(settings.device, settings.model["device_map"])
         if given.overrides and given.out is None:
@@ -330,13 +329,14 @@ def evaluate(words: Sequence[str]) -> int:
         job = Job(settings, device, console.say)
         _check_model(state, job, given.overrides, given.run)
         step = 0 if given.base else _trained(folder, state, job, given.step, console.say)
-        rows = getattr(job.task, given.split)
         same_task = not any(word.startswith("task.") for word in given.overrides)
-        if same_task and state.notes["rows"][given.split] != fingerprint(rows):
+        known = {given.split: state.notes["rows"][given.split]}
+        if same_task and job.differing_rows(known):
             raise UserError(
                 f"the {given.split} rows are not those that {given.run} was trained with: the data "
                 "has changed since; put it back, or say which to use (such as task.data=FILE)."
             )
+        rows = getattr(job.task, given.split)
         encoded = _encoded(job, rows, _prompt(state), given.run)
         bar = console.bar(given.split, len(rows))
         with job.as_it_came() if given.base else contextlib.nullcontext():
@@ -618,7 +618,6 @@ def _replay(
     from smezo_cli.log import Console
     from smezo_cli.loop import evaluate as evaluate_rows
     from smezo_cli.runs import tensors_digest
-    from smezo_cli.tasks.base import fingerprint
     from smezo_cli.trajectory import replay as apply
 
     console = Console()
@@ -640,13 +639,14 @@ def _replay(
         console.say(f"  {given.out}: {_shown_bytes(size)}")
     if given.split == "none":
         return same
-    rows = getattr(job.task, given.split)
     same_task = not any(word.startswith("task.") for word in given.overrides)
-    if same_task and records.header.get("rows", {}).get(given.split) != fingerprint(rows):
+    of_run = {given.split: records.header.get("rows", {}).get(given.split, "")}
+    if same_task and job.differing_rows(of_run):
         raise UserError(
             f"the {given.split} rows are not those of {given.source}: the data has changed since; "
             "put it back, say which to use (such as task.data=FILE), or add --split none."
         )
+    rows = getattr(job.task, given.split)
     encoded, bar = _encoded(job, rows, prompt, given.source), console.bar(given.split, len(rows))
     figures = (scored := evaluate_rows(job.scorer, encoded, bar, lambda: False)).figures()
     recorded = known[given.split] if step == known["step"] and same_task else None

@@ -379,8 +379,8 @@ class _Run:
 
     def _zero_shot(self) -> None:
         """The model as it comes: choose the prompt and fit label offsets on dev, score the test."""
-        notes, task = self.state.notes, self.job.task
         self._check_data()
+        notes, task = self.state.notes, self.job.task
         if "prompt" not in notes:
             frozen = is_frozen(self.settings.method)
             if self.settings.zero_shot:
@@ -457,14 +457,15 @@ class _Run:
         """A run goes on only with the rows that it began with."""
         from smezo_cli.tasks.base import fingerprint
 
-        notes, task = self.state.notes, self.job.task
-        rows = {name: fingerprint(getattr(task, name)) for name in ("train", "dev", "test")}
-        changed = [name for name, was in notes.get("rows", rows).items() if was != rows[name]]
-        if changed:
+        notes = self.state.notes
+        # Other ranks have read their rows already.
+        alone = self.team is None
+        if changed := self.job.differing_rows(notes.get("rows", {}), may_renumber=alone):
             raise UserError(
                 f"the {' and '.join(changed)} rows are not those that {self.folder.path} began "
                 "with: put the data back, or start over with if_exists=fresh."
             )
+        rows = {n: fingerprint(getattr(self.job.task, n)) for n in ("train", "dev", "test")}
         model = self.job.fingerprint()
         if notes.get("model", model) != model:
             raise UserError(

@@ -102,6 +102,49 @@ def log_probabilities(folder: Path, scores: torch.Tensor) -> list[list[float]]:
     return (found.log_softmax(1) if kind_of(folder) == "classification" else found).tolist()
 
 
+def test_a_run_whose_rows_were_numbered_by_line_keeps_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped by an earlier version it goes on, and is evaluated and replayed, on its own rows."""
+    from smezo_cli import loop
+    from smezo_cli.tasks import own
+
+    monkeypatch.chdir(tmp_path)
+    table, words, _ = KINDS["classification"]
+    Path("my.csv").write_text(table)
+    line = f"train task=classification task.data=my.csv {words} {COUNTS} model=tiny-llama"
+    line += " method=mezo steps=4 eval_every=2 batch_size=4 device=cpu"
+    with monkeypatch.context() as before:
+        read = own.read
+        before.setattr(own, "read", lambda cfg, by_line: read(cfg, by_line=True))
+        smezo(*shlex.split(line))
+        whole = result_of(next(Path("runs/default").iterdir()))
+        shutil.rmtree("runs")
+        real, looked = loop.evaluate, []
+
+        def stopping(*given: Any) -> Any:
+            looked.append(given)
+            if len(looked) > 3:  # dev and test zero-shot, dev at step 2
+                raise KeyboardInterrupt
+            return real(*given)
+
+        before.setattr(loop, "evaluate", stopping)
+        assert main(shlex.split(line)) == 130
+    (folder,) = Path("runs/default").iterdir()
+    capsys.readouterr()
+    smezo(*shlex.split(line))
+    assert "numbered by line" in capsys.readouterr().out
+    done = result_of(folder)
+    for key in ("test", "train_rows", "test_rows", "weights"):
+        assert done[key] == whole[key]
+    smezo("eval", folder)
+    assert f"test accuracy {done['test']['accuracy']:.4f}" in capsys.readouterr().out
+    smezo("replay", folder)
+    assert "the same as the run's\n" in capsys.readouterr().out
+    smezo(*shlex.split(line), "if_exists=fresh")
+    assert result_of(folder)["test_rows"] != done["test_rows"]
+
+
 def test_eval_repeats_the_test_of_the_training_bit_for_bit(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,12 +92,36 @@ def test_byte_order_mark_crlf_and_blank_lines_do_no_harm(tmp_path: Path) -> None
     data = b'\xef\xbb\xbftext,label\r\n"a\r\nb",0\r\n\r\nc,1\r\nd,1\r\n'
     (tmp_path / "a.csv").write_bytes(data)
     got = rows(classify(tmp_path / "a.csv"))
-    # Ids are the lines on which the rows begin.
     assert [(row.id, row.fields["text"]) for row in got] == [
-        ("train/2", "a\r\nb"),
-        ("train/5", "c"),
-        ("train/6", "d"),
+        ("train/1", "a\r\nb"),
+        ("train/2", "c"),
+        ("train/3", "d"),
     ]
+
+
+def test_the_same_rows_are_cut_alike_in_every_format(
+    tmp_path: Path, online: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are numbered from 1, whatever the format, its header, blank lines and line breaks."""
+    import datasets
+
+    many = [{"text": f"{TEXTS[i % 8]} {i}", "label": i % 2} for i in range(60)]
+    tasks = [classify(write(tmp_path / f"a.{suffix}", many)) for suffix in FORMATS]
+    for suffix in ("csv", "tsv", "jsonl"):
+        plain = (tmp_path / f"a.{suffix}").read_text().replace("two\nlines", "two lines")
+        spread = tmp_path / f"b.{suffix}"
+        spread.write_text("\n" + plain.replace("\n", "\n\n"))
+        tasks.append(classify(spread))
+        for split in ("train", "dev", "test"):
+            assert [row.id for row in getattr(tasks[-1], split)] == [
+                row.id for row in getattr(tasks[0], split)
+            ]
+        del tasks[-1]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(many))
+    tasks.append(classify("me/films"))
+    assert [len(tasks[0].train), len(tasks[0].dev), len(tasks[0].test)] == [42, 6, 12]
+    for task in tasks:
+        assert (task.train, task.dev, task.test) == (tasks[0].train, tasks[0].dev, tasks[0].test)
 
 
 def test_the_settings_of_a_command_line_are_read(tmp_path: Path) -> None:

@@ -23,13 +23,19 @@ class Record(NamedTuple):
 
     Attributes:
         where: its place for messages: "FILE, line 3".
-        number: its line (of Parquet and JSON lists its row) from 1.
+        number: which record of its file it is, from 1; the same in every format.
         value: what stands there; a mapping in all files but JSON and JSON lines.
+        line: where it begins: its line, or in a JSON list and Parquet its row, from 1; 0 where it
+            has none.
     """
 
     where: str
     number: int
     value: Any
+    line: int = 0
+
+
+_Found = tuple[str, int, Any]  # a record's place, its line or row, and its value
 
 
 def sha256_of(*paths: Path) -> str:
@@ -87,17 +93,16 @@ def read_file(
                 f"{path}: files of this kind are not read; give a {', '.join(SUFFIXES[:-1])} or "
                 f"{SUFFIXES[-1]} file."
             )
-        empty = True
-        for record in records:
-            empty = False
-            yield record
+        number = 0
+        for number, (where, begins, value) in enumerate(records, start=1):
+            yield Record(where, number, value, begins)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
-    if empty:
+    if not number:
         raise UserError(f"{path} has no rows.")
 
 
-def _jsonl(path: Path) -> Iterator[Record]:
+def _jsonl(path: Path) -> Iterator[_Found]:
     # By bytes: a text may hold characters that str.splitlines() takes for line ends.
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -108,7 +113,7 @@ def _jsonl(path: Path) -> Iterator[Record]:
                 except (ValueError, RecursionError) as error:
                     raise UserError(f"{where}: not JSON in UTF-8 ({error}).") from error
                 _check_characters(line, value, where)
-                yield Record(where, number, value)
+                yield where, number, value
 
 
 def lines_of(path: Path, encoding: str = "utf-8-sig") -> list[str]:
@@ -128,7 +133,7 @@ def lines_of(path: Path, encoding: str = "utf-8-sig") -> list[str]:
     return lines if lines[-1] else lines[:-1]
 
 
-def _parsed(path: Path, pattern: re.Pattern[str], encoding: str) -> Iterator[Record]:
+def _parsed(path: Path, pattern: re.Pattern[str], encoding: str) -> Iterator[_Found]:
     for number, line in enumerate(lines_of(path, encoding), start=1):
         if line.strip():
             where = f"{path}, line {number}"
@@ -136,10 +141,10 @@ def _parsed(path: Path, pattern: re.Pattern[str], encoding: str) -> Iterator[Rec
                 raise UserError(
                     f"{where}: {line[:80]!r} is not of the form of such a file, {pattern.pattern}."
                 )
-            yield Record(where, number, match.groupdict())
+            yield where, number, match.groupdict()
 
 
-def _trees(path: Path) -> Iterator[Record]:
+def _trees(path: Path) -> Iterator[_Found]:
     for number, line in enumerate(lines_of(path), start=1):
         if line.strip():
             where = f"{path}, line {number}"
@@ -150,10 +155,10 @@ def _trees(path: Path) -> Iterator[Record]:
                     f"{where}: {line[:80]!r} is no tree such as (3 (2 A) (4 film)), with a label "
                     "behind each bracket."
                 )
-            yield Record(where, number, {"label": root[1], "text": " ".join(words)})
+            yield where, number, {"label": root[1], "text": " ".join(words)}
 
 
-def _json(path: Path) -> Iterator[Record]:
+def _json(path: Path) -> Iterator[_Found]:
     data = path.read_bytes()
     if not data.strip():
         return
@@ -171,10 +176,10 @@ def _json(path: Path) -> Iterator[Record]:
         raise UserError(f"{path}: not JSON in UTF-8 ({error}).") from error
     _check_characters(data, value, str(path))
     if not isinstance(value, list):
-        yield Record(str(path), 1, value)
+        yield str(path), 1, value
         return
     for number, element in enumerate(value, start=1):
-        yield Record(f"{path}, row {number}", number, element)
+        yield f"{path}, row {number}", number, element
 
 
 def _check_characters(data: bytes, value: Any, where: str) -> None:
@@ -188,7 +193,7 @@ def _check_characters(data: bytes, value: Any, where: str) -> None:
             ) from error
 
 
-def _table(path: Path, delimiter: str, quotes: bool) -> Iterator[Record]:
+def _table(path: Path, delimiter: str, quotes: bool) -> Iterator[_Found]:
     data = path.read_bytes()
     try:
         text = data.decode("utf-8-sig")
@@ -221,7 +226,7 @@ def _table(path: Path, delimiter: str, quotes: bool) -> Iterator[Record]:
                     f"({', '.join(columns)}); a cell that holds a "
                     f"{'comma' if delimiter == ',' else 'tab'} needs quotes."
                 )
-            yield Record(where, number, dict(zip(columns, cells, strict=True)))
+            yield where, number, dict(zip(columns, cells, strict=True))
     except csv.Error as error:
         raise UserError(
             f"{path}, line {line}: {error}; a quoted cell ends with a quote, and a quote in it is "
@@ -243,7 +248,7 @@ def _header(cells: list[str], where: str) -> list[str]:
     return columns
 
 
-def _parquet(path: Path) -> Iterator[Record]:
+def _parquet(path: Path) -> Iterator[_Found]:
     import pyarrow  # type: ignore[import-untyped]  # the library ships no types
     from pyarrow import parquet
 
@@ -263,7 +268,7 @@ def _parquet(path: Path) -> Iterator[Record]:
                     raise UserError(_unpacks(path, most))
                 for value in batch.to_pylist():
                     number += 1
-                    yield Record(f"{path}, row {number}", number, value)
+                    yield f"{path}, row {number}", number, value
     except UserError:
         raise
     # Arrow's own, and what Python makes of a cell: a day beyond the calendar, bytes for text.

@@ -31,8 +31,16 @@ def _uncollected() -> Iterator[None]:
 
 
 @_uncollected()
-def load_task(cfg: Mapping[str, Any], *, data_seed: int, cache: Path) -> Task:
+def load_task(
+    cfg: Mapping[str, Any], *, data_seed: int, cache: Path, by_line: bool = False
+) -> Task:
     """Read the rows of the task node `cfg`, cut them by `data_seed`, check the prompts.
+
+    Args:
+        cfg: the task node.
+        data_seed: orders the rows before they are cut.
+        cache: folder of what is fetched.
+        by_line: of data of the user's own, see :func:`smezo_cli.tasks.own.read`.
 
     Raises:
         UserError: missing or malformed data; prompts or counts that do not fit.
@@ -41,7 +49,7 @@ def load_task(cfg: Mapping[str, Any], *, data_seed: int, cache: Path) -> Task:
     if kind not in KINDS:
         raise UserError(f"task.kind={kind} is not known; there are {', '.join(KINDS)}.")
     if "source" not in cfg:
-        tables, cfg = own.read(cfg)
+        tables, cfg = own.read(cfg, by_line=by_line)
     else:
         reader = cfg["source"]["reader"]
         if reader not in READERS:

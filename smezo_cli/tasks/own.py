@@ -32,8 +32,13 @@ class _Split:
     class_names: Mapping[str, list[str]]
 
 
-def read(cfg: Mapping[str, Any]) -> tuple[Tables, dict[str, Any]]:
+def read(cfg: Mapping[str, Any], *, by_line: bool = False) -> tuple[Tables, dict[str, Any]]:
     """All rows, and the task node with its label words by class and its counts filled in.
+
+    Args:
+        cfg: the task node.
+        by_line: number rows by the lines of their file, as versions of smezo did whose runs are
+            still to be evaluated; ids decide which rows are train, dev and test.
 
     Raises:
         UserError: naming file, line and column of what is missing or malformed.
@@ -51,7 +56,9 @@ def read(cfg: Mapping[str, Any]) -> tuple[Tables, dict[str, Any]]:
     for split in splits:
         columns.check(split, fields)
         texts = columns.texts(split.records, fields)
-        names = [f"{split.name}/{record.number}" for record in split.records]
+        names = [
+            f"{split.name}/{(by_line and record.line) or record.number}" for record in split.records
+        ]
         if cfg["kind"] == "classification":
             found = _classes(split, columns, keys, cfg["labels"])
             rows[split.name] = [
