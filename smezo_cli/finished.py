@@ -549,7 +549,10 @@ def predict(words: Sequence[str]) -> int:
         # there is nothing to say.
         console = Console(sys.stdout if given.out else sys.stderr)
         prompt = _prompt(state)
-        rows = unlabelled(settings.task, prompt, files[0] if files else fields)
+        notes: list[str] = []
+        rows = unlabelled(settings.task, prompt, files[0] if files else fields, notes)
+        for note in notes:
+            console.say(f"  note    {note}")
         _say_code(settings, console.say)
         device = choose_device(settings.device, settings.model["device_map"])
         job = Job(settings, device, lambda line: None, with_rows=False)

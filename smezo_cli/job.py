@@ -105,6 +105,8 @@ class Job:
             f"  data    {self.task.source}: {len(self.task.train)} train, "
             f"{len(self.task.dev)} dev, {len(self.task.test)} test"
         )
+        for note in self.task.notes:
+            say(f"  note    {note}")
         masked = settings.model["family"] == "masked"
         #: those that the model can be asked, of which training chooses one
         self.prompts = self.task.masked if masked else self.task.prompts

@@ -420,6 +420,7 @@ class _Run:
     def _choose_prompt(self) -> None:
         """The prompt with the best dev figure, of classification with a threshold fitted there."""
         from smezo_cli import metrics
+        from smezo_cli.tasks.base import one_class
 
         notes, task = self.state.notes, self.job.task
         tried: list[tuple[float, float, int]] = []
@@ -433,7 +434,8 @@ class _Run:
                 found = self._evaluate(self.job.encode(task.dev, prompt), "dev", k)
                 note["dev"] = best = found.figures()
                 line = f"  dev {best[found.metric]:.4f}"
-                if task.kind == "classification":
+                # Of one class alone any offset that favours it is right in all rows.
+                if task.kind == "classification" and not one_class(found.labels.tolist()):
                     offsets = metrics.fit_offsets(found.scores, found.labels)
                     note |= {"dev_calibrated": found.figures(offsets), "offsets": offsets.tolist()}
                     best = note["dev_calibrated"]
@@ -502,6 +504,28 @@ class _Run:
             f"  {whole - len(self.train)} of {whole} training rows are longer than "
             f"{longest} tokens and left out"
         )
+        if len(self.train) < whole and (note := self._one_class_left()):
+            self.console.say(f"  note    {note}")
+
+    def _one_class_left(self) -> str:
+        """Say that the training rows that are short enough are of one class alone, or ''."""
+        from smezo_cli.tasks.base import one_class
+
+        task = self.job.task
+        train = self.train if hasattr(self, "train") else []
+        if not one_class([c.label for c in train]) or one_class([r.label for r in task.train]):
+            return ""
+        return (
+            f"one class alone in train (the {len(train)} rows that are short enough: label "
+            f"{task.classes[train[0].label]}): there is nothing to tell apart"
+        )
+
+    def _data_notes(self) -> list[str]:
+        """What somebody who reads the figures must know of the rows."""
+        if not hasattr(self, "job"):
+            return []
+        found = self._one_class_left()
+        return [*self.job.task.notes, *([found] if found else [])]
 
     def _count_cut(self) -> None:
         """Say what of the rows does not reach the model as it was written."""
@@ -769,6 +793,7 @@ class _Run:
 
         from smezo_cli import metrics, runs
         from smezo_cli.loop import Evaluation
+        from smezo_cli.tasks.base import one_class
 
         scores = self.folder.load_scores() | {"dev": dev_scores}
         scores |= {"labels": found.labels, "test": found.scores, "outcome.test": found.per_row()}
@@ -776,8 +801,8 @@ class _Run:
         lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in found.predictions()]
         runs.write_text(self.folder.path / "predictions-test.jsonl", "".join(lines))
         test = found.figures()
-        if found.kind == "classification":
-            dev = Evaluation(self.dev, scores["dev"])
+        dev = Evaluation(self.dev, scores["dev"])
+        if found.kind == "classification" and not one_class(dev.labels.tolist()):
             offsets = metrics.fit_offsets(dev.scores, dev.labels)
             test["calibrated_accuracy"] = found.figures(offsets)["accuracy"]
         for name, key in (("zero_shot", "zero_shot"), ("calibrated", "zero_shot_calibrated")):
@@ -842,6 +867,7 @@ class _Run:
             "prompt": notes["prompts"][notes["prompt"]] if "prompt" in notes else None,
             "truncated_prompts": notes.get("truncated"),
             "data_fingerprint": self.job.task.fingerprint if hasattr(self, "job") else None,
+            "data_notes": self._data_notes(),
             "model_fingerprint": notes.get("model"),
             # Of a model from the hub, what its revision stood for.
             "model_commit": self._model_commit(),
