@@ -146,9 +146,9 @@ def test_training_rows_of_one_class_by_their_length_are_named(
     monkeypatch.chdir(tmp_path)
     rows = "".join(f"{'so very ' * 9 * (i % 2)}dull {i},{i % 2}\n" for i in range(20))
     Path("my.csv").write_text(f"text,label\n{rows}")
-    words = "'task.prompt={text}' 'task.labels={0: bad, 1: good}' task.max_train_tokens=16 task.num_dev=6"
+    words = "'task.prompt={text}' 'task.labels={0: bad, 1: good}' task.max_train_tokens=16"
     line = f"train task=classification task.data=my.csv {words} model=tiny-llama device=cpu"
-    smezo(*shlex.split(f"{line} method=adamw steps=1 batch_size=2"))
+    smezo(*shlex.split(f"{line} task.num_dev=6 method=adamw steps=1 batch_size=2"))
     (folder,) = Path("runs/default").iterdir()
     (note,) = result_of(folder)["data_notes"]
     assert note.startswith("one class alone in train (the ")
