@@ -18,7 +18,8 @@ from smezo_cli import strict_json
 from smezo_cli.config import compose
 from smezo_cli.device import choose_device
 from smezo_cli.errors import UserError
-from smezo_cli.settings import Settings, check, near, quoted
+from smezo_cli.settings import Settings, check, near
+from smezo_cli.words import quoted
 
 if TYPE_CHECKING:
     from smezo_cli.log import Console

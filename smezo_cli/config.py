@@ -24,6 +24,7 @@ import tempfile
 import textwrap
 import traceback
 import typing
+import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -50,9 +51,9 @@ from smezo_cli.settings import (
     lacks,
     near,
     plain,
-    quoted,
     sentence,
 )
+from smezo_cli.words import quoted
 
 __all__ = [
     "CONF_DIR",
@@ -285,7 +286,7 @@ def prepare(argv: Sequence[str]) -> Request:
 def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> DictConfig:
     """The settings of one run, checked, as `smezo train OVERRIDES` has them."""
     with _Composer(config_dir) as composer:
-        request = Request(overrides=tuple(overrides), config_dir=config_dir)
+        request = Request(overrides=tuple(map(quoted, overrides)), config_dir=config_dir)
         return next(cfg for cfg, _ in composer.every(request))
 
 
@@ -426,11 +427,14 @@ class _Composer:
                     )
                 self.launcher = str(whole.hydra.runtime.choices["hydra/launcher"])
             yield cfg, check(cfg)
-            for lines in values:
+            for at, lines in enumerate(filter(None, values)):
                 for line in lines[1:]:
-                    other = cfg.copy()
                     override = self._parse(line)
-                    OmegaConf.update(other, override.key_or_group, override.value(), force_add=True)
+                    if isinstance(override.value(), dict | list):  # would be merged with the first
+                        other = self.compose([*chosen, *first[:at], line, *first[at + 1 :]])
+                    else:
+                        other, key = cfg.copy(), override.key_or_group
+                        OmegaConf.update(other, key, override.value(), force_add=True)
                     yield other, check(other)
 
     def _launcher_asked(self, given: Sequence[Any]) -> Any:
@@ -509,7 +513,17 @@ class _Composer:
         return override
 
     def _unreadable(self, text: str, why: str) -> str:
-        if "=" in text:
+        key, equals, value = text.partition("=")
+        if equals and not key.isascii():
+            group = re.match(r"[+]*([\w.]*)\.", key, re.ASCII)
+            name = key[group.end() :] if group else "KEY"
+            written = f"{group[1]}={{{name}: {value}}}" if group else f"GROUP={{KEY: {value}}}"
+            return f"cannot read {shlex.quote(text)}: write {shlex.quote(written)}."
+        for sign in value:  # of a keyboard that writes wide ones
+            narrow = unicodedata.normalize("NFKC", sign)
+            if sign != narrow and narrow in ":,{}[]":
+                why = f"{sign} is a letter here, and what parts keys and values is {narrow}"
+        if equals:
             return f"cannot read {shlex.quote(text)}: {why}; quote values with blanks or brackets."
         homes = [f"{group}={text}" for group in self.groups() if text in self.options(group)]
         hint = f"; did you mean {homes[0]}?" if homes else ", such as steps=150."

@@ -402,7 +402,6 @@ def evaluate(words: Sequence[str]) -> int:
         from smezo_cli.device import choose_device
         from smezo_cli.job import Job
         from smezo_cli.log import Console
-        from smezo_cli.tasks.base import fingerprint
 
         device = choose_device(settings.device, settings.model["device_map"])
         if given.overrides and given.out is None:
@@ -417,14 +416,14 @@ def evaluate(words: Sequence[str]) -> int:
         job = Job(settings, device, console.say)
         _check_model(state, job, given.overrides, given.run)
         step = 0 if given.base else _trained(folder, state, job, given.step, console.say)
-        rows = getattr(job.task, given.split)
         same_task = not any(word.startswith("task.") for word in given.overrides)
-        if same_task and state.notes["rows"][given.split] != fingerprint(rows):
+        known = {given.split: state.notes["rows"][given.split]}
+        if same_task and job.differing_rows(known):
             raise UserError(
                 f"the {given.split} rows are not those that {given.run} was trained with: the data "
                 "has changed since; put it back, or say which to use (such as task.data=FILE)."
             )
-        prompt = _prompt(state)
+        rows, prompt = getattr(job.task, given.split), _prompt(state)
         encoded = _encoded(job, rows, prompt, given.run)
         _batch(job, prompt, state.notes.get("batching"), None if same_task else rows, console.say)
         which = "-base" if given.base else "" if given.step is None else f"-step{step}"
@@ -638,7 +637,10 @@ def predict(words: Sequence[str]) -> int:
         # there is nothing to say.
         console = Console(sys.stdout if given.out else sys.stderr)
         prompt = _prompt(state)
-        rows = unlabelled(settings.task, prompt, files[0] if files else fields)
+        notes: list[str] = []
+        rows = unlabelled(settings.task, prompt, files[0] if files else fields, notes)
+        for note in notes:
+            console.say(f"  note    {note}")
         _say_code(settings, console.say)
         device = choose_device(settings.device, settings.model["device_map"])
         job = Job(settings, device, lambda line: None, with_rows=False, warn=console.say)
@@ -708,7 +710,6 @@ def _replay(
     from smezo_cli.job import Job
     from smezo_cli.log import Console
     from smezo_cli.runs import tensors_digest
-    from smezo_cli.tasks.base import fingerprint
     from smezo_cli.trajectory import replay as apply
 
     console = Console()
@@ -733,12 +734,13 @@ def _replay(
         console.say(f"  {given.out}: {_shown_bytes(size)}")
     if given.split == "none":
         return same
-    rows = getattr(job.task, given.split)
-    if same_task and records.header.get("rows", {}).get(given.split) != fingerprint(rows):
+    of_run = {given.split: records.header.get("rows", {}).get(given.split, "")}
+    if same_task and job.differing_rows(of_run):
         raise UserError(
             f"the {given.split} rows are not those of {given.source}: the data has changed since; "
             "put it back, say which to use (such as task.data=FILE), or add --split none."
         )
+    rows = getattr(job.task, given.split)
     encoded = _encoded(job, rows, prompt, given.source)
     beside = Path(given.source) / "replay" if Path(given.source).is_dir() else Path(given.source)
     kept = _kept_beside(beside, job)

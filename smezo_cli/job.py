@@ -26,7 +26,8 @@ from smezo_cli.model import check_quantization, load_model, num_weights, quiet
 from smezo_cli.passes import NoCompiler
 from smezo_cli.scoring import Candidates, Scorer, encode
 from smezo_cli.settings import Settings
-from smezo_cli.tasks import Prompt, Row, load_task
+from smezo_cli.tasks import Prompt, Row, Task, load_task
+from smezo_cli.tasks.base import fingerprint
 from smezo_cli.tokens import appended, check_rows
 
 if TYPE_CHECKING:
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
 _WORTH_IT = 5e8
 _ENCODED_TOGETHER = 64  # rows behind demonstrations
 _MEASURED = 24  # rows of which some are scored together and alone
+
+
+def _differing(task: Task, known: Mapping[str, str]) -> list[str]:
+    return [name for name, was in known.items() if was != fingerprint(getattr(task, name))]
 
 
 class Job:
@@ -66,6 +71,7 @@ class Job:
         if line := openmp.settle():
             warn(line)
         self.settings = settings
+        self._say = say
         self.device = torch.device(device)
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         compute = getattr(torch, settings.compute_dtype or settings.dtype)
@@ -119,6 +125,8 @@ class Job:
             f"  data    {self.task.source}: {len(self.task.train)} train, "
             f"{len(self.task.dev)} dev, {len(self.task.test)} test"
         )
+        for note in self.task.notes:
+            say(f"  note    {note}")
         masked = settings.model["family"] == "masked"
         #: those that the model can be asked, of which training chooses one
         self.prompts = self.task.masked if masked else self.task.prompts
@@ -129,6 +137,26 @@ class Job:
                 f"model={settings.model['name']} is {kind}, and task {self.task.name} has no "
                 f"prompt for such models: give task.prompt {place} and task.labels."
             )
+
+    def differing_rows(self, known: Mapping[str, str], *, may_renumber: bool = True) -> list[str]:
+        """Names of the splits whose rows are not those with the known fingerprints, by split.
+
+        Where rows of the user's own file differ, they are read once more, numbered by line as
+        earlier versions of smezo did; if that gives the known rows, `task` becomes the one of them
+        (not without `may_renumber`).
+        """
+        found = _differing(self.task, known)
+        if found and may_renumber and self.settings.task.get("data"):
+            of_before = load_task(
+                self.settings.task,
+                data_seed=self.settings.data_seed,
+                cache=cache_dir(),
+                by_line=True,
+            )
+            if not _differing(of_before, known):
+                self.task, found = of_before, []
+                self._say("  rows    numbered by line, as the version of smezo did that began here")
+        return found
 
     def build_method(self) -> "Method":
         """The method; compiled passes only where the run is long enough to earn them.

@@ -140,7 +140,7 @@ def main(words: Sequence[str]) -> int:
     given = parser.parse_intermixed_args(list(words))
     capacity = None if given.memory is None else parse_memory(given.memory)
     from smezo_cli.config import compose
-    from smezo_cli.settings import quoted
+    from smezo_cli.words import quoted
 
     settings = check(compose(list(map(quoted, given.overrides))))
     tokens = None if given.tokens is None else _parse_tokens(given.tokens, settings)

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from smezo_cli.errors import UserError
 from smezo_cli.intake import check_expansion
 from smezo_cli.redaction import redacted_tree
+from smezo_cli.words import with_mappings
 
 # In a wheel the files lie inside the package, in a checkout beside it.
 _PACKAGED = Path(__file__).resolve().parent / "conf"
@@ -36,6 +37,7 @@ _NOT_IN_DIGEST_OF_MODEL = ("device_map",)
 # Came later; this value is what runs did before there was such a key, and they keep their digest.
 LATER = {
     **dict.fromkeys(("stop_if_diverged", "patience", "clip_projected_grad", "num_per_class")),
+    "quoting": None,
     "quantization": None,
     "objective": "loss",
     "zero_shot": True,
@@ -366,6 +368,7 @@ _NODE_RULES: dict[str, Rule] = {
     "task.data": Text(r"(?s).+", "the path of a file or the id of a data set", "my.csv"),
     "task.test_data": _FILE,
     "task.columns": Pairs(),
+    "task.quoting": Choice("minimal", "none"),
     "task.label": _WORD,
     "task.answer": _WORD,
     "task.options": NamesOrName(),
@@ -420,7 +423,7 @@ _TASK_KEYS_OF_KIND: dict[str, dict[str, Any]] = {
 }
 # Of a task with data of its own, and of one for the user's data.
 _SOURCE_KEYS: dict[str, Any] = {"data_dir": None, "masked": [], "test_from": "test"}
-_DATA_KEYS: dict[str, Any] = {"test_data": None, "columns": None} | {
+_DATA_KEYS: dict[str, Any] = {"test_data": None, "columns": None, "quoting": None} | {
     "data_name": None,
     "revision": None,
     "splits": None,
@@ -480,6 +483,7 @@ _NULLABLE = {
     "task.data_dir",
     "task.test_data",
     "task.columns",
+    "task.quoting",
     "task.splits",
     "task.data_name",
     "task.revision",
@@ -899,30 +903,14 @@ def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
         raise
     except Exception as error:  # OmegaConf's own, and what its parser and resolvers let through
         raise UserError(sentence(error)) from error
-    return typing.cast(dict[str, Any], values)
+    found = typing.cast(dict[str, Any], values)
+    with_mappings(found)
+    return found
 
 
 def is_extensible(lr_schedule: object) -> bool:
     """May a finished run go on to more steps? Only where its lr did not depend on their number."""
     return lr_schedule == "constant"
-
-
-def quoted(override: str) -> str:
-    """Put quotes around the template of a prompt where the shell has eaten them.
-
-    To Hydra braces open a mapping: task.prompt={text} It was -> task.prompt="{text} It was".
-    """
-    key, _, value = override.partition("=")
-    templates = ("task.prompt", "task.option_template", "task.sfc_prompt")
-    if key.lstrip("+") not in templates or "{" not in value:
-        return override
-    one = r"""\s*(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')\s*"""
-    if value.startswith("$") or re.fullmatch(f"{one}(?:,{one})*", value):
-        return override
-    # Hydra halves backslashes before a quote, and only there.
-    escaped = re.sub(r'(\\*)"', r'\1\1\\"', value)
-    escaped = re.sub(r"(\\+)\Z", r"\1\1", escaped)
-    return f'{key}="{escaped}"'
 
 
 def digest(cfg: DictConfig | Mapping[str, Any]) -> str:
@@ -969,6 +957,8 @@ def with_later_keys(cfg: DictConfig) -> None:
     for key, value in (LATER | _LATER_AND_OF_A_MACHINE).items():
         if key in _SETTINGS and key not in cfg:
             cfg[key] = value
+    if isinstance(task := cfg.get("task"), DictConfig) and "data" in task and "quoting" not in task:
+        task.quoting = LATER["quoting"]
     if isinstance(method := cfg.get("method"), DictConfig) and "eps" not in method:
         cfg.full_save_every = FULL_SAVE_EVERY
 

@@ -452,8 +452,8 @@ class _Run:
 
     def _zero_shot(self) -> None:
         """The model as it comes: choose the prompt and fit label offsets on dev, score the test."""
-        notes, task = self.state.notes, self.job.task
         self._check_data()
+        notes, task = self.state.notes, self.job.task
         if "prompt" not in notes:
             frozen = is_frozen(self.settings.method)
             if self.settings.zero_shot:
@@ -494,6 +494,7 @@ class _Run:
     def _choose_prompt(self) -> None:
         """The prompt with the best dev figure, of classification with a threshold fitted there."""
         from smezo_cli import metrics
+        from smezo_cli.tasks.base import one_class
 
         notes, task = self.state.notes, self.job.task
         tried: list[tuple[float, float, int]] = []
@@ -508,7 +509,8 @@ class _Run:
                 found = self._evaluate(self.job.encode(task.dev, prompt), "dev", k)
                 note["dev"] = best = found.figures()
                 line = f"  dev {best[found.metric]:.4f}"
-                if task.kind == "classification":
+                # Of one class alone any offset that favours it is right in all rows.
+                if task.kind == "classification" and not one_class(found.labels.tolist()):
                     offsets = metrics.fit_offsets(found.scores, found.labels)
                     note |= {"dev_calibrated": found.figures(offsets), "offsets": offsets.tolist()}
                     best = note["dev_calibrated"]
@@ -532,14 +534,15 @@ class _Run:
         """A run goes on only with the rows that it began with."""
         from smezo_cli.tasks.base import fingerprint
 
-        notes, task = self.state.notes, self.job.task
-        rows = {name: fingerprint(getattr(task, name)) for name in ("train", "dev", "test")}
-        changed = [name for name, was in notes.get("rows", rows).items() if was != rows[name]]
-        if changed:
+        notes = self.state.notes
+        # Other ranks have read their rows already.
+        alone = self.team is None
+        if changed := self.job.differing_rows(notes.get("rows", {}), may_renumber=alone):
             raise UserError(
                 f"the {' and '.join(changed)} rows are not those that {self.folder.path} began "
                 "with: put the data back, or start over with if_exists=fresh."
             )
+        rows = {n: fingerprint(getattr(self.job.task, n)) for n in ("train", "dev", "test")}
         model = self.job.fingerprint()
         if notes.get("model", model) != model:
             raise UserError(
@@ -576,6 +579,28 @@ class _Run:
             f"  {whole - len(self.train)} of {whole} training rows are longer than "
             f"{longest} tokens and left out"
         )
+        if len(self.train) < whole and (note := self._one_class_left()):
+            self.console.say(f"  note    {note}")
+
+    def _one_class_left(self) -> str:
+        """Say that the training rows that are short enough are of one class alone, or ''."""
+        from smezo_cli.tasks.base import one_class
+
+        task = self.job.task
+        train = self.train if hasattr(self, "train") else []
+        if not one_class([c.label for c in train]) or one_class([r.label for r in task.train]):
+            return ""
+        return (
+            f"one class alone in train (the {len(train)} rows that are short enough: label "
+            f"{task.classes[train[0].label]}): there is nothing to tell apart"
+        )
+
+    def _data_notes(self) -> list[str]:
+        """What somebody who reads the figures must know of the rows."""
+        if not hasattr(self, "job"):
+            return []
+        found = self._one_class_left()
+        return [*self.job.task.notes, *([found] if found else [])]
 
     def _count_cut(self) -> None:
         """Say what of the rows does not reach the model as it was written."""
@@ -949,6 +974,7 @@ class _Run:
         """The result, from the test rows and the scores of dev; saves scores and predictions."""
         from smezo_cli import metrics, runs
         from smezo_cli.loop import Evaluation
+        from smezo_cli.tasks.base import one_class
 
         scores = self.folder.load_scores() | {"dev": dev_scores}
         scores |= {"labels": found.labels, "test": found.scores, "outcome.test": found.per_row()}
@@ -956,8 +982,8 @@ class _Run:
         lines = [strict_json.dumps(line, ensure_ascii=False) + "\n" for line in found.predictions()]
         runs.write_text(self.folder.path / "predictions-test.jsonl", "".join(lines))
         test = found.figures()
-        if found.kind == "classification":
-            dev = Evaluation(self.dev, scores["dev"])
+        dev = Evaluation(self.dev, scores["dev"])
+        if found.kind == "classification" and not one_class(dev.labels.tolist()):
             offsets = metrics.fit_offsets(dev.scores, dev.labels)
             test["calibrated_accuracy"] = found.figures(offsets)["accuracy"]
         for name, key in (("zero_shot", "zero_shot"), ("calibrated", "zero_shot_calibrated")):
@@ -1023,6 +1049,7 @@ class _Run:
             "truncated_prompts": notes.get("truncated"),
             "batching": notes.get("batching"),
             "data_fingerprint": self.job.task.fingerprint if hasattr(self, "job") else None,
+            "data_notes": self._data_notes(),
             "model_fingerprint": notes.get("model"),
             # Of a model from the hub, what its revision stood for.
             "model_commit": self._model_commit(),

@@ -22,7 +22,8 @@ from smezo_cli.config import (
     recipes,
 )
 from smezo_cli.errors import UserError
-from smezo_cli.settings import plain, quoted
+from smezo_cli.settings import plain
+from smezo_cli.words import quoted
 
 TASK, MODEL = "rotten_tomatoes", "smollm2-135m"
 

@@ -106,6 +106,102 @@ def log_probabilities(folder: Path, scores: torch.Tensor) -> list[list[float]]:
     return (found.log_softmax(1) if kind_of(folder) == "classification" else found).tolist()
 
 
+@pytest.mark.parametrize("method", ["adamw steps=2 eval_every=1", "zero_shot", "linear_probe"])
+def test_one_class_alone_is_said_and_nothing_is_calibrated_by_it(
+    method: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """On the console and in result.json; any threshold is right for dev rows of one class."""
+    monkeypatch.chdir(tmp_path)
+    table, words, _ = KINDS["classification"]
+    Path("my.csv").write_text(table)
+    Path("one.csv").write_text("text,label\n" + "".join(f"film {i},1\n" for i in range(6)))
+    line = f"train task=classification task.data=my.csv {words} model=tiny-llama device=cpu "
+    line += f"method={method} task.num_dev=1 task.test_data=one.csv name="
+    smezo(*shlex.split(line + "alone"))
+    out = capsys.readouterr().out
+    note = next(at for at in out.splitlines() if "one class alone" in at)
+    assert "dev (1 of 1 rows: label " in note
+    assert "test (6 of 6 rows: label 1)" in note
+    assert "calibrated" not in out
+    assert "AUC" not in out
+    (folder,) = Path("runs/alone").iterdir()
+    result = result_of(folder)
+    assert result["data_notes"] == [note.removeprefix("  note    ")]
+    assert result["zero_shot_calibrated"] is None
+    assert result["test"]["auc"] is None
+    assert not {"calibrated_accuracy", "over_zero_shot_calibrated"} & result["test"].keys()
+    smezo("eval", folder)
+    out = capsys.readouterr().out
+    assert "one class alone in dev" in out
+    assert "auc" not in out
+    smezo("runs", "--mean")
+    smezo(*shlex.split(line.replace("num_dev=1", "num_dev=12") + "both"))
+    (folder,) = Path("runs/both").iterdir()
+    assert result_of(folder)["test"]["calibrated_accuracy"] is not None
+    assert len(result_of(folder)["data_notes"]) == 1  # of the test rows
+
+
+def test_training_rows_of_one_class_by_their_length_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = "".join(f"{'so very ' * 9 * (i % 2)}dull {i},{i % 2}\n" for i in range(20))
+    Path("my.csv").write_text(f"text,label\n{rows}")
+    words = "'task.prompt={text}' 'task.labels={0: bad, 1: good}' task.max_train_tokens=16"
+    line = f"train task=classification task.data=my.csv {words} model=tiny-llama device=cpu"
+    smezo(*shlex.split(f"{line} task.num_dev=6 method=adamw steps=1 batch_size=2"))
+    (folder,) = Path("runs/default").iterdir()
+    (note,) = result_of(folder)["data_notes"]
+    assert note.startswith("one class alone in train (the ")
+    assert f"  note    {note}\n" in capsys.readouterr().out
+
+
+def test_a_run_whose_rows_were_numbered_by_line_keeps_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped by an earlier version it goes on, and is evaluated and replayed, on its own rows."""
+    from smezo_cli import loop
+    from smezo_cli.tasks import own
+
+    monkeypatch.chdir(tmp_path)
+    table, words, _ = KINDS["classification"]
+    Path("my.csv").write_text(table)
+    line = f"train task=classification task.data=my.csv {words} {COUNTS} model=tiny-llama"
+    line += " method=mezo steps=4 eval_every=2 batch_size=4 device=cpu"
+    with monkeypatch.context() as before:
+        read = own.read
+        before.setattr(own, "read", lambda cfg, by_line: read(cfg, by_line=True))
+        smezo(*shlex.split(line))
+        whole = result_of(next(Path("runs/default").iterdir()))
+        shutil.rmtree("runs")
+        real, looked = loop.evaluate, []
+
+        def stopping(*given: Any) -> Any:
+            looked.append(given)
+            if len(looked) > 3:  # dev and test zero-shot, dev at step 2
+                raise KeyboardInterrupt
+            return real(*given)
+
+        before.setattr(loop, "evaluate", stopping)
+        assert main(shlex.split(line)) == 130
+    (folder,) = Path("runs/default").iterdir()
+    capsys.readouterr()
+    smezo(*shlex.split(line))
+    assert "numbered by line" in capsys.readouterr().out
+    done = result_of(folder)
+    for key in ("test", "train_rows", "test_rows", "weights"):
+        assert done[key] == whole[key]
+    smezo("eval", folder)
+    assert f"test accuracy {done['test']['accuracy']:.4f}" in capsys.readouterr().out
+    smezo("replay", folder)
+    assert "the same as the run's\n" in capsys.readouterr().out
+    smezo(*shlex.split(line), "if_exists=fresh")
+    assert result_of(folder)["test_rows"] != done["test_rows"]
+
+
 def test_eval_repeats_the_test_of_the_training_bit_for_bit(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -251,8 +347,8 @@ def test_predict_needs_no_labels(run: Path, capsys: pytest.CaptureFixture[str]) 
     trained, (table, _, columns) = lines("trained.jsonl"), KINDS[kind_of(run)]
     rows = [line.split(",") for line in table.splitlines()]
     kept = [rows[0].index(column) for column in columns]
-    # An id is the place in the file: train/LINE.
-    places = [0, *(int(line["id"].split("/")[1]) - 1 for line in trained)]
+    # An id is the place in the file: train/ROW.
+    places = [0, *(int(line["id"].split("/")[1]) for line in trained)]
     Path("new.csv").write_text(
         "".join(",".join(rows[place][i] for i in kept) + "\n" for place in places)
     )

@@ -1,8 +1,11 @@
 """Your own data: every format gives the same rows, every mistake is one sentence with its place."""
 
 import csv
+import datetime
 import json
 from collections.abc import Callable
+from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,12 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from smezo_cli.config import compose
+from smezo_cli.config import compose, digest
 from smezo_cli.errors import UserError
 from smezo_cli.settings import CONF_DIR, check
 from smezo_cli.tasks import Task, hub, load_task
 from smezo_cli.tasks.own import _labels
+from smezo_cli.words import quoted
 
 NO_CACHE = Path("/nowhere")
 
@@ -22,7 +26,8 @@ NO_CACHE = Path("/nowhere")
 def load(kind: str, data: Path | str, *words: str, data_seed: int = 0) -> Task:
     """As `smezo train task=KIND task.data=DATA WORDS`, without composing the whole."""
     node = OmegaConf.load(CONF_DIR / "task" / f"{kind}.yaml")
-    for override in OverridesParser.create().parse_overrides([f"task.data='{data}'", *words]):
+    given = [f"task.data='{data}'", *map(quoted, words)]
+    for override in OverridesParser.create().parse_overrides(given):
         key = override.key_or_group.removeprefix("task.")
         OmegaConf.update(node, key, override.value())
     cfg: Any = OmegaConf.to_container(node, resolve=True)
@@ -92,12 +97,36 @@ def test_byte_order_mark_crlf_and_blank_lines_do_no_harm(tmp_path: Path) -> None
     data = b'\xef\xbb\xbftext,label\r\n"a\r\nb",0\r\n\r\nc,1\r\nd,1\r\n'
     (tmp_path / "a.csv").write_bytes(data)
     got = rows(classify(tmp_path / "a.csv"))
-    # Ids are the lines on which the rows begin.
     assert [(row.id, row.fields["text"]) for row in got] == [
-        ("train/2", "a\r\nb"),
-        ("train/5", "c"),
-        ("train/6", "d"),
+        ("train/1", "a\r\nb"),
+        ("train/2", "c"),
+        ("train/3", "d"),
     ]
+
+
+def test_the_same_rows_are_cut_alike_in_every_format(
+    tmp_path: Path, online: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are numbered from 1, whatever the format, its header, blank lines and line breaks."""
+    import datasets
+
+    many = [{"text": f"{TEXTS[i % 8]} {i}", "label": i % 2} for i in range(60)]
+    tasks = [classify(write(tmp_path / f"a.{suffix}", many)) for suffix in FORMATS]
+    for suffix in ("csv", "tsv", "jsonl"):
+        plain = (tmp_path / f"a.{suffix}").read_text().replace("two\nlines", "two lines")
+        spread = tmp_path / f"b.{suffix}"
+        spread.write_text("\n" + plain.replace("\n", "\n\n"))
+        tasks.append(classify(spread))
+        for split in ("train", "dev", "test"):
+            assert [row.id for row in getattr(tasks[-1], split)] == [
+                row.id for row in getattr(tasks[0], split)
+            ]
+        del tasks[-1]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(many))
+    tasks.append(classify("me/films"))
+    assert [len(tasks[0].train), len(tasks[0].dev), len(tasks[0].test)] == [42, 6, 12]
+    for task in tasks:
+        assert (task.train, task.dev, task.test) == (tasks[0].train, tasks[0].dev, tasks[0].test)
 
 
 def test_the_settings_of_a_command_line_are_read(tmp_path: Path) -> None:
@@ -320,6 +349,287 @@ def test_a_data_set_of_the_hub_by_number_or_word(online: list[Any], labels: str)
     assert online[2:] == [("me/films", None, "v1", "train")]
 
 
+# --------------------------------------------------------------------------- classes without rows
+
+
+def test_what_rows_of_a_class_are_lacking_is_said(tmp_path: Path) -> None:
+    """Of one class alone, by every way of cutting; of a label that no row has."""
+    words = "figures there say nothing of how well classes are told apart"
+    many = [{"text": f"{i}", "label": i % 2} for i in range(40)]
+    few = [{"text": f"t{i}", "label": 0} for i in range(5)]
+    data, second = write(tmp_path / "a.csv", many), write(tmp_path / "b.csv", few)
+    assert classify(data).notes == ()
+    one = classify(data, "task.num_test=1", "task.num_dev=1")
+    labels = [task[0].label for task in (one.dev, one.test)]
+    assert one.notes == (
+        f"one class alone in dev (1 of 1 rows: label {labels[0]}), test (1 of 1 rows: label "
+        f"{labels[1]}): {words}",
+    )
+    tested = f"one class alone in test (5 of 5 rows: label 0): {words}"
+    assert classify(data, f"task.test_data={second}").notes == (tested,)
+    k_shot = ("task.num_per_class=2", f"task.test_data={second}")
+    assert classify(data, *k_shot).notes == (tested,)
+    one = classify(second)
+    assert one.notes[0] == "no row has the label 1"
+    assert one.notes[1].startswith("one class alone in train (3 of 3 rows: label 0), dev (1 of 1")
+    three = classify(data, "task.labels={0: bad, maybe: so, 1: good}")
+    assert three.notes == ("no row has the label maybe",)
+
+
+# ------------------------------------------------------------------------- labels in every format
+
+# A label as Python has it, and as a CSV says it; what the settings may call it.
+SPELLED: list[tuple[Any, str, tuple[str, ...]]] = [
+    (0, "0", ("0", "0.0", '"0"', '"0.0"', "+0", "'-0'")),
+    (1.0, "1.0", ("1", "1.0", "+1", '"1.0"', '"+1"', "1e0")),
+    (1, "+1", ("1", "+1", '"+1"')),
+    (-1, "-1", ("-1", "-1.0", '"-1"')),
+    (0.5, ".50", ("0.5", ".5", '"0.50"')),
+    (2**60 + 1, str(2**60 + 1), (str(2**60 + 1), f'"{2**60 + 1}"')),
+    (True, "True", ("true", "TRUE", '"True"')),
+    ("NaN", "NaN", ("NaN", "nan", '"NaN"')),
+    ("null", "null", ("null", '"null"')),
+    ("007", "007", ("007", '"007"')),
+    ("very good", "very good", ("very good", '"very good"')),
+    ("好", "好", ("好", '"好"')),
+    ("2024-01-05", "2024-01-05", ("2024-01-05",)),
+]
+
+
+@pytest.mark.parametrize(("value", "said", "keys"), SPELLED, ids=[case[1] for case in SPELLED])
+def test_a_label_is_matched_however_file_and_settings_write_it(
+    tmp_path: Path, value: Any, said: str, keys: tuple[str, ...]
+) -> None:
+    """One rule in every format, for words of the command line and keys from Python alike."""
+    labels = [value, "other"] * 3
+    files = [
+        write(
+            tmp_path / f"a.{suffix}", [{"text": f"{i}", "label": x} for i, x in enumerate(labels)]
+        )
+        for suffix in ("jsonl", "json")
+    ]
+    files.append(tmp_path / "a.csv")
+    files[-1].write_text("text,label\n" + "".join(f"{i},{said}\n{i},other\n" for i in range(3)))
+    if not isinstance(value, str):
+        number = [{"text": f"{i}", "label": value} for i in range(6)]
+        files.append(write(tmp_path / "a.parquet", number))
+    for file in files:
+        for key in keys:
+            got = rows(classify(file, f"task.labels={{{key}: bad, other: good}}"))
+            assert {row.label for row in got} == ({0} if file.suffix == ".parquet" else {0, 1})
+        node: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "task/classification.yaml"))
+        node |= {"name": "a", "data": str(file), "prompt": "{text}"}
+        for python in (value, said):
+            node["labels"] = {python: "bad", "other": "good"}
+            task = load_task(node, data_seed=0, cache=NO_CACHE)
+            assert [row.label for row in rows(task)] == [row.label for row in got]
+
+
+def test_labels_may_be_what_is_missing_elsewhere(tmp_path: Path) -> None:
+    """Named in task.labels, null, NaN and an empty cell are labels as others are."""
+    records = [{"text": f"{i}", "label": [None, "x"][i % 2]} for i in range(6)]
+    for suffix in ("jsonl", "json", "parquet"):
+        task = classify(write(tmp_path / f"a.{suffix}", records), "task.labels={null: a, x: b}")
+        assert [row.label for row in rows(task)] == [0, 1] * 3
+    empty = write(tmp_path / "a.csv", records)
+    assert [r.label for r in rows(classify(empty, 'task.labels={"": a, x: b}'))] == [0, 1] * 3
+    assert "the label is empty" in message_of(lambda: classify(empty, "task.labels={y: a, x: b}"))
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_list_of_words_is_for_numbers_from_0_or_from_1(tmp_path: Path, suffix: str) -> None:
+    def of(*labels: Any) -> Task:
+        records = [{"text": f"{i}", "label": label} for i, label in enumerate(labels)]
+        return classify(write(tmp_path / f"a.{suffix}", records), "task.labels=[a,b,c]")
+
+    assert of(0, 2, 1, 2).classes == ("0", "1", "2")
+    assert of(1, 3, 2, 3).classes == ("1", "2", "3")
+    assert [row.label for row in rows(of(1, 3, 2, 3))] == [0, 2, 1, 2]
+    assert of(1, 2, 2, 1).classes == ("0", "1", "2")  # as documented, where both would do
+    assert "label is" in message_of(lambda: of(0, 1, 3, 1))
+
+
+def test_labels_that_are_taken_for_one_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\na,1.1\nb,1.10\nc,2\nd,2\n")
+    task = classify(tmp_path / "a.csv", "task.labels={1.1: a, 2: b}")
+    assert task.notes[0] == "the labels '1.1', '1.10' are read as one class, 1.1"
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_numbers_of_right_options_may_begin_at_1(tmp_path: Path, second: bool) -> None:
+    """Decided over all rows, those of the second file too; where both would do, that is said."""
+    quiz = [{"q": f"{i}", "a": "x", "b": "y", "label": 1 + i % 2} for i in range(6)]
+    data = write(tmp_path / "a.csv", quiz)
+    words = ["task.prompt='{q}'", "task.options=[a,b]"]
+    if second:
+        words.append(f"task.test_data={write(tmp_path / 'b.csv', quiz[:1] * 3)}")
+    task = load("choice", data, *words)
+    assert {row.label for row in rows(task)} == {0, 1}
+    assert {row.label for row in task.test} == ({0} if second else {1})
+    assert task.notes == ()
+    unclear = load("choice", write(tmp_path / "c.csv", quiz[:1] * 3), *words[:2])
+    assert {row.label for row in rows(unclear)} == {1}
+    assert "no row has the label 0" in unclear.notes[0]
+
+
+def test_right_options_are_found_by_texts_that_look_like_numbers_or_booleans(
+    tmp_path: Path,
+) -> None:
+    for options, right in ((("True", "False"), "True"), (("3.0", "4.0"), "3.0"), (("5", "9"), 5.0)):
+        quiz = [{"q": f"{i}", "a": options[0], "b": options[1], "y": right} for i in range(3)]
+        for suffix in ("csv", "jsonl", "parquet"):
+            data = write(tmp_path / f"a.{suffix}", quiz)
+            words = ("task.prompt='{q}'", "task.options=[a,b]", "task.label=y")
+            assert {row.label for row in load("choice", data, *words).train} == {0}
+
+
+# --------------------------------------------------------------------------------- odd tables
+
+
+def test_a_column_without_a_name_is_ignored_unless_it_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "index.csv").write_text(",text,label\n7,a,0\n8,b,1\n9,c,0\n")
+    (tmp_path / "comma.csv").write_text("text,label,\na,0,\nb,1\nc,0,\n")
+    (tmp_path / "both.csv").write_text(",text,label,,\n7,a,0,,\n8,b,1,,\n9,c,0,,\n")
+    (tmp_path / "rows.csv").write_text("text,label\na,0,\nb,1,,\nc,0\n")
+    for name in ("index", "comma", "both", "rows"):
+        got = rows(classify(tmp_path / f"{name}.csv"))
+        assert [(row.fields, row.label) for row in got] == [
+            ({"text": text}, label) for text, label in (("a", 0), ("b", 1), ("c", 0))
+        ]
+    words = ("task.prompt='{id} {text}'", 'task.columns={id: ""}')
+    got = rows(classify(tmp_path / "index.csv", *words))
+    assert [row.fields["id"] for row in got] == ["7", "8", "9"]
+    message = message_of(lambda: classify(tmp_path / "both.csv", *words))
+    assert "has no column '' (of id) (there are: label, text)" in message
+
+
+STRAY = 'text\tlabel\na\t0\n"b\t1\nc\t0\nd\t1\ne"\t0\nf "g" h\t1\n'
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_rows_that_a_stray_quotation_mark_swallows_are_refused(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"a.{suffix}"
+    file.write_text(STRAY.replace("\t", "," if suffix == "csv" else "\t"))
+    message = message_of(lambda: classify(file))
+    assert "line 3: a quotation mark makes one row of lines 3 to 6" in message
+    assert "add task.quoting=none, else task.quoting=minimal" in message
+    got = rows(classify(file, "task.quoting=none"))
+    assert [row.fields["text"] for row in got] == ["a", '"b', "c", "d", 'e"', 'f "g" h']
+    assert [row.label for row in got] == [0, 1, 0, 1, 0, 1]
+    assert len(rows(classify(file, "task.quoting=minimal"))) == 3
+
+
+def test_a_text_of_several_lines_is_no_swallowed_row(tmp_path: Path) -> None:
+    """Nor where each of its lines has a comma; but where nothing tells, it is said."""
+    texts = ["one,two\nthree", "four", "five\nsix, seven", "eight,\nnine,\n"]
+    task = classify(
+        write(tmp_path / "a.csv", [{"text": x, "label": i % 2} for i, x in enumerate(texts)])
+    )
+    assert [row.fields["text"] for row in rows(task)] == texts
+    answers = [{"q": f"what {i}", "a": f"it is {i}"} for i in range(3)]
+    data = write(tmp_path / "b.csv", [*answers, {"q": "who,she\nwhen,then\nwhy", "a": "so"}])
+    task = load("generation", data, "task.prompt='{q}'", "task.answer=a")
+    assert len(rows(task)) == 4
+    assert any("makes one row of lines 5 to 7" in note for note in task.notes)
+
+
+def test_quoting_is_no_news_to_a_run_without_it(tmp_path: Path) -> None:
+    words = ["task=classification", "task.data=a.csv", "task.prompt='{text}'", "task.labels=[a,b]"]
+    plain = digest(compose(words))
+    assert plain == digest(compose([*words, "task.quoting=null"])) == "d89b6527"
+    assert digest(compose([*words, "task.quoting=none"])) != plain
+
+
+def test_columns_of_parquet_are_texts_and_numbers_as_in_a_csv(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    def fields_of(column: Any) -> list[str]:
+        table = pa.table({"text": column, "label": pa.array([0, 1, 0])})
+        parquet.write_table(table, tmp_path / "a.parquet")
+        return [row.fields["text"] for row in rows(classify(tmp_path / "a.parquet"))]
+
+    days = [datetime.date(2024, 1, day) for day in (5, 6, 7)]
+    assert fields_of(pa.array(["x", "y", "x"]).dictionary_encode()) == ["x", "y", "x"]
+    assert fields_of(pa.array([b"x", "ü".encode(), b"z"])) == ["x", "ü", "z"]
+    assert fields_of(pa.array([0.1, 1.0, 2.5], pa.float32())) == ["0.1", "1", "2.5"]
+    assert fields_of(pa.array([2**63 + 1, 0, 1], pa.uint64())) == [str(2**63 + 1), "0", "1"]
+    assert fields_of(pa.array(days)) == ["2024-01-05", "2024-01-06", "2024-01-07"]
+    assert fields_of(pa.array([Decimal("1.50")] * 3)) == ["1.50"] * 3
+    for broken in (pa.array([1.0, float("nan"), 2.0]), pa.array(["a", None, "b"])):
+        assert "row 2, column 'text': the cell is empty" in message_of(partial(fields_of, broken))
+    assert "a text is needed and b'\\xff'" in message_of(lambda: fields_of(pa.array([b"\xff"] * 3)))
+
+
+def test_two_columns_of_one_name_are_refused_in_parquet_too(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    table = pa.Table.from_arrays([pa.array(["a"])] * 2, names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert "'text' stands there twice" in message_of(lambda: classify(tmp_path / "a.parquet"))
+
+
+FRAME = {f"r{i}": {"text": f"t{i}", "label": i % 2} for i in range(4)}
+FRAMES: dict[str, Any] = {
+    "wrapped": {"data": list(FRAME.values())},
+    "wrapped beside others": {"version": "1.1", "rows": list(FRAME.values()), "count": 4},
+    "one list": {"films": list(FRAME.values())},
+    "columns": {c: {str(i): r[c] for i, r in enumerate(FRAME.values())} for c in ("text", "label")},
+    "columns with names of rows": {
+        c: {k: r[c] for k, r in FRAME.items()} for c in ("text", "label")
+    },
+    "index": {str(i): r for i, r in enumerate(FRAME.values())},
+    "index of names": FRAME,
+    "split": {
+        "columns": ["text", "label"],
+        "index": list(FRAME),
+        "data": [list(r.values()) for r in FRAME.values()],
+    },
+    "table": {
+        "schema": {"fields": [{"name": "index", "type": "integer"}], "primaryKey": ["index"]},
+        "data": [{"index": i} | r for i, r in enumerate(FRAME.values())],
+    },
+    "lists": {c: [r[c] for r in FRAME.values()] for c in ("text", "label")},
+}
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+@pytest.mark.parametrize("form", FRAMES)
+def test_a_data_frame_or_a_wrapped_list_is_read_as_its_rows(
+    tmp_path: Path, form: str, suffix: str
+) -> None:
+    """As pandas' to_json writes it by any orient that names the columns."""
+    (tmp_path / f"a.{suffix}").write_text(json.dumps(FRAMES[form]))
+    task = classify(tmp_path / f"a.{suffix}")
+    assert [(row.id, row.fields, row.label) for row in rows(task)] == [
+        (f"train/{i + 1}", {"text": f"t{i}"}, i % 2) for i in range(4)
+    ]
+    renamed = classify(tmp_path / f"a.{suffix}", "task.prompt='{x}'", "task.columns={x: text}")
+    assert [row.fields["x"] for row in rows(renamed)] == ["t0", "t1", "t2", "t3"]
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+STAND_INS = [
+    (POINTER, "is a git-lfs pointer, which stands for the data where it was not fetched: run git"),
+    (b"/annex/objects/MD5E-s12--0a.csv\n", "is a git-annex pointer"),
+    (b"\n<!DOCTYPE html>\n<html><head>", "is a web page: fetch the data itself"),
+]
+PACKED = [
+    (b"\x1f\x8b\x08\x00", "is compressed by gzip: unpack it"),
+    (b"PK\x03\x04\x14", "is a zip archive or an Excel table"),
+    ("text,label\n".encode("utf-16"), "is in UTF-16: save it as UTF-8"),
+]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_what_stands_in_for_a_file_is_named(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"a.{suffix}"
+    for content, says in STAND_INS + (PACKED if suffix != "parquet" else []):
+        file.write_bytes(content)
+        assert f"a.{suffix} {says}" in message_of(lambda: classify(file))
+
+
 # -------------------------------------------------------------------------------------- mistakes
 
 GOOD = "text,label\na,0\nb,1\nc,0\n"
@@ -333,7 +643,25 @@ BROKEN: list[tuple[str, str, bytes | str, tuple[str, ...], str]] = [
     ("c", "a.csv", "text,label\na,0,x\n", (), "line 2: 3 cells, and the first line names 2"),
     ("c", "a.tsv", "text\tlabel\na\n", (), "line 2: 1 cells, and the first line names 2"),
     ("c", "a.csv", "text,text\na,0\n", (), "line 1: the first line must name each column once"),
-    ("c", "a.csv", "text,\na,0\n", (), "'an empty name' stands there"),
+    ("c", "a.csv", "text,\na,0\n", (), "has no column 'label' (there are: text)"),
+    ("c", "a.csv", "text,label\na,0,x,\n", (), "line 2: 4 cells, and the first line names 2"),
+    ("c", "a.csv", "text,label\na\n", (), "line 2: 1 cells, and the first line names 2"),
+    ("c", "a.csv", 'text,label\n"a,0\n', (), "are ordinary characters, add task.quoting=none"),
+    ("c", "a.csv", GOOD, ("task.labels={0: a}",), "for fewer than two classes"),
+    ("c", "a.csv", GOOD, ("task.labels=[a]",), "for fewer than two classes"),
+    ("c", "a.csv", GOOD, ("task.labels={0: a, 0.0: b}",), "twice"),
+    ("c", "a.jsonl", '{"text": "a", "label": NaN}\n', (), "'label': the label is empty"),
+    ("c", "a.jsonl", '{"text": NaN, "label": 0}\n', (), "'text': the cell is empty"),
+    ("c", "a.jsonl", '{"text": "a", "text": "b"}\n', (), "line 1: key 'text' stands twice"),
+    ("c", "a.json", '[{"text": "a", "label": 0, "label": 1}]', (), "key 'label' stands twice"),
+    ("c", "a.jsonl", '[\n{"text": "a"}]', (), "one JSON text: let its name end in .json"),
+    ("c", "a.json", '[["a", 0], ["b", 1]]', (), 'write it as {"text": "a film", "label": 1}'),
+    ("c", "a.json", '{"train": [{"text": "a"}], "test": [{}]}', (), "holds the lists train, test"),
+    ("c", "a.json", '{"text": ["a", "b"], "label": [0]}', (), "unlike length (text: 2, label: 1)"),
+    ("c", "a.json", '{"columns": ["text", "label"], "data": [["a"]]}', (), "a list of 2 cells"),
+    ("c", "a.json", '{"columns": ["text", "text"], "data": []}', (), "names a column twice"),
+    ("c", "a.json", '{"columns": ["text"], "data": []}', (), "a.json has no rows"),
+    ("c", "a.jsonl", GOOD, ("task.quoting=none",), "task.quoting=none is for .csv and .tsv"),
     ("c", "a.csv", 'text,label\n"a,0\n', (), "line 2: unexpected end of data; a quoted cell"),
     ("c", "a.csv", 'text,label\n"a"b,0\n', (), "line 2: ',' expected after '\"'"),
     ("c", "a.csv", b"text,label\na,0\n\xff,1\n", (), "line 3: not UTF-8 (byte 0xff)"),

@@ -240,9 +240,9 @@ def test_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
     path.write_bytes("a\x85b\r\n\nc".encode())
     assert lines_of(path) == ["a\x85b", "", "c"]
     records = list(read_file(path, line="(?P<x>.*)"))
-    assert [(record.number, record.value) for record in records] == [
-        (1, {"x": "a\x85b"}),
-        (3, {"x": "c"}),
+    assert [(record.number, record.line, record.value) for record in records] == [
+        (1, 1, {"x": "a\x85b"}),
+        (2, 3, {"x": "c"}),
     ]
     path.write_bytes(b"\xff")
     assert "a.txt: not UTF-8" in message_of(lambda: lines_of(path))

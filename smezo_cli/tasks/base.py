@@ -132,6 +132,7 @@ class Task:
         classes: names of the classes of a classification task, else ().
         source: in one line, where the rows are from and what of them was left out.
         fingerprint: hex digest or commit of the data; "" where neither is known.
+        notes: what somebody who reads the figures must know of the rows, each in one line.
     """
 
     name: str
@@ -144,6 +145,7 @@ class Task:
     source: str
     masked: tuple[Prompt, ...] = ()
     fingerprint: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,7 @@ class Tables:
     classes: tuple[str, ...]
     source: str
     fingerprint: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def fingerprint(rows: Sequence[Row]) -> str:
@@ -262,6 +265,11 @@ def _cut_by_class(
             "train, dev and test; lower it."
         )
     return tuple(train), tuple(dev), tuple(test[: cfg["num_test"]])
+
+
+def one_class(labels: Sequence[int]) -> bool:
+    """Have all rows the same label, so that nothing can be told apart, ranked or calibrated?"""
+    return len(set(labels)) == 1
 
 
 def lacking(

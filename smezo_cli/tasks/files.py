@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +23,19 @@ class Record(NamedTuple):
 
     Attributes:
         where: its place for messages: "FILE, line 3".
-        number: its line (of Parquet and JSON lists its row) from 1.
+        number: which record of its file it is, from 1; the same in every format.
         value: what stands there; a mapping in all files but JSON and JSON lines.
+        line: where it begins: its line, or in a JSON list and Parquet its row, from 1; 0 where it
+            has none.
     """
 
     where: str
     number: int
     value: Any
+    line: int = 0
+
+
+_Found = tuple[str, int, Any]  # a record's place, its line or row, and its value
 
 
 def sha256_of(*paths: Path) -> str:
@@ -50,7 +56,9 @@ def sha256_of(*paths: Path) -> str:
 def read_file(
     path: Path,
     *,
-    quotes: bool = True,
+    quotes: bool | None = True,
+    notes: list[str] | None = None,
+    unique_keys: bool = False,
     form: str | None = None,
     line: str | None = None,
     encoding: str = "utf-8-sig",
@@ -61,7 +69,10 @@ def read_file(
 
     Args:
         path: the file.
-        quotes: False: in a TSV they are ordinary characters.
+        quotes: of a table; True: cells may stand in quotes, as `csv` reads them; False: they are
+            ordinary characters; None: as True, but a cell that may have swallowed rows is refused.
+        notes: receives what of the quotes is to be said.
+        unique_keys: refuse a JSON record in which a key stands twice.
         form: `jsonl`, whatever the extension; `trees`: a bracketed tree a line, `(3 (2 A) (4 b))`,
             gives the label of its root as `label` and its words, joined by blanks, as `text`.
         line: a regular expression with named groups that each line must match; they are the fields.
@@ -71,44 +82,110 @@ def read_file(
         UserError: naming file, line and column of what cannot be read; a file without records.
     """
     suffix = path.suffix.lower()
-    readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".trees": _trees}
+    loads = _loads_once if unique_keys else json.loads
+    readers: dict[str, Callable[[Path], Iterator[_Found]]] = {
+        ".jsonl": lambda path: _jsonl(path, loads),
+        ".json": lambda path: _json(path, loads),
+        ".parquet": _parquet,
+        ".trees": _trees,
+    }
     if form is not None:
         suffix = f".{form}"
     try:
         check_ordinary(path)
+        _check_content(path, suffix)
         if line is not None:
             records = _parsed(path, re.compile(line), encoding)
         elif suffix in readers:
             records = readers[suffix](path)
         elif suffix in (".csv", ".tsv"):
-            records = _table(path, "," if suffix == ".csv" else "\t", quotes)
+            records = _table(path, "," if suffix == ".csv" else "\t", quotes, notes)
         else:
             raise UserError(
                 f"{path}: files of this kind are not read; give a {', '.join(SUFFIXES[:-1])} or "
                 f"{SUFFIXES[-1]} file."
             )
-        empty = True
-        for record in records:
-            empty = False
-            yield record
+        number = 0
+        for number, (where, begins, value) in enumerate(records, start=1):
+            yield Record(where, number, value, begins)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
-    if empty:
+    if not number:
         raise UserError(f"{path} has no rows.")
 
 
-def _jsonl(path: Path) -> Iterator[Record]:
+# How files begin that are not what their name says, and what to do about them.
+_STAND_INS = (
+    (b"version https://git-lfs.github.com/spec/", "a git-lfs pointer, which stands for the data "
+     "where it was not fetched: run git lfs pull in its folder"),
+    (b"/annex/objects/", "a git-annex pointer, which stands for the data where it was not fetched: "
+     "run git annex get on it"),
+    (b"<!doctype html", "a web page: fetch the data itself (of a hub its raw or resolve address)"),
+    (b"<html", "a web page: fetch the data itself (of a hub its raw or resolve address)"),
+)  # fmt: skip
+_PACKED = (
+    (b"\x1f\x8b", "compressed by gzip: unpack it"),
+    (b"BZh91AY&SY", "compressed by bzip2: unpack it"),
+    (b"\xfd7zXZ\x00", "compressed by xz: unpack it"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd: unpack it"),
+    (b"PK\x03\x04", "a zip archive or an Excel table: unpack it, or save the table as CSV"),
+    (b"PAR1\x15", "a Parquet file: let its name end in .parquet"),
+    (b"\xff\xfe", "in UTF-16: save it as UTF-8"),
+    (b"\xfe\xff", "in UTF-16: save it as UTF-8"),
+)
+
+
+def _check_content(path: Path, suffix: str) -> None:
+    """Refuse what stands in the place of a file, or is named like another kind of file."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    kinds = _STAND_INS if suffix == ".parquet" else _STAND_INS + _PACKED
+    for sign, what in kinds:
+        if head.startswith(sign) or head.lstrip().lower().startswith(sign):
+            raise UserError(f"{path} is {what}.")
+
+
+def _loads_once(text: str) -> Any:
+    """As json.loads; ValueError where a key stands twice in a mapping."""
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise _TwiceError(f"key {twice!r} stands twice in a record; take one of them out")
+    return found
+
+
+class _TwiceError(ValueError):
+    """A key of a JSON mapping stands twice."""
+
+
+def _jsonl(path: Path, loads: Callable[[str], Any]) -> Iterator[_Found]:
     # By bytes: a text may hold characters that str.splitlines() takes for line ends.
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 where = f"{path}, line {number}"
                 try:
-                    value = json.loads(line.decode("utf-8-sig"))
+                    value = loads(line.decode("utf-8-sig"))
+                except _TwiceError as error:
+                    raise UserError(f"{where}: {error}.") from error
                 except (ValueError, RecursionError) as error:
-                    raise UserError(f"{where}: not JSON in UTF-8 ({error}).") from error
+                    hint = _hint_of_whole(path)
+                    raise UserError(f"{where}: not JSON in UTF-8 ({error}){hint}.") from error
                 _check_characters(line, value, where)
-                yield Record(where, number, value)
+                yield where, number, value
+
+
+def _hint_of_whole(path: Path) -> str:
+    try:
+        json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return ""
+    return "; the whole file is one JSON text: let its name end in .json"
 
 
 def lines_of(path: Path, encoding: str = "utf-8-sig") -> list[str]:
@@ -128,7 +205,7 @@ def lines_of(path: Path, encoding: str = "utf-8-sig") -> list[str]:
     return lines if lines[-1] else lines[:-1]
 
 
-def _parsed(path: Path, pattern: re.Pattern[str], encoding: str) -> Iterator[Record]:
+def _parsed(path: Path, pattern: re.Pattern[str], encoding: str) -> Iterator[_Found]:
     for number, line in enumerate(lines_of(path, encoding), start=1):
         if line.strip():
             where = f"{path}, line {number}"
@@ -136,10 +213,10 @@ def _parsed(path: Path, pattern: re.Pattern[str], encoding: str) -> Iterator[Rec
                 raise UserError(
                     f"{where}: {line[:80]!r} is not of the form of such a file, {pattern.pattern}."
                 )
-            yield Record(where, number, match.groupdict())
+            yield where, number, match.groupdict()
 
 
-def _trees(path: Path) -> Iterator[Record]:
+def _trees(path: Path) -> Iterator[_Found]:
     for number, line in enumerate(lines_of(path), start=1):
         if line.strip():
             where = f"{path}, line {number}"
@@ -150,15 +227,17 @@ def _trees(path: Path) -> Iterator[Record]:
                     f"{where}: {line[:80]!r} is no tree such as (3 (2 A) (4 film)), with a label "
                     "behind each bracket."
                 )
-            yield Record(where, number, {"label": root[1], "text": " ".join(words)})
+            yield where, number, {"label": root[1], "text": " ".join(words)}
 
 
-def _json(path: Path) -> Iterator[Record]:
+def _json(path: Path, loads: Callable[[str], Any]) -> Iterator[_Found]:
     data = path.read_bytes()
     if not data.strip():
         return
     try:
-        value = json.loads(data.decode("utf-8-sig"))
+        value = loads(data.decode("utf-8-sig"))
+    except _TwiceError as error:
+        raise UserError(f"{path}: {error}.") from error
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
             hint = "; if each line is a record of its own, name the file .jsonl"
@@ -171,10 +250,10 @@ def _json(path: Path) -> Iterator[Record]:
         raise UserError(f"{path}: not JSON in UTF-8 ({error}).") from error
     _check_characters(data, value, str(path))
     if not isinstance(value, list):
-        yield Record(str(path), 1, value)
+        yield str(path), 1, value
         return
     for number, element in enumerate(value, start=1):
-        yield Record(f"{path}, row {number}", number, element)
+        yield f"{path}, row {number}", number, element
 
 
 def _check_characters(data: bytes, value: Any, where: str) -> None:
@@ -188,7 +267,9 @@ def _check_characters(data: bytes, value: Any, where: str) -> None:
             ) from error
 
 
-def _table(path: Path, delimiter: str, quotes: bool) -> Iterator[Record]:
+def _table(
+    path: Path, delimiter: str, quotes: bool | None, notes: list[str] | None
+) -> Iterator[_Found]:
     data = path.read_bytes()
     try:
         text = data.decode("utf-8-sig")
@@ -198,52 +279,129 @@ def _table(path: Path, delimiter: str, quotes: bool) -> Iterator[Record]:
             f"{path}, line {line}: not UTF-8 (byte {data[error.start]:#04x}); save the file as "
             "UTF-8."
         ) from error
-    rows = csv.reader(
-        io.StringIO(text, newline=""),
-        delimiter=delimiter,
-        quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
-        strict=True,
-    )
+    unquoted = f"; {_UNQUOTED}" if quotes is None and '"' in text else ""
     columns: list[str] | None = None
+    wide: list[tuple[int, int]] = []  # first and last line of records that have several
     line = 1
     limit = csv.field_size_limit(2**31 - 1)  # a document may be longer than csv's 128 KiB
+    rows = _cells(io.StringIO(text, newline=""), delimiter, quotes is not False)
     try:
-        for cells in rows:
-            where, number, line = f"{path}, line {line}", line, rows.line_num + 1
+        for cells, last in rows:
+            where, number, line = f"{path}, line {line}", line, last + 1
             if not cells:
                 continue
             if columns is None:
                 columns = _header(cells, where)
                 continue
-            if len(cells) != len(columns):
+            if (given := _fitted(cells, columns)) is None:
                 raise UserError(
                     f"{where}: {len(cells)} cells, and the first line names {len(columns)} columns "
                     f"({', '.join(columns)}); a cell that holds a "
-                    f"{'comma' if delimiter == ',' else 'tab'} needs quotes."
+                    f"{'comma' if delimiter == ',' else 'tab'} needs quotes{unquoted}."
                 )
-            yield Record(where, number, dict(zip(columns, cells, strict=True)))
+            if last > number:
+                wide.append((number, last))
+            yield where, number, _named(columns, given)
+        if quotes is None and wide and columns is not None:
+            _check_swallowed(path, text, delimiter, wide, len(columns), notes)
     except csv.Error as error:
         raise UserError(
             f"{path}, line {line}: {error}; a quoted cell ends with a quote, and a quote in it is "
-            "written twice."
+            f"written twice{unquoted}."
         ) from error
     finally:
         csv.field_size_limit(limit)
 
 
+_UNQUOTED = "where quotation marks are ordinary characters, add task.quoting=none"
+
+
+def _cells(lines: Iterable[str], delimiter: str, quotes: bool) -> Iterator[tuple[list[str], int]]:
+    """Cells of each record, and the number of its last line."""
+    rows = csv.reader(
+        lines,
+        delimiter=delimiter,
+        quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
+        strict=True,
+    )
+    for cells in rows:
+        yield cells, rows.line_num
+
+
 def _header(cells: list[str], where: str) -> list[str]:
+    """Names of the columns, "" of one without a name, as the index of a data frame."""
     columns = [cell.strip() for cell in cells]
     for column in columns:
-        if not column or columns.count(column) > 1:
+        if column and columns.count(column) > 1:
             raise UserError(
-                f"{where}: the first line must name each column once, and "
-                f"{column or 'an empty name'!r} stands there"
-                f"{' twice' if column else ''}; the columns are {', '.join(map(repr, columns))}."
+                f"{where}: the first line must name each column once, and {column!r} stands there "
+                f"twice; the columns are {', '.join(map(repr, columns))}."
             )
     return columns
 
 
-def _parquet(path: Path) -> Iterator[Record]:
+def _fitted(cells: list[str], columns: Sequence[str]) -> list[str] | None:
+    """A cell for each column, None where there are others; a comma at the end is no cell."""
+    size = len(columns)
+    if any(cells[size:]) or any(columns[len(cells) :]):
+        return None
+    return [*cells[:size], *[""] * (size - len(cells))]
+
+
+def _named(columns: Sequence[str], cells: Sequence[str]) -> dict[str, str]:
+    """Cells by the names of their columns; without a name one column may be, and is ""."""
+    named = dict(zip(columns, cells, strict=True))
+    if columns.count("") > 1:
+        del named[""]
+    return named
+
+
+def _check_swallowed(
+    path: Path,
+    text: str,
+    delimiter: str,
+    wide: Sequence[tuple[int, int]],
+    size: int,
+    notes: list[str] | None,
+) -> None:
+    """Find records of several lines each of which could be a record itself, if quotes were none.
+
+    A stray quotation mark at the start of a cell swallows all up to the next one at the end of a
+    cell. In a TSV such a record is refused, since a tab is seldom text. So it is in a CSV where
+    its lines have in a column what other records have there; elsewhere it is noted.
+
+    Raises:
+        UserError: rows are swallowed.
+    """
+    lines = io.StringIO(text, newline="").readlines()
+    found: list[tuple[int, int, list[list[str]]]] = []
+    for first, last in wide:
+        apart = [cells for cells, _ in _cells(lines[first - 1 : last], delimiter, False)]
+        if all(len(cells) == size for cells in apart):
+            found.append((first, last, apart))
+    if not found:
+        return
+    for first, last, _ in found:
+        lines[first - 1 : last] = ["\n"] * (last - first + 1)
+    rest = [cells for cells, _ in _cells(lines, delimiter, False) if len(cells) == size]
+    known = [set(column) for column in zip(*rest[1:], strict=True)]  # without the header
+    for first, last, apart in found:
+        is_known = any(all(cells[at] in of for cells in apart) for at, of in enumerate(known))
+        where = f"{path}, line {first}: a quotation mark makes one row of lines {first} to {last}"
+        if size > 1 and (delimiter == "\t" or is_known):
+            raise UserError(
+                f"{where}, each of which could be a row; {_UNQUOTED}, else task.quoting=minimal."
+            )
+    if notes is not None:
+        others = f" (and of {len(found) - 1} more)" if len(found) > 1 else ""
+        first, last, _ = found[0]
+        notes.append(
+            f"{path.name}: a quotation mark makes one row of lines {first} to {last}{others}; "
+            f"{_UNQUOTED}"
+        )
+
+
+def _parquet(path: Path) -> Iterator[_Found]:
     import pyarrow  # type: ignore[import-untyped]  # the library ships no types
     from pyarrow import parquet
 
@@ -252,6 +410,18 @@ def _parquet(path: Path) -> Iterator[Record]:
     try:
         with parquet.ParquetFile(path) as file:
             about = file.metadata
+            names = file.schema_arrow.names
+            for name in names:
+                if names.count(name) > 1:
+                    raise UserError(
+                        f"{path}: each column must have a name of its own, and {name!r} stands "
+                        f"there twice; the columns are {', '.join(map(repr, names))}."
+                    )
+            read = {
+                field.name: reading
+                for field in file.schema_arrow
+                if (reading := _reading(field.type)) is not None
+            }
             groups = [about.row_group(at).total_byte_size for at in range(about.num_row_groups)]
             unpacked = max(sum(groups), 0) + _BYTES_A_CELL * about.num_rows * about.num_columns
             if unpacked > most:
@@ -263,13 +433,37 @@ def _parquet(path: Path) -> Iterator[Record]:
                     raise UserError(_unpacks(path, most))
                 for value in batch.to_pylist():
                     number += 1
-                    yield Record(f"{path}, row {number}", number, value)
+                    for name, reading in read.items():
+                        if value[name] is not None:
+                            value[name] = reading(value[name])
+                    yield f"{path}, row {number}", number, value
     except UserError:
         raise
     # Arrow's own, and what Python makes of a cell: a day beyond the calendar, bytes for text.
     except (pyarrow.ArrowException, ValueError, TypeError, ArithmeticError, MemoryError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
         raise UserError(f"{path} is no Parquet file that can be read ({reason}).") from error
+
+
+def _reading(kind: Any) -> Callable[[Any], Any] | None:
+    """What makes of a cell what a CSV of the same table has; None where it is that already."""
+    import numpy
+    from pyarrow import types
+
+    if types.is_binary(kind) or types.is_large_binary(kind):  # texts that are not marked as such
+        return _as_text
+    if types.is_float32(kind):
+        return lambda value: float(str(numpy.float32(value)))  # 0.1, not 0.10000000149011612
+    if types.is_float16(kind):
+        return lambda value: float(str(numpy.float16(value)))
+    return None
+
+
+def _as_text(value: bytes) -> str | bytes:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value
 
 
 _FREE_BYTES, _MOST_GROWTH = 1 << 24, 200

@@ -2,13 +2,13 @@
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from smezo_cli.errors import UserError
 from smezo_cli.tasks import own, records, rotten_tomatoes, toy
-from smezo_cli.tasks.base import KINDS, Tables, Task, cut, lacking, prompts_of
+from smezo_cli.tasks.base import KINDS, Row, Tables, Task, cut, lacking, one_class, prompts_of
 from smezo_cli.tasks.files import sha256_of
 
 READERS: dict[str, Callable[[Mapping[str, Any], Path], Tables]] = {
@@ -31,8 +31,16 @@ def _uncollected() -> Iterator[None]:
 
 
 @_uncollected()
-def load_task(cfg: Mapping[str, Any], *, data_seed: int, cache: Path) -> Task:
+def load_task(
+    cfg: Mapping[str, Any], *, data_seed: int, cache: Path, by_line: bool = False
+) -> Task:
     """Read the rows of the task node `cfg`, cut them by `data_seed`, check the prompts.
+
+    Args:
+        cfg: the task node.
+        data_seed: orders the rows before they are cut.
+        cache: folder of what is fetched.
+        by_line: of data of the user's own, see :func:`smezo_cli.tasks.own.read`.
 
     Raises:
         UserError: missing or malformed data; prompts or counts that do not fit.
@@ -41,7 +49,7 @@ def load_task(cfg: Mapping[str, Any], *, data_seed: int, cache: Path) -> Task:
     if kind not in KINDS:
         raise UserError(f"task.kind={kind} is not known; there are {', '.join(KINDS)}.")
     if "source" not in cfg:
-        tables, cfg = own.read(cfg)
+        tables, cfg = own.read(cfg, by_line=by_line)
     else:
         reader = cfg["source"]["reader"]
         if reader not in READERS:
@@ -73,6 +81,10 @@ def load_task(cfg: Mapping[str, Any], *, data_seed: int, cache: Path) -> Task:
         name=cfg["name"],
         kind=kind,
         prompts=tuple(prompt for prompt in prompts if not prompt.is_masked),
+        notes=(
+            *tables.notes,
+            *_missing_classes(tables, {"train": train, "dev": dev, "test": test}),
+        ),
         masked=tuple(prompt for prompt in prompts if prompt.is_masked),
         train=train,
         dev=dev,
@@ -81,6 +93,27 @@ def load_task(cfg: Mapping[str, Any], *, data_seed: int, cache: Path) -> Task:
         source="; ".join(notes),
         fingerprint=tables.fingerprint,
     )
+
+
+def _missing_classes(tables: Tables, splits: Mapping[str, Sequence[Row]]) -> list[str]:
+    """Say which classes no row has, and which splits have rows of one class alone."""
+    if len(tables.classes) < 2:
+        return []
+    notes = []
+    found = {row.label for rows in (tables.train, tables.test) for row in rows}
+    if missing := [name for k, name in enumerate(tables.classes) if k not in found]:
+        notes.append(f"no row has the label {' or '.join(missing)}")
+    alone = [
+        f"{name} ({len(rows)} of {len(rows)} rows: label {tables.classes[rows[0].label]})"
+        for name, rows in splits.items()
+        if one_class([row.label for row in rows])
+    ]
+    if alone:
+        notes.append(
+            f"one class alone in {', '.join(alone)}: figures there say nothing of how well classes "
+            "are told apart"
+        )
+    return notes
 
 
 def local_fingerprint(cfg: Mapping[str, Any]) -> str | None:

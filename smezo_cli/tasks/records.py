@@ -164,7 +164,7 @@ def _from_file(folder: Path, files: Mapping[str, Any], split: str) -> Iterator[R
     path = folder / files[split]
     given = {"quotes": "quotes", "format": "form", "line": "line", "encoding": "encoding"}
     how = {given[key]: files[key] for key in given if key in files}
-    records = _numbered(path, read_file(path, **how))
+    records = read_file(path, **how)
     return _labelled(records, folder / files["labels"][split]) if "labels" in files else records
 
 
@@ -181,13 +181,6 @@ def _labelled(records: Iterator[Record], path: Path) -> Iterator[Record]:
         )
     if count < len(labels):
         raise UserError(f"{path} has {len(labels)} labels for {count} records; give the pair.")
-
-
-def _numbered(path: Path, records: Iterator[Record]) -> Iterator[Record]:
-    """Records numbered as the hub's, also where the first line of the file names the columns."""
-    header = path.suffix.lower() in (".tsv", ".csv")
-    for record in records:
-        yield record._replace(number=record.number - 1) if header else record
 
 
 def _rows(
