@@ -15,6 +15,7 @@ from rich.box import SIMPLE
 from rich.console import Console as RichConsole
 from rich.table import Table
 
+from smezo_cli import streams
 from smezo_cli.config import compose
 from smezo_cli.device import choose_device
 from smezo_cli.errors import UserError
@@ -75,6 +76,8 @@ def main(words: Sequence[str]) -> int:
     given = parser.parse_intermixed_args(list(words))
     if given.rounds < 1:
         raise UserError(f"--rounds {given.rounds}: must be at least 1, such as --rounds 7.")
+    if given.json is not None:
+        streams.outlast()
     out = None if given.json is None else Path(given.json)
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         what = "is a folder" if out.is_dir() else f"there is no folder {out.parent}"

@@ -35,7 +35,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from smezo_cli import fork, ranks, sweep
+from smezo_cli import fork, process, ranks, streams, sweep
 from smezo_cli.errors import UserError
 from smezo_cli.intake import check_folder
 from smezo_cli.redaction import redacted
@@ -795,6 +795,11 @@ def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
     except UserError as error:
         _say(str(error))
         return 2
+    if request.starts_runs:
+        streams.guard()
+        streams.outlast()
+    if request.launcher != "basic":
+        process.interruptible()  # it has other processes to end
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
@@ -820,6 +825,8 @@ def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
 
     def job(cfg: DictConfig) -> sweep.Ended | None:
         if sweep.here() != parent:
+            streams.guard()
+            streams.outlast()
             code, words = attempt(cfg)
             return sweep.Ended(code, "" if sweep.reader() == reader else words) if code else None
         if _is_sweep() and fork.can_fork():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from smezo_cli import process
 from smezo_cli.adapter import Adapter, attach
 from smezo_cli.allocator import keep_freed_memory
 from smezo_cli.assets import cache_dir
@@ -52,6 +53,7 @@ class Job:
         say: Callable[[str], None],
         with_rows: bool = True,
     ) -> None:
+        process.interruptible()  # all that is heavy is imported
         self.settings = settings
         self.device = torch.device(device)
         self.dtype: torch.dtype = getattr(torch, settings.dtype)

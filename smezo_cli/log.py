@@ -5,7 +5,6 @@ import errno
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -216,26 +215,19 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
         yield name, float(value)
 
 
-class _Terminal(RichConsole):
-    """A console whose reader may go away (``smezo train | head``) without ending the run."""
-
-    def on_broken_pipe(self) -> None:
-        """Say nothing more; rich would end the process."""
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 class Console:
     """Lines to the terminal and, as soon as there is one, to the run folder's console.log."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self._rich = _Terminal(file=stream or sys.stdout, highlight=False, soft_wrap=True)
+        self._rich = RichConsole(file=stream or sys.stdout, highlight=False, soft_wrap=True)
         self._file: Any = None
         self._progress: Progress | None = None
 
     def keep(self, path: Path) -> None:
         """Write every line to this file too."""
-        self._file = TextIOWrapper(BufferedRandom(_open(path)), encoding="utf-8")
+        self._file = TextIOWrapper(
+            BufferedRandom(_open(path)), encoding="utf-8", errors="backslashreplace"
+        )
 
     def say(self, text: str = "") -> None:
         """One line or more; secrets are redacted."""

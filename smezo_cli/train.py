@@ -3,8 +3,15 @@
 smezo train [KEY=VALUE ...]        (or: python -m smezo_cli.train ...)
 """
 
-import shlex
 import sys
+
+if __name__ == "__main__":  # as `smezo train`, from before anything else is imported
+    from smezo_cli.cli import main as smezo
+
+    sys.argv.insert(1, "train")
+    sys.exit(smezo())
+
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -1013,7 +1020,3 @@ def _settings_text(cfg: DictConfig) -> str:
 def _run_name(cfg: DictConfig, settings: Settings) -> str:
     s = settings
     return f"{s.task['name']}-{s.model['name']}-{s.method['name']}-s{s.seed}-{digest(cfg)}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())
