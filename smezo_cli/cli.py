@@ -27,6 +27,7 @@ smezo: zeroth-order fine-tuning of language models
   smezo bench [KEY=VALUE ...]     what a step costs here, beside plain forwards and the textbook's
   smezo ls [GROUP]                what there is: tasks, models, methods, recipes, loggers
   smezo show GROUP NAME           one of them: what it is, its values and where they come from
+                                  (both with --config-dir DIR: your own, which come first)
   smezo completion SHELL          TAB completion for bash, zsh or fish
   smezo --version
 
@@ -147,7 +148,8 @@ def _run(words: list[str]) -> int:
     if "--help" in rest or "-h" in rest:
         print(USAGE, end="")
         return 0
-    return _ls(rest) if verb == "ls" else _show(rest)
+    given, roots = _roots(rest)
+    return _ls(given, roots) if verb == "ls" else _show(given, roots)
 
 
 def _check_docstrings() -> None:
@@ -158,11 +160,11 @@ def _check_docstrings() -> None:
         )
 
 
-def _ls(words: list[str]) -> int:
+def _ls(words: list[str], roots: list[Path]) -> int:
     if len(words) > 1:
         raise _mistake("smezo ls takes one group at most: smezo ls tasks.")
     for group in [_group(word) for word in words] or _GROUPS:
-        files = _files(group)
+        files = _files(group, roots)
         width = max((len(name) for name in files), default=0)
         print(f"{group}:")
         for name, file in files.items():
@@ -170,15 +172,31 @@ def _ls(words: list[str]) -> int:
     return 0
 
 
-def _show(words: list[str]) -> int:
+def _show(words: list[str], roots: list[Path]) -> int:
     if len(words) != 2:
         raise _mistake("smezo show takes a group and a name: smezo show method sparse_mezo.")
     group, name = _group(words[0]), words[1]
-    files = _files(group)
+    files = _files(group, roots)
     if name not in files:
         raise _mistake(f"there is no {group.removesuffix('s')} {name}{_near(name, files)}.")
     print(files[name].read_text(encoding="utf-8"), end="")
     return 0
+
+
+def _roots(words: list[str]) -> tuple[list[str], list[Path]]:
+    """The words less --config-dir, and the folders that settings are read from."""
+    from smezo_cli.searchpath import of_line
+
+    others, folder = list[str](), None
+    flags = ("--config-dir", "-cd")
+    left = iter(words)
+    for word in left:
+        flag, equals, value = word.partition("=")
+        if flag not in flags:
+            others.append(word)
+        elif (folder := value if equals else next(left, None)) is None:
+            raise _mistake(f"{flag} needs a folder: {flag} mine.")
+    return others, of_line(folder, ()).roots
 
 
 def _group(word: str) -> str:
@@ -188,12 +206,13 @@ def _group(word: str) -> str:
     return group
 
 
-def _files(group: str) -> dict[str, Path]:
-    from smezo_cli.settings import CONF_DIR
-
-    folder = CONF_DIR / group.removesuffix("s")
-    files = [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("*/*.yaml"))]
-    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+def _files(group: str, roots: list[Path]) -> dict[str, Path]:
+    """The files of a group by name, each of the first folder that has it."""
+    found: dict[str, Path] = {}
+    for folder in [root / group.removesuffix("s") for root in roots]:
+        for file in [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("*/*.yaml"))]:
+            found.setdefault(file.relative_to(folder).with_suffix("").as_posix(), file)
+    return found
 
 
 def _headline(file: Path) -> str:

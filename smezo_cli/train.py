@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from smezo_cli import intake, ranks
-from smezo_cli.config import command, launch, recipes
+from smezo_cli.config import command, launch, recipes, replaced
 from smezo_cli.device import all_devices, choose_device
 from smezo_cli.errors import UserError
 from smezo_cli.redaction import redacted_tree
@@ -358,6 +358,8 @@ class _Run:
             self.console.say("  remote code  Python files of the model are executed, as asked")
         if self.recipes:
             self.console.say(f"  recipe  {' and '.join(self.recipes)}")
+        for line in replaced():
+            self.console.say(f"  file    {line}")
         if self.resumed:
             self.console.say(f"  going on from step {self.state.step}")
 
