@@ -45,6 +45,7 @@ from smezo_cli.settings import (
     KNOBS,
     Settings,
     check,
+    check_spelling,
     check_target,
     digest,
     lacks,
@@ -52,6 +53,7 @@ from smezo_cli.settings import (
     plain,
     quoted,
     sentence,
+    shown,
 )
 
 __all__ = [
@@ -453,6 +455,10 @@ class _Composer:
             )
         choices = [self._values(override, multirun) for override in groups]
         values = [self._values(override, multirun) for override in keys]
+        for line in itertools.chain(*values):
+            override = self._parse(line)
+            if not override.is_delete():
+                check_spelling(override.key_or_group, line.partition("=")[2], override.value())
         first = [lines[0] for lines in values if lines]
         touches_hydra = bool(self.search.folders) or any(
             override.key_or_group.startswith("hydra") for override in overrides
@@ -463,6 +469,7 @@ class _Composer:
                 cfg = self.compose([*chosen, *first])
             except UserError:
                 self._check_keys(keys, chosen)  # says more of a key that is not there
+                self._check_deleted(keys, [*chosen, *first])
                 raise
             if len(first) < len(keys):
                 self._check_keys(keys, chosen)  # of an interval, no value was composed
@@ -477,7 +484,12 @@ class _Composer:
                 choices_made = whole.hydra.runtime.choices
                 self.launcher = str(choices_made["hydra/launcher"])
                 self.replaced += searchpath.replaced(self.search, choices_made)
-            yield cfg, check(cfg)
+            try:
+                settings = check(cfg)
+            except UserError:
+                self._check_deleted(keys, [*chosen, *first])
+                raise
+            yield cfg, settings
             for lines in values:
                 for line in lines[1:]:
                     other = cfg.copy()
@@ -664,6 +676,29 @@ class _Composer:
         owner = re.sub(r"^smezo_cli\..*\.", "", str(target))
         more = f"; another argument of {owner}: +{override.input_line}" if target else ""
         raise UserError(f"there is no setting {key}{hint} (there are: {', '.join(inside)}){more}.")
+
+    def _check_deleted(self, keys: Sequence[Any], lines: Sequence[str]) -> None:
+        """Refuse a key that ~ takes out of the settings, where it is that what they lack."""
+        deleted = [override.input_line for override in keys if override.is_delete()]
+        others = [line for line in lines if line not in deleted]
+        for line in deleted:
+            key = line[1:].partition("=")[0]
+            try:
+                base = self.compose(others)
+                check(base)
+            except UserError:
+                return  # something else is wrong, too
+            try:
+                check(self.compose([*others, line]))
+            except UserError as error:
+                value: Any = OmegaConf.to_container(base, resolve=False)
+                for part in key.split("."):
+                    value = value.get(part) if isinstance(value, dict) else None
+                is_plain = not isinstance(value, dict | list) and "${" not in str(value)
+                example = f", or set it: {key}={shown(value)}" if is_plain else ""
+                raise UserError(
+                    f"{line} takes {key} out, which is needed: leave {line} out{example}."
+                ) from error
 
     def _with_choice(self, group: str, option: str, chosen: Sequence[str]) -> DictConfig:
         kept = [

@@ -177,3 +177,29 @@ def test_a_command_that_was_told_to_ignore_ctrl_c_does(tmp_path: Path) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     )
     assert (run.returncode, run.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("locale", ["C", "POSIX"])
+def test_paths_are_utf8_in_any_locale(locale: str, tmp_path: Path) -> None:
+    """A run made under an ASCII locale lies where others find it, and is printed as it is."""
+    ascii_only = {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    line = f"""smezo train {TINY} "runs_dir='räns'" name=x >/dev/null 2>err || exit
+    smezo runs --runs-dir räns >out 2>>err || exit
+    smezo export räns/x/* "exp ä" >>out 2>>err && cd "exp ä" && ls smezo.yaml >/dev/null"""
+    assert shell(line, tmp_path, **ascii_only) == (0, "")
+    (run,) = (tmp_path / "räns" / "x").iterdir()
+    assert "folder  räns/x/" in (run / "console.log").read_text(encoding="utf-8")
+    config = (run / "config.yaml").read_text(encoding="utf-8")
+    assert "runs_dir: räns" in config or "runs_dir: r\\xE4ns" in config
+    out = (tmp_path / "out").read_text(encoding="utf-8")
+    assert "räns/x/" in out
+    assert "exp ä" in out
+
+
+def test_an_interpreter_that_was_told_its_encoding_is_left_alone(tmp_path: Path) -> None:
+    """Else it would start itself for ever."""
+    script = f'"{sys.executable}" -X utf8=0 -m smezo_cli --version >/dev/null 2>err'
+    options = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+    assert shell(script, tmp_path, **options) == (0, "")
+    script = script.replace("-X utf8=0", "-E")
+    assert shell(script, tmp_path, **options, PYTHONUTF8="0") == (0, "")
