@@ -105,6 +105,29 @@ def open_own_bytes(path: Path) -> FileIO:
     return FileIO(handle, "a+")
 
 
+def is_at(handle: int, path: Path) -> bool:
+    """Does the name lead to the open file, and not to another or to none?"""
+    try:
+        return os.path.samestat(os.lstat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+def put_back(handle: int, path: Path) -> None:
+    """Write an open file anew under a name that leads to it no more; it is to be opened again.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    with partial.open("xb") as file:
+        place = 0
+        while content := os.pread(handle, 1 << 20, place):
+            place += file.write(content)
+    os.replace(partial, path)
+
+
 # --- settings --------------------------------------------------------------------------------
 
 
