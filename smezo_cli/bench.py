@@ -14,12 +14,12 @@ from rich.box import SIMPLE
 from rich.console import Console as RichConsole
 from rich.table import Table
 
-from smezo_cli import strict_json
-from smezo_cli.config import compose
+from smezo_cli import streams, strict_json
+from smezo_cli.config import compose_and_say
 from smezo_cli.device import choose_device
 from smezo_cli.errors import UserError
+from smezo_cli.searchpath import say
 from smezo_cli.settings import Settings, check, near
-from smezo_cli.words import quoted
 
 if TYPE_CHECKING:
     from smezo_cli.log import Console
@@ -31,6 +31,7 @@ smezo bench [KEY=VALUE ...]         what a step costs, beside plain forwards and
     --rounds N        how often each candidate is timed (7); a round runs each of them once
     --only NAMES      some of them, with commas between; a forward, the unit, always runs
     --grow            a second table: how a step grows with batch size and length
+    --config-dir DIR  your own model files, read before smezo's own
     --json FILE       every round and all figures: {"median_seconds": {NAME: ...}, ...}
 KEY is model (or model.KEY), batch_size (16), length (tokens of a prompt, 64), dtype, compute_dtype,
 device. All weights are trained. Names:
@@ -74,14 +75,17 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--only")
     parser.add_argument("--grow", action="store_true")
     parser.add_argument("--json")
+    parser.add_argument("--config-dir", "-cd")
     given = parser.parse_intermixed_args(list(words))
     if given.rounds < 1:
         raise UserError(f"--rounds {given.rounds}: must be at least 1, such as --rounds 7.")
+    if given.json is not None:
+        streams.outlast()
     out = None if given.json is None else Path(given.json)
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         what = "is a folder" if out.is_dir() else f"there is no folder {out.parent}"
         raise UserError(f"--json {out}: {what}; name a file in a folder that is there.")
-    settings, length = _settings(given.overrides)
+    settings, length = _settings(given.overrides, given.config_dir)
     _check_length(settings, max([length, *_GROW_LENGTHS] if given.grow else [length]))
     if settings.model["device_map"] is not None:
         raise UserError("smezo bench measures on one device: leave model.device_map out.")
@@ -99,7 +103,7 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def _settings(words: Sequence[str]) -> tuple[Settings, int]:
+def _settings(words: Sequence[str], config_dir: str | None) -> tuple[Settings, int]:
     """The settings of a Sparse-MeZO run with these changes, without recipes, and the length."""
     given = dict(_DEFAULTS)
     for word in words:
@@ -117,7 +121,7 @@ def _settings(words: Sequence[str]) -> tuple[Settings, int]:
     # A recipe may freeze weights; here all are trained.
     overrides = [f"{key}={value}" for key, value in given.items()]
     overrides += ["method=sparse_mezo", "~recipe", "~recipe/model"]
-    settings = check(compose([*map(quoted, overrides)]))
+    settings = check(compose_and_say(overrides, config_dir, say))
     if settings.model["family"] == "masked":
         raise UserError(
             f"model={settings.model['name']} is masked, and smezo bench measures models that "

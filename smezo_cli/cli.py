@@ -1,13 +1,16 @@
-"""The `smezo` command: verbs, each handed the rest of the line. Nothing heavy is imported here."""
+"""The `smezo` command: verbs, each handed the rest of the line.
 
-import os
-import re
+Nothing heavy is imported here, and nothing at all before `main` has made the process ready.
+"""
+
+from __future__ import annotations
+
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from smezo_cli import __version__
-from smezo_cli.errors import UserError
+TYPE_CHECKING = False  # as in typing, which takes a while to import
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 USAGE = """\
 smezo: zeroth-order fine-tuning of language models
@@ -24,6 +27,7 @@ smezo: zeroth-order fine-tuning of language models
   smezo bench [KEY=VALUE ...]     what a step costs here, beside plain forwards and the textbook's
   smezo ls [GROUP]                what there is: tasks, models, methods, recipes, loggers
   smezo show GROUP NAME           one of them: what it is, its values and where they come from
+                                  (both with --config-dir DIR: your own, which come first)
   smezo completion SHELL          TAB completion for bash, zsh or fish
   smezo --version
 
@@ -41,15 +45,32 @@ _VERBS = (
 _GROUPS = ("tasks", "models", "methods", "recipes", "experiments", "tables", "loggers")
 
 
+# They load a model, by a library that reads its own docstrings.
+_LOAD_MODELS = ("train", "plan", "eval", "predict", "export", "replay", "bench")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code: 2 for a mistake of the user, told in one sentence.
 
     130 where Ctrl-C ended it; a reader that has seen enough (`smezo runs | head`) is no mistake.
+
+    Args:
+        argv: the words of the line; None takes those of this process, which is then ours alone.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    if argv is not None:
+        return _answer(list(argv))
+    from smezo_cli import process
+
+    process.begin()
+    return process.end(_answer(sys.argv[1:]))
+
+
+def _answer(words: list[str]) -> int:
+    from smezo_cli.errors import UserError
+
     try:
-        if any("\0" in word for word in words):
-            raise UserError("a word of the command line holds a zero byte: take it out.")
+        for word in words:
+            _check_text(word)
         code = _run(words)
         sys.stdout.flush()
         return code
@@ -58,10 +79,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # Python would complain once more when it flushes what is left.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+
+
+def _check_text(word: str) -> None:
+    if "\0" in word:
+        raise _mistake("a word of the command line holds a zero byte: take it out.")
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        raise _mistake(
+            f"{word}: it is not UTF-8, which is what settings are kept in: rename the file or "
+            "folder, or reach it by a link with another name."
+        ) from None
+
+
+def _mistake(text: str) -> Exception:
+    from smezo_cli.errors import UserError
+
+    return UserError(text)
 
 
 def _run(words: list[str]) -> int:
@@ -70,14 +105,18 @@ def _run(words: list[str]) -> int:
         return 0
     verb, *rest = words
     if verb == "--version":
+        from smezo_cli import __version__
+
         print(f"smezo {__version__}")
         return 0
+    if verb in _LOAD_MODELS and "--help" not in rest and "-h" not in rest:
+        _check_docstrings()
     if verb == "train":
         from smezo_cli.train import main as train
 
         return train(rest)
     if verb not in _VERBS:
-        raise UserError(f"there is no verb {verb}{_near(verb, _VERBS)}.")
+        raise _mistake(f"there is no verb {verb}{_near(verb, _VERBS)}.")
     if verb == "completion":
         from smezo_cli.completion import main as completion
 
@@ -109,14 +148,23 @@ def _run(words: list[str]) -> int:
     if "--help" in rest or "-h" in rest:
         print(USAGE, end="")
         return 0
-    return _ls(rest) if verb == "ls" else _show(rest)
+    given, roots = _roots(rest)
+    return _ls(given, roots) if verb == "ls" else _show(given, roots)
 
 
-def _ls(words: list[str]) -> int:
+def _check_docstrings() -> None:
+    if sys.flags.optimize > 1:
+        raise _mistake(
+            "Python was told to drop docstrings (PYTHONOPTIMIZE=2 or python -OO), and transformers "
+            "reads its own: unset PYTHONOPTIMIZE, or set it to 1."
+        )
+
+
+def _ls(words: list[str], roots: list[Path]) -> int:
     if len(words) > 1:
-        raise UserError("smezo ls takes one group at most: smezo ls tasks.")
+        raise _mistake("smezo ls takes one group at most: smezo ls tasks.")
     for group in [_group(word) for word in words] or _GROUPS:
-        files = _files(group)
+        files = _files(group, roots)
         width = max((len(name) for name in files), default=0)
         print(f"{group}:")
         for name, file in files.items():
@@ -124,34 +172,53 @@ def _ls(words: list[str]) -> int:
     return 0
 
 
-def _show(words: list[str]) -> int:
+def _show(words: list[str], roots: list[Path]) -> int:
     if len(words) != 2:
-        raise UserError("smezo show takes a group and a name: smezo show method sparse_mezo.")
+        raise _mistake("smezo show takes a group and a name: smezo show method sparse_mezo.")
     group, name = _group(words[0]), words[1]
-    files = _files(group)
+    files = _files(group, roots)
     if name not in files:
-        raise UserError(f"there is no {group.removesuffix('s')} {name}{_near(name, files)}.")
+        raise _mistake(f"there is no {group.removesuffix('s')} {name}{_near(name, files)}.")
     print(files[name].read_text(encoding="utf-8"), end="")
     return 0
+
+
+def _roots(words: list[str]) -> tuple[list[str], list[Path]]:
+    """The words less --config-dir, and the folders that settings are read from."""
+    from smezo_cli.searchpath import of_line
+
+    others, folder = list[str](), None
+    flags = ("--config-dir", "-cd")
+    left = iter(words)
+    for word in left:
+        flag, equals, value = word.partition("=")
+        if flag not in flags:
+            others.append(word)
+        elif (folder := value if equals else next(left, None)) is None:
+            raise _mistake(f"{flag} needs a folder: {flag} mine.")
+    return others, of_line(folder, ()).roots
 
 
 def _group(word: str) -> str:
     group = word if word.endswith("s") else f"{word}s"
     if group not in _GROUPS:
-        raise UserError(f"there is no group {word}{_near(word, _GROUPS)}.")
+        raise _mistake(f"there is no group {word}{_near(word, _GROUPS)}.")
     return group
 
 
-def _files(group: str) -> dict[str, Path]:
-    from smezo_cli.settings import CONF_DIR
-
-    folder = CONF_DIR / group.removesuffix("s")
-    files = [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("*/*.yaml"))]
-    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+def _files(group: str, roots: list[Path]) -> dict[str, Path]:
+    """The files of a group by name, each of the first folder that has it."""
+    found: dict[str, Path] = {}
+    for folder in [root / group.removesuffix("s") for root in roots]:
+        for file in [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("*/*.yaml"))]:
+            found.setdefault(file.relative_to(folder).with_suffix("").as_posix(), file)
+    return found
 
 
 def _headline(file: Path) -> str:
     """The first sentence of the comment that opens a file, less what is for Hydra."""
+    import re
+
     words = []
     for line in file.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):

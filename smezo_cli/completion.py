@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from smezo_cli.errors import UserError
-from smezo_cli.settings import CONF_DIR, near
+from smezo_cli.searchpath import SearchPath, of_line
+from smezo_cli.settings import near
 
 USAGE = """\
 smezo completion SHELL       a script that makes TAB complete smezo; SHELL is bash, zsh or fish
@@ -35,7 +36,7 @@ _SCRIPTS = {
 }
 _FLAGS = {
     "train": ("--multirun", "--cfg", "--info", "--config-dir", "--help"),
-    "plan": ("--memory", "--tokens", "--bench", "--json", "--help"),
+    "plan": ("--memory", "--tokens", "--bench", "--json", "--config-dir", "--help"),
     "runs": ("--mean", "--compare", "--runs-dir", "--sort", "--json", "--help"),
     "table": (
         *(
@@ -54,7 +55,9 @@ _FLAGS = {
     "eval": ("--split", "--base", "--step", "--out", "--help"),
     "predict": ("--field", "--out", "--help"),
     "export": ("--step", "--help"),
-    "bench": ("--rounds", "--only", "--grow", "--json", "--help"),
+    "bench": ("--rounds", "--only", "--grow", "--json", "--config-dir", "--help"),
+    "ls": ("--config-dir", "--help"),
+    "show": ("--config-dir", "--help"),
 }
 
 
@@ -82,20 +85,21 @@ def main(words: Sequence[str], verbs: Sequence[str], groups: Sequence[str]) -> i
 
 def _query(line: str, verbs: Sequence[str], groups: Sequence[str]) -> Iterator[str]:
     _, *given = line.split(" ")
-    given = given or [""]
+    given, search = _without_config_dir(given or [""])
     last, verb = given[-1], given[0]
     if len(given) == 1:
         yield from (f"{v} " for v in verbs if v.startswith(last))
     elif last.startswith("-"):
         yield from (f"{flag} " for flag in _FLAGS.get(verb, ()) if flag.startswith(last))
     elif verb in ("train", "plan"):
-        yield from _settings([word for word in given[1:] if not word.startswith("-")] or [""])
+        words = [word for word in given[1:] if not word.startswith("-")] or [""]
+        yield from _settings(words, search)
     elif verb == "bench":
         from smezo_cli.bench import KEYS
 
         yield from (f"{key}=" for key in KEYS if key.startswith(last))
         if last.partition("=")[0].partition(".")[0] in KEYS:
-            yield from _settings([last])
+            yield from _settings([last], search)
     elif verb == "plot" and len(given) == 2:
         from smezo_cli.plot import KINDS
 
@@ -109,17 +113,30 @@ def _query(line: str, verbs: Sequence[str], groups: Sequence[str]) -> Iterator[s
     elif verb in ("ls", "show") and len(given) == 2:
         yield from (f"{g} " for g in groups if g.startswith(last))
     elif verb == "show" and len(given) == 3:
-        folder = CONF_DIR / given[1].removesuffix("s")
-        yield from (f.stem for f in sorted(folder.glob("*.yaml")) if f.stem.startswith(last))
+        folders = [root / given[1].removesuffix("s") for root in search.roots]
+        stems = {file.stem for folder in folders for file in folder.glob("*.yaml")}
+        yield from (name for name in sorted(stems) if name.startswith(last))
 
 
-def _settings(words: list[str]) -> Iterator[str]:
+def _without_config_dir(words: list[str]) -> tuple[list[str], SearchPath]:
+    """The words of a line less --config-dir DIR, and where settings are read from."""
+    folder, flags = None, ("--config-dir", "-cd")
+    for at, word in enumerate(words[:-1]):
+        if word in flags and at + 1 < len(words) - 1:
+            folder, words = words[at + 1], words[:at] + words[at + 2 :]
+            break
+        if word.partition("=")[0] in flags and "=" in word:
+            folder, words = word.partition("=")[2], words[:at] + words[at + 1 :]
+            break
+    return words, of_line(folder, ())
+
+
+def _settings(words: list[str], search: SearchPath) -> Iterator[str]:
     """What Hydra's own completion says of the last word."""
-    from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.plugins.completion_plugin import DefaultCompletionPlugin
 
-    with initialize_config_dir(config_dir=str(CONF_DIR), job_name="smezo", version_base="1.3"):
+    with search.initialized():
         plugin = DefaultCompletionPlugin(GlobalHydra.instance().config_loader())
         yield from plugin._query(config_name="train", line=" ".join(words))
 

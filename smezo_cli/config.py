@@ -27,7 +27,7 @@ import typing
 import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,22 +36,24 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from smezo_cli import fork, ranks, sweep
+from smezo_cli import fork, process, ranks, searchpath, streams, sweep
 from smezo_cli.errors import UserError
-from smezo_cli.intake import check_folder
 from smezo_cli.redaction import redacted
+from smezo_cli.searchpath import SearchPath
 from smezo_cli.settings import (
     CONF_DIR,
     INSTALL_TENSORBOARD,
     KNOBS,
     Settings,
     check,
+    check_spelling,
     check_target,
     digest,
     lacks,
     near,
     plain,
     sentence,
+    shown,
 )
 from smezo_cli.words import quoted
 
@@ -62,6 +64,7 @@ __all__ = [
     "check",
     "command",
     "compose",
+    "compose_and_say",
     "digest",
     "grid",
     "launch",
@@ -180,16 +183,20 @@ def _signature(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
 
 @dataclass(frozen=True)
 class Request:
-    """A command line that was read: Hydra's flags first, then KEY=VALUE."""
+    """A command line that was read: Hydra's flags first, then KEY=VALUE.
+
+    `config_dir` and `hydra.searchpath` are in `search` alone.
+    """
 
     flags: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
-    config_dir: str | None = None
+    search: SearchPath = field(default_factory=SearchPath)
     multirun: bool = False
     package: str | None = None  # the node alone that --cfg shows
     starts_runs: bool = True  # not so with --help, --cfg and the like
     composes: bool = True  # not so with --version, a bare --help and the like
     launcher: str = "basic"  # what starts the jobs of a sweep; known once it is composed
+    replaced: tuple[str, ...] = ()  # whose files are read; known then, too
 
 
 class _Flags(argparse.ArgumentParser):
@@ -230,21 +237,52 @@ def _read(argv: Sequence[str]) -> Request:
     if known.package is not None and not known.cfg:
         raise UserError("--package goes with --cfg job.")
     flags = [alone[name][0] for name in alone if getattr(known, name)]
-    for name in ("cfg", "info", "package", "config_dir"):
+    for name in ("cfg", "info", "package"):
         if getattr(known, name) is not None:
-            flags.append(f"--{name.replace('_', '-')}={getattr(known, name)}")
+            flags.append(f"--{name}={getattr(known, name)}")
     silent = known.hydra_help or known.version or known.shell_completion
     # --help alone: nothing to check, and Hydra composes once more anyway.
     silent = silent or (known.help and len(argv) == 1)
+    search, overrides = _searched(known.overrides, known.config_dir)
     return Request(
         flags=tuple(flags),
-        overrides=tuple(map(quoted, known.overrides)),
-        config_dir=known.config_dir,
+        overrides=tuple(overrides),
+        search=search,
         multirun=known.multirun,
         package=known.package,
         starts_runs=not (silent or known.help or known.cfg or known.info),
         composes=not (silent or (known.help and not known.overrides)),
     )
+
+
+def _searched(words: Sequence[str], config_dir: str | None) -> tuple[SearchPath, list[str]]:
+    """The folders that settings are read from, and the words that do not name one."""
+    overrides, given = list(map(quoted, words)), list[Any]()
+    for word in [w for w in overrides if w.partition("=")[0] == "hydra.searchpath"]:
+        try:
+            value = _parsed(word).value()
+        except Exception as error:  # Hydra's, and what its parser lets through
+            raise UserError(f"cannot read {shlex.quote(word)}: {sentence(error)}.") from error
+        given = value if isinstance(value, list) else [] if value is None else [value]
+        overrides.remove(word)
+    return searchpath.of_line(config_dir, given), overrides
+
+
+def _parsed(text: str, loader: Any = None) -> Any:
+    """A word of the line as Hydra's parser reads it.
+
+    Raises:
+        UserError: it is longer than anybody types.
+        Exception: Hydra's, and what its parser lets through.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    if len(text) > _LONGEST_WORD or sum(map(text.count, "([{")) > _MOST_BRACKETS:
+        raise UserError(
+            f"{text[:60]}... has more than {_LONGEST_WORD} characters or {_MOST_BRACKETS} "
+            "brackets: put it into a file of --config-dir."
+        )
+    return OverridesParser.create(loader).parse_overrides([text])[0]
 
 
 def _with_info(argv: Sequence[str]) -> list[str]:
@@ -268,15 +306,15 @@ def prepare(argv: Sequence[str]) -> Request:
     request = _read(argv)
     if not request.composes:
         return request
-    if request.config_dir is not None and not os.path.isdir(request.config_dir):
-        raise UserError(f"--config-dir {request.config_dir}: there is no such folder.")
     folders: set[Path] = set()
-    with _Composer(request.config_dir) as composer:
+    with _Composer(request.search) as composer:
         for _, settings in composer.every(request):
             folders.add(Path(settings.runs_dir) / settings.name)
             if request.starts_runs and settings.logger["name"] == "tensorboard":
                 _check_tensorboard()
-        request = replace(request, launcher=composer.launcher)
+        request = replace(
+            request, launcher=composer.launcher, replaced=tuple(dict.fromkeys(composer.replaced))
+        )
     if request.starts_runs:
         for folder in sorted(folders):
             _check_writable(folder)
@@ -285,9 +323,20 @@ def prepare(argv: Sequence[str]) -> Request:
 
 def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> DictConfig:
     """The settings of one run, checked, as `smezo train OVERRIDES` has them."""
-    with _Composer(config_dir) as composer:
-        request = Request(overrides=tuple(map(quoted, overrides)), config_dir=config_dir)
-        return next(cfg for cfg, _ in composer.every(request))
+    return compose_and_say(overrides, config_dir, lambda line: None)
+
+
+def compose_and_say(
+    overrides: Sequence[str], config_dir: str | None, say: Callable[[str], object]
+) -> DictConfig:
+    """As :func:`compose`; says whose files are read where the user's replace smezo's own."""
+    search, overrides = _searched(overrides, config_dir)
+    with _Composer(search) as composer:
+        request = Request(overrides=tuple(overrides), search=search)
+        cfg = next(cfg for cfg, _ in composer.every(request))
+        for line in composer.replaced:
+            say(line)
+        return cfg
 
 
 def grid(words: Sequence[str]) -> tuple[DictConfig, dict[str, list[Any]]]:
@@ -296,7 +345,7 @@ def grid(words: Sequence[str]) -> tuple[DictConfig, dict[str, list[Any]]]:
     Raises:
         UserError: a mistake in the words, or a config group that is swept over.
     """
-    with _Composer(None) as composer:
+    with _Composer() as composer:
         return composer.grid(words)
 
 
@@ -305,7 +354,7 @@ def _help(request: Request) -> str:
 
     From the files, because Hydra takes seconds to list a hundred of them.
     """
-    roots = [CONF_DIR, *([Path(request.config_dir)] if request.config_dir else [])]
+    roots = request.search.roots
     node = yaml.safe_load((CONF_DIR / "hydra" / "smezo.yaml").read_text(encoding="utf-8"))
     groups = []
     for group in sorted({d.name for root in roots for d in root.iterdir() if d.is_dir()}):
@@ -314,11 +363,13 @@ def _help(request: Request) -> str:
             line = f"{group}: {', '.join(names)}"
             groups.append(textwrap.fill(line, 110, subsequent_indent=" " * (len(group) + 2)))
     if request.overrides:
-        cfg = compose(request.overrides, request.config_dir)
+        with _Composer(request.search) as composer:
+            cfg = next(cfg for cfg, _ in composer.every(request))
         settings = OmegaConf.to_yaml(cfg, resolve="--resolve" in request.flags)
     else:
-        text = (CONF_DIR / "train.yaml").read_text(encoding="utf-8")
-        settings = text.partition("hydra: smezo\n\n")[2]
+        file = request.search.primary or CONF_DIR / "train.yaml"
+        text = file.read_text(encoding="utf-8")
+        settings = text.partition("hydra: smezo\n\n")[2] or text
     return string.Template(node["help"]["template"]).substitute(
         APP_CONFIG_GROUPS="\n".join(groups), CONFIG=settings
     )
@@ -327,34 +378,29 @@ def _help(request: Request) -> str:
 class _Composer:
     """Hydra's composition with our messages; a context, because Hydra keeps one global."""
 
-    def __init__(self, config_dir: str | None) -> None:
-        self.config_dir = config_dir
+    def __init__(self, search: SearchPath | None = None) -> None:
+        self.search = search or SearchPath()
         self.launcher = "basic"  # of the command line that was last checked
+        self.replaced: list[str] = []  # whose files it reads
 
     def __enter__(self) -> "_Composer":
-        from hydra import initialize_config_dir
         from hydra.core.global_hydra import GlobalHydra
 
-        self._hydra = initialize_config_dir(
-            config_dir=str(CONF_DIR), job_name="smezo", version_base=_VERSION_BASE
-        )
+        self._hydra = self.search.initialized()
         self._hydra.__enter__()
         self._loader = GlobalHydra.instance().config_loader()
-        self._searchpath: list[str] = []
-        self._lists: dict[tuple[str, ...], list[str]] = {}
+        self._lists: dict[tuple[str, str], list[str]] = {}
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self._hydra.__exit__(*exc)
+    def __exit__(self, *_: object) -> None:
+        self._hydra.__exit__(None, None, None)
 
     def compose(self, overrides: Sequence[str], *, with_hydra: bool = False) -> DictConfig:
         """Compose, with or without Hydra's own node; its errors become sentences."""
         import hydra
 
         try:
-            return hydra.compose(
-                "train", [*overrides, *self._searchpath], return_hydra_config=with_hydra
-            )
+            return hydra.compose("train", list(overrides), return_hydra_config=with_hydra)
         except Exception as error:  # Hydra and its parsers raise anything for a malformed file
             raise UserError(sentence(error)) from error
 
@@ -373,21 +419,27 @@ class _Composer:
         """Hydra takes milliseconds to list a folder, and each word of the line asks."""
         from hydra.core.object_type import ObjectType
 
-        key = (parent, kind, *self._searchpath)
-        if key not in self._lists:
-            self._lists[key] = sorted(
-                self._loader.get_group_options(parent, ObjectType[kind], overrides=self._searchpath)
-            )
-        return self._lists[key]
+        if (parent, kind) not in self._lists:
+            found = self._loader.get_group_options(parent, ObjectType[kind])
+            self._lists[parent, kind] = sorted(found)
+        return self._lists[parent, kind]
 
     def every(self, request: Request) -> Iterator[tuple[DictConfig, Settings]]:
         """Check the runs that a command line asks for."""
+        if self.search.folders:
+            self.search.check([group for top in self.groups() for group in self._below(top)])
+        try:
+            yield from self._every(request)
+        except UserError as error:
+            if (file := self.search.primary) is None:
+                raise
+            raise UserError(
+                f"{str(error).rstrip('.')}; {file} is read in place of smezo's own train.yaml, so "
+                "it must be whole; settings alone go into a file of the group experiment."
+            ) from error
+
+    def _every(self, request: Request) -> Iterator[tuple[DictConfig, Settings]]:
         overrides = [self._parse(text) for text in request.overrides]
-        if self.config_dir is not None:
-            self._searchpath = [f"hydra.searchpath=[{self._quoted(overrides)}]"]
-            groups = [group for top in self.groups() for group in self._below(top)]
-            check_folder(Path(self.config_dir), groups)
-            overrides = [o for o in overrides if o.key_or_group != "hydra.searchpath"]
         multirun, swept = self._asked_by_experiment(overrides)
         multirun = multirun or request.multirun
         if swept and not multirun:
@@ -404,8 +456,12 @@ class _Composer:
             )
         choices = [self._values(override, multirun) for override in groups]
         values = [self._values(override, multirun) for override in keys]
+        for line in itertools.chain(*values):
+            override = self._parse(line)
+            if not override.is_delete():
+                check_spelling(override.key_or_group, line.partition("=")[2], override.value())
         first = [lines[0] for lines in values if lines]
-        touches_hydra = self.config_dir is not None or any(
+        touches_hydra = bool(self.search.folders) or any(
             override.key_or_group.startswith("hydra") for override in overrides
         )
         asked = self._launcher_asked(of_launcher) if touches_hydra else None
@@ -414,6 +470,7 @@ class _Composer:
                 cfg = self.compose([*chosen, *first])
             except UserError:
                 self._check_keys(keys, chosen)  # says more of a key that is not there
+                self._check_deleted(keys, [*chosen, *first])
                 raise
             if len(first) < len(keys):
                 self._check_keys(keys, chosen)  # of an interval, no value was composed
@@ -425,8 +482,15 @@ class _Composer:
                         "hydra.launcher is set by a file: launchers start programs, so they are "
                         "chosen on the command line: hydra/launcher=NAME hydra.launcher.KEY=VALUE."
                     )
-                self.launcher = str(whole.hydra.runtime.choices["hydra/launcher"])
-            yield cfg, check(cfg)
+                choices_made = whole.hydra.runtime.choices
+                self.launcher = str(choices_made["hydra/launcher"])
+                self.replaced += searchpath.replaced(self.search, choices_made)
+            try:
+                settings = check(cfg)
+            except UserError:
+                self._check_deleted(keys, [*chosen, *first])
+                raise
+            yield cfg, settings
             for at, lines in enumerate(filter(None, values)):
                 for line in lines[1:]:
                     override = self._parse(line)
@@ -439,13 +503,14 @@ class _Composer:
 
     def _launcher_asked(self, given: Sequence[Any]) -> Any:
         """The launcher as the command line alone has it; None where a file must be its source."""
-        searchpath, self._searchpath = self._searchpath, []
+        self.__exit__()  # of Hydra there is one
         try:
-            return _launcher_of(self.compose([o.input_line for o in given], with_hydra=True))
+            with _Composer() as own:
+                return _launcher_of(own.compose([o.input_line for o in given], with_hydra=True))
         except UserError:
             return None
         finally:
-            self._searchpath = searchpath
+            self.__enter__()
 
     def grid(self, words: Sequence[str]) -> tuple[DictConfig, dict[str, list[Any]]]:
         """See :func:`grid`."""
@@ -489,23 +554,11 @@ class _Composer:
                 "MULTIRUN or RUN, and values."
             ) from error
 
-    def _quoted(self, overrides: Sequence[Any]) -> str:
-        paths = [Path(str(self.config_dir)).resolve().as_uri()]
-        for override in overrides:
-            if override.key_or_group == "hydra.searchpath":
-                paths += [str(path) for path in override.value() or ()]
-        return ",".join(f"'{path}'" for path in paths)
-
     def _parse(self, text: str) -> Any:
-        from hydra.core.override_parser.overrides_parser import OverridesParser
-
-        if len(text) > _LONGEST_WORD or sum(map(text.count, "([{")) > _MOST_BRACKETS:
-            raise UserError(
-                f"{text[:60]}... has more than {_LONGEST_WORD} characters or {_MOST_BRACKETS} "
-                "brackets: put it into a file of --config-dir."
-            )
         try:
-            override = OverridesParser.create(self._loader).parse_overrides([text])[0]
+            override = _parsed(text, self._loader)
+        except UserError:
+            raise
         except Exception as error:  # HydraException, and what Hydra's parser lets through
             raise UserError(self._unreadable(text, sentence(error))) from error
         if not override.key_or_group:
@@ -637,6 +690,29 @@ class _Composer:
         owner = re.sub(r"^smezo_cli\..*\.", "", str(target))
         more = f"; another argument of {owner}: +{override.input_line}" if target else ""
         raise UserError(f"there is no setting {key}{hint} (there are: {', '.join(inside)}){more}.")
+
+    def _check_deleted(self, keys: Sequence[Any], lines: Sequence[str]) -> None:
+        """Refuse a key that ~ takes out of the settings, where it is that what they lack."""
+        deleted = [override.input_line for override in keys if override.is_delete()]
+        others = [line for line in lines if line not in deleted]
+        for line in deleted:
+            key = line[1:].partition("=")[0]
+            try:
+                base = self.compose(others)
+                check(base)
+            except UserError:
+                return  # something else is wrong, too
+            try:
+                check(self.compose([*others, line]))
+            except UserError as error:
+                value: Any = OmegaConf.to_container(base, resolve=False)
+                for part in key.split("."):
+                    value = value.get(part) if isinstance(value, dict) else None
+                is_plain = not isinstance(value, dict | list) and "${" not in str(value)
+                example = f", or set it: {key}={shown(value)}" if is_plain else ""
+                raise UserError(
+                    f"{line} takes {key} out, which is needed: leave {line} out{example}."
+                ) from error
 
     def _with_choice(self, group: str, option: str, chosen: Sequence[str]) -> DictConfig:
         kept = [
@@ -809,6 +885,14 @@ def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
     except UserError as error:
         _say(str(error))
         return 2
+    if not request.starts_runs:  # else each run says it, in its console.log, too
+        for said_once in request.replaced:
+            _say(said_once)
+    if request.starts_runs:
+        streams.guard()
+        streams.outlast()
+    if request.launcher != "basic":
+        process.interruptible()  # it has other processes to end
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
@@ -834,6 +918,8 @@ def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
 
     def job(cfg: DictConfig) -> sweep.Ended | None:
         if sweep.here() != parent:
+            streams.guard()
+            streams.outlast()
             code, words = attempt(cfg)
             return sweep.Ended(code, "" if sweep.reader() == reader else words) if code else None
         if _is_sweep() and fork.can_fork():
@@ -854,7 +940,8 @@ def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
         )
         quiet = contextlib.redirect_stderr(said) if request.package else contextlib.nullcontext()
         waiting = sweep.waiting(request.launcher)
-        with _as_command_line([*request.flags, *request.overrides]), quiet, waiting:
+        line = [*request.flags, *request.overrides]
+        with _as_command_line(line), quiet, waiting, request.search.used():
             start(job)()
     except UserError as error:
         _say(str(error))
@@ -953,9 +1040,18 @@ def command() -> str:
     if not HydraConfig.initialized():
         return ""
     node = HydraConfig.get()
-    added = [s.path for s in node.runtime.config_sources if s.provider == "command-line"]
-    flags = [word for path in added for word in ("--config-dir", path)]
-    return shlex.join(["smezo", "train", *flags, *node.overrides.task])
+    search = searchpath.of_run(node.runtime.config_sources)
+    return shlex.join(["smezo", "train", *search.as_typed, *node.overrides.task])
+
+
+def replaced() -> list[str]:
+    """Whose files the job that runs now was read from, where the user's replace smezo's own."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized():
+        return []
+    runtime = HydraConfig.get().runtime
+    return searchpath.replaced(searchpath.of_run(runtime.config_sources), runtime.choices)
 
 
 def recipes() -> list[str]:

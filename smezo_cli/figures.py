@@ -274,9 +274,9 @@ def _records(run: Run) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, A
         try:
             record = json.loads(line)
             step = record["step"]
-            assert isinstance(step, int)
-            assert isinstance(record.get("projected_grad", []), list)
-        except (ValueError, TypeError, KeyError, AssertionError, RecursionError):
+            if not isinstance(step, int) or not isinstance(record.get("projected_grad", []), list):
+                raise TypeError
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             bad += 1
             continue
         (steps if "seconds" in record else looks)[step] = record

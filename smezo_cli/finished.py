@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from smezo_cli import strict_json
+from smezo_cli import streams, strict_json
 from smezo_cli.errors import UserError
 from smezo_cli.intake import is_known, is_prompt, load_yaml, parse_yaml
 from smezo_cli.redaction import redacted
@@ -398,6 +398,7 @@ def evaluate(words: Sequence[str]) -> int:
     if given.base and given.step is not None:
         raise UserError("--base and --step exclude each other: give one of them.")
     _check_out(given.out)
+    streams.outlast()
     with _opened(given.run, given.overrides) as (folder, state, settings, _):
         from smezo_cli.device import choose_device
         from smezo_cli.job import Job
@@ -497,6 +498,7 @@ def export(words: Sequence[str]) -> int:
             f"{target} is there already: name a new {'file' if given.delta else 'folder'}."
         )
     _check_exported(given.run)
+    streams.outlast()
     if given.delta:
         return _export_delta(given.run, target, given.step)
     with _opened(given.run) as (folder, state, settings, cfg):
@@ -627,6 +629,8 @@ def predict(words: Sequence[str]) -> int:
         fields[name] = text
     overrides = [word for word in given.words if "=" in word]
     _check_out(given.out)
+    if given.out:
+        streams.outlast()
     with _opened(given.run, overrides) as (folder, state, settings, _):
         from smezo_cli.device import choose_device
         from smezo_cli.job import Job
@@ -685,6 +689,7 @@ def replay(words: Sequence[str]) -> int:
     given = parser.parse_intermixed_args(list(words))
     if given.out is not None and Path(given.out).exists():
         raise UserError(f"--out {given.out} is there already: name a new folder.")
+    streams.outlast()  # the exit code says it, too
     find = _of_delta if is_delta(Path(given.source)) else _of_run
     cfg, settings, records, prompt, known = find(given.source, given.overrides)
     step = known["step"] if given.step is None else given.step

@@ -11,7 +11,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BufferedRandom, FileIO, TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
@@ -114,6 +114,29 @@ def open_own_bytes(path: Path) -> FileIO:
     return FileIO(handle, "a+")
 
 
+def is_at(handle: int, path: Path) -> bool:
+    """Does the name lead to the open file, and not to another or to none?"""
+    try:
+        return os.path.samestat(os.lstat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+def put_back(handle: int, path: Path) -> None:
+    """Write an open file anew under a name that leads to it no more; it is to be opened again.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    with partial.open("xb") as file:
+        place = 0
+        while content := os.pread(handle, 1 << 20, place):
+            place += file.write(content)
+    os.replace(partial, path)
+
+
 # --- settings --------------------------------------------------------------------------------
 
 
@@ -150,15 +173,22 @@ def parse_yaml(text: str, path: Path) -> DictConfig:
 _BAD_VALUES = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 
 
-def check_folder(folder: Path, groups: Iterator[str] | list[str]) -> None:
+def check_folder(
+    folder: Path, groups: Sequence[str], only: Mapping[str, Sequence[str]] | None = None
+) -> None:
     """Check the YAML files of some config groups, before Hydra opens them.
+
+    Args:
+        folder: that the groups are in.
+        groups: their names; "" is the folder itself.
+        only: of a group the names of the files that matter; of others all do.
 
     Raises:
         UserError: naming the first that is not sound.
     """
     for group in groups:
         for file in sorted((folder / group).glob("*.yaml")):
-            if not file.is_dir():
+            if not file.is_dir() and file.stem in (only or {}).get(group, [file.stem]):
                 _check_yaml(read_text(file, _MOST_YAML_BYTES), file)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from smezo_cli import openmp
+from smezo_cli import openmp, process
 from smezo_cli.adapter import Adapter, attach
 from smezo_cli.allocator import keep_freed_memory
 from smezo_cli.assets import cache_dir
@@ -67,6 +67,7 @@ class Job:
         with_rows: bool = True,
         warn: Callable[[str], None] | None = None,
     ) -> None:
+        process.interruptible()  # all that is heavy is imported
         warn = warn or say
         if line := openmp.settle():
             warn(line)

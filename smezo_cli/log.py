@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from io import BufferedRandom, FileIO, TextIOWrapper
 from pathlib import Path
 from types import ModuleType
@@ -45,11 +45,23 @@ class Logger(Protocol):
         """No more records; ``summary`` is result.json's content."""
 
 
-class JsonlLogger:
-    """metrics.jsonl: one JSON object a line."""
+def _removed(path: Path) -> str:
+    return f"  {path.name} was removed or replaced while the run went on: it is written anew"
 
-    def __init__(self, path: Path, keep_bytes: int) -> None:
-        self._path = path
+
+class JsonlLogger:
+    """metrics.jsonl: one JSON object a line.
+
+    Args:
+        path: of the file; where its name is taken from it, it is put back.
+        keep_bytes: of what is there.
+        lost: is told before the file is put back, and of lines that somebody else took out.
+    """
+
+    def __init__(
+        self, path: Path, keep_bytes: int, lost: Callable[[str], None] = lambda line: None
+    ) -> None:
+        self._path, self._lost = path, lost
         self._file = _open(path)
         with self._saying():
             # What lies after the checkpoint is done again; a shorter file must not grow by zeros.
@@ -64,6 +76,7 @@ class JsonlLogger:
             UserError: the disk is full.
         """
         line = (strict_json.dumps(record) + "\n").encode()
+        self._stay()
         with self._saying():
             done = 0
             while done < len(line):
@@ -76,7 +89,26 @@ class JsonlLogger:
 
     def close(self, summary: Mapping[str, Any], ok: bool) -> None:
         """See :class:`Logger`."""
-        self._file.close()
+        try:
+            self._stay()
+        finally:
+            self._file.close()
+
+    def _stay(self) -> None:
+        """See that the file is where it was, with what was in it."""
+        if os.fstat(self._file.fileno()).st_size != self._file.tell():
+            self._lost(
+                f"  {self._path.name} was changed while the run went on: lines are lost; after the "
+                "end the same command makes them again where it can"
+            )
+            self._file.seek(0, os.SEEK_END)
+        if intake.is_at(self._file.fileno(), self._path):
+            return
+        self._lost(_removed(self._path))
+        with self._saying():
+            intake.put_back(self._file.fileno(), self._path)
+            self._file.close()
+            self._file = _open(self._path)
 
     @contextlib.contextmanager
     def _saying(self) -> Iterator[None]:
@@ -218,35 +250,43 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
         yield name, float(value)
 
 
-class _Terminal(RichConsole):
-    """A console whose reader may go away (``smezo train | head``) without ending the run."""
-
-    def on_broken_pipe(self) -> None:
-        """Say nothing more; rich would end the process."""
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 class Console:
     """Lines to the terminal and, as soon as there is one, to the run folder's console.log."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self._rich = _Terminal(file=stream or sys.stdout, highlight=False, soft_wrap=True)
+        self._rich = RichConsole(file=stream or sys.stdout, highlight=False, soft_wrap=True)
         self._file: Any = None
         self._progress: Progress | None = None
+        self._path = Path()
+        self._check: Callable[[], None] = lambda: None
 
-    def keep(self, path: Path) -> None:
-        """Write every line to this file too."""
-        self._file = TextIOWrapper(BufferedRandom(_open(path)), encoding="utf-8")
+    def keep(self, path: Path, check: Callable[[], None] = lambda: None) -> None:
+        """Write every line to this file too.
+
+        Args:
+            path: of the file; where its name is taken from it, it is put back.
+            check: raises UserError where it must not be, since the folder is another's now.
+        """
+        self._path, self._check = path, check
+        self._file = TextIOWrapper(
+            BufferedRandom(_open(path)), encoding="utf-8", errors="backslashreplace"
+        )
 
     def say(self, text: str = "") -> None:
         """One line or more; secrets are redacted."""
         text = redacted(text)
         if self._file:
             try:
+                if not intake.is_at(self._file.fileno(), self._path):
+                    self._check()
+                    intake.put_back(self._file.fileno(), self._path)
+                    self._file.close()
+                    self.keep(self._path, self._check)
+                    text = f"{_removed(self._path)}\n{text}"
                 self._file.write(text + "\n")
                 self._file.flush()
-            except OSError:  # a full disk; what counts is written elsewhere, and says so itself
+            # A full disk, or a folder that is gone; what counts is written elsewhere, and says so.
+            except (OSError, UserError):
                 with contextlib.suppress(OSError):
                     self._file.close()
                 self._file = None

@@ -441,7 +441,7 @@ def fit(
                 if is_best or keep == "last":
                     state.best_step, state.best_loss = state.step, look["loss"]
                     state.notes["best_look"] = look
-                    folder.save_scores(folder.load_scores() | {"dev": found.scores})
+                    folder.save_scores(folder.scores_so_far() | {"dev": found.scores})
                 state.looked = state.step
                 log(
                     {"step": state.step}

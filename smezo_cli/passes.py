@@ -707,6 +707,13 @@ def _compile_alone(function: types.FunctionType) -> Callable[..., Tensor]:
     return compiled
 
 
+def _switches() -> str:
+    """Say which settings of the compilers are in the environment: one may be why they fail."""
+    prefixes = ("NUMBA_", "TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE_")
+    names = sorted(name for name in os.environ if name.startswith(prefixes))
+    return f" (set in the environment: {', '.join(names)})" if names else ""
+
+
 def choose_passes(rule: Rule, backend: str, device: torch.device) -> tuple[Passes, str]:
     """Fused passes where they work (Numba's on a CPU, torch.compile's elsewhere), else eager ones.
 
@@ -725,8 +732,15 @@ def choose_passes(rule: Rule, backend: str, device: torch.device) -> tuple[Passe
         return EagerPasses(rule), ""
     kind: type[Passes] = CompiledPasses
     missing = "no working compiler (g++ and Python's headers are needed)"
+    switches: tuple[str, ...] = ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
     if device.type == "cpu":
-        kind, missing = NumbaPasses, "Numba does not work here"
+        kind, missing, switches = NumbaPasses, "Numba does not work here", ("NUMBA_DISABLE_JIT",)
+    off = [name for name in switches if os.environ.get(name, "0") not in ("", "0")]
+    if off:
+        why = f"the compiler is off as long as {off[0]}={os.environ[off[0]]} is set"
+        if backend == "compiled":
+            raise NoCompiler(why)
+        return EagerPasses(rule), why
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -737,7 +751,7 @@ def choose_passes(rule: Rule, backend: str, device: torch.device) -> tuple[Passe
             draw = Draw(key[None], key, key, scalar, scalar[None])
             passes.move(sample, torch.empty_like(sample), draw)
     except Exception as error:  # whatever a missing or broken tool chain raises
-        why = f"{missing}: {_first_line(error)}"
+        why = f"{missing}: {_first_line(error)}{_switches()}"
         if backend == "compiled":
             raise NoCompiler(why) from error
         return EagerPasses(rule), why

@@ -28,6 +28,7 @@ smezo plan [KEY=VALUE ...]      what the run of `smezo train KEY=VALUE ...` will
     --tokens N        rows are at most so long (default: model.max_length)
     --bench FILE      of `smezo bench --json FILE` for this model on this machine: adds the time
     --json            the same for programs, in bytes
+    --config-dir DIR  your own task, model, method and recipe files, as for smezo train
 Nothing is fetched, no weights are read, and device=cuda needs no such device beside --memory.
 Examples:
   smezo plan
@@ -137,12 +138,13 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--tokens")
     parser.add_argument("--bench")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--config-dir", "-cd")
     given = parser.parse_intermixed_args(list(words))
     capacity = None if given.memory is None else parse_memory(given.memory)
-    from smezo_cli.config import compose
-    from smezo_cli.words import quoted
+    from smezo_cli.config import compose_and_say
+    from smezo_cli.searchpath import say
 
-    settings = check(compose(list(map(quoted, given.overrides))))
+    settings = check(compose_and_say(given.overrides, given.config_dir, say))
     tokens = None if given.tokens is None else _parse_tokens(given.tokens, settings)
     seconds = None if given.bench is None else _benched(Path(given.bench), settings)
     found = plan(settings, capacity=capacity, tokens=tokens)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from smezo_cli import collected, figures, table
+from smezo_cli import collected, figures, streams, table
 from smezo_cli.errors import UserError
 from smezo_cli.figures import Figure, Panel, Series, Source
 from smezo_cli.results import find, select
@@ -125,6 +125,7 @@ def main(words: Sequence[str]) -> int:
         raise UserError(f"smezo plot {kind}: these runs have nothing to draw.{why}")
     from smezo_cli.runs import write_bytes  # with torch, which mistakes need not wait for
 
+    streams.outlast()
     for file, content in _drawn(figure, files):
         write_bytes(file, content)
         print(file)

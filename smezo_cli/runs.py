@@ -109,6 +109,7 @@ class RunFolder:
         self.path = path
         self.checkpoint = path / "checkpoint"
         self._lock: TextIO | None = None
+        self._scores: dict[str, Tensor] = {}  # as last saved
         if to_read:
             lock = path / ".lock"
             with contextlib.suppress(OSError):  # nobody can train in a folder that has no lock
@@ -134,12 +135,42 @@ class RunFolder:
                 f"runs_dir: the file system of {path} cannot lock files ({error.strerror}); "
                 "choose another with runs_dir=PATH."
             ) from error
+        self._sign()
+
+    def _sign(self) -> None:
+        assert self._lock is not None
         try:
             self._lock.truncate(0)
             self._lock.write(str(os.getpid()))
             self._lock.flush()
         except OSError as error:
-            raise UserError(f"cannot write {path}/.lock: {error.strerror}.") from error
+            raise UserError(f"cannot write {self.path}/.lock: {error.strerror}.") from error
+
+    def check_mine(self) -> None:
+        """See that the folder is the one that was opened, before something is written to it.
+
+        Raises:
+            UserError: it was removed or moved, or another process has begun the run anew.
+        """
+        path = self.path / ".lock"
+        if self._lock is None or intake.is_at(self._lock.fileno(), path):
+            return
+        if not self.path.is_dir():
+            raise UserError(
+                f"{self.path} was removed or moved while the run went on, so nothing more can be "
+                "kept: the same command begins it anew."
+            )
+        old = self._lock
+        try:
+            self._lock = intake.open_own(path)
+            self._get(fcntl.LOCK_EX)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}.") from error
+        except UserError:
+            self._lock = old  # that of a folder which is no more
+            raise
+        self._sign()
+        old.close()
 
     def _get(self, kind: int) -> None:
         assert self._lock is not None
@@ -169,6 +200,7 @@ class RunFolder:
 
     def write_result(self, result: Mapping[str, Any], name: str = "result.json") -> None:
         """Replace result.json, or the record of a shorter run beside it."""
+        self.check_mine()
         write_text(
             self.path / name,
             strict_json.dumps(intake.sealed(redacted_tree(result)), indent=2) + "\n",
@@ -237,7 +269,7 @@ class RunFolder:
         self.save_weights(state, state.step, weights, state.method)
         if optimizer:
             path = self._optimizer(state.step)
-            state.files[path.name] = save_tensors(path, optimizer)
+            state.files[path.name] = self._save_tensors(path, optimizer)
         self.settle(state, keep)
 
     def save_weights(
@@ -245,10 +277,12 @@ class RunFolder:
     ) -> None:
         """Weights of any step, with the method's numbers at it; named when the state is saved."""
         path = self.weights_path(step)
-        state.files[path.name] = save_tensors(path, weights, {"method": method})
+        state.files[path.name] = self._save_tensors(path, weights, {"method": method})
 
     def save_state(self, state: State) -> None:
         """The state alone: the tensors that it names are there already."""
+        self.check_mine()
+        self.checkpoint.mkdir(exist_ok=True)
         content = intake.sealed({"schema": _STATE, **asdict(state)})
         write_text(self.checkpoint / "state.json", strict_json.dumps(content, indent=1) + "\n")
 
@@ -330,7 +364,8 @@ class RunFolder:
 
     def save_scores(self, scores: Mapping[str, Tensor]) -> None:
         """scores.safetensors: candidate scores and labels, row by row."""
-        save_tensors(self.path / "scores.safetensors", scores)
+        self._scores = dict(scores)
+        self._save_tensors(self.path / "scores.safetensors", scores)
 
     def load_scores(self) -> dict[str, Tensor]:
         """Undo :meth:`save_scores`; empty where there is no such file, or it is damaged."""
@@ -340,12 +375,23 @@ class RunFolder:
         except UserError:
             return {}
 
+    def scores_so_far(self) -> dict[str, Tensor]:
+        """As :meth:`load_scores`; where the file was taken away meanwhile, what this run saved."""
+        return self.load_scores() or dict(self._scores)
+
     def weights_path(self, step: int) -> Path:
         """Where the weights of a step are, if they are saved."""
         return self.checkpoint / f"weights-{step}.safetensors"
 
     def _optimizer(self, step: int) -> Path:
         return self.checkpoint / f"optimizer-{step}.safetensors"
+
+    def _save_tensors(
+        self, path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None
+    ) -> str:
+        self.check_mine()
+        path.parent.mkdir(exist_ok=True)
+        return save_tensors(path, tensors, about)
 
 
 def save_tensors(

@@ -285,7 +285,9 @@ _WORD = Text(r"(?s).+", "a name", "label")
 _DEVICE = Text(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N", "cpu")
 _DTYPE = Choice("float32", "bfloat16", "float16")
 _FOLDER_NAME = Text(
-    r"[A-Za-z0-9][A-Za-z0-9._-]*", "a folder name of letters, digits, dots, - and _", "default"
+    r"[A-Za-z0-9][A-Za-z0-9._-]*",
+    "a folder name of letters, digits, dots, - and _, its first a letter or a digit",
+    "default",
 )
 _SEED = Whole(0, 2**63, example="0")
 
@@ -535,6 +537,7 @@ def check(cfg: DictConfig) -> Settings:
                 f"task.{name} holds a secret (a login, or the value of an environment variable "
                 "that is named like one), and prompts are stored with the run: take it out."
             )
+    _check_paths(checked)
     _check_targets(checked["method"], "method")
     _check_counts(checked["task"])
     _check_sfc(checked["task"], checked["model"], checked["method"])
@@ -588,6 +591,49 @@ def check(cfg: DictConfig) -> Settings:
             "always the lowest so far): lower patience or eval_every."
         )
     return Settings(**checked)
+
+
+def check_spelling(key: str, text: str, value: object) -> None:
+    """Refuse text that Hydra reads as something else, such as name=nan or model.revision=1e5.
+
+    Args:
+        key: of the setting.
+        text: as it was written on the command line.
+        value: what Hydra read.
+
+    Raises:
+        UserError: naming the text, and how it is written.
+    """
+    rule = (_SETTINGS | _NODE_RULES).get(key)
+    text = text.strip()
+    if not isinstance(rule, Text) or not re.fullmatch(rule.pattern, text):
+        return
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if (is_number and str(value) != text) or isinstance(value, bool):
+        what = f"the {'number' if is_number else 'truth value'} {shown(value)}"
+    elif value is None and key not in _NULLABLE:
+        what = "no value"
+    elif isinstance(value, float):
+        what = "a number"
+    else:
+        return
+    raise UserError(
+        f"{key}={text}: {text} is read as {what}, and {key} must be {rule.words}: leave it out, or "
+        f"write \"{key}='{text}'\", with both kinds of quotes."
+    )
+
+
+def _check_paths(checked: Mapping[str, Any]) -> None:
+    """Refuse a secret in what paths are made of: they are printed and stored, but secrets not."""
+    parts = {key: checked[key] for key in ("name", "runs_dir")}
+    parts |= {f"{group}.name": checked[group]["name"] for group in ("task", "model", "method")}
+    for key, value in parts.items():
+        if redacted_tree(value) != value:
+            raise UserError(
+                f"{key}={value} holds a secret (a login, or the value of an environment variable "
+                f"that is named like one), and the paths of a run are printed and stored: choose "
+                f"another {key}, or unset that variable."
+            )
 
 
 def check_target(node: Mapping[str, Any], key: str) -> str:

@@ -3,10 +3,17 @@
 smezo train [KEY=VALUE ...]        (or: python -m smezo_cli.train ...)
 """
 
+import sys
+
+if __name__ == "__main__":  # as `smezo train`, from before anything else is imported
+    from smezo_cli.cli import main as smezo
+
+    sys.argv.insert(1, "train")
+    sys.exit(smezo())
+
 import contextlib
 import json
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from smezo_cli import intake, ranks, strict_json
-from smezo_cli.config import command, launch, recipes
+from smezo_cli.config import command, launch, recipes, replaced
 from smezo_cli.device import all_devices, choose_device
 from smezo_cli.errors import UserError
 from smezo_cli.redaction import redacted_tree
@@ -75,7 +82,7 @@ def _run(cfg: DictConfig, settings: Settings, team: "Ranks | None") -> dict[str,
 
     def finish(result: dict[str, Any] | None = None) -> dict[str, Any]:
         """Do what is left of the run, or with its result what is left behind that."""
-        console.keep(path / "console.log")
+        console.keep(path / "console.log", folder.check_mine)
         with StopRequest(console.say, patient=False) as stop:
             try:
                 left = _Run(cfg, settings, folder, console, stop, device_name, team)
@@ -140,6 +147,7 @@ class _Run:
         from smezo_cli import runs
 
         self.settings, self.folder, self.console, self.stop = settings, folder, console, stop
+        self._cfg = cfg
         self.config, self.team, self._as_it_came = plain(cfg), team, False
         self._rank_peaks: list[int] | None = None
         self._rank_sizes: list[int | None] | None = None
@@ -405,6 +413,8 @@ class _Run:
             self.console.say("  remote code  Python files of the model are executed, as asked")
         if self.recipes:
             self.console.say(f"  recipe  {' and '.join(self.recipes)}")
+        for line in replaced():
+            self.console.say(f"  file    {line}")
         if self.resumed:
             self.console.say(f"  going on from step {self.state.step}")
 
@@ -660,7 +670,7 @@ class _Run:
             folder.save_state(state)
         if known is not None:
             rebuild(self.job, method, folder, state, known, state.step, say, goes_on=True)
-        self.recorder = Recorder(path, header, method, known)
+        self.recorder = Recorder(path, header, method, known, self._lost)
 
     def _known_steps(self, path: Path, header: Mapping[str, Any]) -> "Trajectory | None":
         """The recorded steps that are good; the state is put back where it says more than they."""
@@ -832,7 +842,8 @@ class _Run:
 
         folder, node = self.folder.path, self.settings.logger
         # One after the other into the list: where the second cannot be had, the first is closed.
-        self.loggers.append(JsonlLogger(folder / "metrics.jsonl", self.state.metrics_bytes))
+        metrics = folder / "metrics.jsonl"
+        self.loggers.append(JsonlLogger(metrics, self.state.metrics_bytes, self._lost))
         if node["name"] == "wandb":
             self.loggers.append(WandbLogger(node, folder, self.config))
         elif node["name"] == "tensorboard":
@@ -961,7 +972,7 @@ class _Run:
         if self.team is not None and not self._have_best(self.team, self.state.best_step):
             self._dismiss(self.team)  # they do not see the folder: they have the last weights alone
         found = self._evaluate(self.test, "test", step=self.state.best_step)
-        scores = self.folder.load_scores()
+        scores = self.folder.scores_so_far()
         shape = (len(self.dev), *found.scores.shape[1:])
         is_classes = found.kind == "classification"
         if "dev" not in scores or (is_classes and scores["dev"].shape != shape):  # it was damaged
@@ -976,7 +987,7 @@ class _Run:
         from smezo_cli.loop import Evaluation
         from smezo_cli.tasks.base import one_class
 
-        scores = self.folder.load_scores() | {"dev": dev_scores}
+        scores = self.folder.scores_so_far() | {"dev": dev_scores}
         scores |= {"labels": found.labels, "test": found.scores, "outcome.test": found.per_row()}
         self.folder.save_scores(scores)
         lines = [strict_json.dumps(line, ensure_ascii=False) + "\n" for line in found.predictions()]
@@ -1115,9 +1126,17 @@ class _Run:
     def _close(self, result: dict[str, Any]) -> None:
         if self.recorder is not None:
             self.recorder.close()
-        self.folder.write_result(result)
-        for logger in self.loggers:
-            logger.close(result, result["status"] == "done")
+        with contextlib.ExitStack() as stack:  # all are closed, whatever cannot be written
+            for logger in reversed(self.loggers):
+                stack.callback(logger.close, result, result["status"] == "done")
+            self.folder.write_result(result)
+            if not _has_config(self.folder, self._cfg):
+                _write_config(self.folder, self._cfg)
+
+    def _lost(self, line: str) -> None:
+        """Say that a file was taken from the run; it is written only where the folder is ours."""
+        self.folder.check_mine()
+        self.console.say(line)
 
     def _diverged(self, error: Exception) -> str:
         from smezo_cli.scoring import NonFiniteScore
@@ -1242,7 +1261,3 @@ def _settings_text(cfg: DictConfig) -> str:
 def _run_name(cfg: DictConfig, settings: Settings) -> str:
     s = settings
     return f"{s.task['name']}-{s.model['name']}-{s.method['name']}-s{s.seed}-{digest(cfg)}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -21,6 +21,7 @@ alone, compressed, and a SHA-256 of all of it::
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -28,7 +29,7 @@ import os
 import stat
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -36,7 +37,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from smezo_cli import strict_json
+from smezo_cli import intake, strict_json
 from smezo_cli.errors import UserError
 from smezo_cli.zo import StepRecord
 
@@ -230,6 +231,7 @@ class Recorder:
         header: of this run.
         method: whose steps these are.
         known: the good part of the file, None to begin it.
+        lost: is told before the file is put back, where its name was taken from it.
 
     Raises:
         UserError: the file cannot be written.
@@ -241,8 +243,9 @@ class Recorder:
         header: Mapping[str, Any],
         method: Replayable,
         known: Trajectory | None,
+        lost: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.path, self.method, self._known = path, method, known
+        self.path, self.method, self._known, self._lost = path, method, known, lost
         self.count = 0 if known is None else len(known)
         kind = _record_type(method.identity()["num_queries"])
         self._kind, text = kind, strict_json.dumps(header, sort_keys=True).encode()
@@ -253,9 +256,7 @@ class Recorder:
             self._crc = int(known._records[-1]["crc"])
         self._end = len(start) + self.count * kind.itemsize
         with self._saying():
-            # A link might lead out of the run folder.
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            self._file = os.open(path, flags, 0o666)
+            self._file = self._open()
             if known is None:
                 os.ftruncate(self._file, 0)
                 self._write(start, 0)
@@ -279,6 +280,7 @@ class Recorder:
         row["projected_grad"] = record.projected_grad
         self._crc = zlib.crc32(row.tobytes()[: -_CRC.size], self._crc)
         row["crc"] = self._crc
+        self._stay()
         with self._saying():
             self._write(row.tobytes(), self._end)
         self._end += self._kind.itemsize
@@ -287,6 +289,7 @@ class Recorder:
 
     def trajectory(self) -> Trajectory:
         """All that is recorded now."""
+        self._stay()
         return read(self.path)
 
     def sync(self) -> None:
@@ -297,6 +300,30 @@ class Recorder:
     def close(self) -> None:
         """No more records."""
         os.close(self._file)
+
+    def _open(self) -> int:
+        # A link might lead out of the run folder.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        return os.open(self.path, flags, 0o666)
+
+    def _stay(self) -> None:
+        """See that the file is where it was, with what was in it."""
+        with self._saying():
+            if os.fstat(self._file).st_size != self._end:
+                raise OSError(
+                    errno.EIO,
+                    "it was changed while the run went on; the same command makes again what is "
+                    "lost",
+                )
+            if intake.is_at(self._file, self.path):
+                return
+            name = self.path.name
+            self._lost(
+                f"  {name} was removed or replaced while the run went on: it is written anew"
+            )
+            intake.put_back(self._file, self.path)
+            os.close(self._file)
+            self._file = self._open()
 
     def _write(self, content: bytes, place: int) -> None:
         done = 0

@@ -153,3 +153,34 @@ def test_a_package_that_is_not_there_is_one_sentence(
 def test_a_zero_byte_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "runs/a", "b\0"]) == 2
     assert "holds a zero byte" in capsys.readouterr().err
+
+
+def test_bytes_that_are_no_text_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", os.fsdecode(b"runs_dir=caf\xe9")]) == 2
+    said = capsys.readouterr().err
+    assert "runs_dir=caf\\udce9: it is not UTF-8" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [("train", 2), ("eval x", 2), ("ls", 0), ("train --help", 0), ("runs --runs-dir .", 0)],
+)
+def test_docstrings_that_are_dropped_are_asked_for_before_a_model_is(
+    words: str, code: int, tmp_path: Path
+) -> None:
+    """What transformers says of them takes two lines and names neither Python nor the way out."""
+    run = python("-OO", "-m", "smezo_cli", *words.split(), cwd=tmp_path)
+    assert run.returncode == code
+    assert run.stderr.count("\n") == (code == 2)
+    assert ("unset PYTHONOPTIMIZE" in run.stderr) is (code == 2)
+
+
+def test_damaged_lines_are_found_without_assertions_too(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": "1"}\n{"step": 1, "projected_grad": 1}\n[]\n')
+    script = (
+        "import pathlib; from smezo_cli.figures import _records; from smezo_cli.results import Run;"
+        "print(_records(Run(pathlib.Path('.'), {}, {})))"
+    )
+    run = python("-O", "-c", script, cwd=tmp_path)
+    assert (run.stdout, run.stderr) == ("({}, {}, 3)\n", "")

@@ -249,7 +249,25 @@ MISTAKES = [
     ("compile=yes", ["compile=yes", "auto, true or false"]),
     ("if_exists=skip", ["if_exists=skip", "resume, error or fresh"]),
     ("name=a/b", ["name=a/b", "a folder name"]),
-    ("name=..", ["name=..", "a folder name"]),
+    ("name=..", ["name=..", "a folder name", "its first a letter or a digit"]),
+    ("name=.", ["name=.:", "its first a letter or a digit"]),
+    ("name=", ["name=:", "a folder name"]),
+    ("name=nan", ["nan is read as a number", "\"name='nan'\""]),
+    ("name=1e5", ["1e5 is read as the number 100000.0", "\"name='1e5'\""]),
+    ("name=1_0", ["1_0 is read as the number 10", "\"name='1_0'\""]),
+    ("name=true", ["true is read as the truth value true", "\"name='true'\""]),
+    ("name=null", ["null is read as no value", "\"name='null'\""]),
+    ("runs_dir=1e3", ["1e3 is read as the number 1000.0", "\"runs_dir='1e3'\""]),
+    ("model=own model.path=x model.revision=12e4", ["12e4 is read as", "model.revision='12e4'"]),
+    ("-m name=a,nan", ["nan is read as a number"]),
+    ("~lr", ["~lr takes lr out, which is needed", "lr=0.0"]),
+    ("~lr ~eval_every", ["~lr takes lr out"]),
+    ("~lr=1", ["~lr=1 takes lr out", "leave ~lr=1 out"]),
+    ("~steps", ["~steps takes steps out", "steps="]),
+    ("~task.kind", ["~task.kind takes task.kind out", "task.kind=classification"]),
+    ("~method.lr", ["~method.lr takes method.lr out", "leave ~method.lr out"]),
+    ("~model.name", ["~model.name takes model.name out", f"model.name={MODEL}"]),
+    ("~nothing", ["there is no setting nothing"]),
     ("runs_dir=null", ["runs_dir=null", "the path of a folder"]),
     ("task=rte task.data=a.csv", ["task rte has no task.data", "classification"]),
     ("task=rte +task.data=a.csv", ["task=rte brings its data", "task=classification"]),
@@ -374,6 +392,15 @@ def test_full_disk_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sweep_with_one_bad_value_runs_nothing(words: str) -> None:
     assert launch(["-m", *words.split()], lambda cfg: pytest.fail("ran")) == 2
     assert not os.listdir()
+
+
+def test_a_setting_that_is_not_needed_may_be_taken_out() -> None:
+    assert compose(["~eval_every", "~task.num_dev"]).get("eval_every") is None
+
+
+@pytest.mark.parametrize("text", ["nan", "1e5", "true", "null", "1_0"])
+def test_what_is_in_quotes_is_text(text: str) -> None:
+    assert check(compose([f"name='{text}'"])).name == text
 
 
 # --- runs and sweeps -------------------------------------------------------------------------

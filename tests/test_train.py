@@ -974,6 +974,18 @@ def test_without_numba_compile_is_refused_and_auto_goes_on(
     assert_same_run(run_folder(tmp_path / "auto"), run_folder(finished("sparse_mezo")))
 
 
+def numba_is_off() -> None:
+    """As if its switch were set."""
+    os.environ["NUMBA_DISABLE_JIT"] = "1"
+
+
+def test_a_switch_that_turns_the_compiler_off_is_named(tmp_path: Path) -> None:
+    said = sentence_of(
+        smezo(words_of("sparse_mezo", "compile=true"), tmp_path, faults=[numba_is_off])
+    )
+    assert "compile=true: the compiler is off as long as NUMBA_DISABLE_JIT=1 is set" in said
+
+
 # ------------------------------------------------------------------------------------------ refused
 
 

@@ -279,6 +279,19 @@ def test_a_prompt_with_a_secret_is_refused(
     assert "planted" not in said
 
 
+@pytest.mark.parametrize(
+    "word", ["name=planted-x", "runs_dir=planted-x", "task.name=planted-x", "model.name=planted-x"]
+)
+def test_a_path_with_a_secret_is_refused(
+    word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Printed as [HF_TOKEN]-x it is no path, and printed as it is it gives the secret away."""
+    monkeypatch.setenv("HF_TOKEN", "planted")
+    said = refused([*SMALL, word], capsys)
+    assert f"{word.replace('planted', '[HF_TOKEN]')} holds a secret" in said
+    assert "planted" not in said
+
+
 def test_what_is_no_secret_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"TOKENIZERS_PARALLELISM": "false", "A_TOKEN": "", "B_TOKEN": "1"}.items():
         monkeypatch.setenv(name, value)

@@ -1,0 +1,33 @@
+"""The plugin by which Hydra reads folders of the user before smezo's own. Imports Hydra."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+
+class UserFolders(SearchPathPlugin):
+    """Puts the folders that are in use before the main one, where Hydra is initialised."""
+
+    folders: ClassVar[tuple[str, ...]] = ()
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """See Hydra."""
+        main = SearchPathQuery(provider="main")
+        for folder in self.folders:
+            path = folder if "://" in folder else f"file://{folder}"
+            search_path.prepend("command-line", path, main)
+
+
+@contextlib.contextmanager
+def used(folders: Sequence[str]) -> Iterator[None]:
+    """Have Hydra read from these folders, where it is initialised inside of the context."""
+    Plugins.instance().register(UserFolders)
+    before, UserFolders.folders = UserFolders.folders, tuple(folders)
+    try:
+        yield
+    finally:
+        UserFolders.folders = before
