@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from smezo_cli.tokenization import decoded
+
 
 @torch.no_grad()
 def greedy(
@@ -68,19 +70,14 @@ def greedy(
                 continue
             answers[i].append(token)
             # By the text, not by a token: a newline may be part of a longer one.
-            if "\n" in _text(tokenizer, answers[i]):
+            if "\n" in decoded(tokenizer, answers[i]):
                 open_rows.remove(i)
         if not open_rows:
             break
         ids = torch.cat([ids, best[:, None]], dim=1)
         mask = torch.cat([mask, mask.new_ones(len(contexts), 1)], dim=1)
         step = ids if past is None else best[:, None]
-    return [_text(tokenizer, answer).partition("\n")[0].strip() for answer in answers]
-
-
-def _text(tokenizer: Any, ids: Sequence[int]) -> str:
-    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return text
+    return [decoded(tokenizer, answer).partition("\n")[0].strip() for answer in answers]
 
 
 def _ends(model: nn.Module, tokenizer: Any) -> set[int]:

@@ -84,6 +84,13 @@ class Job:
         )
         where = f", on {', '.join(sorted({*self.device_map.values()}))}" if self.device_map else ""
         say(f"  model   {settings.model['name']}, {total / 1e6:.1f} M weights{where}")
+        if settings.model["attention"] == "auto" and self.attention != "sdpa":
+            say(f"  attention={self.attention}, as {type(self.model).__name__} has no sdpa")
+        if getattr(self.model.config, "auto_map", None) and not settings.model["trust_remote_code"]:
+            say(
+                "  auto_map: the Python files that the model brings are not executed; "
+                f"transformers' own {type(self.model).__name__} computes it"
+            )
 
     @property
     def device_map(self) -> dict[str, str] | None:
@@ -91,6 +98,11 @@ class Job:
         places: Mapping[str, Any] = getattr(self.model, "hf_device_map", None) or {}
         found = {name: str(place) for name, place in places.items()}
         return found if len(set(found.values())) > 1 else None
+
+    @property
+    def attention(self) -> str:
+        """The implementation of attention that the model computes with."""
+        return str(self.model.config._attn_implementation)
 
     def _load_task(self, say: Callable[[str], None]) -> None:
         settings = self.settings

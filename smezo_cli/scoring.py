@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from smezo_cli import generation, metrics
+from smezo_cli import generation, metrics, tokenization
 from smezo_cli.errors import UserError
 from smezo_cli.probe import only_rows
 
@@ -279,7 +279,9 @@ def _encode_masked(
             "(such as model=roberta-large), or a prompt that ends where the label word follows."
         )
     # As in a sentence: a blank goes before the word.
-    word_ids = [tokenizer(f" {w}", add_special_tokens=False)["input_ids"] for w in prompt.labels]
+    word_ids = tokenization.encoded(
+        tokenizer, [f" {w}" for w in prompt.labels], add_special_tokens=False
+    )
     for word, ids in zip(prompt.labels, word_ids, strict=True):
         if len(ids) != 1:
             raise UserError(
@@ -346,7 +348,7 @@ def _num_common(sequences: Sequence[Any]) -> int:
 
 
 def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, verbose=False)["input_ids"] if texts else []
+    return tokenization.encoded(tokenizer, texts)
 
 
 class _HeldLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # untyped in transformers
@@ -590,6 +592,12 @@ class Scorer:
         places = list(enumerate(at))
         seen: list[Tensor] = []
         head = self.model.get_output_embeddings()  # type: ignore[operator]  # transformers' own
+        if head is None:
+            raise UserError(
+                f"method.l2: a probe reads what enters the output layer, and "
+                f"{type(self.model).__name__} has none that gives its logits alone: choose another "
+                "method, such as method=zero_shot."
+            )
         handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
             self._logits_at(

@@ -18,6 +18,7 @@ from smezo_cli.device import all_devices, choose_device
 from smezo_cli.errors import UserError
 from smezo_cli.redaction import redacted_tree
 from smezo_cli.settings import METRICS, Settings, check, digest, is_extensible, is_frozen, plain
+from smezo_cli.tokenization import encoded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -316,7 +317,7 @@ class _Run:
             rows = [row for row in task.train if row.id in kept]
             notes["demonstrations"] = method.choose(
                 [(row.id, prompt.candidates(row)[max(0, row.label)]) for row in rows],
-                lambda text: len(self.job.tokenizer(text, verbose=False)["input_ids"]),
+                lambda text: len(encoded(self.job.tokenizer, [text])[0]),
                 limit,
                 max(c.width for c in (*self.dev, *self.test)),
             )
@@ -876,6 +877,7 @@ class _Run:
             "compute_dtype": s.compute_dtype or s.dtype,
             "device": str(self.device),
             "device_map": self.job.device_map if hasattr(self, "job") else None,
+            "attention": self.job.attention if hasattr(self, "job") else None,
             "noise": s.method.get("noise"),
             "passes": self.backend,
             "executor": notes.get("executor"),
