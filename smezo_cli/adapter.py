@@ -6,6 +6,7 @@ object that it was: its scores, its probes and its cache are those of any other.
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_bidirectional_mask
+from transformers.pytorch_utils import Conv1D
 
 from smezo_cli.errors import UserError
 from smezo_cli.noise import hash64, stream_key, uniform_at
@@ -90,15 +92,16 @@ class Lora:
         from peft import LoraConfig
         from peft.tuners.lora import LoraLayer, LoraModel
 
+        chosen = _targeted(model, targets)
         config = LoraConfig(r=r, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0)
+        config.fan_in_fan_out = any(isinstance(layer, Conv1D) for layer in chosen.values())
         try:
-            LoraModel(model, config, "default")
+            with warnings.catch_warnings():  # of that flag, where there are layers of both kinds
+                warnings.filterwarnings("ignore", message="fan_in_fan_out")
+                LoraModel(model, config, "default")
         except ValueError as error:
             line = str(error).partition("\n")[0].rstrip(". ")
-            raise UserError(
-                f"method.adapter.targets={targets} do not fit this model ({line[:200]}): name its "
-                "linear layers, such as method.adapter.targets=[q_proj,v_proj]."
-            ) from error
+            raise UserError(_unfit(model, targets, line[:200])) from error
         self._model, self._config = model, config
         self._layers: dict[str, Any] = {
             name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)
@@ -180,6 +183,51 @@ class Lora:
             for which, lora in (("A", layer.lora_A), ("B", layer.lora_B))
         }
         save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def _targeted(model: PreTrainedModel, targets: list[str]) -> dict[str, nn.Module]:
+    """The linear layers that some targets name.
+
+    Raises:
+        UserError: there are none, or B A cannot be added to what else has such a name.
+    """
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if any(name == target or name.endswith(f".{target}") for target in targets)
+    }
+    if not found:
+        raise UserError(_unfit(model, targets, "it has no layer of such a name"))
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for p in module._parameters.values():
+            owners[id(p)] = owners.get(id(p), 0) + 1
+    for name, module in found.items():
+        if not isinstance(module, (nn.Linear, Conv1D)):
+            why = f"{name} is no linear layer but of class {type(module).__name__}"
+            raise UserError(_unfit(model, targets, why))
+        if owners[id(module.weight)] > 1:
+            why = f"the weight of {name} is that of another layer, too, to which nothing is added"
+            raise UserError(_unfit(model, targets, why))
+    return found
+
+
+def _unfit(model: PreTrainedModel, targets: list[str], why: str) -> str:
+    """Say that targets do not fit, and name the model's own linear layers."""
+    own: dict[str, None] = {}  # in the order of the model
+    loose: Any = model  # its methods have no types
+    head = loose.get_output_embeddings()
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
+            above, _, leaf = name.rpartition(".")
+            own[f"{above.rpartition('.')[2]}.{leaf}" if leaf.isdigit() else leaf] = None
+    named = ",".join(list(own)[:8])
+    way = (
+        f"name linear layers, of which it has method.adapter.targets=[{named}]"
+        if named
+        else "choose a method without LoRA, such as method=mezo"
+    )
+    return f"method.adapter.targets={targets} do not fit {type(model).__name__} ({why}): {way}."
 
 
 class Prefix:
@@ -330,7 +378,8 @@ def _activations(
     """
     key = torch.tensor(stream_key(seed, "adapter", "prefix"))
     embedding: Any = model.get_input_embeddings()
-    tokens = hash64(torch.arange(num_tokens), key) % len(embedding.weight)
+    weight = embedding if isinstance(embedding, Tensor) else embedding.weight  # Perceiver's is bare
+    tokens = hash64(torch.arange(num_tokens), key) % len(weight)
     inputs = {"input_ids": tokens[None].to(model.device)}
     with torch.no_grad():
         cache: Any
@@ -346,6 +395,8 @@ def _activations(
             keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
             if isinstance(keys, Tensor) and isinstance(values, Tensor):
                 found += [keys, values]
+        if len(found) < 2 * len(cache.layers):  # others hold a state (LFM2, Qwen3-Next, Jamba)
+            found = []
     shapes = {tuple(t.shape) for t in found}
     if len(shapes) != 1 or found[0].ndim != 4 or found[0].shape[2] != num_tokens:
         raise UserError(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smezo_cli.tokenization import decoded
 from smezo_cli.tokens import padding_id
 
 
@@ -59,11 +60,11 @@ def greedy(
                 continue
             answers[i].append(token)
             # By the text, not by a token: a newline may be part of a longer one.
-            if "\n" in _text(tokenizer, answers[i]):
+            if "\n" in decoded(tokenizer, answers[i]):
                 open_rows.remove(i)
         if not open_rows:
             break
-    texts = [_text(tokenizer, answer).partition("\n")[0].strip() for answer in answers]
+    texts = [decoded(tokenizer, answer).partition("\n")[0].strip() for answer in answers]
     return [None if i in lost else text for i, text in enumerate(texts)]
 
 
@@ -112,11 +113,6 @@ def next_tokens(
         ids = torch.cat([ids, best[:, None]], dim=1)
         mask = torch.cat([mask, mask.new_ones(len(contexts), 1)], dim=1)
         step = ids if past is None else best[:, None]
-
-
-def _text(tokenizer: Any, ids: Sequence[int]) -> str:
-    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return text
 
 
 def _ends(model: nn.Module, tokenizer: Any) -> set[int]:

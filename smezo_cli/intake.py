@@ -599,7 +599,20 @@ _MOST = {
     "vocab_size": 1 << 24,
     "max_position_embeddings": 1 << 27,
 }
+_MAY_BE_NONE = ("head_dim", "max_position_embeddings")  # 0 or -1: the architecture has no such
 _MOST_NUMBER = 1 << 40  # of any other number of a configuration (some write 1e12 and mean no limit)
+
+
+# Rows of a matrix, and its columns: the least of these. Vectors of a vocabulary may be shorter than
+# those between the layers (ALBERT, ELECTRA, RemBERT, OPT), under one of these names.
+_MATRICES = {
+    "vocab_size": (
+        *("hidden_size", "embedding_size", "input_embedding_size", "word_embed_proj_dim"),
+        *("emb_dim", "embed_dim", "embedding_dim"),
+    ),
+    "intermediate_size": ("hidden_size",),
+    "num_hidden_layers": ("hidden_size",),
+}
 
 
 def check_sizes(numbers: Mapping[str, Any], where: str, num_weights: float = math.inf) -> None:
@@ -617,31 +630,94 @@ def check_sizes(numbers: Mapping[str, Any], where: str, num_weights: float = mat
         if isinstance(value, Mapping):
             check_sizes(value, f"{where} {name}", num_weights)
         elif isinstance(value, int) and not isinstance(value, bool):
-            low = 1 if name in _MOST else -_MOST_NUMBER
+            low = (-1 if name in _MAY_BE_NONE else 1) if name in _MOST else -_MOST_NUMBER
             if not low <= value <= _MOST.get(name, _MOST_NUMBER):
                 raise UserError(f"{where}: {name}={value} is no size of a model; it is damaged.")
-    hidden = numbers.get("hidden_size")
-    for name in ("vocab_size", "intermediate_size", "num_hidden_layers"):
+    for name, widths in _MATRICES.items():
+        if name == "intermediate_size" and any("expert" in str(key) for key in numbers):
+            continue  # of a mixture of experts no layer need have it
         other = numbers.get(name)
-        if isinstance(hidden, int) and isinstance(other, int) and hidden * other > num_weights:
+        found = [(n, width) for n in widths if isinstance(width := numbers.get(n), int)]
+        if "hidden_size" not in dict(found) or not isinstance(other, int):
+            continue
+        least, width = min(found, key=lambda pair: pair[1])
+        if width * other > num_weights:
             raise UserError(
-                f"{where}: {name}={other} times hidden_size={hidden} is more than the "
+                f"{where}: {name}={other} times {least}={width} is more than the "
                 f"{num_weights:g} weights in its file; one of them is damaged."
             )
+
+
+def not_the_file(path: Path) -> str | None:
+    """Say what lies in the place of a model's file, and what to do; None where nothing is amiss.
+
+    Raises:
+        OSError: it cannot be read.
+        UserError: it is no ordinary file.
+    """
+    if not check_ordinary(path):
+        return "is empty: fetch it again"
+    with path.open("rb") as file:
+        raw = file.read(256)
+    begin = raw.lstrip()
+    if begin.startswith(b"version https://git-lfs"):
+        return (
+            "is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder, or "
+            "fetch the model again"
+        )
+    if begin[:14].lower().startswith((b"<!doctype html", b"<html")):
+        return "is a web page, not the file itself: fetch it again by its download link"
+    # The first eight bytes of safetensors are a length below 2^32, of which the lowest is any.
+    if path.suffix == ".safetensors" and raw.startswith((b"PK", b"\x80")) and any(raw[4:8]):
+        return (
+            "is a pickle of PyTorch under another name, which is never opened: save the model by "
+            "transformers' save_pretrained, which writes safetensors"
+        )
+    return None
+
+
+# Files that transformers reads of a model, beside its weights.
+_OF_TOKENIZERS = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt"),
+    *(
+        "spiece.model",
+        "sentencepiece.bpe.model",
+        "tekken.json",
+        "bpe.codes",
+        "prophetnet.tokenizer",
+    ),
+)
+_OF_MODELS = (
+    *("config.json", "generation_config.json", "model.safetensors.index.json", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json"),
+    *_OF_TOKENIZERS,
+)
 
 
 def check_model_folder(folder: Path) -> None:
     """Compare the sizes in config.json with the header of the weights beside it.
 
     Raises:
-        UserError: a file that cannot be, or that names one outside of the folder.
+        UserError: a file that is missing, that cannot be, or that names one outside of the folder.
     """
+    try:
+        for file in sorted(folder.iterdir()):
+            known = file.name in _OF_MODELS or file.suffix == ".safetensors"
+            if known and (what := not_the_file(file)) is not None:
+                raise UserError(f"model.path={folder}: {file.name} {what}.")
+    except OSError as error:
+        raise UserError(
+            f"model.path={folder}: {Path(str(error.filename)).name} cannot be read: "
+            f"{error.strerror or error}."
+        ) from error
     config = read_json(folder / "config.json")
     if config is None:
         raise UserError(f"model.path={folder}: its config.json is no JSON object.")
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        if (folder / name).exists():
-            check_ordinary(folder / name)
+    if not config.get("model_type") and not config.get("auto_map"):
+        raise UserError(
+            f"model.path={folder} could not be loaded (its config.json has no model_type, which "
+            "names the architecture): take the config.json that belongs to the weights."
+        )
     weights = math.inf
     if (folder / "model.safetensors").exists():
         weights = count_weights(folder / "model.safetensors")
@@ -658,9 +734,23 @@ def check_model_folder(folder: Path) -> None:
                     f"model.path={folder}: model.safetensors.index.json names {name!r}; only "
                     "safetensors files beside it are read."
                 )
-        shards = [folder / name for name in set(names.values())]
-        weights = sum(count_weights(shard) for shard in shards if shard.exists())
+        shards = [folder / name for name in sorted(set(names.values()))]
+        missing = [shard.name for shard in shards if not shard.exists()]
+        if missing:
+            raise UserError(
+                f"model.path={folder}: {len(missing)} of its {len(shards)} files of weights are "
+                f"missing, {missing[0]} the first: fetch the rest."
+            )
+        weights = sum(count_weights(shard) for shard in shards)
     check_sizes(config, f"model.path={folder}: config.json", weights)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Does anything in a folder look like the file of a tokenizer, or the code of one?"""
+    if any((folder / name).exists() for name in _OF_TOKENIZERS):
+        return True
+    patterns = ("*.model", "*.tiktoken", "*vocab*", "*token*.py")
+    return any(next(folder.glob(pattern), None) for pattern in patterns)
 
 
 def count_weights(path: Path) -> int:
@@ -674,8 +764,11 @@ def count_weights(path: Path) -> int:
         with path.open("rb") as file:
             length = struct.unpack("<Q", file.read(8))[0]
             if length > min(size - 8, _MOST_JSON_BYTES):
-                raise ValueError(f"its header would have {length} bytes")
+                raise ValueError("it is cut off, or does not begin as a safetensors file")
             header = json.loads(file.read(length))
+        ends = [e["data_offsets"][1] for name, e in header.items() if name != "__metadata__"]
+        if any(not _is_count(end) for end in ends) or 8 + length + max(ends, default=0) > size:
+            raise ValueError(f"it is cut off: it has {size} bytes, and its header speaks of more")
         shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
         if not all(_is_count(n) for shape in shapes for n in shape):
             raise ValueError("a shape is none")
@@ -696,6 +789,17 @@ _GGUF_STRING, _GGUF_ARRAY = 8, 9
 _MOST_ITEMS = 1 << 22  # of an array: the largest vocabularies have 2^18 tokens
 
 
+def is_gguf(path: Path) -> bool:
+    """Is it called a GGUF file, in whatever letters, or does it begin as one?"""
+    try:
+        if path.suffix.lower() == ".gguf" or not path.is_file():
+            return path.suffix.lower() == ".gguf" and not path.is_dir()
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
+
+
 def check_gguf(path: Path) -> None:
     """Walk through the header of a GGUF file; no count, length or offset may leave the file.
 
@@ -705,6 +809,8 @@ def check_gguf(path: Path) -> None:
     from gguf.constants import GGML_QUANT_SIZES
 
     try:
+        if (what := not_the_file(path)) is not None:
+            raise UserError(f"model.path={path} {what}.")
         size = check_ordinary(path)
         with path.open("rb") as file:
             reader = _Gguf(file, size)

@@ -111,6 +111,13 @@ class Job:
             say(f"  tokenizer  puts {words} behind a text: left out, for the model goes on there")
         if self.unread:
             say(f"  frozen  {', '.join(self.unread)}: text never reads them")
+        if settings.model["attention"] == "auto" and self.attention != "sdpa":
+            say(f"  attention={self.attention}, as {type(self.model).__name__} has no sdpa")
+        if getattr(self.model.config, "auto_map", None) and not settings.model["trust_remote_code"]:
+            say(
+                "  auto_map: the Python files that the model brings are not executed; "
+                f"transformers' own {type(self.model).__name__} computes it"
+            )
 
     @property
     def device_map(self) -> dict[str, str] | None:
@@ -118,6 +125,11 @@ class Job:
         places: Mapping[str, Any] = getattr(self.model, "hf_device_map", None) or {}
         found = {name: str(place) for name, place in places.items()}
         return found if len(set(found.values())) > 1 else None
+
+    @property
+    def attention(self) -> str:
+        """The implementation of attention that the model computes with."""
+        return str(self.model.config._attn_implementation)
 
     def _load_task(self, say: Callable[[str], None]) -> None:
         settings = self.settings

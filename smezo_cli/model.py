@@ -8,7 +8,7 @@ import os
 import shutil
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -40,8 +41,9 @@ from transformers import (
 from transformers.utils.import_utils import is_bitsandbytes_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from smezo_cli import assets, intake, placement
+from smezo_cli import assets, intake, placement, tokenization
 from smezo_cli.errors import UserError
+from smezo_cli.output_layer import settle_output_layer
 
 # Raise it when `_convert` writes something else: what an older version wrote is converted anew.
 CONVERSION = 1
@@ -68,7 +70,8 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model in `dtype` on `device`, in eval mode without key-value cache, and its tokenizer.
 
-    `cfg` is the model node: one of `package`, `path`, `tiny`; `family`, `attention`, `bos_token`;
+    `cfg` is the model node: one of `package`, `path`, `tiny`; `family`, `bos_token`; `attention`,
+    of which auto is sdpa, or eager for a model that has no sdpa;
     `config`, the numbers of its architecture, which a checkpoint has to agree with; `max_length` in
     tokens, which becomes the tokenizer's limit; `quantization`, null or 4bit: its linear layers but
     the head are then in 4 bits, and multiply in `compute_dtype` (None: `dtype`); `device_map`, null
@@ -116,19 +119,25 @@ def load_model(
         )
     _set_up(tokenizer, cfg)
     model.config.use_cache = False
-    placed: Any = model  # its `to` and `eval` have no types
-    if quantized:  # on its device already
-        return placed.eval(), tokenizer
-    if (device_map := cfg.get("device_map")) is not None:
+    with quiet():
+        if not quantized:  # else it is on its device already
+            _place(model, device, cfg.get("device_map"))
+        nn.Module.eval(model)
+        settle_output_layer(model)
+    return model, tokenizer
+
+
+def _place(model: PreTrainedModel, device: torch.device, device_map: Any) -> None:
+    """Put the model on its device, or on those of a map."""
+    if device_map is not None:
         # Where transformers has put the weights, that was found before any was read.
         places = getattr(model, "hf_device_map", None)
         places = places or placement.devices_of_modules(model, device_map)
         if len(set(places.values())) > 1:
-            with quiet():
-                placement.spread(model, places)
-            return placed.eval(), tokenizer
+            placement.spread(model, places)
+            return
         device = next(iter(places.values()))
-    return placed.to(device).eval(), tokenizer
+    nn.Module.to(model, device)
 
 
 def check_quantization(cfg: Mapping[str, Any], device: torch.device) -> None:
@@ -167,7 +176,7 @@ def _quantized(
     return {"quantization_config": config, "device_map": {"": str(device)}}
 
 
-def num_weights(model: torch.nn.Module) -> int:
+def num_weights(model: nn.Module) -> int:
     """Weights of the model; of 4-bit ones a byte holds two."""
     return sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.parameters())
 
@@ -218,23 +227,59 @@ def _auto(cfg: Mapping[str, Any]) -> Any:  # its class methods have no types
 def _from_config(
     config: PretrainedConfig, cfg: Mapping[str, Any], dtype: torch.dtype
 ) -> PreTrainedModel:
-    try:
+    def build(attention: str) -> PreTrainedModel:
         model: PreTrainedModel = _auto(cfg).from_config(
-            config, dtype=dtype, attn_implementation=cfg["attention"]
+            config, dtype=dtype, attn_implementation=attention
         )
+        return model
+
+    try:
+        return _attending(cfg, config, build)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(_explain(error, cfg, None, offline=False)) from error
-    return model
+
+
+def _attending(
+    cfg: Mapping[str, Any],
+    config: PretrainedConfig,
+    build: Callable[[str], PreTrainedModel],
+    **code: bool,
+) -> PreTrainedModel:
+    """Return what `build` makes with the attention asked for: of auto sdpa, else eager.
+
+    `code` goes to transformers beside `config`. Raises `UserError` for an attention that cannot be
+    used, naming one that can.
+    """
+    asked = cfg["attention"]
+    try:
+        return build("sdpa" if asked == "auto" else asked)
+    except (ValueError, ImportError) as error:
+        if not any(word in str(error) for word in _OF_ATTENTION):
+            raise
+        if asked == "auto":
+            return build("eager")
+        other = "eager"
+        with contextlib.suppress(ValueError, ImportError), torch.device("meta"):
+            _auto(cfg).from_config(config, attn_implementation="sdpa", **code)
+            other = "sdpa"
+        raise UserError(
+            f"model.attention={asked} cannot be used with {cfg['name']} here "
+            f"({_line(error).partition('. ')[0]}); set model.attention={other}."
+        ) from error
+
+
+# In what transformers says of an attention that a model or a machine has not.
+_OF_ATTENTION = ("attn_implementation", "FlashAttention", "Flash Attention", "flash_attn")
 
 
 def _context(model: PreTrainedModel) -> int | None:
     """Most tokens that the model reads; None where it has no such number."""
     limit: int | None = getattr(model.config, "max_position_embeddings", None)
-    if limit is None:
+    if limit is None or limit < 1:  # XLNet's has -1
         return None
     for name, module in model.named_modules():
-        padding = getattr(module, "padding_idx", None)
-        if "position" in name and padding is not None and module.num_embeddings == limit:
+        padding, table = getattr(module, "padding_idx", None), module._parameters.get("weight")
+        if "position" in name and padding is not None and table is not None and len(table) == limit:
             return limit - int(padding) - 1  # RoBERTa counts from the one after its padding token
     return limit
 
@@ -257,7 +302,7 @@ def _set_up(tokenizer: PreTrainedTokenizerBase, cfg: Mapping[str, Any]) -> None:
     if bos in tokenizer.get_vocab():
         loose.bos_token = bos
         loose.add_bos_token = True
-    if tokenizer("a")["input_ids"][0] != tokenizer.get_vocab().get(bos):
+    if tokenization.encoded(tokenizer, ["a"])[0][0] != tokenizer.get_vocab().get(bos):
         raise UserError(
             f"model.bos_token={bos} cannot be put in front of a prompt by the tokenizer of "
             f"{cfg['name']}; choose one of its tokens, or null for its own way."
@@ -274,28 +319,36 @@ def _found(path: str) -> str | Path:
     if is_folder:
         names = {file.name for file in local.iterdir()}
         if "config.json" not in names:
-            ggufs = sorted(name for name in names if name.endswith(".gguf"))
-            hint = f"; for a GGUF file give its own path, {local / ggufs[0]}" if ggufs else ""
-            raise UserError(
-                f"model.path={path}: no config.json in it, so it is no saved model{hint}."
-            )
+            raise UserError(f"model.path={path}: no config.json in it, so {_not_a_model(local)}.")
         if not any(name.endswith(".safetensors") for name in names) and any(
-            name.endswith((".bin", ".pt", ".pth")) for name in names
+            name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names
         ):
             raise UserError(f"model.path={path}: {_NO_PICKLE}.")
         intake.check_model_folder(local)
         return local
     if is_file:
-        if local.suffix != ".gguf":
+        if not intake.is_gguf(local):
             raise UserError(
                 f"model.path={path} is a file and no GGUF; give the folder that it lies in, "
                 "with config.json, the tokenizer and safetensors."
             )
         intake.check_gguf(local)
         return local
-    if path.endswith(".gguf") or path.startswith(("/", ".", "~")) or path.count("/") > 1:
+    is_gguf = path.lower().endswith(".gguf")
+    if is_gguf or path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise UserError(f"model.path={path}: there is no such folder or file (nor is it a hub id).")
     return path
+
+
+def _not_a_model(folder: Path) -> str:
+    """Say what a folder without config.json is instead, and what to give."""
+    if ggufs := sorted(file for file in folder.iterdir() if intake.is_gguf(file)):
+        return f"it is no saved model; for a GGUF file give its own path, {ggufs[0]}"
+    if (folder / "adapter_config.json").exists():
+        return "it is no whole model but an adapter of peft: merge it into its base model once"
+    if inner := sorted(file.parent for file in folder.glob("*/config.json")):
+        return f"it is no saved model, as {inner[0]} in it is: give that"
+    return "it is no saved model"
 
 
 _NO_PICKLE = (
@@ -333,26 +386,61 @@ def _pretrained(
             f"model.path={where} holds an adapter of peft, and training begins at a whole model: "
             "merge it into its base model once (peft's merge_and_unload), and give that folder."
         )
-    tokenizer = AutoTokenizer.from_pretrained(where, **common)
-    loading = {"dtype": dtype, "attn_implementation": cfg["attention"], **common, **quantized}
+    tokenizer = _tokenizer(where, common)
+    loading = {"dtype": dtype, **common, **quantized}
     if no_row:  # some models would not be built; any token can pad (smezo_cli.tokens.padding_id)
         config.pad_token_id = None
         loading["config"] = config
+    code = {"trust_remote_code": common["trust_remote_code"]}
+    device_map = cfg.get("device_map")
+
+    def build(attention: str) -> PreTrainedModel:
+        with_it = loading | {"attn_implementation": attention}
+        if "gguf_file" in common:
+            return _from_gguf(_auto(cfg), where, **with_it)
+        if device_map is not None:  # each weight goes to its device at once
+            with torch.device("meta"):
+                shapes = _auto(cfg).from_config(
+                    config, dtype=dtype, attn_implementation=attention, **code
+                )
+            with_it["device_map"] = placement.devices_of_modules(shapes, device_map)
+        # From safetensors alone, never from a pickle.
+        made: PreTrainedModel = _auto(cfg).from_pretrained(where, use_safetensors=True, **with_it)
+        return made
+
+    model = _attending(cfg, config, build, **code)
     if "gguf_file" in common:
-        return _from_gguf(_auto(cfg), where, **loading), tokenizer
-    if (device_map := cfg.get("device_map")) is not None:  # each weight goes to its device at once
-        code = {"trust_remote_code": common["trust_remote_code"]}
-        with torch.device("meta"):
-            shapes = _auto(cfg).from_config(
-                config, dtype=dtype, attn_implementation=cfg["attention"], **code
-            )
-        loading["device_map"] = placement.devices_of_modules(shapes, device_map)
-    # From safetensors alone, never from a pickle.
-    model: PreTrainedModel = _auto(cfg).from_pretrained(where, use_safetensors=True, **loading)
+        return model, tokenizer
     if isinstance(where, str):
         loose: Any = model.config  # transformers leaves this name out when it saves the model
         loose._commit_hash = _commit(where, common["revision"])
     return model, tokenizer
+
+
+def _tokenizer(where: str | Path, common: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder, a GGUF file or a hub model."""
+    if isinstance(where, Path) and "gguf_file" not in common and not intake.has_tokenizer(where):
+        raise UserError(
+            f"model.path={where}: no tokenizer in it (tokenizer.json or tokenizer.model): copy the "
+            "tokenizer files of the model that it was made of into it."
+        )
+    try:
+        with tokenization.panics_as_exceptions():
+            made: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(where, **common)
+            made("A text like any other.")
+    except (OSError, HTTPError):
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error) or not isinstance(where, Path):
+            raise
+        line = _line(error)
+        if "instantiate the backend tokenizer" in line:
+            line = "no tokenizer.json or tokenizer.model in it"
+        raise UserError(
+            f"model.path={where}: its tokenizer cannot be loaded ({line}); check its "
+            "tokenizer files, or save them anew by the tokenizer's save_pretrained."
+        ) from error
+    return made
 
 
 def _commit(path: str, revision: str) -> str | None:
@@ -411,21 +499,16 @@ def _explain(
     error: BaseException, cfg: Mapping[str, Any], where: str | Path | None, offline: bool
 ) -> str:
     """One sentence for what transformers or the hub said: what is wrong and the way out."""
-    attention, line = cfg["attention"], _line(error)
+    line = _line(error)
     if "trust_remote_code" in str(error):
         return (
             f"model.path={where} brings Python code of its own, which is not executed: read that "
             "code, then add model.trust_remote_code=true, which runs it with all your rights."
         )
-    if any(word in str(error) for word in ("attn_implementation", "FlashAttention", "flash_attn")):
-        return (
-            f"model.attention={attention} cannot be used with {cfg['name']} here ({line}); "
-            "set model.attention=sdpa."
-        )
     if where is None:
         return (
-            f"model={cfg['name']} could not be loaded ({line}); check model.attention={attention} "
-            "and model.family."
+            f"model={cfg['name']} could not be loaded ({line}); check model.config and "
+            "model.family."
         )
     what = f"model.path={where}"
     if isinstance(where, Path):
@@ -566,7 +649,7 @@ def _tiny(
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
-    torch.nn.Module.to(model, dtype)
+    nn.Module.to(model, dtype)
     return model, tokenizer
 
 

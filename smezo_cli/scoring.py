@@ -32,11 +32,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from smezo_cli import generation, metrics
+from smezo_cli import generation, metrics, tokenization
 from smezo_cli.batching import Batching
 from smezo_cli.errors import UserError
 from smezo_cli.probe import only_rows
-from smezo_cli.tokens import padding_id, token_ids
+from smezo_cli.tokens import num_rows, padding_id, token_ids
 from smezo_cli.zo import NonFiniteLoss
 
 EVAL_TOKENS = 512  # padded tokens in an evaluation batch: activations stay in a CPU's cache
@@ -328,7 +328,9 @@ def _encode_masked(
             "(such as model=roberta-large), or a prompt that ends where the label word follows."
         )
     # As in a sentence: a blank goes before the word.
-    word_ids = [tokenizer(f" {w}", add_special_tokens=False)["input_ids"] for w in prompt.labels]
+    word_ids = tokenization.encoded(
+        tokenizer, [f" {w}" for w in prompt.labels], add_special_tokens=False
+    )
     for word, ids in zip(prompt.labels, word_ids, strict=True):
         if len(ids) != 1:
             raise UserError(
@@ -677,6 +679,12 @@ class Scorer:
         places = list(enumerate(at))
         seen: list[Tensor] = []
         head = self.model.get_output_embeddings()  # type: ignore[operator]  # transformers' own
+        if head is None:
+            raise UserError(
+                f"method.l2: a probe reads what enters the output layer, and "
+                f"{type(self.model).__name__} has none that gives its logits alone: choose another "
+                "method, such as method=zero_shot."
+            )
         handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
             self._logits_at(
@@ -793,8 +801,8 @@ class Scorer:
         return found.float()
 
     def some_of_vocabulary(self, most: int) -> list[int]:
-        """At most so many numbers of output rows, evenly spread."""
-        size = len(self.model.get_output_embeddings().weight)  # type: ignore[operator]  # transformers' own
+        """At most so many numbers of tokens, evenly spread."""
+        size = num_rows(self.model) or 1
         return list(range(0, size, -(-size // most)))
 
     def _check_family(self, row: Candidates) -> None:

@@ -357,7 +357,7 @@ _NODE_RULES: dict[str, Rule] = {
     "model.dtype": _DTYPE,
     "model.compute_dtype": _DTYPE,
     "model.attention": Choice(
-        "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
+        *("auto", "sdpa", "eager"), *("flash_attention_2", "flash_attention_3", "flex_attention")
     ),
     "task.kind": Choice("classification", "choice", "generation"),
     "task.source": Source(),
@@ -406,7 +406,7 @@ _NODE_KEYS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         ("name",),
         {"package": None, "path": None, "tiny": None, "revision": None, "family": "causal"}
         | {"config": None, "bos_token": None, "dtype": "float32", "compute_dtype": None}
-        | {"attention": "sdpa", "max_length": 2048, "trust_remote_code": False}
+        | {"attention": "auto", "max_length": 2048, "trust_remote_code": False}
         | {"quantization": None, "device_map": None},
     ),
     "logger": (
@@ -842,7 +842,7 @@ def _check_quantization(model: Mapping[str, Any], method: Mapping[str, Any], dev
         raise UserError(
             f"model.quantization=4bit needs CUDA, and device=cpu: choose device=cuda, {out}."
         )
-    if model["tiny"] is not None or str(model["path"]).endswith(".gguf"):
+    if model["tiny"] is not None or str(model["path"]).lower().endswith(".gguf"):
         raise UserError(
             f"model.quantization=4bit quantises weights as safetensors hold them, and model="
             f"{model['name']} is {'random' if model['tiny'] is not None else 'a GGUF file'}: give "
@@ -971,6 +971,8 @@ def digest(cfg: DictConfig | Mapping[str, Any]) -> str:
         values.pop("steps", None)
     if isinstance(model := values.get("model"), Mapping):
         values["model"] = {k: v for k, v in model.items() if k not in _NOT_IN_DIGEST_OF_MODEL}
+        if model.get("attention") == "auto":  # what runs did before there was this value
+            values["model"]["attention"] = "sdpa"
     if values.get("keep") == "all":
         values["keep"] = "best"  # the test is on the same weights
     text = json.dumps(_canonical(values), sort_keys=True, separators=(",", ":"))

@@ -497,6 +497,8 @@ def _stripped(values: Mapping[str, Any]) -> dict[str, Any]:
         node = {k: v for k, v in given.items() if k not in dropped}
         if group == "method" and node.get("executor") in ("sequential", "lockstep"):
             node["executor"] = "auto"  # the same numbers
+        if group == "model" and node.get("attention") == "auto":
+            node["attention"] = "sdpa"  # likewise
         kept[group] = node
     return kept
 

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from smezo_cli.errors import UserError
+from smezo_cli.tokenization import encoded
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str], *, goes_on: bool = True) -> list[list[int]]:
@@ -17,10 +18,13 @@ def token_ids(tokenizer: Any, texts: Sequence[str], *, goes_on: bool = True) -> 
         texts: any number.
         goes_on: the model goes on behind the text, so that nothing which ends one (EOS, SEP) may
             stand there, whatever the tokenizer appends; False for masked models.
+
+    Raises:
+        UserError: the tokenizer cannot take one of them.
     """
     if not texts:
         return []
-    found: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"]
+    found = encoded(tokenizer, texts)
     size = len(appended(tokenizer)) if goes_on else 0
     return [ids[: len(ids) - size] for ids in found] if size else found
 
@@ -31,8 +35,7 @@ def appended(tokenizer: Any) -> list[int]:
         return []
     for text in ("a", "0", "."):  # a normalizer may leave nothing of one
         whole, bare = (
-            list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
-            for special in (True, False)
+            encoded(tokenizer, [text], add_special_tokens=special)[0] for special in (True, False)
         )
         # From the right: in front may stand the very token that the text is.
         for start in range(len(whole) - len(bare), -1, -1):

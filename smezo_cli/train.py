@@ -1098,6 +1098,7 @@ class _Run:
             "compute_dtype": s.compute_dtype or s.dtype,
             "device": str(self.device),
             "device_map": self.job.device_map if hasattr(self, "job") else None,
+            "attention": self.job.attention if hasattr(self, "job") else None,
             "noise": s.method.get("noise"),
             "passes": self.backend,
             "executor": notes.get("executor"),

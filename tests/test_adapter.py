@@ -211,6 +211,95 @@ def test_the_adapter_must_fit_the_model() -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
+def causal(kind: str, **numbers: Any) -> Any:
+    """A causal model of another make than the tiny ones, with random weights."""
+    common = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **common, **numbers))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.normal_(std=p.shape[-1] ** -0.5, generator=generator)
+    return model.eval()
+
+
+WIDE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2} | {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+
+
+@pytest.mark.parametrize(
+    ("kind", "numbers", "own"),
+    [
+        ("phi3", WIDE, "[o_proj,qkv_proj,gate_up_proj,down_proj]"),
+        ("gpt_neox", WIDE, "[query_key_value,dense,dense_h_to_4h,dense_4h_to_h]"),
+        ("gpt2", GPT2, "[c_attn,c_proj,c_fc]"),
+    ],
+)
+def test_targets_that_fail_are_answered_with_the_models_own(
+    kind: str, numbers: dict[str, Any], own: str
+) -> None:
+    """And those go: also of GPT-2, whose layers hold their weights the other way round."""
+    numbers = {k: v for k, v in numbers.items() if kind != "gpt_neox" or "key_value" not in k}
+    model = causal(kind, **numbers)
+    with pytest.raises(UserError, match="has no layer of such a name") as caught:
+        attach(model, LORA, seed=0)
+    assert str(caught.value).endswith(f"of which it has method.adapter.targets={own}.")
+    attach(model, LORA | {"targets": own.strip("[]").split(",")}, seed=0)
+    assert sum(p.requires_grad for p in model.parameters()) == 2 * 2 * (
+        len(own.split(",")) + (kind == "gpt2")  # c_proj of attention and of the other half
+    )
+
+
+@pytest.mark.parametrize(
+    ("target", "why"),
+    [
+        ("embed_tokens", "model.embed_tokens is no linear layer but of class Embedding"),
+        ("input_layernorm", "is no linear layer but of class LlamaRMSNorm"),
+        ("lm_head", "the weight of lm_head is that of another layer, too"),
+    ],
+)
+def test_layers_that_lora_cannot_be_added_to_are_one_sentence(target: str, why: str) -> None:
+    model = causal("llama", **WIDE, tie_word_embeddings=True)
+    with pytest.raises(UserError, match=why) as caught:
+        attach(model, LORA | {"targets": [target]}, seed=0)
+    assert "method.adapter.targets=[q_proj,k_proj,v_proj" in str(caught.value)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_lora_on_gpt2_is_exported_as_it_computes(tmp_path: Path) -> None:
+    model = causal("gpt2", **GPT2)
+    adapter = attach(model, LORA | {"targets": ["c_attn"]}, seed=0)
+    ids = torch.tensor([[5, 9, 11, 7, 30]])
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.fill_(0.1)
+        mine = model(input_ids=ids).logits
+        adapter.save(tmp_path / "saved")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()(input_ids=ids)
+    assert float((mine - before).abs().max()) > 0.1
+    torch.testing.assert_close(again.logits, mine, atol=1e-4, rtol=1e-4)
+
+
+HYBRID = {
+    "lfm2": WIDE | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "jamba": WIDE
+    | {"num_experts": 2, "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1}
+    | {"mamba_d_state": 8, "mamba_dt_rank": 4},
+}
+
+
+@pytest.mark.parametrize("kind", HYBRID)
+def test_a_prefix_is_refused_where_layers_hold_a_state(kind: str) -> None:
+    """Their caches have keys and values of some layers alone."""
+    with pytest.raises(UserError, match="kind=prefix needs the keys and values"):
+        attach(causal(kind, **HYBRID[kind]), PREFIX, seed=0)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -23,6 +23,8 @@ from smezo_cli.errors import UserError
 from smezo_cli.methods.mezo import MeZO
 from smezo_cli.methods.sparse_mezo import SparseMeZO
 from smezo_cli.model import build_meta, load_model
+from smezo_cli.scoring import Candidates, Scorer
+from smezo_cli.settings import digest
 
 CONF = Path(__file__).parents[1] / "conf"
 CPU = torch.device("cpu")
@@ -403,6 +405,252 @@ def test_an_attention_that_is_not_installed_is_one_sentence(
         message = message_of(cfg | {"attention": "flash_attention_2"})
         assert message.startswith("model.attention=flash_attention_2 cannot be used with")
         assert message.endswith("set model.attention=sdpa.")
+
+
+# Its attention has no sdpa.
+NO_SDPA = {"name": "own", "tiny": {}, "attention": "auto", "max_length": 64} | {
+    "config": {"model_type": "bloom", "vocab_size": 334, "hidden_size": 16, "n_layer": 1}
+    | {"n_head": 2}
+}
+
+
+def test_auto_attention_is_sdpa_or_eager_and_a_named_one_is_taken_at_its_word() -> None:
+    assert load(NODES["tiny-llama"] | {"attention": "auto"})[0].config._attn_implementation == (
+        "sdpa"
+    )
+    assert load(NO_SDPA)[0].config._attn_implementation == "eager"
+    assert build_meta(NO_SDPA).config._attn_implementation == "eager"
+    for asked in ("sdpa", "flash_attention_2", "flex_attention"):
+        message = message_of(NO_SDPA | {"attention": asked})
+        assert message.startswith(f"model.attention={asked} cannot be used with own here (Bloom")
+        assert message.endswith("; set model.attention=eager.")
+
+
+def test_auto_attention_falls_back_for_a_folder_too(tmp_path: Path) -> None:
+    net, tokenizer = load(NO_SDPA)
+    net.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = load(at(tmp_path / "saved", attention="auto"))[0]
+    assert again.config._attn_implementation == "eager"
+    assert message_of(at(tmp_path / "saved")).endswith("; set model.attention=eager.")
+
+
+def test_auto_attention_leaves_the_digest_of_sdpa_as_it_was() -> None:
+    words = ["task=toy", "model=own", "model.path=x", "method=mezo"]
+    digests = [
+        digest(compose([*words, *more]))
+        for more in ([], ["model.attention=auto"], ["model.attention=sdpa"])
+    ]
+    assert len(set(digests)) == 1
+    assert digest(compose([*words, "model.attention=eager"])) != digests[0]
+
+
+def test_a_run_says_and_records_the_attention_that_it_fell_back_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net, tokenizer = load(NO_SDPA)
+    net.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    few = ["task.num_train=8", "task.num_dev=4", "task.num_test=4", "task.prompt=0", "steps=1"]
+    own = ["model=own", f"model.path={tmp_path / 'saved'}", "model.max_length=64", "device=cpu"]
+    result = train.run(compose(["task=toy", *own, *few, f"runs_dir={tmp_path}", "method=mezo"]))
+    assert result["attention"] == "eager"
+    said = capsys.readouterr().out
+    assert said.count("attention=eager, as BloomForCausalLM has no sdpa") == 1
+
+
+XGLM = {"model_type": "xglm", "vocab_size": 334, "d_model": 16, "ffn_dim": 16, "num_layers": 1} | {
+    "attention_heads": 2,
+    "max_position_embeddings": 96,
+}
+XLNET = {"model_type": "xlnet", "vocab_size": 334, "d_model": 16, "n_layer": 1, "n_head": 2} | {
+    "d_inner": 16
+}
+
+
+def test_positions_that_are_computed_have_their_own_limit_or_none() -> None:
+    """XGLM's are no weights, and XLNet says -1 where it has no limit."""
+    assert model._context(load(NO_SDPA | {"config": XGLM})[0]) == 96
+    assert model._context(load(NO_SDPA | {"config": XLNET, "max_length": 4096})[0]) is None
+
+
+MASKED_NODE = NO_SDPA | {"family": "masked"}
+_SIZES = {"vocab_size": 335, "hidden_size": 16, "intermediate_size": 16, "pad_token_id": 0} | {
+    **{"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 96},
+}
+HEADS: dict[str, dict[str, Any]] = {
+    "esm": _SIZES | {"model_type": "esm", "mask_token_id": 334},
+    "mobilebert": _SIZES
+    | {"model_type": "mobilebert", "embedding_size": 8, "intra_bottleneck_size": 16}
+    | {"true_hidden_size": 16, "num_feedforward_networks": 1},
+    "deberta-v2": _SIZES
+    | {"model_type": "deberta-v2", "legacy": False, "relative_attention": True}
+    | {"pos_att_type": ["c2p"]},
+    "bert": _SIZES | {"model_type": "bert"},
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_label_words_are_scored_whatever_gives_the_logits(name: str) -> None:
+    """A bias behind the output layer, a weight that is read, and another layer of that name."""
+    net, tokenizer = load(MASKED_NODE | {"config": HEADS[name]})
+    assert (net.get_output_embeddings() is None) == (name != "bert")
+    ids = tokenizer("It was <mask> .")["input_ids"]
+    spot = ids.index(tokenizer.mask_token_id)
+    full = [tuple([*ids[:spot], word, *ids[spot + 1 :]]) for word in (300, 310)]
+    row = Candidates(tuple(full), (1, 1), 0, False, context=tuple(ids), mask=spot)
+    with torch.inference_mode():
+        found = Scorer(net, tokenizer).scores([row, row])
+        wanted = net(input_ids=torch.tensor([ids])).logits[0, spot, [300, 310]]
+    torch.testing.assert_close(found, wanted.expand(2, -1), atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_that_cannot_be_run_is_refused_when_it_is_loaded() -> None:
+    numbers = _SIZES | {"model_type": "nystromformer", "num_landmarks": 8}
+    message = message_of(MASKED_NODE | {"config": numbers | {"segment_means_seq_len": 64}})
+    assert "NystromformerForMaskedLM cannot read a text of 4 tokens here" in message
+
+
+def test_a_vocabulary_of_short_vectors_is_not_damage(tmp_path: Path) -> None:
+    """ALBERT's are shorter than its hidden states; what cannot be is still refused."""
+    numbers = {"vocab_size": 4000, "embedding_size": 4, "model_type": "albert"}
+    net, tokenizer = load(MASKED_NODE | {"config": _SIZES | numbers})
+    net.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    load(at(tmp_path / "saved", family="masked", max_length=64))
+    config = tmp_path / "saved" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 400_000}))
+    assert "vocab_size=400000 times embedding_size=4 is more than" in message_of(
+        at(tmp_path / "saved", family="masked", max_length=64)
+    )
+
+
+# ------------------------------------------------------------------- other things than a model
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+PAGE = "<!DOCTYPE html>\n<html><head></head></html>\n"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "x.gguf"],
+)
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (POINTER, "is a git-lfs pointer, not the file itself: run `git lfs pull`"),
+        (PAGE, "is a web page, not the file itself"),
+        ("", "is empty: fetch it again"),
+    ],
+    ids=["pointer", "page", "empty"],
+)
+def test_what_lies_in_the_place_of_a_file_is_named(
+    tmp_path: Path, name: str, content: str, says: str
+) -> None:
+    folder = save("tiny-llama", tmp_path / "saved")
+    (folder / name).write_text(content)
+    message = message_of(at(folder / name if name == "x.gguf" else folder))
+    assert f"{name} {says}" in message
+    assert "would have" not in message
+
+
+def changed(folder: Path, name: str, **values: Any) -> None:
+    """Change values of a JSON file; None takes one out."""
+    content = json.loads((folder / name).read_text()) | values
+    (folder / name).write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def without_tokenizer(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+def two_of_three(folder: Path) -> None:
+    names = [f"model-{k}-of-3.safetensors" for k in (1, 2, 3)]
+    (folder / "model.safetensors").rename(folder / names[0])
+    index = {"weight_map": dict(zip("abc", names, strict=True))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (without_tokenizer, "no tokenizer in it (tokenizer.json or tokenizer.model)"),
+        (
+            lambda folder: (folder / "tokenizer.json").unlink(),
+            "its tokenizer cannot be loaded (no tokenizer.json or tokenizer.model in it)",
+        ),
+        (
+            lambda folder: (folder / "tokenizer.json").write_text('{"version": "1.0", "mod'),
+            "its tokenizer cannot be loaded (",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors").unlink(),
+            "no file named model.safetensors",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors").rename(folder / "model.ckpt"),
+            "its weights are a pickle, which is never opened",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(b"PK\x03\x04" + b"0" * 99),
+            "model.safetensors is a pickle of PyTorch under another name",
+        ),
+        (two_of_three, "2 of its 3 files of weights are missing, model-2-of-3.safetensors"),
+        (
+            lambda folder: changed(folder, "config.json", model_type=None),
+            "could not be loaded (its config.json has no model_type",
+        ),
+        (
+            lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"),
+            "it is no whole model but an adapter of peft",
+        ),
+    ],
+    ids=[
+        *("no-tokenizer", "no-vocabulary", "half-tokenizer", "no-weights", "pickle", "zip"),
+        *("missing-parts", "no-model-type", "adapter"),
+    ],
+)
+def test_what_a_folder_lacks_is_one_sentence(
+    tmp_path: Path, change: Callable[[Path], object], says: str
+) -> None:
+    folder = save("tiny-llama", tmp_path / "saved")
+    change(folder)
+    assert says in message_of(at(folder))
+
+
+def test_a_header_of_any_length_is_one(tmp_path: Path) -> None:
+    """The length of a header that begins with a pickle's byte, 0x80, or with P and K."""
+    folder = save("tiny-llama", tmp_path / "saved")
+    whole = (folder / "model.safetensors").read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    for low in (0x80, 0x0280, 0x4B50):
+        wide = -(-(size - low) // 0x10000) * 0x10000 + low
+        header = whole[8 : 8 + size].ljust(wide)
+        (folder / "model.safetensors").write_bytes(
+            wide.to_bytes(8, "little") + header + whole[8 + size :]
+        )
+        load(at(folder))
+
+
+def test_a_download_that_was_broken_off_is_called_cut_off(tmp_path: Path) -> None:
+    folder = save("tiny-llama", tmp_path / "saved")
+    whole = (folder / "model.safetensors").read_bytes()
+    for size in (len(whole) - 1, len(whole) // 2, 100):
+        (folder / "model.safetensors").write_bytes(whole[:size])
+        assert "(model.safetensors: it is cut off" in message_of(at(folder))
+
+
+def test_a_gguf_file_is_one_whatever_its_letters(tmp_path: Path) -> None:
+    net = load(NODES["tiny-llama"])[0]
+    write_gguf(net, tmp_path / "tiny.gguf")
+    ids = torch.arange(5)[None]
+    for name in ("TINY.GGUF", "tiny"):
+        (tmp_path / name).write_bytes((tmp_path / "tiny.gguf").read_bytes())
+        found, _ = load(at(tmp_path / name))
+        with torch.inference_mode():
+            torch.testing.assert_close(found(input_ids=ids).logits, net(input_ids=ids).logits)
+    assert "there is no such folder or file" in message_of(at("no.GGUF"))
 
 
 # ------------------------------------------------------------------------------------- the hub

@@ -127,6 +127,33 @@ def test_a_model_with_code_is_refused_naming_the_flag(
     assert "trust_remote_code" in refused([*words, "model.trust_remote_code=yes"], capsys)
 
 
+def test_files_beside_a_known_architecture_are_not_executed_and_a_line_says_so(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    one_thread: None,
+) -> None:
+    """As docs/security.md has it: transformers' own class computes the model."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "m"
+    save_tiny(folder)
+    about = json.loads((folder / "config.json").read_text())
+    about["auto_map"] = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (folder / "config.json").write_text(json.dumps(about))
+    tokens = json.loads((folder / "tokenizer_config.json").read_text())
+    tokens["auto_map"] = {"AutoTokenizer": ["own.Tokenizer", None]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    words = [*SMALL[:1], *SMALL[2:], "model=own", "model.path=./m", "model.max_length=256"]
+    capsys.readouterr()
+    assert main(["train", *words, "lr=1e-4", "eps=1e-2"]) == 0
+    said = capsys.readouterr().out
+    assert "the Python files that the model brings are not executed; transformers' own " in said
+    assert not (tmp_path / "ran").exists()
+    (file,) = tmp_path.rglob("result.json")
+    assert json.loads(file.read_text())["trust_remote_code"] is False
+
+
 def save_tiny(folder: Path) -> None:
     node = check(compose(TOY)).model
     cpu = torch.device("cpu")
