@@ -211,8 +211,7 @@ class _Run:
     def settle(self, result: dict[str, Any]) -> dict[str, Any]:
         """Do what a run that was killed right behind its result has not done any more."""
         self._open_loggers()
-        for logger in self.loggers:
-            logger.close(result, True)
+        self._close_loggers(result)
         self._settle(result)
         return result
 
@@ -985,8 +984,12 @@ class _Run:
         if self.recorder is not None:
             self.recorder.close()
         self.folder.write_result(result)
+        self._close_loggers(result)
+
+    def _close_loggers(self, result: Mapping[str, Any]) -> None:
         for logger in self.loggers:
-            logger.close(result, result["status"] == "done")
+            if line := logger.close(result, result["status"] == "done"):
+                self.console.say(line)
 
     def _diverged(self, error: Exception) -> str:
         best = self.state.best_step
