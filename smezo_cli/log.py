@@ -6,9 +6,12 @@ import hashlib
 import json
 import math
 import os
+import shlex
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from io import BufferedRandom, FileIO, TextIOWrapper
 from pathlib import Path
 from types import ModuleType
@@ -41,8 +44,8 @@ class Logger(Protocol):
     def log(self, record: Mapping[str, Any]) -> None:
         """One record; it has the key ``step``."""
 
-    def close(self, summary: Mapping[str, Any], ok: bool) -> None:
-        """No more records; ``summary`` is result.json's content."""
+    def close(self, summary: Mapping[str, Any], ok: bool) -> str:
+        """No more records; ``summary`` is result.json's content. Return a line to say, or ''."""
 
 
 def _removed(path: Path) -> str:
@@ -87,12 +90,13 @@ class JsonlLogger:
         """Length of the file so far, and its SHA-256."""
         return self._file.tell(), self._digest.hexdigest()
 
-    def close(self, summary: Mapping[str, Any], ok: bool) -> None:
+    def close(self, summary: Mapping[str, Any], ok: bool) -> str:
         """See :class:`Logger`."""
         try:
             self._stay()
         finally:
             self._file.close()
+        return ""
 
     def _stay(self) -> None:
         """See that the file is where it was, with what was in it."""
@@ -119,11 +123,29 @@ class JsonlLogger:
 
 
 class WandbLogger:
-    """Weights & Biases, offline or online; the run's id is its digest, so a resumed run goes on."""
+    """Weights & Biases, offline or online; the run's id is its digest, so a resumed run goes on.
+
+    Each start of an offline run leaves a folder `wandb/offline-run-TIME-ID` with the steps that no
+    folder before it has; all say that they resume the run, so that `wandb sync` appends one to the
+    other in the order of their times. The lines that metrics.jsonl has kept and W&B lacks (what it
+    had not written when the run was killed) are sent first. A step is sent when it is complete,
+    with its look at dev: W&B takes no second row of a step.
+
+    Args:
+        node: the settings of the logger.
+        folder: of the run; its metrics.jsonl is open, and cut to what is kept.
+        config: of the run.
+
+    Raises:
+        UserError: W&B cannot be had as it is asked for.
+    """
 
     def __init__(self, node: Mapping[str, Any], folder: Path, config: Mapping[str, Any]) -> None:
         import wandb
 
+        self._offline = node["mode"] == "offline"
+        self._folder = folder / "wandb"
+        parts = sorted(self._folder.glob("*run-*/run-*.wandb")) if self._offline else []
         try:
             self._run = wandb.init(
                 mode=node["mode"],
@@ -144,19 +166,73 @@ class WandbLogger:
                 f"logger=wandb logger.mode={node['mode']}: {str(error).splitlines()[0]}: "
                 "run `wandb login`, or add logger.mode=offline."
             ) from error
+        self._num_parts = 1 + len(parts)
+        # The last step that was sent; a service says where it goes on, of files we read it.
+        self._last = max(map(_last_step, parts), default=-1)
+        if not self._offline:
+            self._last = self._run.step - 1
+        self._step, self._row = -1, dict[str, Any]()
+        for record in _records(folder / "metrics.jsonl"):
+            self.log(record)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """See :class:`Logger`."""
-        self._run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+        if record["step"] != self._step:
+            self._send()
+        self._step = record["step"]
+        self._row |= {k: v for k, v in record.items() if k != "step"}
 
-    def close(self, summary: Mapping[str, Any], ok: bool) -> None:
-        """See :class:`Logger`."""
+    def _send(self) -> None:
+        if self._row and self._step > self._last:
+            self._run.log(self._row, step=self._step)
+            self._last = self._step
+        self._row = {}
+
+    def close(self, summary: Mapping[str, Any], ok: bool) -> str:
+        """See :class:`Logger`; the command that uploads what is offline is the line to say."""
+        if summary["status"] not in ("stopped", "failed"):  # else it may lack its look at dev
+            self._send()
         self._run.summary.update(
             strict_json.finite(
                 redacted_tree({k: v for k, v in summary.items() if k not in ("config", "versions")})
             )
         )
         self._run.finish(exit_code=0 if ok else 1)
+        if not self._offline:
+            return ""
+        parts = f" (its {self._num_parts} parts together: wandb 0.31 or later appends them)"
+        command = f"wandb sync {shlex.quote(str(self._folder))}"
+        return f"  wandb   offline; upload: {command}{parts if self._num_parts > 1 else ''}"
+
+
+def _last_step(path: Path) -> int:
+    """The last step in a .wandb file, -1 where there is none; what is damaged ends it.
+
+    A header of 7 bytes, then LevelDB's log format: blocks of 32 KiB; a record is one piece or some,
+    each with a checksum (4 bytes), its length (2), and whether it is whole (1), the first (2), a
+    middle (3) or the last one (4). wandb itself has no reader for Python.
+    """
+    # Neither has types.
+    decode = import_module("wandb.proto.wandb_internal_pb2").Record.FromString
+    damage = import_module("google.protobuf.message").DecodeError
+    intake.check_ordinary(path)
+    content, at, pieces, last = path.read_bytes(), 7, b"", -1
+    while at + 7 <= len(content):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        length, kind = struct.unpack_from("<HB", content, at + 4)
+        pieces += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            try:
+                record = decode(pieces)
+            except damage:
+                return last
+            if record.WhichOneof("record_type") == "history":
+                last = max(last, record.history.step.num)
+            pieces = b""
+    return last
 
 
 class TensorBoardLogger:
@@ -207,7 +283,7 @@ class TensorBoardLogger:
         with self._saying():
             self._add(record, record["step"], None)
 
-    def close(self, summary: Mapping[str, Any], ok: bool) -> None:
+    def close(self, summary: Mapping[str, Any], ok: bool) -> str:
         """See :class:`Logger`; the figures of the test rows are a last point each."""
         names = ("test", "zero_shot", "zero_shot_calibrated")
         with self._saying():
@@ -215,6 +291,7 @@ class TensorBoardLogger:
                 figures = {name: summary[name] for name in names if summary.get(name)}
                 self._add(figures, summary["step"], None)
             self._writer.close()
+        return ""
 
     def _add(self, record: Mapping[str, Any], step: int, now: float | None) -> None:
         for name, value in _numbers(record):

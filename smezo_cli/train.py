@@ -31,7 +31,7 @@ from smezo_cli.settings import METRICS, Settings, check, digest, is_extensible, 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from smezo_cli.log import Console
+    from smezo_cli.log import Console, Logger
     from smezo_cli.loop import Evaluation, Method
     from smezo_cli.methods.frozen import InContext, LinearProbe
     from smezo_cli.partial_scores import Part
@@ -228,7 +228,7 @@ class _Run:
         """Do what a run that was killed right behind its result has not done any more."""
         self._open_loggers()
         for logger in self.loggers:
-            logger.close(result, True)
+            self._close_logger(logger, result)
         self._settle(result)
         return result
 
@@ -1129,10 +1129,14 @@ class _Run:
             self.recorder.close()
         with contextlib.ExitStack() as stack:  # all are closed, whatever cannot be written
             for logger in reversed(self.loggers):
-                stack.callback(logger.close, result, result["status"] == "done")
+                stack.callback(self._close_logger, logger, result)
             self.folder.write_result(result)
             if not _has_config(self.folder, self._cfg):
                 _write_config(self.folder, self._cfg)
+
+    def _close_logger(self, logger: "Logger", result: Mapping[str, Any]) -> None:
+        if line := logger.close(result, result["status"] == "done"):
+            self.console.say(line)
 
     def _lost(self, line: str) -> None:
         """Say that a file was taken from the run; it is written only where the folder is ours."""

@@ -201,6 +201,79 @@ def sent_by(file: Path) -> list[Any]:
     return found
 
 
+STOPPED = """
+import itertools, os, signal, sys
+from smezo_cli import loop
+from smezo_cli.config import launch
+from smezo_cli.train import run
+
+real, count = loop.evaluate, itertools.count(1)
+
+def evaluate(*words):
+    if next(count) == 4:  # zero-shot on dev and test, the looks at steps 2 and 4
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real(*words)
+
+loop.evaluate = evaluate
+sys.exit(launch(sys.argv[1:], run))
+"""
+
+
+@pytest.mark.parametrize(("script", "code"), [(KILLED, -9), (STOPPED, 130)], ids=["kill", "stop"])
+def test_the_parts_of_a_resumed_run_hold_each_step_once(
+    script: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGKILL in step 5 of 6, or a stop in the look at step 4: each row once, with its look.
+
+    Every part says that it resumes the run, by which W&B appends it; the run says what to upload.
+    """
+    pytest.importorskip("wandb")
+    words = [*shlex.split(SMALL), "steps=6", "logger=wandb"]
+    first = subprocess.run(
+        [sys.executable, "-c", script, *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert first.returncode == code, first.stderr
+    assert main(["train", *words]) == 0
+    folder = run_folder()
+    command = f"wandb sync {folder}/wandb"
+    assert f"upload: {command} (its 2 parts together: " in capsys.readouterr().out
+    parts = [sent_by(file) for file in sorted(folder.glob("wandb/offline-run-*/*.wandb"))]
+    assert len(parts) == 2
+    rows = [
+        [
+            {i.key or ".".join(i.nested_key): i.value_json for i in r.history.item}
+            for r in part
+            if r.WhichOneof("record_type") == "history"
+        ]
+        for part in parts
+    ]
+    steps = [[int(row["_step"]) for row in part] for part in rows]
+    assert steps[0] + steps[1] == [1, 2, 3, 4, 5, 6]  # what W&B had not written comes again
+    assert len(steps[0]) == 3 or code == -9
+    wanted: dict[int, dict[str, Any]] = {}
+    for record in records_of(folder):
+        wanted.setdefault(record["step"], {}).update(record)
+    for row in [*rows[0], *rows[1]]:
+        found = {key: json.loads(value) for key, value in row.items() if key[0] != "_"}
+        of_step = wanted[int(row["_step"])]
+        assert {k: v for k, v in found.items() if k != "seconds"} == {
+            k: v for k, v in of_step.items() if k not in ("step", "seconds")
+        }
+    runs = [r.run for part in parts for r in part if r.WhichOneof("record_type") == "run"]
+    assert len({run.run_id for run in runs}) == 1
+    assert all(run.resume for run in runs)
+    listed = subprocess.run(
+        [sys.executable, "-m", "wandb", "sync", "--dry-run", *shlex.split(command)[2:]],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "2 run(s)" in listed.stdout + listed.stderr
+
+
 def test_each_job_of_a_sweep_is_a_finished_run_of_wandb() -> None:
     """One job after the other in this process, and two in workers of joblib: never one for two.
 

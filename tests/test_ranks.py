@@ -504,15 +504,15 @@ def test_a_follower_that_fails_ends_a_sweep_on_all_ranks(tmp_path: Path) -> None
 
 def stopped_late() -> None:
     """Rank 0 is asked to stop just after the ranks have told each other that none was."""
-    real = ranks.Ranks.add
+    real = ranks.Ranks.goes_on
 
-    def add(self: ranks.Ranks, numbers: Sequence[float]) -> list[float]:
-        found = real(self, numbers)
-        if not numbers and self.rank == 0:
+    def goes_on(self: ranks.Ranks, has_scored: bool) -> bool:
+        found = real(self, has_scored)
+        if not found and self.rank == 0:
             os.kill(os.getpid(), signal.SIGTERM)
         return found
 
-    ranks.Ranks.add = add  # type: ignore[method-assign]  # in this process alone
+    ranks.Ranks.goes_on = goes_on  # type: ignore[method-assign]  # in this process alone
 
 
 def test_a_stop_between_an_evaluation_and_its_sum_leaves_nobody_behind(tmp_path: Path) -> None:
