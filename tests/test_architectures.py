@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM
 
+from smezo_cli.batching import measure
 from smezo_cli.config import compose
 from smezo_cli.errors import UserError
 from smezo_cli.job import Job
@@ -139,10 +140,7 @@ MASKED: dict[str, dict[str, Any]] = {
 # One sentence: cannot be run on a text of any length.
 REFUSED = {"nystromformer": "cannot read a text of 4 tokens here"}
 # Parameters that no functional probe reaches are named; then the in-place executor trains them.
-IN_PLACE = {
-    *("qwen3_next", "lfm2", "jamba", "mamba", "mamba2"),
-    *("deberta", "deberta_v2", "deberta_v2_new", "mobilebert"),
-}
+IN_PLACE = {"lfm2", "deberta", "deberta_v2", "deberta_v2_new", "mobilebert"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -234,34 +232,24 @@ def choices(job: Job) -> list[Candidates]:
     ]
 
 
-# Of these a row's numbers still depend on the others of its batch: batches are not yet grouped by
-# length where an architecture needs it.
-NEEDS_GROUPS_FOR_SCORES = {"xlnet", "fnet", "funnel", "mobilebert", "convbert", "yoso"}
-NEEDS_GROUPS_FOR_CHOICE = {"gpt_neo", "xlnet"}
-NEEDS_GROUPS_FOR_GENERATION = {"recurrent_gemma", "rwkv", "xlm"}
-
-
-def marked(names: Sequence[str], unequal: set[str]) -> list[Any]:
-    mark = pytest.mark.xfail(strict=True, raises=AssertionError, reason="batches by length")
-    return [pytest.param(n, marks=mark) if n in unequal else n for n in names]
-
-
-@pytest.mark.parametrize("name", marked(ALL, NEEDS_GROUPS_FOR_SCORES))
+@pytest.mark.parametrize("name", ALL)
 def test_scores_in_a_batch_are_those_of_a_row_alone(name: str) -> None:
     job = job_of(name)
     texts = ("dull", "a warm and clever plot", "the score was awful, and the jokes were stale")
     rows = job.encode([Row({"text": t}, 0, id=t) for t in texts], job.prompts[0])
     assert len({max(row.width, len(row.context)) for row in rows}) == 3
+    measure(job.scorer, rows).to(job.scorer)
     # Sums of float32 numbers of order 1, in another order.
     torch.testing.assert_close(
         scores_of(job, rows, True), scores_of(job, rows, False), atol=2e-4, rtol=1e-4
     )
 
 
-@pytest.mark.parametrize("name", marked([n for n in ALL if n in CAUSAL], NEEDS_GROUPS_FOR_CHOICE))
+@pytest.mark.parametrize("name", [n for n in ALL if n in CAUSAL])
 def test_options_in_a_batch_are_scored_as_those_of_a_row_alone(name: str) -> None:
     job = job_of(name)
     rows = choices(job)
+    measure(job.scorer, rows).to(job.scorer)
     torch.testing.assert_close(
         scores_of(job, rows, True), scores_of(job, rows, False), atol=2e-4, rtol=1e-4
     )
@@ -283,9 +271,7 @@ def plain(job: Job, context: tuple[int, ...], num: int) -> str:
     return text.partition("\n")[0].strip()
 
 
-@pytest.mark.parametrize(
-    "name", marked([n for n in ALL if n in CAUSAL], NEEDS_GROUPS_FOR_GENERATION)
-)
+@pytest.mark.parametrize("name", [n for n in ALL if n in CAUSAL])
 def test_answers_in_a_batch_are_those_of_a_plain_loop(name: str) -> None:
     job = job_of(name)
     contexts = [
@@ -294,6 +280,7 @@ def test_answers_in_a_batch_are_those_of_a_plain_loop(name: str) -> None:
     rows = [
         Candidates((), (), -1, False, "generation", context=c, max_new_tokens=5) for c in contexts
     ]
+    measure(job.scorer, rows).to(job.scorer)
     texts = dict(pair for of in job.scorer.generate_all(rows) for pair in zip(*of, strict=True))
     assert [texts[i] for i in range(3)] == [plain(job, c, 5) for c in contexts]
 
@@ -309,11 +296,11 @@ def test_two_sparse_steps_and_what_is_saved_computes_the_same(name: str, tmp_pat
     said = ""
     try:
         method.self_check(lambda: job.scorer.loss(rows[:2]))
-    except (UserError, ValueError) as error:  # a run makes a UserError of the library's
+    except ValueError as error:  # a run makes a UserError of it
         said = str(error)
+    assert (name in IN_PLACE) == bool(said), said
     if said:
-        assert name in IN_PLACE, said
-        assert "method.executor=in_place" in said
+        assert "executor=in_place" in said
         assert "\n" not in said
         job = loaded(_MODELS / name, masked, "method.executor=in_place")
         method = job.build_method()
