@@ -327,11 +327,23 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
         yield name, float(value)
 
 
+class _Terminal(RichConsole):
+    """A console whose reader may go away without ending the run of a program that calls us.
+
+    For a process of our own see streams.py.
+    """
+
+    def on_broken_pipe(self) -> None:
+        """Say nothing more; rich would end the process."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Console:
     """Lines to the terminal and, as soon as there is one, to the run folder's console.log."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self._rich = RichConsole(file=stream or sys.stdout, highlight=False, soft_wrap=True)
+        self._rich = _Terminal(file=stream or sys.stdout, highlight=False, soft_wrap=True)
         self._file: Any = None
         self._progress: Progress | None = None
         self._path = Path()
