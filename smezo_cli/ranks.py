@@ -156,6 +156,7 @@ def _meet(rank: int, size: int) -> Any:
     """
     from torch import distributed
 
+    stores: Any = distributed  # which does not export them for a type checker
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # With torchrun it is its agent that listens.
     listens = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -182,10 +183,10 @@ def _meet(rank: int, size: int) -> Any:
             break
         except OSError:
             wait(f"nobody answers at {host}:{port}, where rank 0 is to be")
-    server = distributed.TCPStore(
+    server = stores.TCPStore(
         host, port, size, listens, _TIMEOUT, wait_for_workers=False, multi_tenant=True
     )
-    store = distributed.PrefixStore(
+    store = stores.PrefixStore(
         f"smezo/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server
     )
     come = store.add("come", 1)
