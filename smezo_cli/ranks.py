@@ -11,6 +11,9 @@ import json
 import math
 import os
 import re
+import socket
+import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -19,6 +22,7 @@ from smezo_cli.errors import UserError
 from smezo_cli.settings import Settings, is_frozen
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
+_ALONE = "unset RANK WORLD_SIZE"
 
 # Who has died closes its connections, which is noticed at once. What may take long is one rank's
 # work alone: a checkpoint of a large model, or a trajectory that is applied again.
@@ -33,11 +37,29 @@ class Left(Exception):
     """The run has ended for this rank; the reason is rank 0's to tell."""
 
 
+# Ranks come within seconds of each other, unless there are none.
+_PATIENCE = 5.0
+
+
 def local_rank() -> int | None:
     """Number of this process on its machine; None where it is the only one."""
-    if not all(os.environ.get(name) for name in _VARIABLES) or os.environ["WORLD_SIZE"] == "1":
+    if not all(os.environ.get(name) for name in _VARIABLES) or _mistake() is not None:
         return None
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return None if int(os.environ["WORLD_SIZE"]) == 1 else int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _mistake() -> str | None:
+    """What is wrong with the variables of a rank, where all of them are set."""
+    for name in (*(v for v in _VARIABLES if v != "MASTER_ADDR"), "LOCAL_RANK"):
+        value = os.environ.get(name, "0")
+        if not (value.isascii() and value.isdecimal()):
+            return f"{name}={value} is no whole number"
+    rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    if int(size) == 0 or int(rank) >= int(size):
+        return f"RANK={rank} must be less than WORLD_SIZE={size}"
+    if int(os.environ["MASTER_PORT"]) >= 1 << 16:
+        return f"MASTER_PORT={os.environ['MASTER_PORT']} is no port (0 to 65535)"
+    return None
 
 
 def join(settings: Settings) -> "Ranks | None":
@@ -48,6 +70,8 @@ def join(settings: Settings) -> "Ranks | None":
         RankLost: the others cannot be reached.
     """
     global _joined  # a process joins once; the jobs of a sweep follow each other
+    if all(os.environ.get(name) for name in _VARIABLES) and (mistake := _mistake()) is not None:
+        raise UserError(f"{mistake}: start ranks by torchrun, or to run alone: {_ALONE}.")
     if local_rank() is None:
         for key, alone in (("query_ranks", 1), ("rank_backend", "gloo")):
             if (value := getattr(settings, key)) != alone:
@@ -122,6 +146,56 @@ def _check(settings: Settings, size: int) -> None:
         )
 
 
+def _meet(rank: int, size: int) -> Any:
+    """Wait until all ranks have come, and say what is waited for; return their store.
+
+    A process that has the variables from an earlier start by mistake would else wait in silence.
+
+    Raises:
+        RuntimeError: rank 0 cannot listen, has gone again, or not all came in time.
+    """
+    from torch import distributed
+
+    stores: Any = distributed  # which does not export them for a type checker
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # With torchrun it is its agent that listens.
+    listens = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    start, said = time.monotonic(), ""
+
+    def wait(what: str) -> None:
+        nonlocal said
+        waited = time.monotonic() - start
+        if waited > _TIMEOUT.total_seconds():
+            raise RuntimeError(what)
+        if waited >= _PATIENCE and what != said:
+            said = what
+            sys.stderr.write(
+                f"smezo: rank {rank} waits for the others: {what} (RANK={rank}, WORLD_SIZE={size}, "
+                f"MASTER_ADDR={host} and MASTER_PORT={port} are set, as torchrun does); to run "
+                f"alone: {_ALONE}\n"
+            )
+            sys.stderr.flush()
+        time.sleep(0.05)
+
+    while not listens:
+        try:  # a store that cannot connect writes traces of torch's source to the terminal
+            socket.create_connection((host, port), _PATIENCE).close()
+            break
+        except OSError:
+            wait(f"nobody answers at {host}:{port}, where rank 0 is to be")
+    server = stores.TCPStore(
+        host, port, size, listens, _TIMEOUT, wait_for_workers=False, multi_tenant=True
+    )
+    store = stores.PrefixStore(
+        f"smezo/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server
+    )
+    come = store.add("come", 1)
+    while come < size:
+        wait(f"{come} of {size} have come to {host}:{port}")
+        come = store.add("come", 0)
+    return store
+
+
 class Ranks:
     """All ranks of a run. A collective that fails ends the run on every rank.
 
@@ -148,7 +222,10 @@ class Ranks:
         # Numbers go over gloo from the host, where losses are read anyway.
         self._device = torch.device("cpu" if backend == "gloo" else f"cuda:{local_rank()}")
         try:
-            distributed.init_process_group(backend, timeout=_TIMEOUT)
+            store = _meet(self.rank, self.size)
+            distributed.init_process_group(
+                backend, timeout=_TIMEOUT, world_size=self.size, rank=self.rank, store=store
+            )
         except (RuntimeError, ValueError) as error:
             raise RankLost(
                 f"rank {self.rank} cannot join the others ({_first_line(error)}): see torchrun's "

@@ -520,3 +520,79 @@ def test_a_stop_between_an_evaluation_and_its_sum_leaves_nobody_behind(tmp_path:
         ended = [rank.wait(100) for rank in group.ranks]
     assert [one.code for one in ended] == [130, 0]
     assert "stopped; the same command goes on" in ended[0].out
+
+
+# ----------------------------------------------------------------- variables that were left behind
+
+
+def impatient() -> None:
+    ranks._PATIENCE = 0.2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_waits_for_others_says_so_within_seconds(rank: int, tmp_path: Path) -> None:
+    """Which variables, which address, how many have come, how to run alone; then it goes on."""
+    port = free_port()
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    env |= {"GLOO_SOCKET_IFNAME": "lo"}
+    words = [*METHODS["mezo"], *RUN, "steps=2"]
+    cwd = {k: tmp_path / str(k) for k in (0, 1)}
+    first = Started(words, cwd[rank], env={**env, "RANK": str(rank)}, faults=[impatient])
+    with first:
+        until(lambda: list(cwd[rank].glob("0.err")) and (cwd[rank] / "0.err").read_text())
+        said = (cwd[rank] / "0.err").read_text()
+        assert said.count("\n") == 1
+        assert said.startswith(f"smezo: rank {rank} waits for the others: ")
+        what = f"1 of 2 have come to 127.0.0.1:{port} (" if rank == 0 else "nobody answers at "
+        assert what in said
+        for name in ("RANK=", "WORLD_SIZE=2", "MASTER_ADDR=", f"MASTER_PORT={port} "):
+            assert name in said
+        assert said.endswith("to run alone: unset RANK WORLD_SIZE\n")
+        other = smezo(words, cwd[1 - rank], env={**env, "RANK": str(1 - rank)})
+        assert (other.code, first.wait().code) == (0, 0)
+
+
+def test_a_rank_that_waits_can_be_stopped(tmp_path: Path) -> None:
+    """Ctrl-C, and there is no traceback."""
+    env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    env |= {"MASTER_PORT": str(free_port())}
+    words = [*METHODS["mezo"], *RUN]
+    with Started(words, tmp_path, env=env, faults=[impatient]) as waiting:
+        until(lambda: list(tmp_path.glob("0.err")) and (tmp_path / "0.err").read_text())
+        os.kill(waiting.pid, signal.SIGINT)
+        ended = waiting.wait(60)
+    assert ended.code == 130
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"RANK": "2"}, "RANK=2 must be less than WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "0"}, "RANK=0 must be less than WORLD_SIZE=0"),
+        ({"RANK": "-1"}, "RANK=-1 is no whole number"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is no whole number"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x is no whole number"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 is no port"),
+        ({"RANK": ""}, None),
+        ({"WORLD_SIZE": ""}, None),
+        ({"WORLD_SIZE": "1"}, None),
+        ({"MASTER_ADDR": ""}, None),
+    ],
+)
+def test_variables_that_make_no_rank_are_a_sentence_or_none(
+    more: dict[str, str], words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An incomplete set, or a world of one, is a process of its own."""
+    whole = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in (whole | more).items():
+        monkeypatch.setenv(name, value)
+    settings = check(compose([*METHODS["mezo"], *RUN]))
+    assert ranks.local_rank() is None
+    assert ranks.speaker() == ""  # nobody else will say it
+    if words is None:
+        assert ranks.join(settings) is None
+        return
+    with pytest.raises(UserError, match=words) as caught:
+        ranks.join(settings)
+    assert "unset RANK WORLD_SIZE" in str(caught.value)
