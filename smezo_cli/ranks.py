@@ -186,9 +186,7 @@ def _meet(rank: int, size: int) -> Any:
     server = stores.TCPStore(
         host, port, size, listens, _TIMEOUT, wait_for_workers=False, multi_tenant=True
     )
-    store = stores.PrefixStore(
-        f"smezo/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server
-    )
+    store = stores.PrefixStore(f"smezo/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
     come = store.add("come", 1)
     while come < size:
         wait(f"{come} of {size} have come to {host}:{port}")
