@@ -5,7 +5,6 @@ is no ``Exception`` in Python, and has been written to the standard error before
 """
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,24 +21,27 @@ def panics_as_exceptions() -> Iterator[None]:
     try:
         own = os.dup(2)
     except OSError:  # it is closed
+        own = None
+    if own is None or not hasattr(os, "memfd_create"):  # without a file in memory it is seen
         with _caught():
             yield
         return
-    with tempfile.TemporaryFile() as said:
-        os.dup2(said.fileno(), 2)
-        panicked = False
-        try:
-            with _caught():
-                yield
-        except _Panic:
-            panicked = True
-            raise
-        finally:
-            os.dup2(own, 2)
-            os.close(own)
-            if not panicked and said.tell():
-                said.seek(0)
-                os.write(2, said.read())
+    said = os.memfd_create("panics")
+    os.dup2(said, 2)
+    panicked = False
+    try:
+        with _caught():
+            yield
+    except _Panic:
+        panicked = True
+        raise
+    finally:
+        os.dup2(own, 2)
+        os.close(own)
+        size = os.lseek(said, 0, os.SEEK_CUR)
+        if size and not panicked:
+            os.write(2, os.pread(said, size, 0))
+        os.close(said)
 
 
 class _Panic(ValueError):
