@@ -710,7 +710,10 @@ def _compile_alone(function: types.FunctionType) -> Callable[..., Tensor]:
 def _switches() -> str:
     """Say which settings of the compilers are in the environment: one may be why they fail."""
     prefixes = ("NUMBA_", "TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE_")
-    names = sorted(name for name in os.environ if name.startswith(prefixes))
+    # The folder of what is compiled is torch's own to set, and turns nothing off.
+    names = sorted(
+        name for name in os.environ if name.startswith(prefixes) and not name.endswith("_CACHE_DIR")
+    )
     return f" (set in the environment: {', '.join(names)})" if names else ""
 
 

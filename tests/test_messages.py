@@ -24,7 +24,7 @@ from smezo_cli import assets
 from smezo_cli.cli import main
 from smezo_cli.job import Job
 from smezo_cli.runs import RunFolder
-from smezo_cli.scoring import Scorer
+from smezo_cli.share import Measure
 from smezo_cli.tasks import hub
 
 SPEED = "device=cpu batch_size=2 eval_every=1"
@@ -787,7 +787,7 @@ def test_data_that_changed_between_two_starts_is_refused(
     """The second half of a run must not see other rows than the first."""
     Path("my.csv").write_text(GOOD)
     with monkeypatch.context() as patch:
-        patch.setattr(Scorer, "loss", interrupted)
+        patch.setattr(Measure, "step", interrupted)  # behind the self-check and the scores
         assert main(shlex.split(OWN)) == 130
     Path("my.csv").write_text(GOOD.replace("hours", "days"))
     got = said(OWN, capsys)
@@ -826,15 +826,15 @@ def test_ctrl_c_ends_a_run_with_130_and_the_command_that_goes_on(
     copied: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No traceback and nothing on stderr; test_train.py sends signals to whole processes."""
-    real, count = Scorer.loss, []
+    real, count = Measure.step, []
 
-    def loss(*words: Any) -> Any:
+    def step(*words: Any) -> Any:
         count.append(1)
         if len(count) == 4:
             os.kill(os.getpid(), signal.SIGINT)
         return real(*words)
 
-    monkeypatch.setattr(Scorer, "loss", loss)
+    monkeypatch.setattr(Measure, "step", step)
     words = f"{TOY} seed=5 steps=20"
     assert main(shlex.split(words)) == 130
     out, err = capsys.readouterr()

@@ -161,12 +161,12 @@ def test_a_hidden_state_that_is_not_finite_is_named_by_its_row() -> None:
     rows = [Row({"text": text}, k % 2, f"id{k}") for k, text in enumerate(["ok", BAD, "good"])]
     prompt = Prompt("{text}. It was", ("terrible", "great"))
     batch = encode(rows, prompt, scorer.tokenizer, 99)
-    assert scorer.features_of(batch).isfinite().all()
+    assert all(found.isfinite().all() for _, found in scorer.features_all(batch))
     (token,) = scorer.tokenizer(BAD, add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         next(scorer.model.parameters())[token] = NAN
     with pytest.raises(NonFiniteScore, match="the hidden state of row id1 is not finite"):
-        scorer.features_of(batch)
+        list(scorer.features_all(batch))
 
 
 @pytest.mark.parametrize("objective", ["accuracy", "f1"])
