@@ -129,20 +129,46 @@ def _stricter(a: Batching, b: Batching) -> Batching:
 def pick(rows: "Sequence[Candidates]", most_tokens: int) -> "list[Candidates]":
     """Return the rows to measure: the longest, the shortest, some between, two of one length.
 
+    Of each row two candidates are kept, for they are computed whole, also where a run would compute
+    what all of them have in common once.
+
     Args:
         rows: encoded.
         most_tokens: padded, in one forward; two rows are taken whatever they hold.
     """
-    ordered = sorted(rows, key=lambda row: (row.width, row.num_tokens))
+    ordered = sorted(_with_two_candidates(rows), key=lambda row: row.width)
     chosen = [ordered[0], ordered[-1]] if len(ordered) > 1 else list(ordered)
     like = [row for row in ordered[1:-1] if row.width == chosen[-1].width]
     between = ordered[len(ordered) // 2]
     for row in (*like[:1], between, *ordered[1:-1]):
-        tokens = max(one.num_tokens for one in (*chosen, row)) * (len(chosen) + 1)
+        together = (*chosen, row)
+        tokens = max(one.width * max(1, len(one.full)) for one in together) * len(together)
         is_there = any(row is one for one in chosen)
         if len(chosen) < MOST_ROWS and tokens <= most_tokens and not is_there:
             chosen.append(row)
     return chosen
+
+
+def _with_two_candidates(rows: "Sequence[Candidates]") -> "list[Candidates]":
+    """The rows with their first candidate and the one whose length is least like its."""
+
+    def unlike(row: "Candidates") -> int:
+        first, *others = row.num_option
+        return 1 + max(range(len(others)), key=lambda k: abs(others[k] - first), default=-1)
+
+    def with_two(row: "Candidates", k: int) -> "Candidates":
+        kept = (0, k) if k else (0,)
+        base = None if row.base is None else with_two(row.base, k)
+        full, options = tuple(row.full[i] for i in kept), tuple(row.num_option[i] for i in kept)
+        return replace(
+            row, full=full, num_option=options, label=-1, right=frozenset(), words=(), base=base
+        )
+
+    classes = next((unlike(row) for row in rows if row.full), 0)  # the same for all rows
+    return [
+        with_two(row, classes if row.kind == "classification" else unlike(row)) if row.full else row
+        for row in rows
+    ]
 
 
 @torch.no_grad()
@@ -162,6 +188,11 @@ def measure(scorer: "Scorer", rows: "Sequence[Candidates]") -> Found:
             replace(before, scores=scores).to(scorer)
             answers, of_answers = _answers(scorer, rows)
             difference = max(difference, of_answers)
+            Found(scores, answers).to(scorer)
+            with scorer.holding(rows):
+                behind_held = scorer.generate(rows)
+            if behind_held != scorer.generate(rows):
+                scores = replace(scores, caches=False)
     finally:
         before.to(scorer)
     return Found(scores, answers, difference)
@@ -179,15 +210,20 @@ def _scores(scorer: "Scorer", rows: "Sequence[Candidates]") -> tuple[Batching, f
         return found.log_softmax(1) if rows[0].kind == "classification" else found
 
     alone = [scored(ALONE, [row])[0] for row in rows]
-    copies = scored(_ONE_LENGTH, [rows[0]] * 2)[0]
+    longest = max(range(len(rows)), key=lambda i: rows[i].width)
+    copies = scored(_ONE_LENGTH, [rows[longest]] * 2)[:1]
     wanted = _padded(alone)
-    limit = _limit(scorer, wanted, _difference(_padded([copies]), _padded(alone[:1])))
+    limit = _limit(scorer, wanted, _difference(copies, alone[longest][None]))
     padded = _difference(scored(Batching(caches=False)), wanted)
     if padded > limit:
         within = _difference(scored(_ONE_LENGTH), wanted) <= limit
         return _ONE_LENGTH if within else ALONE, padded
+    scorer.batching = Batching()  # what is held is held only where caches may be
     with _always_caching(scorer), scorer.holding(rows):
         cached = _difference(scored(Batching()), wanted)
+        if scorer.holds_common:  # of a batch it is used only where it saves tokens for every row
+            each = _padded([scored(Batching(), [row])[0] for row in rows])
+            cached = max(cached, _difference(each, wanted))
     return Batching(caches=cached <= limit), max(padded, cached)
 
 

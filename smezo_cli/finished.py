@@ -17,7 +17,7 @@ from yaml import YAMLError
 
 from smezo_cli import streams, strict_json
 from smezo_cli.errors import UserError
-from smezo_cli.intake import is_known, is_prompt, load_yaml, parse_yaml
+from smezo_cli.intake import is_batching, is_known, is_prompt, load_yaml, parse_yaml
 from smezo_cli.redaction import redacted
 from smezo_cli.settings import Settings, check, is_frozen, near, sentence, with_later_keys
 
@@ -306,7 +306,7 @@ def _batch(
 
     found = Found.of(dict(noted)) if noted is not None else Found()
     if noted is None or rows is not None:
-        found = found.stricter(job.measure_batching(prompt, rows))
+        found = found.stricter(job.measure_batching([prompt], rows))
     found.to(job.scorer)
     if found.line:
         say(found.line)
@@ -592,6 +592,7 @@ def _export_delta(run: str, target: Path, step: int | None) -> int:
             "test": result.get("test") if chosen == state.best_step else None,
             "dev": state.notes.get("best_look") if chosen == state.best_step else None,
             "versions": result.get("versions"),
+            "batching": state.notes.get("batching"),
         }
         write_bytes(target, delta(records, chosen, about))
         size = target.stat().st_size
@@ -724,6 +725,7 @@ def _replay(
     same_task = not any(word.startswith("task.") for word in given.overrides)
     method = _replayed(job, records, given.source)
     if given.split != "none":  # before the steps, as in the run
+        _encoded(job, getattr(job.task, given.split)[:1], prompt, given.source)
         _batch(job, prompt, known.get("batching") if same_task else None, None, console.say)
     start = time.perf_counter()
     apply(method, records, step)
@@ -790,10 +792,12 @@ def _of_delta(name: str, overrides: Sequence[str]) -> _Source:
         not isinstance(noted, dict)
         or not is_known(noted.get("step"), noted.get("sha256"), list(figures.values()))
         or not is_prompt(about.get("prompt"))
+        or not is_batching(about.get("batching"))
         or about["step"] > settings.steps
     ):
         raise Damaged(f"{name} is damaged: get it anew.")
     known = {"step": about["step"], "weights": {noted["step"]: noted["sha256"]}, **figures}
+    known["batching"] = about.get("batching")
     return cfg, settings, records, _as_prompt(about["prompt"]), known
 
 

@@ -171,15 +171,19 @@ class Follower:
                 return  # rank 0 knows it, too
 
     def _steps(self, step: int, until: int, prompt: int) -> None:
-        s, team, method = self.settings, self.team, self._advance(step)
+        s, team = self.settings, self.team
         train = self._rows("train", prompt)
+        method = self._advance(0)  # as it came, like rank 0, if no step was made yet
         if not self._is_checked:  # it also finds where weights must be moved
             self._is_checked = True
             self.job.scorer.model.eval()
             try:
                 method.self_check(lambda: self.job.scorer.loss(train[:2]))
+            except NonFiniteLoss:
+                pass  # rank 0 has met it, too, and says it with the row
             except ValueError as error:
                 raise UserError(f"method: {error}.") from error
+        self._advance(step)
         batches = Batches(train, s.batch_size, s.seed, s.batch_order)
         team.left = until - step
         while team.left > 0:

@@ -50,12 +50,12 @@ def greedy(
     for logits, best in itertools.islice(steps, max_new_tokens):
         # The largest of logits with a NaN among them is that NaN.
         is_known = logits.gather(1, best[:, None])[:, 0].isfinite()
-        for i, (token, known) in enumerate(zip(best.tolist(), is_known.tolist(), strict=True)):
+        for i, token in enumerate(torch.where(is_known, best, -1).tolist()):
             if i not in open_rows:
                 continue
-            if not known:
+            if token < 0:
                 lost.add(i)
-            if not known or token in ends:
+            if token < 0 or token in ends:
                 open_rows.remove(i)
                 continue
             answers[i].append(token)

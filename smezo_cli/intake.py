@@ -465,8 +465,10 @@ _STATE: Rules = {
 }
 
 
-def _is_batching(value: object) -> bool:
-    """Which rows share a forward; see :class:`smezo_cli.batching.Found`."""
+def is_batching(value: object) -> bool:
+    """Say whether this is a :class:`smezo_cli.batching.Found` in plain values, or None."""
+    if value is None:
+        return True
     if not isinstance(value, dict) or value.keys() != {"scores", "answers", "difference"}:
         return False
     each = value["scores"], value["answers"]
@@ -479,7 +481,7 @@ def _is_batching(value: object) -> bool:
 
 
 _NOTES: Rules = {
-    "batching": _is_batching,
+    "batching": lambda value: value is not None and is_batching(value),
     "prompts": _is_prompts,
     "prompt": _is_count,
     "rows": _is_digests,
@@ -510,7 +512,7 @@ _NOTES: Rules = {
     ),
 }
 _RESULT: Rules = {
-    "batching": _or_none(_is_batching),
+    "batching": is_batching,
     "status": _is_text,
     "task": _is_text,
     "model": _is_text,

@@ -93,7 +93,11 @@ class Job:
             self._of_base = self.fingerprint()
             self.adapter = attach(self.model, node, settings.seed)
         #: modules that text never reads, which are frozen; of a model with an adapter all is
-        self.unread = [] if self.adapter is not None else freeze_unread(self.model)
+        casts = torch.autocast(
+            self.device.type, compute, enabled=compute != self.dtype, cache_enabled=False
+        )
+        with casts:  # as losses are computed
+            self.unread = [] if self.adapter is not None else freeze_unread(self.model)
         self._head = ""  # before the context of every row: demonstrations
         if compute == self.dtype:
             use_onednn(self.model, warn)
@@ -237,11 +241,14 @@ class Job:
         self._head = text
         self.scorer.holds_common = bool(text)
 
-    def measure_batching(self, prompt: Prompt, rows: Sequence[Row] | None = None) -> Found:
+    def measure_batching(
+        self, prompts: Sequence[Prompt], rows: Sequence[Row] | None = None
+    ) -> Found:
         """Return which rows may share forwards, measured with some of unlike length.
 
         Args:
-            prompt: that they are asked under.
+            prompts: that they may be asked under; of those whose rows are computed in one way the
+                first is measured.
             rows: of which some are taken; None: all of the task.
         """
         if rows is None:
@@ -250,7 +257,15 @@ class Job:
         few = _MEASURED // 3
         middle = ordered[few:-few][(len(ordered) - 2 * few) // 2 :][:few]
         some = [*ordered[:few], *middle, *ordered[max(few, len(ordered) - few) :]]
-        return measure(self.scorer, pick(self.encode(some, prompt), self.scorer.most_tokens))
+        found, ways = Found(), set[bool]()
+        for prompt in prompts:
+            encoded = self.encode(some, prompt)
+            way = all(row.full != () and row.shares_prefix for row in encoded)
+            if way not in ways:
+                ways.add(way)
+                chosen = pick(encoded, self.scorer.most_tokens)
+                found = found.stricter(measure(self.scorer, chosen))
+        return found
 
     def set_probe(self, saved: Mapping[str, Tensor], where: Path) -> None:
         """Score by a saved probe from now on.

@@ -123,7 +123,10 @@ def load_model(
         if not quantized:  # else it is on its device already
             _place(model, device, cfg.get("device_map"))
         nn.Module.eval(model)
-        settle_output_layer(model)
+        # As losses are computed: some attention takes no float32.
+        computes = compute_dtype not in (None, dtype)
+        with torch.autocast(device.type, compute_dtype, enabled=computes, cache_enabled=False):
+            settle_output_layer(model)
     return model, tokenizer
 
 

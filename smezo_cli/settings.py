@@ -973,6 +973,8 @@ def digest(cfg: DictConfig | Mapping[str, Any]) -> str:
         values["model"] = {k: v for k, v in model.items() if k not in _NOT_IN_DIGEST_OF_MODEL}
         if model.get("attention") == "auto":  # what runs did before there was this value
             values["model"]["attention"] = "sdpa"
+    if isinstance(task := values.get("task"), Mapping) and task.get("quoting") == "minimal":
+        values["task"] = {k: v for k, v in task.items() if k != "quoting"}  # as without it
     if values.get("keep") == "all":
         values["keep"] = "best"  # the test is on the same weights
     text = json.dumps(_canonical(values), sort_keys=True, separators=(",", ":"))

@@ -4,6 +4,7 @@ A run goes on without them; what only prints ends with a sentence. Nothing heavy
 """
 
 import codecs
+import contextlib
 import errno
 import io
 import os
@@ -83,6 +84,9 @@ def guard(closed: set[int] | None = None) -> None:
         old: TextIO | None = getattr(sys, name)
         if old is not None and old is not getattr(sys, f"__{name}__"):
             continue  # a program has put its own there, or we have
+        if old is not None:  # what a program has printed before stands before
+            with contextlib.suppress(OSError, ValueError):
+                old.flush()
         is_closed = closed is not None and number in closed
         outlet = _OUTLETS[name] = _Outlet(number, is_closed)
         # Python leaves standard output unbuffered with -u, and so do we: a line at a time.
@@ -116,7 +120,9 @@ def settle(code: int) -> int:
         The exit code: 2 where all that was to be done was to print.
     """
     sys.stdout.flush()
-    outlet = _OUTLETS["stdout"]
+    outlet = _OUTLETS.get("stdout")
+    if outlet is None:  # a program has put its own there
+        return code
     why = outlet.lost
     if why is None or why.errno == errno.EPIPE or (outlet.is_closed and outlet.is_spare):
         return code

@@ -6,7 +6,7 @@ is no ``Exception`` in Python, and has been written to the standard error before
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from smezo_cli.errors import UserError
@@ -40,7 +40,8 @@ def panics_as_exceptions() -> Iterator[None]:
         os.close(own)
         size = os.lseek(said, 0, os.SEEK_CUR)
         if size and not panicked:
-            os.write(2, os.pread(said, size, 0))
+            with suppress(OSError):  # nobody may read it any more
+                os.write(2, os.pread(said, size, 0))
         os.close(said)
 
 

@@ -208,9 +208,11 @@ class _Run:
             self._close(self._result("failed", error=str(error)))
             raise UserError(f"method: {error}.") from error
         except BaseException as error:
-            self._keep_scores()
             status = "stopped" if self._stopped() else "failed"
-            self._close(self._result(status, error=f"{type(error).__name__}: {error}"))
+            try:
+                self._keep_scores()
+            finally:  # whatever becomes of the scores, the run is closed
+                self._close(self._result(status, error=f"{type(error).__name__}: {error}"))
             raise
         # A run with a trajectory needs the best weights alone, to go on too; unless its method has
         # tensors of its own, which would be made again from the first step on.
@@ -250,6 +252,7 @@ class _Run:
         from smezo_cli.loop import fit
         from smezo_cli.watch import Numerics
 
+        self._check_data()
         method = self._build_method()
         checked = self._self_check(method)  # before the scoring takes its time
         allocator.give_back()
@@ -305,6 +308,7 @@ class _Run:
         """The result of a method that takes no steps: what it asks the model, on dev and test."""
         from smezo_cli.methods.frozen import InContext, LinearProbe
 
+        self._check_data()
         method = self.job.build_frozen()
         self.stop.patient = True
         self._choose_batching()
@@ -429,7 +433,8 @@ class _Run:
         notes, job = self.state.notes, self.job
         found = Found.of(notes["batching"]) if "batching" in notes else Found()
         if again or "batching" not in notes:
-            found = found.stricter(job.measure_batching(job.prompts[notes.get("prompt", 0)]))
+            prompts = [job.prompts[notes["prompt"]]] if "prompt" in notes else job.prompts
+            found = found.stricter(job.measure_batching(prompts))
             notes["batching"] = found.plain()
         found.to(job.scorer)
         if self.team is not None:
@@ -462,7 +467,6 @@ class _Run:
 
     def _zero_shot(self) -> None:
         """The model as it comes: choose the prompt and fit label offsets on dev, score the test."""
-        self._check_data()
         notes, task = self.state.notes, self.job.task
         if "prompt" not in notes:
             frozen = is_frozen(self.settings.method)
@@ -759,7 +763,8 @@ class _Run:
         """
         check = getattr(method, "check_reads", None)
         rows = [row for row in self.dev if row.gold >= 0][:2]
-        if check is not None and rows and not self._has_looked:
+        # Of several ranks none may come to compute in a way of its own.
+        if check is not None and rows and not self._has_looked and self.team is None:
             self._has_looked = True
             self.job.scorer.model.eval()
             try:
@@ -852,7 +857,8 @@ class _Run:
     def _keep_scores(self) -> None:
         """Keep what evaluations have scored whose results are not saved."""
         if hasattr(self, "partial"):
-            with contextlib.suppress(UserError):  # the run ends for another reason, which is told
+            # The run ends for another reason, which is told; a device that failed gives nothing.
+            with contextlib.suppress(UserError, RuntimeError, MemoryError):
                 count = self.partial.keep()
                 if count:
                     self.console.say(f"  kept the scores of {count} rows")

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -249,9 +250,52 @@ def test_the_rows_that_are_measured_are_of_unlike_length_and_few() -> None:
     widths = [row.width for row in pick(rows, 2000)]
     assert {min(r.width for r in rows), max(r.width for r in rows)} < set(widths)
     assert len(widths) == batching.MOST_ROWS
-    longest = max(row.num_tokens for row in rows)
+    longest = max(row.width * len(row.full) for row in rows)
     assert len(pick(rows, 2 * longest)) == 2
     assert len(pick(rows[:1], 2000)) == 1
+
+
+def test_a_row_of_many_options_is_measured_by_two_of_them() -> None:
+    """They run whole: 77 of them would take more memory than any forward of the run."""
+    (row,) = rows_of("choice")[3:4]
+    many = replace(
+        row,
+        full=tuple((*row.full[0], *[7] * k) for k in range(77)),
+        num_option=tuple(row.num_option[0] + k for k in range(77)),
+    )
+    (chosen,) = pick([many], 2000)
+    assert chosen.num_option == (row.num_option[0], row.num_option[0] + 76)
+    assert chosen.full == (many.full[0], many.full[76])
+
+
+@torch.no_grad()
+def test_what_all_rows_begin_with_is_held_while_it_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of demonstrations: behind keys that are wrong, rows score otherwise, and are not let to."""
+    for kind in ("classification", "generation"):
+        scorer, rows = scorer_of("llama"), rows_of(kind)
+        head = tuple(range(60, 90))
+        rows = [
+            replace(
+                row,
+                full=tuple(head + ids for ids in row.full),
+                context=head + row.context if row.context else (),
+            )
+            for row in rows
+        ]
+        scorer.holds_common = True
+        assert measure(scorer, rows).scores.caches
+        keep = Scorer._keep_keys
+
+        def wrong(self: Scorer, ids: Any, cache: Any, keep: Any = keep) -> None:
+            keep(self, ids[::-1], cache)
+            assert self._held is not None
+            self._held = replace(self._held, ids=ids)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Scorer, "_keep_keys", wrong)
+            assert not measure(scorer, rows).scores.caches
 
 
 def test_rounding_of_low_precision_keeps_nothing_apart() -> None:

@@ -203,3 +203,19 @@ def test_an_interpreter_that_was_told_its_encoding_is_left_alone(tmp_path: Path)
     assert shell(script, tmp_path, **options) == (0, "")
     script = script.replace("-X utf8=0", "-E")
     assert shell(script, tmp_path, **options, PYTHONUTF8="0") == (0, "")
+
+
+def test_what_a_program_has_printed_stays_before_what_smezo_prints() -> None:
+    """Its lines may still lie in its own buffer when the streams are guarded."""
+    code = "from smezo_cli import streams; print('first'); streams.guard(); print('second')"
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    found = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, env=env, check=True
+    )
+    assert found.stdout.decode().split() == ["first", "second"]
+
+
+def test_a_program_with_a_stream_of_its_own_keeps_its_exit_code() -> None:
+    code = "import io, sys; sys.stdout = io.StringIO(); from smezo_cli import process; "
+    code += "process.begin(); sys.exit(process.end(3))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 3

@@ -519,6 +519,14 @@ def test_rows_that_a_stray_quotation_mark_swallows_are_refused(tmp_path: Path, s
     assert len(rows(classify(file, "task.quoting=minimal"))) == 3
 
 
+def test_empty_cells_are_no_sign_of_a_swallowed_row(tmp_path: Path) -> None:
+    """A text whose first line ends in a comma, beside a column that is empty at times."""
+    file = tmp_path / "notes.csv"
+    file.write_text('text,note\n"Dear Sir,\nthank you",\nfoo,\nbar,x\n')
+    task = load("generation", file, "task.prompt='{text}'", "task.answer=text", "task.num_test=1")
+    assert "Dear Sir,\nthank you" in {row.fields["text"] for row in rows(task)}
+
+
 def test_a_text_of_several_lines_is_no_swallowed_row(tmp_path: Path) -> None:
     """Nor where each of its lines has a comma; but where nothing tells, it is said."""
     texts = ["one,two\nthree", "four", "five\nsix, seven", "eight,\nnine,\n"]

@@ -386,7 +386,9 @@ def _check_swallowed(
     rest = [cells for cells, _ in _cells(lines, delimiter, False) if len(cells) == size]
     known = [set(column) for column in zip(*rest[1:], strict=True)]  # without the header
     for first, last, apart in found:
-        is_known = any(all(cells[at] in of for cells in apart) for at, of in enumerate(known))
+        is_known = any(
+            all(cells[at] and cells[at] in of for cells in apart) for at, of in enumerate(known)
+        )
         where = f"{path}, line {first}: a quotation mark makes one row of lines {first} to {last}"
         if size > 1 and (delimiter == "\t" or is_known):
             raise UserError(
