@@ -124,7 +124,7 @@ def load_model(
             _place(model, device, cfg.get("device_map"))
         nn.Module.eval(model)
         # As losses are computed: some attention takes no float32.
-        kind, computes = torch.device(device).type, compute_dtype not in (None, dtype)
+        kind, computes = model.device.type, compute_dtype not in (None, dtype)
         with torch.autocast(kind, compute_dtype, enabled=computes, cache_enabled=False):
             settle_output_layer(model)
     return model, tokenizer
