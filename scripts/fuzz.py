@@ -549,7 +549,7 @@ _WORDS = (
         "[" * 300,
         "{" * 300,
         "os.system",
-        "smezo_cli.runs.write_text",
+        "smezo_cli.files.atomic.write_text",
         "torch.optim.lr_scheduler.os",
     ),
     *("torch.optim.Adam", "builtins.eval", "../../outside/keep.txt", "mezo", "toy", "joblib"),
@@ -700,7 +700,7 @@ def configs(case: Case) -> None:
 
 def reseal(rng: random.Random, tree: Any) -> Any:
     """A spoiled state.json or result.json with a checksum that is right, most of the time."""
-    from smezo_cli.intake import sealed
+    from smezo_cli.files.sealed import sealed
 
     if not isinstance(tree, dict) or rng.random() < 0.1:
         return tree

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from smezo_cli.assets import cache_dir
 from smezo_cli.config import compose
+from smezo_cli.files.fetch import cache_dir
 from smezo_cli.job import Job
 from smezo_cli.loop import Batches
 from smezo_cli.methods.sparse_mezo import SparseMeZO

@@ -23,15 +23,15 @@ def inference(template: str, words: list[str]) -> int:
     """Peak bytes of this process from before the model is loaded."""
     import torch
 
-    from smezo_cli import runs
-    from smezo_cli.device import choose_device
     from smezo_cli.job import Job
     from smezo_cli.loop import Batches
+    from smezo_cli.machine import memory as memory_module
+    from smezo_cli.machine.device import choose_device
     from smezo_cli.passes import Rule, choose_passes
 
     settings = check(compose([*map(quoted, words)]))
     device = torch.device(choose_device(settings.device))
-    memory = runs.PeakMemory(device)
+    memory = memory_module.PeakMemory(device)
     choose_passes(Rule(), "auto", device)
     job = Job(settings, str(device), lambda line: None)
     for weights in job.model.parameters():  # files are mapped: a page counts once it is read

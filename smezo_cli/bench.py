@@ -14,12 +14,13 @@ from rich.box import SIMPLE
 from rich.console import Console as RichConsole
 from rich.table import Table
 
-from smezo_cli import streams, strict_json
 from smezo_cli.config import compose_and_say
-from smezo_cli.device import choose_device
-from smezo_cli.errors import UserError
+from smezo_cli.errors import UserError, near
+from smezo_cli.files import strict_json
+from smezo_cli.machine import streams
+from smezo_cli.machine.device import choose_device
 from smezo_cli.searchpath import say
-from smezo_cli.settings import Settings, check, near
+from smezo_cli.settings import Settings, check
 
 if TYPE_CHECKING:
     from smezo_cli.log import Console
@@ -96,7 +97,7 @@ def main(words: Sequence[str]) -> int:
         return 130
     _show(result)
     if out is not None:
-        from smezo_cli.runs import write_text
+        from smezo_cli.files.atomic import write_text
 
         write_text(out, strict_json.dumps(result, indent=2) + "\n")
         print(f"  {out}")
@@ -214,9 +215,9 @@ def _model_and_tokens(
     import torch
 
     from smezo_cli import openmp
-    from smezo_cli.allocator import keep_freed_memory
-    from smezo_cli.assets import cache_dir
+    from smezo_cli.files.fetch import cache_dir
     from smezo_cli.linear import use_onednn
+    from smezo_cli.machine.allocator import keep_freed_memory
     from smezo_cli.model import load_model
     from smezo_cli.scoring import Scorer
 

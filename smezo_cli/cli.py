@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is not None:
         return _answer(list(argv))
-    from smezo_cli import process
+    from smezo_cli.machine import process
 
     process.begin()
     return process.end(_answer(sys.argv[1:]))
@@ -229,6 +229,6 @@ def _headline(file: Path) -> str:
 
 
 def _near(word: str, options: Sequence[str] | dict[str, Path]) -> str:
-    from smezo_cli.settings import near
+    from smezo_cli.errors import near
 
     return near(word, options)

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from smezo_cli import intake, strict_json
-from smezo_cli.errors import UserError
-from smezo_cli.redaction import redacted_tree
+from smezo_cli import intake
+from smezo_cli.errors import UserError, redacted_tree
+from smezo_cli.files import bounded, sealed, strict_json
 from smezo_cli.results import Floats, Run
 
 _SCHEMA = 1
@@ -50,8 +50,8 @@ def find(folder: Path) -> tuple[list[Run], list[str]]:
 
 def load(path: Path) -> Run | None:
     """The run of which this is the file, None where it is not what was written."""
-    found = intake.read_json(path)
-    found = None if found is None else intake.unsealed(found)
+    found = bounded.read_json(path)
+    found = None if found is None else sealed.unsealed(found)
     if found is None or found.get("schema") != _SCHEMA:
         return None
     result, settings = found.get("result"), found.get("settings")
@@ -105,7 +105,7 @@ def write(
     Raises:
         UserError: it cannot be written, or would say where something lies on this machine.
     """
-    from smezo_cli.runs import write_text
+    from smezo_cli.files.atomic import write_text
 
     of_before = run.collected is not None and run.collected_outcomes is None
     has_rows = run.result["status"] == "done" and not of_before
@@ -127,10 +127,10 @@ def write(
                 f"this machine ({text}); give it a relative path and repeat the run."
             )
     path = folder / f"{name}.json"
-    text = strict_json.dumps(intake.sealed(content), indent=1) + "\n"
+    text = strict_json.dumps(sealed.sealed(content), indent=1) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if path.is_file() and intake.read_text(path, 1 << 26) == text:
+        if path.is_file() and bounded.read_text(path, 1 << 26) == text:
             return False
     except OSError as error:
         raise UserError(f"--collect {folder}: it cannot be made ({error.strerror}).") from error

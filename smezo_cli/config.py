@@ -36,9 +36,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from smezo_cli import fork, process, ranks, searchpath, streams, sweep
-from smezo_cli.errors import UserError
-from smezo_cli.redaction import redacted
+from smezo_cli import fork, searchpath, sweep
+from smezo_cli.errors import UserError, near, redacted
+from smezo_cli.machine import process, streams, torchrun
 from smezo_cli.searchpath import SearchPath
 from smezo_cli.settings import (
     CONF_DIR,
@@ -50,7 +50,6 @@ from smezo_cli.settings import (
     check_target,
     digest,
     lacks,
-    near,
     plain,
     sentence,
     shown,
@@ -881,7 +880,7 @@ def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
         if "--help" in request.flags:
             print(_help(request), end="")
             return 0
-        ranks.check_launcher(request.overrides)
+        torchrun.check_launcher(request.overrides)
     except UserError as error:
         _say(str(error))
         return 2
@@ -977,7 +976,7 @@ def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
 
 
 def _say(text: str) -> None:
-    if (who := ranks.speaker()) is not None:
+    if (who := torchrun.speaker()) is not None:
         # In one piece: the jobs of a sweep may speak at once.
         sys.stderr.write(f"smezo: {who}{redacted(text)}\n")
         sys.stderr.flush()

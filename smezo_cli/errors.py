@@ -1,6 +1,13 @@
 """The one error class for what a user did or the machine lacks."""
 
-from smezo_cli.redaction import sentence
+import difflib
+import json
+import os
+import re
+import unicodedata
+import urllib.parse
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 
 class UserError(Exception):
@@ -12,3 +19,77 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(sentence(message))
+
+
+_SECRET_NAME = re.compile(
+    r"TOKEN(?!IZER)|SECRET|PASSW(OR)?D|PASSPHRASE|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL",
+    re.IGNORECASE,
+)
+
+# Values that a secret cannot be, and that stand in every text.
+_PLAIN_VALUES = {"true", "false", "none", "null", "auto"}
+
+_LEAST = 4  # characters of a secret
+
+_URL_LOGIN = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*://)[^\s/\"'<>]*@")
+
+_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+
+_LONGEST = 4000  # characters of a message
+
+
+def redacted(text: str) -> str:
+    """The text without logins of URLs and without the values of secret environment variables.
+
+    Secret is what the name says: TOKEN, SECRET, PASSWORD, API_KEY and the like.
+    """
+    for name, value in _secrets():
+        text = text.replace(value, f"[{name}]")
+    text = _URL_LOGIN.sub(r"\1[login]@", text)
+    return _HUB_TOKEN.sub("[token]", text)
+
+
+def redacted_tree(value: Any) -> Any:
+    """Mappings and lists with every string in them redacted, the keys too."""
+    if isinstance(value, Mapping):
+        return {redacted_tree(key): redacted_tree(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted_tree(item) for item in value]
+    return redacted(value) if isinstance(value, str) else value
+
+
+def _secrets() -> Iterator[tuple[str, str]]:
+    """Names and values, as they are and as URLs and JSON spell them; the longest first."""
+    found = []
+    for name, value in os.environ.items():
+        if _SECRET_NAME.search(name) and len(value) >= _LEAST and value not in _PLAIN_VALUES:
+            spellings = {value, urllib.parse.quote(value, safe=""), json.dumps(value)[1:-1]}
+            found += [(name, spelling) for spelling in spellings]
+    yield from sorted(found, key=lambda pair: -len(pair[1]))
+
+
+def sentence(text: str) -> str:
+    """A message in one line: redacted, control characters escaped, a very long one cut inside."""
+    text = redacted(text)
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(map(_printable, text))
+
+
+def _printable(character: str) -> str:
+    if character.isspace():
+        return " "
+    # Cc, Cf: controls and what turns the direction of writing; Cs: halves of characters.
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs"):
+        return character.encode("unicode_escape").decode("ascii")
+    return character
+
+
+def near(word: str, options: Iterable[str]) -> str:
+    """Say which of the options the word may have meant, and list them all (", " in front)."""
+    options = sorted(options)
+    close = difflib.get_close_matches(word, options, n=2, cutoff=0.65)
+    hint = f", did you mean {' or '.join(close)}?" if close else ""
+    return f"{hint} (there are: {', '.join(options) or 'none'})"

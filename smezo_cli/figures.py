@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from smezo_cli import intake
 from smezo_cli.errors import UserError
+from smezo_cli.files import bounded
 from smezo_cli.results import Run, draw_their_rows
 from smezo_cli.table import flat
 
@@ -270,7 +270,7 @@ def _records(run: Run) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, A
     steps: dict[int, dict[str, Any]] = {}
     looks: dict[int, dict[str, Any]] = {}
     bad = 0
-    for line in intake.read_text(run.path / "metrics.jsonl", _MOST_BYTES).splitlines():
+    for line in bounded.read_text(run.path / "metrics.jsonl", _MOST_BYTES).splitlines():
         try:
             record = json.loads(line)
             step = record["step"]

@@ -15,11 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from smezo_cli import streams, strict_json
-from smezo_cli.errors import UserError
-from smezo_cli.intake import is_batching, is_known, is_prompt, load_yaml, parse_yaml
-from smezo_cli.redaction import redacted
-from smezo_cli.settings import Settings, check, is_frozen, near, sentence, with_later_keys
+from smezo_cli.errors import UserError, near, redacted
+from smezo_cli.files import strict_json
+from smezo_cli.files.bounded import load_yaml, parse_yaml
+from smezo_cli.intake import is_batching, is_known, is_prompt
+from smezo_cli.machine import streams
+from smezo_cli.settings import Settings, check, is_frozen, sentence, with_later_keys
 
 if TYPE_CHECKING:
     from smezo_cli.job import Job
@@ -337,7 +338,8 @@ def _scored(
     """
     from smezo_cli.batching import Found
     from smezo_cli.loop import evaluate
-    from smezo_cli.runs import Stopped, StopRequest, tensors_digest
+    from smezo_cli.machine.stop import Stopped, StopRequest
+    from smezo_cli.runs import tensors_digest
     from smezo_cli.scoring import NonFiniteScore
 
     probe, s, scorer = job.scorer.probe, job.settings, job.scorer
@@ -400,9 +402,9 @@ def evaluate(words: Sequence[str]) -> int:
     _check_out(given.out)
     streams.outlast()
     with _opened(given.run, given.overrides) as (folder, state, settings, _):
-        from smezo_cli.device import choose_device
         from smezo_cli.job import Job
         from smezo_cli.log import Console
+        from smezo_cli.machine.device import choose_device
 
         device = choose_device(settings.device, settings.model["device_map"])
         if given.overrides and given.out is None:
@@ -471,7 +473,7 @@ def _check_out(out: str | None) -> None:
 
 def _write_lines(path: Path, records: Iterator[dict[str, Any]] | Any) -> None:
     """Replace a JSONL file as a whole."""
-    from smezo_cli.runs import write_text
+    from smezo_cli.files.atomic import write_text
 
     lines = [strict_json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     write_text(path, "".join(lines))
@@ -526,7 +528,7 @@ def _check_exported(run: str) -> None:
 
 def _save_model(job: "Job", target: Path, cfg: DictConfig) -> int:
     """Model, tokenizer and settings in a new folder, whole or not at all; its bytes."""
-    from smezo_cli.runs import check_space
+    from smezo_cli.files.atomic import check_space
 
     size = job.saved_bytes
     partial = target.with_name(f".{target.name}.partial")
@@ -549,7 +551,7 @@ def _copying(settings: Settings) -> tuple[Settings, str]:
 
     Unless they are in 4 bits, which are made on the device that they are for.
     """
-    from smezo_cli.device import choose_device
+    from smezo_cli.machine.device import choose_device
 
     if settings.model["quantization"]:
         return settings, choose_device(settings.device)
@@ -562,7 +564,8 @@ def _shown_bytes(size: int) -> str:
 
 
 def _export_delta(run: str, target: Path, step: int | None) -> int:
-    from smezo_cli.runs import tensors_digest, write_bytes
+    from smezo_cli.files.atomic import write_bytes
+    from smezo_cli.runs import tensors_digest
     from smezo_cli.trajectory import delta, read
 
     with _opened(run) as (folder, state, settings, cfg):
@@ -633,9 +636,9 @@ def predict(words: Sequence[str]) -> int:
     if given.out:
         streams.outlast()
     with _opened(given.run, overrides) as (folder, state, settings, _):
-        from smezo_cli.device import choose_device
         from smezo_cli.job import Job
         from smezo_cli.log import Console
+        from smezo_cli.machine.device import choose_device
         from smezo_cli.tasks.own import unlabelled
 
         # What is said goes beside the predictions, never among them; of the rows of the training
@@ -712,9 +715,9 @@ def _replay(
     """Do it and say it; is everything as the run recorded it?"""
     import time
 
-    from smezo_cli.device import choose_device
     from smezo_cli.job import Job
     from smezo_cli.log import Console
+    from smezo_cli.machine.device import choose_device
     from smezo_cli.runs import tensors_digest
     from smezo_cli.trajectory import replay as apply
 

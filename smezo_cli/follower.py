@@ -17,14 +17,17 @@ import numpy as np
 
 from smezo_cli import __version__
 from smezo_cli.batching import Found
-from smezo_cli.device import choose_device
 from smezo_cli.errors import UserError
 from smezo_cli.job import Job
 from smezo_cli.log import Console
 from smezo_cli.loop import Batches, evaluate
+from smezo_cli.machine.device import choose_device
+from smezo_cli.machine.memory import PeakMemory
+from smezo_cli.machine.stop import Stopped, StopRequest
+from smezo_cli.machine.torchrun import local_rank
 from smezo_cli.partial_scores import Part
-from smezo_cli.ranks import Left, Ranks, local_rank
-from smezo_cli.runs import PeakMemory, Saved, Stopped, StopRequest
+from smezo_cli.ranks import Left, Ranks
+from smezo_cli.runs import Saved
 from smezo_cli.schedule import lr_factor
 from smezo_cli.scoring import Candidates
 from smezo_cli.settings import Settings

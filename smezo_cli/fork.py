@@ -15,7 +15,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from smezo_cli import ranks
+from smezo_cli.machine import torchrun
 
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM)
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
@@ -27,7 +27,7 @@ def can_fork() -> bool:
     Not where a program that uses torch calls us: its threads would not be there in a copy; nor for
     a rank, which joins the others once for all jobs.
     """
-    return hasattr(os, "fork") and "torch" not in sys.modules and ranks.local_rank() is None
+    return hasattr(os, "fork") and "torch" not in sys.modules and torchrun.local_rank() is None
 
 
 def in_own_process(work: Callable[[], int]) -> int:

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from smezo_cli import openmp, process
+from smezo_cli import openmp
 from smezo_cli.adapter import Adapter, attach
-from smezo_cli.allocator import keep_freed_memory
-from smezo_cli.assets import cache_dir
 from smezo_cli.batching import Found, measure, pick
 from smezo_cli.config import build, target_of
 from smezo_cli.errors import UserError
+from smezo_cli.files.fetch import cache_dir
 from smezo_cli.linear import use_onednn
+from smezo_cli.machine import process
+from smezo_cli.machine.allocator import keep_freed_memory
 from smezo_cli.modalities import freeze_unread
 from smezo_cli.model import check_quantization, load_model, num_weights, quiet
 from smezo_cli.passes import NoCompiler

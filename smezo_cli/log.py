@@ -21,9 +21,8 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from smezo_cli import intake, strict_json
-from smezo_cli.errors import UserError
-from smezo_cli.redaction import redacted, redacted_tree
+from smezo_cli.errors import UserError, redacted, redacted_tree
+from smezo_cli.files import bounded, strict_json
 from smezo_cli.settings import INSTALL_TENSORBOARD
 
 LINE_EVERY_S = 10.0  # between plain progress lines
@@ -31,7 +30,7 @@ LINE_EVERY_S = 10.0  # between plain progress lines
 
 def _open(path: Path) -> FileIO:
     try:
-        return intake.open_own_bytes(path)
+        return bounded.open_own_bytes(path)
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror}; it must be a file of the run folder."
@@ -106,11 +105,11 @@ class JsonlLogger:
                 "end the same command makes them again where it can"
             )
             self._file.seek(0, os.SEEK_END)
-        if intake.is_at(self._file.fileno(), self._path):
+        if bounded.is_at(self._file.fileno(), self._path):
             return
         self._lost(_removed(self._path))
         with self._saying():
-            intake.put_back(self._file.fileno(), self._path)
+            bounded.put_back(self._file.fileno(), self._path)
             self._file.close()
             self._file = _open(self._path)
 
@@ -215,7 +214,7 @@ def _last_step(path: Path) -> int:
     # Neither has types.
     decode = import_module("wandb.proto.wandb_internal_pb2").Record.FromString
     damage = import_module("google.protobuf.message").DecodeError
-    intake.check_ordinary(path)
+    bounded.check_ordinary(path)
     content, at, pieces, last = path.read_bytes(), 7, b"", -1
     while at + 7 <= len(content):
         if (left := 32768 - at % 32768) < 7:
@@ -366,9 +365,9 @@ class Console:
         text = redacted(text)
         if self._file:
             try:
-                if not intake.is_at(self._file.fileno(), self._path):
+                if not bounded.is_at(self._file.fileno(), self._path):
                     self._check()
-                    intake.put_back(self._file.fileno(), self._path)
+                    bounded.put_back(self._file.fileno(), self._path)
                     self._file.close()
                     self.keep(self._path, self._check)
                     text = f"{_removed(self._path)}\n{text}"

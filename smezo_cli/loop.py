@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from smezo_cli import metrics
+from smezo_cli.kinds import METRICS
 from smezo_cli.log import Bar, Console, Logger
+from smezo_cli.machine.memory import PeakMemory
+from smezo_cli.machine.stop import Stopped
 from smezo_cli.partial_scores import Part
 from smezo_cli.ranks import Ranks
-from smezo_cli.runs import PeakMemory, RunFolder, State, Stopped
+from smezo_cli.runs import RunFolder, State
 from smezo_cli.schedule import lr_factor
 from smezo_cli.scoring import Candidates, Scorer, check_scores, of_answers, outcomes
-from smezo_cli.settings import METRICS
 from smezo_cli.share import Measure
 from smezo_cli.trajectory import Recorder, seconds_between
 from smezo_cli.watch import Watch

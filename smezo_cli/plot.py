@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from smezo_cli import collected, figures, streams, table
-from smezo_cli.errors import UserError
+from smezo_cli import collected, figures, table
+from smezo_cli.errors import UserError, near
 from smezo_cli.figures import Figure, Panel, Series, Source
+from smezo_cli.machine import streams
 from smezo_cli.results import find, select
-from smezo_cli.settings import near
 
 if TYPE_CHECKING:  # an optional dependency, and slow to import
     from matplotlib.axes import Axes
@@ -123,7 +123,7 @@ def main(words: Sequence[str]) -> int:
     if not figure.panels:
         why = f" {' '.join(notes[:3])}" if notes else ""
         raise UserError(f"smezo plot {kind}: these runs have nothing to draw.{why}")
-    from smezo_cli.runs import write_bytes  # with torch, which mistakes need not wait for
+    from smezo_cli.files.atomic import write_bytes  # with torch, which mistakes need not wait for
 
     streams.outlast()
     for file, content in _drawn(figure, files):

@@ -14,14 +14,16 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
 from smezo_cli.errors import UserError
+from smezo_cli.machine import torchrun
+from smezo_cli.machine.torchrun import _VARIABLES, _mistake, local_rank
 from smezo_cli.settings import Settings, is_frozen
 
-_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
+_joined: "Ranks | None" = None
 _ALONE = "unset RANK WORLD_SIZE"
 
 # Who has died closes its connections, which is noticed at once. What may take long is one rank's
@@ -39,27 +41,6 @@ class Left(Exception):
 
 # Ranks come within seconds of each other, unless there are none.
 _PATIENCE = 5.0
-
-
-def local_rank() -> int | None:
-    """Number of this process on its machine; None where it is the only one."""
-    if not all(os.environ.get(name) for name in _VARIABLES) or _mistake() is not None:
-        return None
-    return None if int(os.environ["WORLD_SIZE"]) == 1 else int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def _mistake() -> str | None:
-    """What is wrong with the variables of a rank, where all of them are set."""
-    for name in (*(v for v in _VARIABLES if v != "MASTER_ADDR"), "LOCAL_RANK"):
-        value = os.environ.get(name, "0")
-        if not (value.isascii() and value.isdecimal()):
-            return f"{name}={value} is no whole number"
-    rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
-    if int(size) == 0 or int(rank) >= int(size):
-        return f"RANK={rank} must be less than WORLD_SIZE={size}"
-    if int(os.environ["MASTER_PORT"]) >= 1 << 16:
-        return f"MASTER_PORT={os.environ['MASTER_PORT']} is no port (0 to 65535)"
-    return None
 
 
 def join(settings: Settings) -> "Ranks | None":
@@ -84,36 +65,9 @@ def join(settings: Settings) -> "Ranks | None":
     _check(settings, size)
     if _joined is None:
         _joined = Ranks(settings.rank_backend)
+        torchrun.joined_rank = _joined.rank
     _joined.begin(settings)
     return _joined
-
-
-_joined: "Ranks | None" = None
-
-
-def speaker() -> str | None:
-    """What this process puts before a message; None: it is silent, for rank 0 says the same."""
-    if local_rank() is None or os.environ["RANK"] == "0":
-        return ""
-    return None if _joined is None else f"rank {_joined.rank}: "
-
-
-def check_launcher(words: Iterable[str]) -> None:
-    """Refuse a launcher of a sweep that starts processes of its own.
-
-    Args:
-        words: of the command line.
-
-    Raises:
-        UserError: among ranks there is one.
-    """
-    for word in words:
-        key, _, name = word.partition("=")
-        if key == "hydra/launcher" and name != "basic" and local_rank() is not None:
-            raise UserError(
-                f"{word} starts processes of its own, and torchrun's ranks are there already: "
-                "leave hydra/launcher out, or start without torchrun."
-            )
 
 
 def _check(settings: Settings, size: int) -> None:

@@ -21,9 +21,10 @@ from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from smezo_cli import intake, strict_json
-from smezo_cli.errors import UserError
-from smezo_cli.settings import digest, near, plain
+from smezo_cli import intake
+from smezo_cli.errors import UserError, near
+from smezo_cli.files import bounded, strict_json
+from smezo_cli.settings import digest, plain
 
 USAGE = """\
 smezo runs [KEY=VALUE ...]            the runs below runs/, filtered by results or settings
@@ -74,7 +75,7 @@ class Run:
             return list(self.collected)
         path = self.path / "metrics.jsonl"
         try:
-            lines = intake.read_text(path, 1 << 30).splitlines()
+            lines = bounded.read_text(path, 1 << 30).splitlines()
             found = [line for line in map(json.loads, lines) if f"dev.{self.metric}" in line]
             return [(int(line["step"]), float(line[f"dev.{self.metric}"])) for line in found]
         except (KeyError, TypeError, ValueError) as error:
@@ -114,7 +115,7 @@ class Run:
             return {"test": self.collected_outcomes}
         path = self.path / "scores.safetensors"
         try:
-            intake.check_ordinary(path)
+            bounded.check_ordinary(path)
             found = {
                 name.removeprefix("outcome."): rows.astype(np.float64)
                 for name, rows in load_file(path).items()
@@ -149,10 +150,10 @@ def find(runs_dir: Path) -> list[Run]:
 def load(folder: Path) -> Run | None:
     """The run in a folder, None where there is none that can be read."""
     try:
-        result = intake.read_json(folder / "result.json")
+        result = bounded.read_json(folder / "result.json")
         if result is None or not intake.is_sound_result(result):
             return None
-        return Run(folder, result, plain(intake.load_yaml(folder / "config.yaml")))
+        return Run(folder, result, plain(bounded.load_yaml(folder / "config.yaml")))
     except UserError:
         return None
 

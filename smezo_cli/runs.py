@@ -11,22 +11,18 @@ a SHA-256 of what is in them; a file that does not agree with its own is never u
 
 import contextlib
 import fcntl
-import gc
 import hashlib
 import json
 import math
 import os
 import platform
-import resource
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO
 
 import torch
@@ -34,9 +30,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smezo_cli import __version__, allocator, intake, strict_json
-from smezo_cli.errors import UserError
-from smezo_cli.redaction import redacted_tree
+from smezo_cli import __version__, intake
+from smezo_cli.errors import UserError, redacted_tree
+from smezo_cli.files import bounded, sealed, strict_json
+from smezo_cli.files.atomic import _replacing, check_space, write_text
 from smezo_cli.zo import NUMERICS
 
 SCHEMA = 2  # of result.json; 1 had no checksum
@@ -121,7 +118,7 @@ class RunFolder:
             self.checkpoint.mkdir(parents=True, exist_ok=True)
             if self.checkpoint.is_symlink():
                 raise OSError(20, "its checkpoint is a link to elsewhere")
-            self._lock = intake.open_own(path / ".lock")
+            self._lock = bounded.open_own(path / ".lock")
         except OSError as error:
             raise UserError(
                 f"runs_dir: cannot write to {path} ({error.strerror}); "
@@ -153,7 +150,7 @@ class RunFolder:
             UserError: it was removed or moved, or another process has begun the run anew.
         """
         path = self.path / ".lock"
-        if self._lock is None or intake.is_at(self._lock.fileno(), path):
+        if self._lock is None or bounded.is_at(self._lock.fileno(), path):
             return
         if not self.path.is_dir():
             raise UserError(
@@ -162,7 +159,7 @@ class RunFolder:
             )
         old = self._lock
         try:
-            self._lock = intake.open_own(path)
+            self._lock = bounded.open_own(path)
             self._get(fcntl.LOCK_EX)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}.") from error
@@ -193,9 +190,9 @@ class RunFolder:
 
     def result(self) -> dict[str, Any] | None:
         """result.json, or None where there is none (or it is damaged)."""
-        found = intake.read_json(self.path / "result.json")
+        found = bounded.read_json(self.path / "result.json")
         if found is not None and found.get("schema") != 1:
-            found = intake.unsealed(found)
+            found = sealed.unsealed(found)
         return found if found is not None and intake.is_sound_result(found) else None
 
     def write_result(self, result: Mapping[str, Any], name: str = "result.json") -> None:
@@ -203,7 +200,7 @@ class RunFolder:
         self.check_mine()
         write_text(
             self.path / name,
-            strict_json.dumps(intake.sealed(redacted_tree(result)), indent=2) + "\n",
+            strict_json.dumps(sealed.sealed(redacted_tree(result)), indent=2) + "\n",
         )
 
     def damaged(self) -> list[str]:
@@ -211,7 +208,7 @@ class RunFolder:
         found = []
         state, of_state = self.load_state(), self.checkpoint / "state.json"
         if state is None and of_state.exists():
-            is_old = (intake.read_json(of_state) or {}).get("schema") == 1
+            is_old = (bounded.read_json(of_state) or {}).get("schema") == 1
             found += [] if is_old else ["state.json"]
         if (self.path / "scores.safetensors").exists() and not self.load_scores():
             found.append("scores.safetensors")
@@ -240,7 +237,7 @@ class RunFolder:
         """Does metrics.jsonl begin with what the state knows of it?"""
         content, path = b"", self.path / "metrics.jsonl"
         with contextlib.suppress(OSError, UserError):
-            if intake.check_ordinary(path) < state.metrics_bytes:
+            if bounded.check_ordinary(path) < state.metrics_bytes:
                 return False
             with path.open("rb") as file:
                 content = file.read(state.metrics_bytes)
@@ -283,7 +280,7 @@ class RunFolder:
         """The state alone: the tensors that it names are there already."""
         self.check_mine()
         self.checkpoint.mkdir(exist_ok=True)
-        content = intake.sealed({"schema": _STATE, **asdict(state)})
+        content = sealed.sealed({"schema": _STATE, **asdict(state)})
         write_text(self.checkpoint / "state.json", strict_json.dumps(content, indent=1) + "\n")
 
     def settle(self, state: State, keep: str, go_on: bool = True) -> None:
@@ -313,8 +310,8 @@ class RunFolder:
 
     def load_state(self) -> State | None:
         """The state to go on from, or None."""
-        saved = intake.read_json(self.checkpoint / "state.json")
-        saved = None if saved is None else intake.unsealed(saved)
+        saved = bounded.read_json(self.checkpoint / "state.json")
+        saved = None if saved is None else sealed.unsealed(saved)
         if saved is None or saved.pop("schema", None) != _STATE:
             return None
         return State(**saved) if intake.is_sound_state(saved) else None
@@ -450,7 +447,7 @@ class Saved(Mapping[str, Tensor]):
     @contextlib.contextmanager
     def _open(self) -> Iterator[Any]:
         try:
-            intake.check_ordinary(self._path)
+            bounded.check_ordinary(self._path)
             with safe_open(self._path, framework="pt") as file:
                 yield file
         except (OSError, SafetensorError) as error:
@@ -505,125 +502,6 @@ def _in_pieces(
         tensor = tensors[name].detach()
         return tensor.dtype, tensor.shape, iter([tensor])
     return tensors.in_pieces(name)
-
-
-def check_space(folder: Path, needed_bytes: int) -> None:
-    """Is there room for so many bytes (and a little more)?
-
-    Raises:
-        UserError: there is not.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes + (1 << 24):
-        raise UserError(
-            f"runs_dir: {folder} has {free / 1e9:.2f} GB free and {needed_bytes / 1e9:.2f} GB are "
-            "needed; make room, or choose another disk with runs_dir=PATH."
-        )
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A name to write to that takes the place of ``path`` at the end, on disk before it does."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        if os.path.lexists(partial):
-            partial.unlink()  # of a killed run, or a link to elsewhere
-        yield partial
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:  # the latter is what a full disk gives here
-        with contextlib.suppress(OSError):  # a system that became read-only
-            partial.unlink()
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {path}: {reason}.") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file as a whole."""
-    with _replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file as a whole."""
-    with _replacing(path) as partial:
-        partial.write_bytes(content)
-
-
-# --- signals ----------------------------------------------------------------------------------
-
-
-class Stopped(Exception):
-    """The user (or the machine) asked the run to stop; its state is saved."""
-
-
-class StopRequest:
-    """Turns SIGINT and SIGTERM into a wish that the loop honours between steps."""
-
-    def __init__(self, say: Callable[[str], None], patient: bool = True) -> None:
-        self._say = say
-        self.asked = self._ending = False
-        self.patient = patient  # False while nothing is to be saved: a signal stops at once
-
-    def __enter__(self) -> "StopRequest":
-        self._old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        if self._ending:  # Ctrl-C comes twice to a job of a sweep (see fork.py)
-            return
-        if not self.patient:
-            self.asked = self._ending = True
-            raise KeyboardInterrupt
-        if not self.asked:
-            self.asked = True
-            self._say(
-                f"{signal.Signals(number).name}: stopping after this step or batch, please wait."
-            )
-
-
-# --- what a reader of a result must know ------------------------------------------------------
-
-
-class PeakMemory:
-    """Peak bytes of this run alone: allocator statistics on CUDA, resident memory elsewhere.
-
-    In a process that held another run, resident memory includes the libraries which that one
-    loaded; nothing gives them back. So a sweep's jobs have processes of their own (fork.py).
-
-    Args:
-        devices: where the model may lie; of several GPUs it is the sum of their peaks.
-    """
-
-    def __init__(self, *devices: torch.device) -> None:
-        self._devices = devices
-        gc.collect()  # a run before this one may have left its tensors in cycles
-        if devices[0].type == "cuda":
-            torch.cuda.set_device(devices[0])  # which also starts CUDA
-            torch.cuda.empty_cache()  # a block kept from before may be larger than what it serves
-            for device in devices:
-                torch.cuda.reset_peak_memory_stats(device)
-        else:
-            allocator.give_back()  # what a run before this one has freed
-            # Linux keeps the peak of the process; 5 sets it back to the present (see proc(5)).
-            with contextlib.suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-    def read(self) -> int:
-        """Bytes."""
-        if self._devices[0].type == "cuda":
-            return sum(torch.cuda.max_memory_allocated(device) for device in self._devices)
-        with contextlib.suppress(OSError):
-            for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if platform.system() == "Darwin" else peak * 1024
 
 
 def versions() -> dict[str, Any]:

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smezo_cli import intake
-from smezo_cli.errors import UserError
-from smezo_cli.redaction import redacted
+from smezo_cli.errors import UserError, redacted
+from smezo_cli.files import bounded
 from smezo_cli.settings import CONF_DIR
 
 PRIMARY = "train"  # the file that names all groups, train.yaml
@@ -74,10 +73,10 @@ class SearchPath:
             UserError: naming the first that is not sound.
         """
         for root in self.roots[:-1]:
-            intake.check_folder(root, [*groups, ""], only={"": [PRIMARY]})
+            bounded.check_folder(root, [*groups, ""], only={"": [PRIMARY]})
         if (file := self.primary) is None:
             return
-        node = intake.load_yaml(file).get("hydra")
+        node = bounded.load_yaml(file).get("hydra")
         if isinstance(node, Mapping) and "searchpath" in node:
             raise UserError(f"{file}: hydra.searchpath is set on the command line alone.")
 

@@ -3,22 +3,21 @@
 Types and ranges live here, values and their meaning in conf/. No Hydra and no torch in this module.
 """
 
-import difflib
 import hashlib
 import json
 import math
 import re
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 from omegaconf import DictConfig, OmegaConf
 
-from smezo_cli.errors import UserError
-from smezo_cli.intake import check_expansion
-from smezo_cli.redaction import redacted_tree
+from smezo_cli.errors import UserError, near, redacted_tree
+from smezo_cli.files.bounded import check_expansion
+from smezo_cli.kinds import METRICS
 from smezo_cli.words import with_mappings
 
 # In a wheel the files lie inside the package, in a checkout beside it.
@@ -49,16 +48,6 @@ FULL_SAVE_EVERY = 500  # as conf/train.yaml has it
 _LATER_AND_OF_A_MACHINE = {"micro_batch_size": None, "query_ranks": 1, "rank_backend": "gloo"} | {
     "full_save_every": FULL_SAVE_EVERY
 }
-# The figure that counts, by the kind of the task.
-METRICS = {"classification": "accuracy", "choice": "accuracy", "generation": "f1"}
-
-
-def near(word: str, options: Iterable[str]) -> str:
-    """Say which of the options the word may have meant, and list them all (", " in front)."""
-    options = sorted(options)
-    close = difflib.get_close_matches(word, options, n=2, cutoff=0.65)
-    hint = f", did you mean {' or '.join(close)}?" if close else ""
-    return f"{hint} (there are: {', '.join(options) or 'none'})"
 
 
 def shown(value: object) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from smezo_cli.errors import UserError
-from smezo_cli.room import OutOfRoom, in_room, make_room
+from smezo_cli.machine.out_of_memory import OutOfRoom, in_room, make_room
 from smezo_cli.scoring import Candidates, Scorer, loss_weight
 from smezo_cli.zo import Closure, StepRecord
 

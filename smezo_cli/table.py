@@ -20,18 +20,11 @@ from typing import Any, NoReturn
 
 from omegaconf import OmegaConf
 
-from smezo_cli import collected, intake, strict_json
-from smezo_cli.errors import UserError
+from smezo_cli import collected
+from smezo_cli.errors import UserError, near
+from smezo_cli.files import bounded, strict_json
 from smezo_cli.results import Group, Run, find, paired
-from smezo_cli.settings import (
-    CONF_DIR,
-    LATER,
-    WITHOUT_STEPS,
-    digest,
-    near,
-    plain,
-    without_later_keys,
-)
+from smezo_cli.settings import CONF_DIR, LATER, WITHOUT_STEPS, digest, plain, without_later_keys
 
 USAGE = """\
 smezo table                                   the tables there are
@@ -134,7 +127,7 @@ def load(name: str, extra: Sequence[str] = ()) -> Table:
     """
     if name not in names():
         raise UserError(f"there is no table {name}{near(name, names())}.")
-    node = plain(intake.load_yaml(CONF_DIR / "table" / f"{name}.yaml"))
+    node = plain(bounded.load_yaml(CONF_DIR / "table" / f"{name}.yaml"))
     columns = [str(key) for key in node["columns"]]
     own: dict[str, tuple[str, ...]] = {}
     for word in extra:

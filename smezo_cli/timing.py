@@ -21,14 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from smezo_cli import allocator, masks, textbook
+from smezo_cli import masks, textbook
 from smezo_cli.errors import UserError
 from smezo_cli.linear import as_torch_has_it
+from smezo_cli.machine import allocator
+from smezo_cli.machine.memory import PeakMemory
 from smezo_cli.methods.mezo import MeZO
 from smezo_cli.methods.sparse_mezo import SparseMeZO
 from smezo_cli.noise import stream_key
 from smezo_cli.passes import Draw, Rule, choose_passes
-from smezo_cli.runs import PeakMemory
 from smezo_cli.scoring import Candidates, Scorer
 from smezo_cli.zo import NonFiniteLoss
 

@@ -21,12 +21,14 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from smezo_cli import intake, ranks, strict_json
+from smezo_cli import ranks
 from smezo_cli.config import command, launch, recipes, replaced
-from smezo_cli.device import all_devices, choose_device
-from smezo_cli.errors import UserError
-from smezo_cli.redaction import redacted_tree
-from smezo_cli.settings import METRICS, Settings, check, digest, is_extensible, is_frozen, plain
+from smezo_cli.errors import UserError, redacted_tree
+from smezo_cli.files import bounded, strict_json
+from smezo_cli.kinds import METRICS
+from smezo_cli.machine import torchrun
+from smezo_cli.machine.device import all_devices, choose_device
+from smezo_cli.settings import Settings, check, digest, is_extensible, is_frozen, plain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,10 +73,13 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _run(cfg: DictConfig, settings: Settings, team: "Ranks | None") -> dict[str, Any]:
-    device_name = choose_device(settings.device, settings.model["device_map"], ranks.local_rank())
+    device_name = choose_device(
+        settings.device, settings.model["device_map"], torchrun.local_rank()
+    )
     # What follows imports torch, which takes seconds: every cheap check lies above.
     from smezo_cli.log import Console
-    from smezo_cli.runs import UNSETTLED, RunFolder, Stopped, StopRequest
+    from smezo_cli.machine.stop import Stopped, StopRequest
+    from smezo_cli.runs import UNSETTLED, RunFolder
 
     path = Path(settings.runs_dir) / settings.name / _run_name(cfg, settings)
     folder = RunFolder(path)
@@ -145,6 +150,7 @@ class _Run:
         import torch
 
         from smezo_cli import runs
+        from smezo_cli.machine import memory
 
         self.settings, self.folder, self.console, self.stop = settings, folder, console, stop
         self._cfg = cfg
@@ -160,7 +166,7 @@ class _Run:
         self.device = torch.device(device_name)
         device_map = settings.model["device_map"]
         devices = [device_name] if device_map is None else all_devices(device_map)
-        self.memory = runs.PeakMemory(*map(torch.device, devices))
+        self.memory = memory.PeakMemory(*map(torch.device, devices))
         self.started = runs.now()
         _write_config(folder, cfg)
         self.state = folder.load_state() or runs.State()
@@ -181,8 +187,9 @@ class _Run:
 
         from smezo_cli.job import Job
         from smezo_cli.lockstep import NotInLockstep
+        from smezo_cli.machine.stop import Stopped
         from smezo_cli.partial_scores import NAME, PartialScores
-        from smezo_cli.runs import UNSETTLED, Stopped
+        from smezo_cli.runs import UNSETTLED
         from smezo_cli.zo import NonFiniteLoss
 
         self._announce()
@@ -248,8 +255,8 @@ class _Run:
 
     def _trained(self) -> dict[str, Any]:
         """The result of a method that takes steps."""
-        from smezo_cli import allocator
         from smezo_cli.loop import fit
+        from smezo_cli.machine import allocator
         from smezo_cli.watch import Numerics
 
         self._check_data()
@@ -777,7 +784,7 @@ class _Run:
 
     def _prepare(self, method: "Method") -> None:
         """Choose the executor, see to the space, record the realised sparsity."""
-        from smezo_cli.runs import check_space
+        from smezo_cli.files.atomic import check_space
 
         self._choose_executor(method)
         weights = method.trained.values()
@@ -910,7 +917,7 @@ class _Run:
         return evaluate(self.job.scorer, rows, bar, self._stopped, team, part)
 
     def _check_stop(self) -> None:
-        from smezo_cli.runs import Stopped
+        from smezo_cli.machine.stop import Stopped
 
         if self._stopped():
             raise Stopped
@@ -989,7 +996,8 @@ class _Run:
 
     def _report(self, found: "Evaluation", dev_scores: "Tensor") -> dict[str, Any]:
         """The result, from the test rows and the scores of dev; saves scores and predictions."""
-        from smezo_cli import metrics, runs
+        from smezo_cli import metrics
+        from smezo_cli.files import atomic
         from smezo_cli.loop import Evaluation
         from smezo_cli.tasks.base import one_class
 
@@ -997,7 +1005,7 @@ class _Run:
         scores |= {"labels": found.labels, "test": found.scores, "outcome.test": found.per_row()}
         self.folder.save_scores(scores)
         lines = [strict_json.dumps(line, ensure_ascii=False) + "\n" for line in found.predictions()]
-        runs.write_text(self.folder.path / "predictions-test.jsonl", "".join(lines))
+        atomic.write_text(self.folder.path / "predictions-test.jsonl", "".join(lines))
         test = found.figures()
         dev = Evaluation(self.dev, scores["dev"])
         if found.kind == "classification" and not one_class(dev.labels.tolist()):
@@ -1250,7 +1258,7 @@ def _damaged(folder: "RunFolder", steps: int) -> list[str]:
 
 
 def _write_config(folder: "RunFolder", cfg: DictConfig) -> None:
-    from smezo_cli.runs import write_text
+    from smezo_cli.files.atomic import write_text
 
     write_text(folder.path / "config.yaml", _settings_text(cfg))
 
@@ -1258,7 +1266,7 @@ def _write_config(folder: "RunFolder", cfg: DictConfig) -> None:
 def _has_config(folder: "RunFolder", cfg: DictConfig) -> bool:
     """Is config.yaml there, and that of such a run?"""
     try:
-        found = intake.load_yaml(folder.path / "config.yaml")
+        found = bounded.load_yaml(folder.path / "config.yaml")
         return digest(found) == digest(redacted_tree(plain(cfg)))
     except (OmegaConfBaseException, UserError):
         return False

@@ -37,8 +37,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from smezo_cli import intake, strict_json
 from smezo_cli.errors import UserError
+from smezo_cli.files import bounded, strict_json
 from smezo_cli.zo import StepRecord
 
 _RUN, _DELTA, _VERSION = b"SMEZOTRJ", b"SMEZODLT", 1
@@ -315,13 +315,13 @@ class Recorder:
                     "it was changed while the run went on; the same command makes again what is "
                     "lost",
                 )
-            if intake.is_at(self._file, self.path):
+            if bounded.is_at(self._file, self.path):
                 return
             name = self.path.name
             self._lost(
                 f"  {name} was removed or replaced while the run went on: it is written anew"
             )
-            intake.put_back(self._file, self.path)
+            bounded.put_back(self._file, self.path)
             os.close(self._file)
             self._file = self._open()
 

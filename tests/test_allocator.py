@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from smezo_cli import allocator
+from smezo_cli.machine import allocator
 
 PROBE = """
 import resource, torch

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from smezo_cli import assets
 from smezo_cli.errors import UserError
+from smezo_cli.files import fetch
 
 CONTENT = b"weights"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -38,25 +38,25 @@ class Registry:
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
     served = Registry()
-    monkeypatch.setattr(assets, "_pip_download", served)
+    monkeypatch.setattr(fetch, "_pip_download", served)
     return served
 
 
 def fetch_demo(cache: Path, **kw: Any) -> Path:
-    return assets.fetch("demo", "1.0", "demo.whl", SHA256, cache=cache, **kw)
+    return fetch.fetch("demo", "1.0", "demo.whl", SHA256, cache=cache, **kw)
 
 
 def test_cache_is_smezo_cache_then_xdg_then_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/ada")
     monkeypatch.delenv("SMEZO_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert assets.cache_dir() == Path("/home/ada/.cache/smezo")
+    assert fetch.cache_dir() == Path("/home/ada/.cache/smezo")
     monkeypatch.setenv("XDG_CACHE_HOME", "relative/is/invalid")
-    assert assets.cache_dir() == Path("/home/ada/.cache/smezo")
+    assert fetch.cache_dir() == Path("/home/ada/.cache/smezo")
     monkeypatch.setenv("XDG_CACHE_HOME", "/var/xdg")
-    assert assets.cache_dir() == Path("/var/xdg/smezo")
+    assert fetch.cache_dir() == Path("/var/xdg/smezo")
     monkeypatch.setenv("SMEZO_CACHE", "~/here")
-    assert assets.cache_dir() == Path("/home/ada/here")
+    assert fetch.cache_dir() == Path("/home/ada/here")
 
 
 def test_a_file_is_fetched_once_and_nothing_else_stays(
@@ -76,7 +76,7 @@ def test_a_verified_file_needs_neither_lock_nor_write(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetch_demo(tmp_path)
-    monkeypatch.delattr(assets, "preparing")
+    monkeypatch.delattr(fetch, "preparing")
     fetch_demo(tmp_path)
 
 
@@ -126,7 +126,7 @@ def test_too_little_space_is_said_before_anything_is_fetched(
 ) -> None:
     total_used_free = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(
-        assets.shutil, "disk_usage", lambda _: total_used_free._replace(free=3_000_000)
+        fetch.shutil, "disk_usage", lambda _: total_used_free._replace(free=3_000_000)
     )
     with pytest.raises(UserError, match=r"demo 1\.0 needs 50 MB .* has 3 MB left.*SMEZO_CACHE"):
         fetch_demo(tmp_path, size_bytes=50_000_000)
@@ -160,7 +160,7 @@ def wheel(folder: Path) -> str:
     with zipfile.ZipFile(path, "w") as archive:
         for name, text in (parts | {record: "".join(lines) + f"{record},,\n"}).items():
             archive.writestr(name, text)
-    return assets.sha256_of(path)
+    return fetch.sha256_of(path)
 
 
 @pytest.fixture
@@ -178,14 +178,14 @@ def local_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def fetch_wheel(cache: Path, sha256: str, version: str = "1.0") -> Path:
     name = f"smezo_demo-{version}-py3-none-any.whl"
-    return assets.fetch("smezo-demo", version, name, sha256, cache=cache)
+    return fetch.fetch("smezo-demo", version, name, sha256, cache=cache)
 
 
 def test_pip_itself_fetches_by_version_and_hash_without_dependencies(
     local_index: str, tmp_path: Path
 ) -> None:
     path = fetch_wheel(tmp_path / "cache", local_index)
-    assert assets.sha256_of(path) == local_index
+    assert fetch.sha256_of(path) == local_index
 
 
 def test_pip_itself_refuses_another_hash(local_index: str, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_a_python_without_pip_is_told_how_to_get_it(
     def run(command: list[str], **kw: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, "", "python: No module named pip\n")
 
-    monkeypatch.setattr(assets.subprocess, "run", run)
+    monkeypatch.setattr(fetch.subprocess, "run", run)
     with pytest.raises(UserError, match="-m ensurepip"):
         fetch_demo(tmp_path)
 
@@ -223,7 +223,7 @@ def test_only_an_sdist_is_taken_as_source_and_its_build_tools_as_wheels(
         Path(command[command.index("--dest") + 1], "demo.whl").write_bytes(CONTENT)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(assets.subprocess, "run", run)
+    monkeypatch.setattr(fetch.subprocess, "run", run)
     fetch_demo(tmp_path / "a")
     fetch_demo(tmp_path / "b", sdist=True)
     as_wheel, as_sdist = commands
@@ -250,12 +250,12 @@ def test_the_hub_answers_if_anything_answers(
     def urlopen(*args: Any, **kw: Any) -> None:
         raise raised
 
-    monkeypatch.setattr(assets.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(fetch.urllib.request, "urlopen", urlopen)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    assert assets.hub_answers() is reachable
+    assert fetch.hub_answers() is reachable
 
 
 def test_the_offline_mode_of_the_hub_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.delattr(assets.urllib.request, "urlopen")
-    assert not assets.hub_answers()
+    monkeypatch.delattr(fetch.urllib.request, "urlopen")
+    assert not fetch.hub_answers()

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from smezo_cli import metrics
 from smezo_cli.log import Console
 from smezo_cli.loop import Evaluation, evaluate
+from smezo_cli.machine.stop import Stopped
 from smezo_cli.model import load_model
-from smezo_cli.runs import Stopped
 from smezo_cli.scoring import Candidates, Scorer, encode
 from smezo_cli.tasks import Prompt, Row
 

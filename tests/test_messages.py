@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 import torch
 
-from smezo_cli import assets
 from smezo_cli.cli import main
+from smezo_cli.files import fetch
 from smezo_cli.job import Job
 from smezo_cli.runs import RunFolder
 from smezo_cli.share import Measure
@@ -79,14 +79,14 @@ def environment(name: str, value: str) -> Make:
 
 def no_network(patch: pytest.MonkeyPatch) -> None:
     """Nothing answers: not the model hub, not the registry behind pip."""
-    for module in (assets, hub):
+    for module in (fetch, hub):
         patch.setattr(module, "hub_answers", lambda: False)
 
     def failed(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, "", "ERROR: No matching distribution\n")
 
-    patch.setattr(assets.subprocess, "run", failed)
-    patch.setattr(assets, "say", lambda line: None)  # what is being fetched is said first
+    patch.setattr(fetch.subprocess, "run", failed)
+    patch.setattr(fetch, "say", lambda line: None)  # what is being fetched is said first
 
 
 def full_disk(patch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,9 @@ import torch
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from smezo_cli import assets, model
+from smezo_cli import model
 from smezo_cli.errors import UserError
+from smezo_cli.files import fetch
 from smezo_cli.model import WORDS, byte_tokenizer, load_model
 from smezo_cli.tasks import load_task
 
@@ -205,7 +206,7 @@ def test_a_folder_that_holds_no_model_is_one_sentence(tmp_path: Path) -> None:
 def test_an_unreachable_hub_is_one_sentence_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(assets, "hub_answers", lambda: False)
+    monkeypatch.setattr(fetch, "hub_answers", lambda: False)
     message = message_of(at("nobody/has-this-model"))
     assert message.startswith("model.path=nobody/has-this-model is not in the hub's cache (")
     assert "connect to the network, or give a copy by model.path=FOLDER" in message
@@ -294,7 +295,7 @@ def test_a_damaged_conversion_is_made_again_with_one_line(
 @pytest.fixture(scope="module")
 def smollm2() -> Loaded:
     try:
-        return load(node("model", "smollm2-135m"), assets.cache_dir())
+        return load(node("model", "smollm2-135m"), fetch.cache_dir())
     except UserError as error:
         pytest.skip(f"the embedded model cannot be had here: {error}")
 
@@ -333,7 +334,7 @@ def test_label_words_are_one_token_for_the_embedded_model(
             (tmp_path / file).write_text(f"{json.dumps(row)}\n" * 2)
         cfg |= {"data_dir": str(tmp_path), "num_train": 1, "num_dev": 1}
     try:
-        task = load_task(cfg, data_seed=0, cache=assets.cache_dir())
+        task = load_task(cfg, data_seed=0, cache=fetch.cache_dir())
     except UserError as error:
         pytest.skip(f"the sentences cannot be had here: {error}")
     assert one_token_share(smollm2[1], task) == 1

@@ -17,9 +17,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from smezo_cli import assets, model, train
+from smezo_cli import model, train
 from smezo_cli.config import compose
 from smezo_cli.errors import UserError
+from smezo_cli.files import fetch
 from smezo_cli.methods.mezo import MeZO
 from smezo_cli.methods.sparse_mezo import SparseMeZO
 from smezo_cli.model import build_meta, load_model
@@ -126,7 +127,7 @@ def test_every_architecture_has_a_tiny_twin(name: str) -> None:
 def test_the_embedded_model_has_the_numbers_of_its_file() -> None:
     package = NODES["smollm2-135m"]["package"]
     name = f"smollm2-135m-{package['sha256'][:12]}-v{model.CONVERSION}"
-    folder = assets.cache_dir() / "models" / name
+    folder = fetch.cache_dir() / "models" / name
     if not folder.is_dir():
         pytest.skip("the embedded model has not been fetched here; smezo train fetches it")
     real = AutoConfig.from_pretrained(folder)
@@ -686,7 +687,7 @@ def refusing(kind: type[Exception], text: str) -> Callable[..., Any]:
 def test_what_the_hub_refuses_is_one_sentence(
     kind: type[Exception], says: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(assets, "hub_answers", lambda: True)
+    monkeypatch.setattr(fetch, "hub_answers", lambda: True)
     monkeypatch.setattr(model.AutoConfig, "from_pretrained", refusing(kind, "no"))
     message = message_of(at("who/what", revision="v9"))
     assert all(part in message for part in says)
@@ -702,7 +703,7 @@ def test_a_model_of_the_hub_tells_its_commit(
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(commit)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(assets, "hub_answers", lambda: False)
+    monkeypatch.setattr(fetch, "hub_answers", lambda: False)
     net, _ = load(at("who/what"))
     assert net.config._commit_hash == commit
     assert "is not in the hub's cache" in message_of(at("who/else"))

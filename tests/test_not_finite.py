@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from smezo_cli import intake, job, metrics, strict_json
+from smezo_cli import job, metrics
 from smezo_cli.cli import main
 from smezo_cli.config import check, compose
+from smezo_cli.files import sealed as sealed_module
+from smezo_cli.files import strict_json
 from smezo_cli.generation import greedy
 from smezo_cli.loop import Evaluation
 from smezo_cli.methods.mezo import MeZO
@@ -322,9 +324,9 @@ def test_json_that_is_written_is_that_of_the_standard() -> None:
     bad = {"a": [NAN, (INF, 1.0)], "b": {"c": -INF, "d": 4.0}}
     wanted = {"a": [None, [None, 1.0]], "b": {"c": None, "d": 4.0}}
     assert strict(strict_json.dumps(bad)) == wanted
-    sealed = intake.sealed(bad | {"sha256": "of before"})
+    sealed = sealed_module.sealed(bad | {"sha256": "of before"})
     again = strict(strict_json.dumps(sealed))
-    assert intake.unsealed(again) == wanted
+    assert sealed_module.unsealed(again) == wanted
 
 
 def test_a_run_of_before_that_holds_nan_is_still_read(
@@ -338,7 +340,7 @@ def test_a_run_of_before_that_holds_nan_is_still_read(
     result["test"] |= {"loss": NAN, "auc": NAN}
     result["dev"]["best"]["loss"] = NAN
     del result["sha256"]
-    file.write_text(json.dumps(result | {"sha256": intake._seal(result)}))
+    file.write_text(json.dumps(result | {"sha256": sealed_module._seal(result)}))
     assert "NaN" in file.read_text()
     with (file.parent / "metrics.jsonl").open("a") as lines:
         lines.write('{"step": 2, "dev.accuracy": 0.5, "dev.loss": NaN}\n')

@@ -14,9 +14,9 @@ from torch import Tensor
 from smezo_cli import scoring
 from smezo_cli.log import Console
 from smezo_cli.loop import Evaluation, evaluate, features
+from smezo_cli.machine.stop import Stopped
 from smezo_cli.model import load_model
 from smezo_cli.partial_scores import NAME, Part, PartialScores
-from smezo_cli.runs import Stopped
 from smezo_cli.scoring import Candidates, Scorer, encode
 from smezo_cli.tasks import Prompt, Row
 

@@ -16,11 +16,11 @@ from several_devices import two_devices
 from torch import Tensor
 
 from smezo_cli import bench, placement
-from smezo_cli import device as devices
 from smezo_cli.config import compose
-from smezo_cli.device import all_devices, choose_device
 from smezo_cli.errors import UserError
 from smezo_cli.job import Job
+from smezo_cli.machine import device
+from smezo_cli.machine.device import all_devices, choose_device
 from smezo_cli.model import build_meta
 from smezo_cli.placement import devices_of_modules
 from smezo_cli.plan import plan
@@ -80,11 +80,11 @@ def test_a_map_is_no_part_of_what_is_asked() -> None:
 
 
 def test_devices_are_those_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "_num_gpus", lambda: 0)
+    monkeypatch.setattr(device, "_num_gpus", lambda: 0)
     with pytest.raises(UserError, match="this machine has no GPU that torch can use"):
         choose_device("auto", "auto")
     assert choose_device("auto", {"": "cpu"}) == "cpu"
-    monkeypatch.setattr(devices, "_num_gpus", lambda: 2)
+    monkeypatch.setattr(device, "_num_gpus", lambda: 2)
     assert all_devices("balanced") == ["cuda:0", "cuda:1"]
     assert choose_device("auto", {"model": "cuda:1", "lm_head": "cuda:0"}) == "cuda:0"
     with pytest.raises(UserError, match=r"this machine has GPUs 0 to 1 that torch can use"):
@@ -192,7 +192,7 @@ class Done:
     records: list[Any]
     weights: dict[str, Tensor]
     scores: list[Tensor]
-    devices: set[str]
+    device: set[str]
 
 
 def work(settings: Any, job: Job, prepare: Callable[[Any], None] = lambda model: None) -> Done:

@@ -37,8 +37,9 @@ from test_train import (
 from smezo_cli import follower, ranks, scoring, share, train
 from smezo_cli.config import compose
 from smezo_cli.errors import UserError
+from smezo_cli.machine import torchrun
+from smezo_cli.machine.out_of_memory import OutOfRoom
 from smezo_cli.partial_scores import NAME
-from smezo_cli.room import OutOfRoom
 from smezo_cli.settings import check
 
 # Two looks; rows that no number of ranks divides evenly but 1, 2, 4.
@@ -588,8 +589,8 @@ def test_variables_that_make_no_rank_are_a_sentence_or_none(
     for name, value in (whole | more).items():
         monkeypatch.setenv(name, value)
     settings = check(compose([*METHODS["mezo"], *RUN]))
-    assert ranks.local_rank() is None
-    assert ranks.speaker() == ""  # nobody else will say it
+    assert torchrun.local_rank() is None
+    assert torchrun.speaker() == ""  # nobody else will say it
     if words is None:
         assert ranks.join(settings) is None
         return

@@ -20,9 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from smezo_cli import intake, runs
+from smezo_cli import runs
 from smezo_cli.errors import UserError
-from smezo_cli.runs import PeakMemory, RunFolder, State, StopRequest
+from smezo_cli.files import atomic, sealed
+from smezo_cli.machine.memory import PeakMemory
+from smezo_cli.machine.stop import StopRequest
+from smezo_cli.runs import RunFolder, State
 
 CPU = torch.device("cpu")
 
@@ -87,11 +90,11 @@ def dies(
 def test_a_write_killed_before_the_rename_leaves_the_old_file(tmp_path: Path) -> None:
     """What is written goes to another name first; what is left there does not hurt the next one."""
     path = tmp_path / "result.json"
-    runs.write_text(path, "old")
-    dies(os, "replace", killed, lambda: runs.write_text(path, "new"))
+    atomic.write_text(path, "old")
+    dies(os, "replace", killed, lambda: atomic.write_text(path, "new"))
     assert path.read_text() == "old"
     assert len(list(tmp_path.iterdir())) == 2
-    runs.write_text(path, "newer")
+    atomic.write_text(path, "newer")
     assert path.read_text() == "newer"
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
@@ -106,7 +109,7 @@ def test_a_file_is_on_disk_before_it_takes_its_name(
         monkeypatch.setattr(
             os, name, lambda *a, real=real, name=name: (calls.append(name), real(*a))[1]
         )
-    runs.write_text(tmp_path / "a.json", "{}")
+    atomic.write_text(tmp_path / "a.json", "{}")
     assert calls == ["fsync", "replace"]
 
 
@@ -140,8 +143,8 @@ def test_a_checkpoint_is_refused_where_there_is_no_room_for_it(
     """The sentence says how much there is and how much is needed; the old checkpoint stays."""
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 10**8, 10**8))
-    runs.check_space(folder.path, 10**7)
-    said = message_of(lambda: runs.check_space(folder.path, 3 * 10**9))
+    atomic.check_space(folder.path, 10**7)
+    said = message_of(lambda: atomic.check_space(folder.path, 3 * 10**9))
     assert "0.10 GB free" in said
     assert "3.00 GB are needed" in said
     assert "runs_dir=" in said
@@ -342,7 +345,7 @@ def test_a_state_with_a_flipped_bit_counts_as_none(folder: RunFolder) -> None:
     assert folder.load_state() is None
     for change in ({"step": "13"}, {"notes": []}, {"more": 1}):
         content = json.loads(text) | change
-        path.write_text(json.dumps(intake.sealed(content)))
+        path.write_text(json.dumps(sealed.sealed(content)))
         assert folder.load_state() is None
 
 

@@ -22,8 +22,9 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from smezo_cli import assets, scoring
+from smezo_cli import scoring
 from smezo_cli.errors import UserError
+from smezo_cli.files import fetch
 from smezo_cli.methods.mezo import MeZO
 from smezo_cli.model import byte_tokenizer, load_model
 from smezo_cli.probe import FunctionalProbe
@@ -250,7 +251,7 @@ def test_labels_that_differ_between_rows_are_scored_one_by_one() -> None:
 @pytest.fixture(scope="module")
 def smollm2() -> tuple[Any, Any, list[Row], Prompt]:
     """The embedded model, 8 short rows of the embedded task and its first prompt."""
-    cache = assets.cache_dir()
+    cache = fetch.cache_dir()
     try:
         task = load_task(node("task", "rotten_tomatoes"), data_seed=0, cache=cache)
         cfg = node("model", "smollm2-135m")

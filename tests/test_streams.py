@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from smezo_cli import streams
+from smezo_cli.machine import streams
 
 ROOT = Path(__file__).resolve().parent.parent
 LOST = "smezo: standard output cannot be written ("

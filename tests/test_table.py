@@ -15,9 +15,10 @@ import pytest
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from smezo_cli import __version__, intake, table
+from smezo_cli import __version__, table
 from smezo_cli.cli import main
 from smezo_cli.config import _Composer
+from smezo_cli.files import sealed
 from smezo_cli.settings import CONF_DIR
 
 # What tables wait for. When it arrives, give its rows and columns their commands.
@@ -263,10 +264,10 @@ def test_collected_results_fill_the_table_without_their_runs(
     of_before = Path("before")
     of_before.mkdir()
     for file in files:
-        content = intake.unsealed(json.loads(file.read_text()))
+        content = sealed.unsealed(json.loads(file.read_text()))
         assert content is not None
         content.pop("outcomes")
-        (of_before / file.name).write_text(json.dumps(intake.sealed(content)))
+        (of_before / file.name).write_text(json.dumps(sealed.sealed(content)))
     old, notes = tiny("--results", "before", "--collect", "again", *less)
     assert {row: cell["ours"] for row, cell in old.items()} == {
         row: cell["ours"] for row, cell in by_runs.items()
@@ -275,9 +276,9 @@ def test_collected_results_fill_the_table_without_their_runs(
     assert any("MeZO less Untrained" in note and "older version" in note for note in notes)
     assert len(list(Path("again").glob("*.json"))) == len(files)
     # Rows that are missing are damage, though the seal is right.
-    content = intake.unsealed(json.loads(files[0].read_text())) or {}
+    content = sealed.unsealed(json.loads(files[0].read_text())) or {}
     content["outcomes"] = content["outcomes"][1:]
-    (of_before / files[0].name).write_text(json.dumps(intake.sealed(content)))
+    (of_before / files[0].name).write_text(json.dumps(sealed.sealed(content)))
     _, notes = tiny("--results", "before", "task.max_train_tokens=64")
     assert any(files[0].name in note and "changed since" in note for note in notes)
 
@@ -307,7 +308,7 @@ def test_collected_results_fill_the_table_without_their_runs(
     assert [note for note in notes if str(files[0]) in note and "changed since" in note]
     content = json.loads(text)
     content["result"] |= {"versions": {"smezo": "0.0.1"}, "ended": "2000"}
-    files[0].write_text(json.dumps(intake.sealed(content)))
+    files[0].write_text(json.dumps(sealed.sealed(content)))
     _, notes = tiny("--results", "results", "task.max_train_tokens=64")
     assert [note for note in notes if str(files[0]) in note and "of smezo 0.0.1" in note]
 

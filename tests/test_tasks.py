@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from smezo_cli.assets import cache_dir
 from smezo_cli.errors import UserError
+from smezo_cli.files.fetch import cache_dir
 from smezo_cli.tasks import Prompt, Row, Task, hub, load_task
 from smezo_cli.tasks.base import Tables, cut, fingerprint, permute
 from smezo_cli.tasks.rotten_tomatoes import held_out, plain

@@ -11,9 +11,9 @@ from omegaconf import OmegaConf
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from smezo_cli import assets
 from smezo_cli.cli import main
 from smezo_cli.errors import UserError
+from smezo_cli.files import fetch
 from smezo_cli.model import byte_tokenizer, load_model
 from smezo_cli.scoring import Candidates, Scorer, encode
 from smezo_cli.tasks import Prompt, Row
@@ -88,7 +88,7 @@ def test_what_is_appended_is_left_out_where_the_model_goes_on(
 
 def test_the_embedded_tokenizer_gives_the_same_prompts_where_it_is_told_to_add_eos() -> None:
     """`add_eos_token`, when it is loaded and set later."""
-    folders = list(assets.cache_dir().glob("models/smollm2-135m-*/tokenizer.json"))
+    folders = list(fetch.cache_dir().glob("models/smollm2-135m-*/tokenizer.json"))
     if not folders:
         pytest.skip("the embedded model is not in the cache")
     where = folders[0].parent

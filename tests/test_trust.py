@@ -11,12 +11,11 @@ import pytest
 import torch
 import yaml
 
-from smezo_cli import intake
 from smezo_cli.cli import main
 from smezo_cli.config import compose, target_of
-from smezo_cli.errors import UserError
+from smezo_cli.errors import UserError, redacted, redacted_tree
+from smezo_cli.files import bounded
 from smezo_cli.model import load_model
-from smezo_cli.redaction import redacted, redacted_tree
 from smezo_cli.settings import check
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,7 +66,12 @@ def test_no_source_file_executes_or_unpickles(file: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("os.system", "builtins.eval", "smezo_cli.runs.write_text", "smezo_cli.zo.ZerothOrder"),
+        *(
+            "os.system",
+            "builtins.eval",
+            "smezo_cli.files.atomic.write_text",
+            "smezo_cli.zo.ZerothOrder",
+        ),
         *("smezo_cli.methods.first_order.torch.load", "smezo_cli.methods.first_order.stream_key"),
         *("smezo_cli.methods.first_order.NonFiniteLoss", "smezo_cli.methods.mezo.__builtins__"),
         *("torch.optim.lr_scheduler.os.system", "torch.optim.lr_scheduler.LambdaLR"),
@@ -357,22 +361,23 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
 def test_settings_that_are_none(text: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(UserError, match=says):
-        intake.load_yaml(tmp_path / "x.yaml")
+        bounded.load_yaml(tmp_path / "x.yaml")
 
 
 def test_references_that_grow_are_refused() -> None:
     tree = {f"a{i}": f"${{a{i + 1}}}${{a{i + 1}}}" for i in range(40)} | {"a40": "x"}
     with pytest.raises(UserError, match="unpacks to more"):
-        intake.check_expansion(tree)
+        bounded.check_expansion(tree)
     with pytest.raises(UserError, match="refers to itself"):
-        intake.check_expansion({"a": "${b}", "b": {"c": "${a}"}})
-    intake.check_expansion({"a": "${b} see a or ${oc.env:HOME,a}", "b": "x"})
+        bounded.check_expansion({"a": "${b}", "b": {"c": "${a}"}})
+    bounded.check_expansion({"a": "${b} see a or ${oc.env:HOME,a}", "b": "x"})
     ours = yaml.safe_load((ROOT / "conf" / "train.yaml").read_text(encoding="utf-8"))
-    intake.check_expansion(ours)
+    bounded.check_expansion(ours)
 
 
 def test_a_link_in_a_run_folder_leads_nowhere(tmp_path: Path) -> None:
-    from smezo_cli.runs import RunFolder, write_text
+    from smezo_cli.files.atomic import write_text
+    from smezo_cli.runs import RunFolder
 
     kept = tmp_path / "kept.txt"
     kept.write_text("keep")
@@ -395,5 +400,5 @@ def test_a_link_in_a_run_folder_leads_nowhere(tmp_path: Path) -> None:
 def test_a_pipe_is_no_file_and_nobody_waits_for_it(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x")
     with pytest.raises(UserError, match="no ordinary file"):
-        intake.check_ordinary(tmp_path / "x")
-    assert intake.read_json(tmp_path / "x") is None
+        bounded.check_ordinary(tmp_path / "x")
+    assert bounded.read_json(tmp_path / "x") is None

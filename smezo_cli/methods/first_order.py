@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smezo_cli.machine.out_of_memory import in_room
 from smezo_cli.noise import stream_key
-from smezo_cli.room import in_room
 from smezo_cli.zo import Closure, InParts, NonFiniteLoss, StepRecord
 
 

@@ -18,8 +18,6 @@ from smezo_cli.tasks.templates import (
     places,
 )
 
-KINDS = ("classification", "choice", "generation")
-
 
 class Row(NamedTuple):
     """One example.

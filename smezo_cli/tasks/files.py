@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from smezo_cli.errors import UserError
-from smezo_cli.intake import check_ordinary
+from smezo_cli.files.bounded import check_ordinary
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 

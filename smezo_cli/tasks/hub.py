@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from smezo_cli.assets import hub_answers
 from smezo_cli.errors import UserError
+from smezo_cli.files.fetch import hub_answers
 from smezo_cli.tasks.files import Record
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from smezo_cli.errors import UserError
+from smezo_cli.kinds import KINDS
 from smezo_cli.tasks import own, records, rotten_tomatoes, toy
-from smezo_cli.tasks.base import KINDS, Row, Tables, Task, cut, lacking, one_class, prompts_of
+from smezo_cli.tasks.base import Row, Tables, Task, cut, lacking, one_class, prompts_of
 from smezo_cli.tasks.files import sha256_of
 
 READERS: dict[str, Callable[[Mapping[str, Any], Path], Tables]] = {

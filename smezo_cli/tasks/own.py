@@ -16,8 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from smezo_cli.errors import UserError
-from smezo_cli.settings import near
+from smezo_cli.errors import UserError, near
 from smezo_cli.tasks.base import Prompt, Row, Tables
 from smezo_cli.tasks.files import SUFFIXES, Record, read_file, sha256_of
 from smezo_cli.tasks.frames import rows_of

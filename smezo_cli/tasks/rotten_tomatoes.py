@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from smezo_cli.assets import fetch_package
+from smezo_cli.files.fetch import fetch_package
 from smezo_cli.tasks.base import Row, Tables
 
 # The test file has blanks for hyphens and dashes, ' for " and ( for [. The train file has

@@ -6,8 +6,7 @@ The filters are those that MeZO's prompts need (arXiv 2305.17333, appendix E, an
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from smezo_cli.errors import UserError
-from smezo_cli.settings import near
+from smezo_cli.errors import UserError, near
 
 MASK = "mask"  # the place of the mask token of a masked language model
 OPTION = "option"  # in an option's template: the option's text

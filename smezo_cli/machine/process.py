@@ -14,7 +14,7 @@ def begin() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is to be ignored
         signal.signal(signal.SIGINT, _leave)
     sys.unraisablehook = _unraisable
-    from smezo_cli import streams
+    from smezo_cli.machine import streams
 
     closed = streams.reopen_closed()
     _use_utf8()
@@ -29,7 +29,7 @@ def interruptible() -> None:
 
 def end(code: int) -> int:
     """Say what of the output was lost; returns the exit code."""
-    from smezo_cli import streams
+    from smezo_cli.machine import streams
 
     code = streams.settle(code)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python takes a while to end, too

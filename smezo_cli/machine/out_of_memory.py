@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from smezo_cli.allocator import give_back
+from smezo_cli.machine.allocator import give_back
 
 # torch's words for an allocation on a CPU that fails; on CUDA it has an error of its own.
 _WORDS = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")

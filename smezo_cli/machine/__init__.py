@@ -1,0 +1,1 @@
+"""Ask and tell the machine: devices, memory, threads, signals, streams, launchers."""
