@@ -27,7 +27,8 @@ def inference(template: str, words: list[str]) -> int:
     from smezo_cli.loop import Batches
     from smezo_cli.machine import memory as memory_module
     from smezo_cli.machine.device import choose_device
-    from smezo_cli.passes import Rule, choose_passes
+    from smezo_cli.zo.passes.choose import choose_passes
+    from smezo_cli.zo.passes.draw import Rule
 
     settings = check(compose([*map(quoted, words)]))
     device = torch.device(choose_device(settings.device))

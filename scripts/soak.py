@@ -40,9 +40,10 @@ import torch
 import transformers.models.llama.modeling_llama
 import transformers.models.opt.modeling_opt  # noqa: F401 - what children would import
 
-from smezo_cli import finished, job, loop, replay, runs, scoring, train, trajectory, zo  # noqa: F401
+from smezo_cli import finished, job, loop, replay, runs, scoring, train, trajectory  # noqa: F401
 from smezo_cli.cli import main as smezo
 from smezo_cli.methods import mezo, sparse_mezo  # noqa: F401 - as above
+from smezo_cli.zo import optimizer
 
 COMMON = (
     "train task=toy task.num_train=32 task.num_dev=16 task.num_test=24 task.prompt=0 device=cpu "
@@ -62,14 +63,14 @@ FILES = ["trajectory.bin", "metrics.jsonl", "scores.safetensors", "result.json",
 FILES += ["checkpoint/state.json", "checkpoint/weights-*"]
 PLACES: dict[str, tuple[Any, str, int]] = {  # where, and how often a whole run comes by at most
     "probe": (scoring.Scorer, "loss", 24),
-    "update": (zo.ZeroOrder, "update", 12),
+    "update": (optimizer.ZeroOrder, "update", 12),
     "evaluation": (loop, "evaluate", 7),
     "write": (runs, "save_file", 10),
     "fsync": (os, "fsync", 25),
     "rename": (os, "replace", 25),
     "record": (os, "pwrite", 12),
     "load": (job, "load_model", 1),
-    "replay": (zo.ZeroOrder, "replay", 8),
+    "replay": (optimizer.ZeroOrder, "replay", 8),
 }
 ANYWHERE: list[tuple[Any, str]] = [
     *((owner, name) for owner, name, _ in PLACES.values()),

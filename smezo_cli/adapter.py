@@ -21,7 +21,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.pytorch_utils import Conv1D
 
 from smezo_cli.errors import UserError
-from smezo_cli.noise import hash64, stream_key, uniform_at
+from smezo_cli.zo.noise import hash64, stream_key, uniform_at
 
 
 class Adapter(Protocol):

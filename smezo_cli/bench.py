@@ -214,12 +214,12 @@ def _model_and_tokens(
     """
     import torch
 
-    from smezo_cli import openmp
     from smezo_cli.files.fetch import cache_dir
     from smezo_cli.linear import use_onednn
     from smezo_cli.machine.allocator import keep_freed_memory
     from smezo_cli.model import load_model
     from smezo_cli.scoring import Scorer
+    from smezo_cli.zo.passes import openmp
 
     if line := openmp.settle():
         console.say(line)

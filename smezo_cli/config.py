@@ -168,7 +168,7 @@ def _keywords(
 
 def _compares_losses(target: Callable[..., Any]) -> bool:
     """Is it a method that asks for no gradient, so that any figure may be its objective?"""
-    from smezo_cli.zo import ZeroOrder
+    from smezo_cli.zo.optimizer import ZeroOrder
 
     return inspect.isclass(target) and issubclass(target, ZeroOrder)
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from smezo_cli.runs import RunFolder, State
     from smezo_cli.tasks import Prompt, Row
     from smezo_cli.trajectory import Trajectory
-    from smezo_cli.zo import ZeroOrder
+    from smezo_cli.zo.optimizer import ZeroOrder
 
 USAGE = {
     "eval": """\
@@ -242,7 +242,7 @@ def _replayed(job: "Job", records: "Trajectory", where: str) -> "ZeroOrder":
         UserError: the method or the model is another.
     """
     from smezo_cli.trajectory import differences
-    from smezo_cli.zo import ZeroOrder
+    from smezo_cli.zo.optimizer import ZeroOrder
 
     if records.header.get("model") != job.fingerprint():
         raise UserError(

@@ -28,12 +28,13 @@ from smezo_cli.machine.torchrun import local_rank
 from smezo_cli.partial_scores import Part
 from smezo_cli.ranks import Left, Ranks
 from smezo_cli.runs import Saved
-from smezo_cli.schedule import lr_factor
 from smezo_cli.scoring import Candidates
 from smezo_cli.settings import Settings
 from smezo_cli.share import Measure
 from smezo_cli.tasks.base import fingerprint
-from smezo_cli.zo import NUMERICS, NonFiniteLoss, ZeroOrder
+from smezo_cli.zo.optimizer import ZeroOrder
+from smezo_cli.zo.schedule import lr_factor
+from smezo_cli.zo.step import NUMERICS, NonFiniteLoss
 
 # These may differ between machines, or follow from what may.
 _OF_A_MACHINE = ("device", "compile", "micro_batch_size", "runs_dir", "logger", "if_exists")

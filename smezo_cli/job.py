@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from smezo_cli import openmp
 from smezo_cli.adapter import Adapter, attach
 from smezo_cli.batching import Found, measure, pick
 from smezo_cli.config import build, target_of
@@ -24,19 +23,18 @@ from smezo_cli.machine import process
 from smezo_cli.machine.allocator import keep_freed_memory
 from smezo_cli.modalities import freeze_unread
 from smezo_cli.model import check_quantization, load_model, num_weights, quiet
-from smezo_cli.passes import NoCompiler
 from smezo_cli.scoring import Candidates, Scorer, encode
 from smezo_cli.settings import Settings
 from smezo_cli.tasks import Prompt, Row, Task, load_task
 from smezo_cli.tasks.base import fingerprint
 from smezo_cli.tokens import appended, check_rows
+from smezo_cli.zo.passes import openmp
+from smezo_cli.zo.passes.by_compiler import NoCompiler
+from smezo_cli.zo.passes.choose import _WORTH_IT
 
 if TYPE_CHECKING:
     from smezo_cli.loop import Method
     from smezo_cli.methods.frozen import InContext, LinearProbe, ZeroShot
-
-# Weights times steps from which Numba's start, some 4 s, is repaid (eager: some 1e8 a second).
-_WORTH_IT = 5e8
 _ENCODED_TOGETHER = 64  # rows behind demonstrations
 _MEASURED = 24  # rows of which some are scored together and alone
 

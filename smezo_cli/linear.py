@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smezo_cli import openmp
+from smezo_cli.zo.passes import openmp
 
 _ROWS = (1, 16, 64)  # of the inputs that a proof multiplies,
 _MOST = 1 << 20  # but for those that give more numbers, lest a proof be the peak of a run's memory

@@ -21,12 +21,12 @@ from smezo_cli.machine.stop import Stopped
 from smezo_cli.partial_scores import Part
 from smezo_cli.ranks import Ranks
 from smezo_cli.runs import RunFolder, State
-from smezo_cli.schedule import lr_factor
 from smezo_cli.scoring import Candidates, Scorer, check_scores, of_answers, outcomes
 from smezo_cli.share import Measure
 from smezo_cli.trajectory import Recorder, seconds_between
 from smezo_cli.watch import Watch
-from smezo_cli.zo import Closure, StepRecord
+from smezo_cli.zo.schedule import lr_factor
+from smezo_cli.zo.step import Closure, StepRecord
 
 
 class Method(Protocol):

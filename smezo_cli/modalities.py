@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from smezo_cli.probe import FunctionalProbe
-from smezo_cli.reach import Reads
+from smezo_cli.zo.probe import FunctionalProbe
+from smezo_cli.zo.self_check import Reads
 
 
 def freeze_unread(model: nn.Module) -> list[str]:

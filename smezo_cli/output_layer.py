@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from smezo_cli.errors import UserError
-from smezo_cli.probe import only_rows
+from smezo_cli.zo.probe import only_rows
 
 _NUM_TOKENS = 4
 # Logits of the same rows from products of other shapes; another layer's differ by their own size.

@@ -306,7 +306,7 @@ class _Keep:
         """The scratch is there already, and a pass needs no more."""
 
     def rows(self, parameter: Any, rows: Any) -> Any:
-        """As :meth:`smezo_cli.zo.Direction.rows`: the rows, their indices, the moved rows."""
+        """As the rows of a direction: the rows, their indices, the moved rows."""
         import torch
 
         picked = parameter.detach().index_select(0, rows)
@@ -465,7 +465,7 @@ class _Planner:
         """Resident memory, stages, disk, work."""
         from smezo_cli.config import build
         from smezo_cli.methods.first_order import FirstOrder
-        from smezo_cli.zo import ZeroOrder
+        from smezo_cli.zo.optimizer import ZeroOrder
 
         s = self.settings
         frozen = is_frozen(s.method)
@@ -601,7 +601,7 @@ class _Planner:
         """Held, by stage, and forwards a step."""
         import torch
 
-        from smezo_cli import masks
+        from smezo_cli.zo.selections import masks
 
         s = self.settings
         weights = sum(p.numel() for p in self.trained.values())
@@ -652,7 +652,8 @@ class _Planner:
 
     def _passes(self, weights: int, num_queries: int) -> tuple[bool, bool]:
         """Are passes compiled, and is the noise of a step kept? As train and zo decide."""
-        from smezo_cli import job, zo
+        from smezo_cli.zo.directions import dense
+        from smezo_cli.zo.passes import choose
 
         s = self.settings
         if s.compile != "auto":
@@ -661,7 +662,7 @@ class _Planner:
             compiled = True
         else:
             total = sum(p.numel() for p in self.model.parameters())
-            compiled = total * s.steps >= job._WORTH_IT and weights >= zo._WORTH_COMPILING
+            compiled = total * s.steps >= choose._WORTH_IT and weights >= dense._WORTH_COMPILING
         plain = num_queries == 1 and s.method.get("rounding") != "stochastic"
         room = self.capacity > 10 * weights
         return compiled, plain and room and not compiled and self.device == "cpu"
@@ -673,7 +674,7 @@ class _Planner:
         """
         import torch
 
-        from smezo_cli.probe import FunctionalProbe
+        from smezo_cli.zo.probe import FunctionalProbe
 
         named = dict(self.traced.named_parameters())
         probe = FunctionalProbe(self.traced, [named[name] for name in self.trained])
@@ -690,8 +691,8 @@ class _Planner:
 
     def _checked_together(self) -> int:
         """Weights that the self-check moves together, at most."""
-        from smezo_cli.probe import FunctionalProbe
-        from smezo_cli.reach import checked_together, kinds_to_check
+        from smezo_cli.zo.probe import FunctionalProbe
+        from smezo_cli.zo.self_check import checked_together, kinds_to_check
 
         names = {id(parameter): name for name, parameter in self.trained.items()}
         total = sum(p.numel() for p in self.trained.values())

@@ -9,7 +9,7 @@ from smezo_cli.errors import UserError
 from smezo_cli.job import Job
 from smezo_cli.runs import RunFolder, Saved, State
 from smezo_cli.trajectory import Trajectory, replay
-from smezo_cli.zo import ZeroOrder
+from smezo_cli.zo.optimizer import ZeroOrder
 
 
 def restore(

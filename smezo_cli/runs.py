@@ -34,7 +34,7 @@ from smezo_cli import __version__, intake
 from smezo_cli.errors import UserError, redacted_tree
 from smezo_cli.files import bounded, sealed, strict_json
 from smezo_cli.files.atomic import _replacing, check_space, write_text
-from smezo_cli.zo import NUMERICS
+from smezo_cli.zo.step import NUMERICS
 
 SCHEMA = 2  # of result.json; 1 had no checksum
 _STATE = 2  # of checkpoint/state.json

@@ -35,9 +35,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from smezo_cli import generation, metrics, tokenization
 from smezo_cli.batching import Batching
 from smezo_cli.errors import UserError
-from smezo_cli.probe import only_rows
 from smezo_cli.tokens import num_rows, padding_id, token_ids
-from smezo_cli.zo import NonFiniteLoss
+from smezo_cli.zo.probe import only_rows
+from smezo_cli.zo.step import NonFiniteLoss
 
 EVAL_TOKENS = 512  # padded tokens in an evaluation batch: activations stay in a CPU's cache
 EVAL_TOKENS_GPU = 4096  # a GPU would rather have few launches; bounds the logits kept at once

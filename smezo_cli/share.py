@@ -15,7 +15,7 @@ from torch import Tensor
 from smezo_cli.errors import UserError
 from smezo_cli.machine.out_of_memory import OutOfRoom, in_room, make_room
 from smezo_cli.scoring import Candidates, Scorer, loss_weight
-from smezo_cli.zo import Closure, StepRecord
+from smezo_cli.zo.step import Closure, StepRecord
 
 T = TypeVar("T")
 
@@ -86,7 +86,7 @@ class Batch:
         return torch.stack(sums).sum()  # where the model is: nothing waits between the parts
 
     def parts(self) -> Iterator[Closure]:
-        """See :class:`smezo_cli.zo.InParts`."""
+        """See :class:`smezo_cli.zo.step.InParts`."""
         if self._is_whole:
             yield partial(self._scorer.objective, self._rows, self._objective)
             return
@@ -98,7 +98,7 @@ class Batch:
 
 
 class SharedBatch(Batch):
-    """The share of a rank; see :class:`smezo_cli.zo.Shared`."""
+    """The share of a rank; see :class:`smezo_cli.zo.step.Shared`."""
 
     def __init__(
         self,
@@ -118,13 +118,13 @@ class SharedBatch(Batch):
         return self._sum() if self._team.shares_rows else super().__call__()
 
     def queries(self, num: int) -> Sequence[int]:
-        """See :class:`smezo_cli.zo.Shared`."""
+        """See :class:`smezo_cli.zo.step.Shared`."""
         return self._team.queries(num)
 
     def join(
         self, losses: Mapping[int, tuple[float, float]], num: int
     ) -> Sequence[tuple[float, float]]:
-        """See :class:`smezo_cli.zo.Shared`; two float64 a query are all that goes over the wire."""
+        """See :class:`Shared`; two float64 a query are all that goes over the wire."""
         flat = [loss for query in range(num) for loss in losses.get(query, (0.0, 0.0))]
         weight = self._weight if self._team.shares_rows else 1
         sums = [total / weight for total in self._team.add(flat)]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smezo_cli.noise import stream_key
 from smezo_cli.scoring import Candidates
-from smezo_cli.zo import Closure, NonFiniteLoss, StepRecord
+from smezo_cli.zo.noise import stream_key
+from smezo_cli.zo.step import Closure, NonFiniteLoss, StepRecord
 
 
 class Textbook:

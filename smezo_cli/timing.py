@@ -21,17 +21,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from smezo_cli import masks, textbook
+from smezo_cli import textbook
 from smezo_cli.errors import UserError
 from smezo_cli.linear import as_torch_has_it
 from smezo_cli.machine import allocator
 from smezo_cli.machine.memory import PeakMemory
 from smezo_cli.methods.mezo import MeZO
 from smezo_cli.methods.sparse_mezo import SparseMeZO
-from smezo_cli.noise import stream_key
-from smezo_cli.passes import Draw, Rule, choose_passes
 from smezo_cli.scoring import Candidates, Scorer
-from smezo_cli.zo import NonFiniteLoss
+from smezo_cli.zo.noise import stream_key
+from smezo_cli.zo.passes.choose import choose_passes
+from smezo_cli.zo.passes.draw import Draw, Rule
+from smezo_cli.zo.selections import masks
+from smezo_cli.zo.step import NonFiniteLoss
 
 LR = 1e-12  # not 0: the update is made, and what it adds to a weight is below rounding
 EPS = 1e-3  # of both papers

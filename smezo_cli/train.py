@@ -186,11 +186,11 @@ class _Run:
         import torch
 
         from smezo_cli.job import Job
-        from smezo_cli.lockstep import NotInLockstep
         from smezo_cli.machine.stop import Stopped
         from smezo_cli.partial_scores import NAME, PartialScores
         from smezo_cli.runs import UNSETTLED
-        from smezo_cli.zo import NonFiniteLoss
+        from smezo_cli.zo.step import NonFiniteLoss
+        from smezo_cli.zo.turns import NotInLockstep
 
         self._announce()
         self.state.notes.pop(UNSETTLED, None)  # of a run that now goes on
@@ -649,7 +649,7 @@ class _Run:
         """Weights and method as they were at the state; what of the state is not good is undone."""
         from smezo_cli.replay import rebuild, restore
         from smezo_cli.trajectory import Recorder, check_length
-        from smezo_cli.zo import ZeroOrder
+        from smezo_cli.zo.optimizer import ZeroOrder
 
         state, folder, say = self.state, self.folder, self.console.say
         if not isinstance(method, ZeroOrder):
@@ -728,7 +728,7 @@ class _Run:
             not finite, which its scores say with the row.
         """
         from smezo_cli.follower import short_enough
-        from smezo_cli.zo import NonFiniteLoss
+        from smezo_cli.zo.step import NonFiniteLoss
 
         scorer, is_first = self.job.scorer, rows is None
         if rows is None:
@@ -751,7 +751,7 @@ class _Run:
 
     def _unreached(self, error: ValueError) -> str:
         """The sentence of a self-check that fails, with the words that let the run go."""
-        from smezo_cli.reach import Unreached
+        from smezo_cli.zo.self_check import Unreached
 
         if not isinstance(error, Unreached):
             return f"method: {error}."
@@ -834,7 +834,8 @@ class _Run:
         """What low precision does to the losses of a run that is in it; at the tested weights."""
         from smezo_cli.loop import Batches
         from smezo_cli.watch import loss_noise
-        from smezo_cli.zo import NonFiniteLoss, ZeroOrder
+        from smezo_cli.zo.optimizer import ZeroOrder
+        from smezo_cli.zo.step import NonFiniteLoss
 
         s = self.settings
         dtypes = {s.dtype, s.compute_dtype or s.dtype}
@@ -1021,7 +1022,7 @@ class _Run:
         """Have the model hold the best weights, and the folder too; note what they are."""
         from smezo_cli.replay import rebuild
         from smezo_cli.runs import tensors_digest
-        from smezo_cli.zo import ZeroOrder
+        from smezo_cli.zo.optimizer import ZeroOrder
 
         state, folder = self.state, self.folder
         last = tensors_digest(method.trained)

@@ -1,9 +1,9 @@
 """The trajectory of a zeroth-order run: what its weights follow from, a few bytes a step.
 
 The noise, the masks and the rounding of a step are functions of (seed, step, query, tensor name)
-alone (:mod:`smezo_cli.noise`), so seed and step number are the keys, and a step is its learning
+alone (:mod:`smezo_cli.zo.noise`), so seed and step number are the keys, and a step is its learning
 rate and its projected gradients. The base model and this file give the weights of every step again
-without a forward: :meth:`smezo_cli.zo.ZeroOrder.replay`.
+without a forward: :meth:`smezo_cli.zo.optimizer.ZeroOrder.replay`.
 
 ``trajectory.bin``, little-endian, is only ever appended to::
 
@@ -39,7 +39,7 @@ import numpy.typing as npt
 
 from smezo_cli.errors import UserError
 from smezo_cli.files import bounded, strict_json
-from smezo_cli.zo import StepRecord
+from smezo_cli.zo.step import StepRecord
 
 _RUN, _DELTA, _VERSION = b"SMEZOTRJ", b"SMEZODLT", 1
 _START = struct.Struct("<8sII")
@@ -56,7 +56,7 @@ class Damaged(UserError):
 
 @runtime_checkable
 class Replayable(Protocol):
-    """What replaying asks of a method; see :class:`smezo_cli.zo.ZeroOrder`."""
+    """What replaying asks of a method; see :class:`smezo_cli.zo.optimizer.ZeroOrder`."""
 
     num_steps: int
     param_groups: list[dict[str, Any]]

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from smezo_cli.batching import Found
-from smezo_cli.noise import hash64, stream_key
-from smezo_cli.probe import looks_up_rows, renumbered
 from smezo_cli.scoring import Candidates, Scorer
-from smezo_cli.zo import NonFiniteLoss, StepRecord, ZeroOrder
+from smezo_cli.zo.noise import hash64, stream_key
+from smezo_cli.zo.optimizer import ZeroOrder
+from smezo_cli.zo.probe import looks_up_rows, renumbered
+from smezo_cli.zo.step import NonFiniteLoss, StepRecord
 
 if TYPE_CHECKING:
     from smezo_cli.loop import Method
@@ -270,7 +271,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
     Every module that owns tensors below float32 runs with float32 copies of its own, and with
     float32 inputs; copies live while the module's forward runs. It equals ``model.float()``, at the
-    memory of one module. A probe (:class:`smezo_cli.probe.FunctionalProbe`) is entered inside of
+    memory of one module. A probe (:class:`smezo_cli.zo.probe.FunctionalProbe`) is entered inside of
     it, so that what is copied is the moved weight in the dtype in which it would be stored.
     """
     owners = [m for m in model.modules() if any(map(_is_low, _own(m).values()))]

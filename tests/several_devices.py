@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from smezo_cli.lockstep import Turns
+from smezo_cli.zo.turns import Turns
 
 aten = torch.ops.aten
 KIND = "maia"  # a kind of device that torch knows the name of, and nobody here has

@@ -26,7 +26,7 @@ from test_zo import (
 )
 from torch import Tensor, nn
 
-from smezo_cli.lockstep import NotInLockstep
+from smezo_cli.zo.turns import NotInLockstep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

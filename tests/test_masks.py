@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from smezo_cli import masks, noise
-from smezo_cli.masks import RULES, kth_magnitude, threshold
 from smezo_cli.methods.sparse_mezo import SparseMeZO
-from smezo_cli.passes import Draw, EagerPasses, Rule
+from smezo_cli.zo import noise
+from smezo_cli.zo.passes.draw import Draw, Rule
+from smezo_cli.zo.passes.eager import EagerPasses
+from smezo_cli.zo.selections import masks
+from smezo_cli.zo.selections.masks import RULES, kth_magnitude, threshold
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -171,7 +171,9 @@ def test_backends_and_threads_give_the_same_bits(kind: str, dtype: torch.dtype) 
 
 def test_the_compiled_directions_of_other_devices_are_the_eager_ones(compiler: None) -> None:
     """torch.compile's, which only accelerators use, asked on the CPU."""
-    from smezo_cli.passes import CompiledPasses, EagerPasses, Rule
+    from smezo_cli.zo.passes.by_compiler import CompiledPasses
+    from smezo_cli.zo.passes.draw import Rule
+    from smezo_cli.zo.passes.eager import EagerPasses
 
     opt = adam(nn.Sequential(nn.Linear(21, 13)), num_queries=2)
     for target in opt.targets:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smezo_cli import noise
+from smezo_cli.zo import noise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,7 +21,7 @@ from smezo_cli.methods.mezo import MeZO
 from smezo_cli.model import load_model
 from smezo_cli.scoring import Candidates, NonFiniteScore, Scorer, are_scored, encode
 from smezo_cli.tasks import Prompt, Row
-from smezo_cli.zo import NonFiniteLoss
+from smezo_cli.zo.step import NonFiniteLoss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

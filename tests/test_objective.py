@@ -26,7 +26,7 @@ from smezo_cli.methods.mezo import MeZO
 from smezo_cli.scoring import Candidates, Scorer, encode
 from smezo_cli.tasks import Prompt
 from smezo_cli.watch import Numerics, Watch
-from smezo_cli.zo import StepRecord
+from smezo_cli.zo.step import StepRecord
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smezo_cli import linear, openmp
+from smezo_cli import linear
+from smezo_cli.zo.passes import openmp
 
 ROOT = Path(__file__).resolve().parent.parent
 # Each lets two threads be asked for, and one be given (always, or when the machine is busy).

@@ -11,17 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from smezo_cli import kernels, noise, passes
-from smezo_cli.masks import RULES
-from smezo_cli.passes import (
-    CompiledPasses,
-    Draw,
-    EagerPasses,
-    NumbaPasses,
-    Numbers,
-    Rule,
-    choose_passes,
-)
+from smezo_cli.zo import noise
+from smezo_cli.zo.passes import by_compiler, by_numba, choose, kernels
+from smezo_cli.zo.passes.by_compiler import CompiledPasses
+from smezo_cli.zo.passes.by_numba import NumbaPasses
+from smezo_cli.zo.passes.choose import choose_passes
+from smezo_cli.zo.passes.draw import Draw, Numbers, Rule
+from smezo_cli.zo.passes.eager import EagerPasses
+from smezo_cli.zo.selections.masks import RULES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -65,7 +62,7 @@ def same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(bits(a), bits(b))
 
 
-def moved_by(worker: passes.Passes, weight: Tensor, draw: Draw) -> Tensor:
+def moved_by(worker: choose.Passes, weight: Tensor, draw: Draw) -> Tensor:
     out = torch.full_like(weight, math.nan)
     worker.move(weight, out, draw)
     return out
@@ -331,7 +328,7 @@ def test_numba_passes_have_the_bits_of_eager_ones(case: Case) -> None:
         assert same(out, wanted)
 
 
-def both_equal_two(worker: passes.Passes, case: Case) -> None:
+def both_equal_two(worker: choose.Passes, case: Case) -> None:
     """One draw for both probes gives the bits of an eager pass each."""
     mask, kind, dtype, _, queries, _ = case
     rule = Rule(mask, kind)
@@ -349,7 +346,7 @@ def both_equal_two(worker: passes.Passes, case: Case) -> None:
 @pytest.mark.parametrize("case", COMPILED, ids=lambda c: "-".join(map(str, c)))
 @pytest.mark.parametrize("worker", [EagerPasses, NumbaPasses])
 def test_both_probes_from_one_draw_have_the_bits_of_two_passes(
-    worker: Callable[[Rule], passes.Passes], case: Case
+    worker: Callable[[Rule], choose.Passes], case: Case
 ) -> None:
     both_equal_two(worker(Rule(*case[:2])), case)
 
@@ -382,7 +379,7 @@ def test_threads_share_a_numba_pass(
     if pool == "ours":  # as where torch's OpenMP cannot be called
         monkeypatch.setattr(kernels, "in_threads", lambda *of: None)
     rule = Rule(*COMPILED[0][:2])
-    draw, weight = draw_of(rule), weight_of(8 * passes._SHARE + 3, dtype)
+    draw, weight = draw_of(rule), weight_of(8 * by_numba._SHARE + 3, dtype)
     wanted, index = moved_by(EagerPasses(rule), weight, draw), torch.arange(7, weight.numel(), 3)
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)  # put back by the fixture
@@ -423,7 +420,7 @@ def test_shares_are_parts_of_whatever_is_not_a_multiple_of_them() -> None:
 def test_the_threads_are_those_of_torch() -> None:
     """A pass starts no thread where torch has its own running already."""
     code = (
-        "import os, torch; from smezo_cli import openmp; from smezo_cli.passes import *\n"
+        "import os, torch; from smezo_cli import openmp; from smezo_cli.zo.passes.choose import *\n"
         "torch.set_num_threads(3); w = torch.ones(1 << 24) + 1\n"
         "key = torch.zeros(2, dtype=torch.int64); scalar = torch.zeros(())\n"
         "worker = NumbaPasses(Rule()); draw = Draw(key[None], key, key, scalar, scalar[None])\n"
@@ -447,7 +444,7 @@ def test_numba_is_what_a_cpu_gets() -> None:
 def test_eager_passes_leave_numba_unimported() -> None:
     """Its import takes a second, which a run without fused passes does not wait for."""
     code = (
-        "import sys, torch, smezo_cli.zo, smezo_cli.methods.mezo as m\n"
+        "import sys, torch, smezo_cli.zo.optimizer, smezo_cli.methods.mezo as m\n"
         "x = torch.nn.Linear(3, 1)\n"
         "m.MeZO(x, lr=1e-3, eps=1e-3).step(lambda: x(torch.ones(2, 3)).sum())\n"
         "assert 'numba' not in sys.modules"
@@ -492,7 +489,7 @@ def test_compiled_picking_has_the_bits_of_the_whole_pass(case: Case) -> None:
 @pytest.mark.parametrize("case", COMPILED, ids=lambda c: "-".join(map(str, c)))
 @pytest.mark.parametrize("worker", [EagerPasses, CompiledPasses])
 def test_a_gpu_pass_has_the_bits_of_the_cpu(
-    case: Case, worker: Callable[[Rule], passes.Passes]
+    case: Case, worker: Callable[[Rule], choose.Passes]
 ) -> None:
     """Eager and compiled passes on a CUDA device equal eager passes on the CPU."""
     mask, kind, dtype, rounding, queries, decay = case
@@ -531,5 +528,5 @@ def test_where_no_compiler_works_auto_is_eager_and_says_why(
     assert worker.name == "eager"
     assert missing in why
     assert why.endswith(": no tools here")
-    with pytest.raises(passes.NoCompiler, match=f"^{re.escape(why)}$"):
+    with pytest.raises(by_compiler.NoCompiler, match=f"^{re.escape(why)}$"):
         choose_passes(Rule("small"), "compiled", torch.device(device))

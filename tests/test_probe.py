@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
 from smezo_cli.methods.mezo import MeZO
-from smezo_cli.probe import FunctionalProbe, only_rows
+from smezo_cli.zo.probe import FunctionalProbe, only_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -25,8 +25,8 @@ from smezo_cli import train
 from smezo_cli.config import compose
 from smezo_cli.errors import UserError
 from smezo_cli.methods.mezo import MeZO
-from smezo_cli.reach import Losses, Rounding, Unreached, globs_of, is_reached
-from smezo_cli.zo import Closure
+from smezo_cli.zo.self_check import Losses, Rounding, Unreached, globs_of, is_reached
+from smezo_cli.zo.step import Closure
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8], [9, 7, 9, 3, 2, 3]])
 LABELS = torch.tensor([0, 1, 1])

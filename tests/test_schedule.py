@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from smezo_cli.schedule import SCHEDULES, lr_factor
+from smezo_cli.zo.schedule import SCHEDULES, lr_factor
 
 
 def test_constant_is_one_throughout() -> None:

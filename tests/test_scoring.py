@@ -27,10 +27,10 @@ from smezo_cli.errors import UserError
 from smezo_cli.files import fetch
 from smezo_cli.methods.mezo import MeZO
 from smezo_cli.model import byte_tokenizer, load_model
-from smezo_cli.probe import FunctionalProbe
 from smezo_cli.scoring import Candidates, Scorer, encode
 from smezo_cli.tasks import Prompt, Row, load_task
 from smezo_cli.tasks.templates import fields_of
+from smezo_cli.zo.probe import FunctionalProbe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

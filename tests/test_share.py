@@ -14,7 +14,7 @@ from smezo_cli.methods.first_order import FirstOrder
 from smezo_cli.methods.mezo import MeZO
 from smezo_cli.scoring import Scorer
 from smezo_cli.share import Batch, Measure
-from smezo_cli.zo import ZeroOrder
+from smezo_cli.zo.optimizer import ZeroOrder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

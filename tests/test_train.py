@@ -29,11 +29,13 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from smezo_cli import job, loop, metrics, scoring, train, watch, zo
+from smezo_cli import job, loop, metrics, scoring, train, watch
 from smezo_cli.model import load_model
 from smezo_cli.partial_scores import NAME
 from smezo_cli.scoring import Scorer, encode
 from smezo_cli.tasks import load_task
+from smezo_cli.zo.directions import dense
+from smezo_cli.zo.passes import choose
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["task=toy", "task.num_train=32", "task.num_dev=16", "task.num_test=24", "device=cpu"]
@@ -950,7 +952,7 @@ def test_compiled_passes_change_no_bit(finished: Callable[[str], Path], tmp_path
 
 def always_worth_it() -> None:
     """As if every run were long enough to compile for."""
-    job._WORTH_IT = zo._WORTH_COMPILING = 0
+    choose._WORTH_IT = dense._WORTH_COMPILING = 0
 
 
 def numba_is_broken() -> None:

@@ -16,7 +16,8 @@ from smezo_cli import trajectory
 from smezo_cli.errors import UserError
 from smezo_cli.methods.sparse_mezo import SparseMeZO
 from smezo_cli.trajectory import Damaged, Recorder, differences, read
-from smezo_cli.zo import StepRecord, ZeroOrder
+from smezo_cli.zo.optimizer import ZeroOrder
+from smezo_cli.zo.step import StepRecord
 
 X = torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
 Y = torch.randn(16, 3, generator=torch.Generator().manual_seed(2))

@@ -70,7 +70,7 @@ def test_no_source_file_executes_or_unpickles(file: Path) -> None:
             "os.system",
             "builtins.eval",
             "smezo_cli.files.atomic.write_text",
-            "smezo_cli.zo.ZerothOrder",
+            "smezo_cli.zo.optimizer.ZerothOrder",
         ),
         *("smezo_cli.methods.first_order.torch.load", "smezo_cli.methods.first_order.stream_key"),
         *("smezo_cli.methods.first_order.NonFiniteLoss", "smezo_cli.methods.mezo.__builtins__"),

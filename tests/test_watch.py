@@ -31,7 +31,8 @@ from smezo_cli.watch import (
     report_lines,
     spike_report,
 )
-from smezo_cli.zo import Closure, StepRecord, ZeroOrder
+from smezo_cli.zo.optimizer import ZeroOrder
+from smezo_cli.zo.step import Closure, StepRecord
 
 CONF = Path(__file__).parents[1] / "conf"
 TWINS = [f"tiny-{name}" for name in ("llama", "opt", "gemma3", "qwen2", "mistral", "roberta")]

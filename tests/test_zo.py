@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from smezo_cli import noise
-from smezo_cli.masks import threshold
 from smezo_cli.methods.first_order import FirstOrder
 from smezo_cli.methods.mezo import MeZO
 from smezo_cli.methods.sparse_mezo import SparseMeZO
-from smezo_cli.zo import NonFiniteLoss, StepRecord, ZeroOrder
+from smezo_cli.zo import noise
+from smezo_cli.zo.optimizer import ZeroOrder
+from smezo_cli.zo.selections.masks import threshold
+from smezo_cli.zo.step import NonFiniteLoss, StepRecord
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from smezo_cli.machine.out_of_memory import in_room
-from smezo_cli.noise import stream_key
-from smezo_cli.zo import Closure, InParts, NonFiniteLoss, StepRecord
+from smezo_cli.zo.noise import stream_key
+from smezo_cli.zo.step import Closure, InParts, NonFiniteLoss, StepRecord
 
 
 class FirstOrder:

@@ -4,11 +4,11 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from smezo_cli.zo import ZeroOrder
+from smezo_cli.zo.optimizer import ZeroOrder
 
 
 class MeZO(ZeroOrder):
-    """Every weight perturbed; see :class:`smezo_cli.zo.ZeroOrder` for the arguments."""
+    """Every weight perturbed; see :class:`smezo_cli.zo.optimizer.ZeroOrder` for the arguments."""
 
     def __init__(
         self,

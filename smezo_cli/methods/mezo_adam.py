@@ -7,14 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smezo_cli.passes import ROUNDINGS, EagerPasses, NumbaPasses, Use
-from smezo_cli.zo import Target, ZeroOrder
+from smezo_cli.zo.optimizer import ZeroOrder
+from smezo_cli.zo.passes.by_numba import NumbaPasses
+from smezo_cli.zo.passes.eager import EagerPasses, Use
+from smezo_cli.zo.rounding import ROUNDINGS
+from smezo_cli.zo.targets import Target
 
 
 class MeZOAdam(ZeroOrder):
     """Adam's moments of the estimate, elementwise, in float32: 8 bytes a weight.
 
-    One step, from the queries q = 1..Q of :class:`smezo_cli.zo.ZeroOrder` and with t = 1 at first:
+    One step, from the queries q = 1..Q of :class:`smezo_cli.zo.optimizer.ZeroOrder` and with t = 1
+    at first:
 
         g = 1/Q sum_q projected_grad_q z_q
         m <- beta1 m + (1 - beta1) g;  v <- beta2 v + (1 - beta2) g^2
@@ -26,7 +30,8 @@ class MeZOAdam(ZeroOrder):
     the weights are.
 
     Args:
-        model: as for :class:`smezo_cli.zo.ZeroOrder`, which has the arguments not named here.
+        model: as for :class:`smezo_cli.zo.optimizer.ZeroOrder`, which has the arguments not named
+        here.
         lr: step size: about the largest move of a weight in a step.
         eps: radius of the probe.
         betas: decay of m and of v, each in [0, 1).
@@ -95,7 +100,7 @@ class MeZOAdam(ZeroOrder):
         self._moments: dict[str, tuple[Tensor, Tensor]] = {}
 
     def identity(self) -> dict[str, Any]:
-        """See :meth:`smezo_cli.zo.ZeroOrder.identity`."""
+        """See :meth:`smezo_cli.zo.optimizer.ZeroOrder.identity`."""
         return super().identity() | {"betas": list(self.betas), "adam_eps": self.adam_eps}
 
     def coefficients(self, projected_grad: Sequence[float], lr: float) -> list[float]:
@@ -146,7 +151,7 @@ class MeZOAdam(ZeroOrder):
         return use
 
     def snapshot(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """See :meth:`smezo_cli.zo.ZeroOrder.snapshot`; the tensors are m and v themselves."""
+        """See :meth:`ZeroOrder.snapshot`; the tensors are m and v themselves."""
         pairs = self._moments.items()
         tensors = {f"{name}/exp_avg": m for name, (m, _) in pairs}
         return super().snapshot()[0], tensors | {f"{name}/exp_avg_sq": v for name, (_, v) in pairs}

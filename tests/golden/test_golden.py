@@ -23,7 +23,7 @@ from smezo_cli.job import Job
 from smezo_cli.runs import tensors_digest
 from smezo_cli.settings import check
 from smezo_cli.trajectory import read
-from smezo_cli.zo import ZeroOrder
+from smezo_cli.zo.optimizer import ZeroOrder
 
 GOLDEN = Path(__file__).with_name("runs.json")
 COMMON = [

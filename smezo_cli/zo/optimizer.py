@@ -6,242 +6,35 @@
 Works on any torch module; knows nothing of Hydra or transformers.
 """
 
-import fnmatch
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from smezo_cli import dynamo, masks, reach
-from smezo_cli.lockstep import NotInLockstep, Turns, refuse
-from smezo_cli.noise import KINDS, stream_key, uniform_at
-from smezo_cli.passes import (
-    Draw,
-    EagerPasses,
-    NumbaPasses,
-    Numbers,
-    Passes,
-    Rule,
-    as_draws,
-    choose_passes,
-)
-from smezo_cli.probe import FunctionalProbe
-from smezo_cli.reach import Base, Losses, Reads, Rounding, Unreached
-
-Closure = Callable[[], Tensor]
-
-#: Raise it when noise, masks, thresholds or the arithmetic of an update give other bits than
-#: before: a trajectory of another version is not replayed.
-NUMERICS = 1
-
-
-class NonFiniteLoss(ArithmeticError):
-    """A loss was NaN or infinite; the weights are those before the step."""
-
-
-@runtime_checkable
-class InParts(Protocol):
-    """A closure whose loss is a sum of parts that fit into memory one after the other."""
-
-    def __call__(self) -> Tensor: ...
-    def parts(self) -> Iterable[Closure]:
-        """Closures of the parts; each returns its part of the loss, ()."""
-
-
-@runtime_checkable
-class Shared(Protocol):
-    """A closure of a step that several processes make together, each on weights of its own.
-
-    It returns what this process measures; all of them go on with the same joined losses.
-    """
-
-    def __call__(self) -> Tensor: ...
-    def queries(self, num: int) -> Sequence[int]:
-        """Those, of so many, that this process measures."""
-
-    def join(
-        self, losses: Mapping[int, tuple[float, float]], num: int
-    ) -> Sequence[tuple[float, float]]:
-        """The losses of all queries, from those of this process's at theta+ and theta-."""
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What a step did.
-
-    Attributes:
-        loss: mean of the losses measured in the step.
-        projected_grad: one directional derivative per query, as measured (empty for first-order
-            methods).
-        num_forwards: forward passes over the batch.
-        clipped: how many of them were cut for the update.
-    """
-
-    loss: float
-    projected_grad: tuple[float, ...]
-    num_forwards: int
-    clipped: int = 0
-
-    @property
-    def unmoved(self) -> int:
-        """Probes that moved nothing: queries whose two losses are the same number."""
-        return sum(g == 0 for g in self.projected_grad)
-
-
-@dataclass
-class Target:
-    """A perturbed tensor: where it is, its stream's name, its threshold."""
-
-    name: str
-    parameter: nn.Parameter
-    masked: bool
-    h: float = math.inf
-    position: int = 0
-    _flat: Tensor | None = None
-
-    @property
-    def flat(self) -> Tensor:
-        """The weights themselves, flat; writing to it writes to the model."""
-        p, flat = self.parameter, self._flat
-        # Made once: passes keep what they need to know of a tensor with the tensor object.
-        if flat is None or flat.data_ptr() != p.data_ptr() or flat.dtype != p.dtype:
-            flat = self._flat = p.detach().view(-1)
-        return flat
-
-
-class Direction:
-    """sum_q a_q m z_q at one step for some coefficients a, as probes and updates evaluate it."""
-
-    def __init__(self, owner: "ZeroOrder", numbers: list[Numbers]) -> None:
-        self._owner = owner
-        self._numbers = numbers
-        self._draws: list[Draw] | None = None
-
-    def numbers(self, target: Target) -> Numbers:
-        """What a pass over this tensor needs, as plain numbers."""
-        return self._numbers[target.position]
-
-    def draw(self, target: Target) -> Draw:
-        """The same as tensors on the target's device, made for all targets when first asked for."""
-        if self._draws is None:
-            devices = [t.parameter.device for t in self._owner.targets]
-            self._draws = as_draws(self._numbers, devices)
-        return self._draws[target.position]
-
-    def whole(self, parameter: Tensor, out: Tensor) -> None:
-        """See :class:`smezo_cli.probe.Mover`."""
-        self._owner.move(self._owner.target_of(parameter), out, self)
-
-    def both(self, parameter: Tensor, plus: Tensor, minus: Tensor) -> None:
-        """See :class:`smezo_cli.probe.PairMover`."""
-        self._owner.move_both(self._owner.target_of(parameter), plus, minus, self)
-
-    def rows(self, parameter: Tensor, rows: Tensor) -> Tensor:
-        """See :class:`smezo_cli.probe.Mover`."""
-        target = self._owner.target_of(parameter)
-        width = parameter.numel() // parameter.shape[0]
-        picked = parameter.detach().index_select(0, rows).view(-1)
-        offsets = torch.arange(width, device=rows.device)
-        index = (rows[:, None] * width + offsets).view(-1)
-        moved = self._owner.move_at(target, picked, index, self)
-        return moved.view(rows.shape[0], *parameter.shape[1:])
-
-    def dense(self, target: Target) -> tuple[Tensor, Tensor]:
-        """a z of one query (float32, flat), written out, and the mask (bool)."""
-        z, mask = self._owner.kept(target, self)
-        return z * self.draw(target).coefficients[0], mask
-
-
-class Executor(Protocol):
-    """How a pair of losses is measured; must not change the numbers."""
-
-    name: str
-
-    def losses(self, closure: Closure, plus: Direction, minus: Direction) -> tuple[Tensor, Tensor]:
-        """Losses at theta + eps m z and theta - eps m z."""
-
-
-class Sequential:
-    """Scratch copies, module by module; the weights are only read."""
-
-    name = "sequential"
-
-    def __init__(self, probe: FunctionalProbe) -> None:
-        self._probe = probe
-
-    def losses(self, closure: Closure, plus: Direction, minus: Direction) -> tuple[Tensor, Tensor]:
-        """See :class:`Executor`."""
-        with self._probe.at(plus):
-            loss_plus = closure()
-        with self._probe.at(minus):
-            loss_minus = closure()
-        return loss_plus, loss_minus
-
-
-class Lockstep:
-    """As sequential, but both forwards run in turns, module by module, with one draw for both.
-
-    They run during the first call of the closure; the second is given what the second forward gave.
-    """
-
-    name = "lockstep"
-
-    def __init__(self, model: nn.Module, probe: FunctionalProbe) -> None:
-        self._probe, self._turns = probe, Turns(model)
-
-    def losses(self, closure: Closure, plus: Direction, minus: Direction) -> tuple[Tensor, Tensor]:
-        """See :class:`Executor`.
-
-        Raises:
-            NotInLockstep: the closure or the model does not allow it.
-        """
-        with self._probe.in_turns(plus, minus, self._turns), self._turns.first():
-            loss_plus = closure()
-        with self._turns.second():
-            loss_minus = closure()
-        return loss_plus, loss_minus
-
-
-class InPlace:
-    """The textbook (MeZO, arXiv 2305.17333, Algorithm 1): +eps, -2 eps, +eps, in the weights.
-
-    The mask is taken once, before the first write. Low-precision weights do not come back exactly;
-    this is the reference, not the way to train.
-    """
-
-    name = "in_place"
-
-    def __init__(self, targets: Sequence[Target]) -> None:
-        self._targets = targets
-
-    def losses(self, closure: Closure, plus: Direction, minus: Direction) -> tuple[Tensor, Tensor]:
-        """See :class:`Executor`."""
-        steps = [plus.dense(target) for target in self._targets]  # (eps m z, m)
-        standing = 0.0  # multiples of the step that are in the weights
-        try:
-            self._add(steps, 1.0)
-            standing = 1.0
-            loss_plus = closure()
-            self._add(steps, -2.0)
-            standing = -1.0
-            loss_minus = closure()
-        finally:
-            self._add(steps, -standing)
-        return loss_plus, loss_minus
-
-    def _add(self, steps: list[tuple[Tensor, Tensor]], scale: float) -> None:
-        for target, (step, mask) in zip(self._targets, steps, strict=True):
-            moved = (target.flat.float() + scale * step).to(target.flat.dtype)
-            target.flat.copy_(torch.where(mask, moved, target.flat))
-        torch.clear_autocast_cache()
+from smezo_cli.zo import dynamo
+from smezo_cli.zo import self_check as reach
+from smezo_cli.zo.directions.dense import _WORTH_COMPILING, Direction, _free_memory_bytes
+from smezo_cli.zo.executors.base import Executor
+from smezo_cli.zo.executors.in_place import InPlace
+from smezo_cli.zo.executors.lockstep import Lockstep
+from smezo_cli.zo.executors.sequential import Sequential
+from smezo_cli.zo.noise import KINDS, stream_key, uniform_at
+from smezo_cli.zo.passes.by_numba import NumbaPasses
+from smezo_cli.zo.passes.choose import Passes, choose_passes
+from smezo_cli.zo.passes.draw import Numbers, Rule
+from smezo_cli.zo.passes.eager import EagerPasses
+from smezo_cli.zo.probe import FunctionalProbe
+from smezo_cli.zo.selections import masks
+from smezo_cli.zo.self_check import Base, Losses, Reads, Rounding, Unreached
+from smezo_cli.zo.step import NUMERICS, Closure, NonFiniteLoss, Shared, StepRecord
+from smezo_cli.zo.targets import Target, _check, _number, _one_of, _select
+from smezo_cli.zo.turns import NotInLockstep, refuse
 
 
 class ZeroOrder(torch.optim.Optimizer):
@@ -260,7 +53,7 @@ class ZeroOrder(torch.optim.Optimizer):
         num_queries: Q.
         weight_decay: inside the mask only.
         clip_projected_grad: |projected_grad_q| is cut to it in the update; None never.
-        mask: "none", "small", "large" or "random" (see :mod:`smezo_cli.masks`).
+        mask: "none", "small", "large" or "random" (see :mod:`smezo_cli.zo.selections.masks`).
         sparsity: fraction NOT perturbed, in [0, 1).
         mask_refresh_every: recompute thresholds every so many steps; 0 keeps the initial ones.
         mask_resample: "run" or "step": when the random mask is drawn anew.
@@ -1001,49 +794,3 @@ class ZeroOrder(torch.optim.Optimizer):
         names = {id(t.parameter): t.name for t in self.targets}
         kinds = reach.kinds_to_check(self._probe, names, self.num_weights)
         return {kind: [by_name[name] for name in chosen] for kind, chosen in kinds.items()}
-
-
-_WORTH_COMPILING = 1_000_000  # weights; fewer are moved some hundred times while Numba starts
-
-
-def _select(model: nn.Module, freeze: list[str], dense: list[str]) -> list[Target]:
-    plain = [(dynamo.plain_name(name), p) for name, p in model.named_parameters()]
-    named = [(name, p) for name, p in plain if p.requires_grad]
-    if not named:
-        raise ValueError("no parameter of the model requires gradients, so nothing can be trained")
-    for name, parameter in named:
-        if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"parameter {name} is {parameter.dtype}: float32, bfloat16, float16")
-    for key, glob in [*(("freeze", g) for g in freeze), *(("dense", g) for g in dense)]:
-        if not any(fnmatch.fnmatchcase(name, glob) for name, _ in named):
-            raise ValueError(f"{key} {glob!r} matches no trainable parameter, e.g. {named[0][0]!r}")
-    targets: list[Target] = []
-    for name, parameter in named:
-        if any(fnmatch.fnmatchcase(name, glob) for glob in freeze):
-            continue
-        if not parameter.is_contiguous():
-            raise ValueError(f"parameter {name} is not contiguous")
-        masked = not any(fnmatch.fnmatchcase(name, glob) for glob in dense)
-        targets.append(Target(name, parameter, masked, position=len(targets)))
-    if not targets:
-        raise ValueError("no parameter is left to train; freeze fewer")
-    return targets
-
-
-def _free_memory_bytes() -> int:
-    if "SC_AVPHYS_PAGES" not in os.sysconf_names:
-        return 0
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _number(loss: Tensor) -> float:
-    return float(loss.detach())
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _one_of(key: str, got: str | bool, allowed: Sequence[str | bool]) -> None:
-    _check(got in allowed, f"{key}={got}: one of {', '.join(map(str, allowed))}")

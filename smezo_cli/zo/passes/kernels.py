@@ -1,8 +1,8 @@
 """The passes as machine code by Numba: loops over float32 arrays in the cache, one thread each.
 
-The arithmetic is that of :mod:`smezo_cli.noise`, :mod:`smezo_cli.masks` and the rounding of
-:mod:`smezo_cli.passes`, compiled from the same source; here are only the loops around it. Importing
-this module imports Numba, which takes a second.
+The arithmetic is that of :mod:`smezo_cli.zo.noise`, :mod:`smezo_cli.zo.selections.masks` and the
+rounding of :mod:`smezo_cli.zo.passes.choose`, compiled from the same source; here are only the
+loops around it. Importing this module imports Numba, which takes a second.
 
 Without fast-math, LLVM neither contracts nor reorders: the bits are those of eager torch.
 """
@@ -17,7 +17,10 @@ from numba import carray, cfunc, njit, types  # type: ignore[attr-defined]  # ca
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from smezo_cli import elementwise, masks, noise, openmp, passes
+from smezo_cli.zo import elementwise, noise
+from smezo_cli.zo import rounding as rounding_module
+from smezo_cli.zo.passes import openmp
+from smezo_cli.zo.selections import masks
 
 Function = Callable[..., Any]
 Rounding = torch.dtype | None  # a key of passes.ROUNDINGS; None leaves float32 results as they are
@@ -32,7 +35,7 @@ _SHARED: tuple[Function, ...] = (
     noise.rounding_pair,
     *noise.PAIRS.values(),
     *masks.RULES.values(),
-    *passes.ROUNDINGS.values(),
+    *rounding_module.ROUNDINGS.values(),
 )
 # What is compiled where a function is called: the function itself, or what the names of
 # elementwise.py mean for single numbers.
@@ -120,7 +123,7 @@ def _finish(mask: str, rounding: Rounding, decay: bool) -> Function:
             )
 
         return to_nearest
-    rounded = passes.ROUNDINGS[rounding]
+    rounded = rounding_module.ROUNDINGS[rounding]
 
     @njit(forceinline=True)
     def by_chance(first, second, steps, counter, mask_key, round_key, h, d):
@@ -171,7 +174,7 @@ def whole(
     Returns:
         A function of arrays first, second, out_first, out_second, all (n,), the counter of the
         first pair, and plain numbers: one query's key and coefficient, the other fields of a
-        :class:`smezo_cli.passes.Draw`.
+        :class:`smezo_cli.zo.passes.draw.Draw`.
     """
     step, finish = _step(kind, more), _finish(mask, rounding, decay)
     load, store = (_wide, _narrow) if patterns else (_as_is, _as_is)
@@ -327,7 +330,8 @@ def in_threads(loop: Function, count: int, item: type) -> Callable[[Any, Any, in
 
     Returns:
         A function of the arrays (tuple), the plain numbers behind the counter (tuple) and the
-        number of threads; None where torch's threads cannot be had, see :mod:`smezo_cli.openmp`.
+        number of threads; None where torch's threads cannot be had, see
+        :mod:`smezo_cli.zo.passes.openmp`.
     """
     runtime = openmp.find()
     if runtime is None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from smezo_cli.probe import FunctionalProbe
+from smezo_cli.zo.probe import FunctionalProbe
 
 T = TypeVar("T")
 
@@ -129,12 +129,12 @@ class Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in t
             self.read |= {i for first, last, i in places if start < last and first < end}
 
     def whole(self, parameter: Tensor, out: Tensor) -> None:
-        """See :class:`smezo_cli.probe.Mover`."""
+        """See :class:`smezo_cli.zo.probe.Mover`."""
         with self._moving(parameter):
             out.copy_(parameter.detach().view(-1))
 
     def rows(self, parameter: Tensor, rows: Tensor) -> Tensor:
-        """See :class:`smezo_cli.probe.Mover`."""
+        """See :class:`smezo_cli.zo.probe.Mover`."""
         with self._moving(parameter):
             return parameter.detach().index_select(0, rows)
 

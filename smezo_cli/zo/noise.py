@@ -4,7 +4,7 @@ No generator state exists, so a value is the same on every device, in any order,
 elements, eager or compiled. The functions below use integer operations, additions and
 multiplications alone: a compiler's logarithm, cosine and square root differ from eager ones in the
 last bits, these cannot. They are written once, for torch and for Numba (see
-:mod:`smezo_cli.elementwise`).
+:mod:`smezo_cli.zo.elementwise`).
 
 Elements of a tensor of ``numel`` entries share one hash in pairs: with ``pairs = numel // 2``,
 element i < pairs and element i + pairs are the cosine and the sine of counter i; an odd last
@@ -17,7 +17,7 @@ import hashlib
 
 from torch import Tensor
 
-from smezo_cli.elementwise import as_f32, as_i32, at_least, f32, i32, where
+from smezo_cli.zo.elementwise import as_f32, as_i32, at_least, f32, i32, where
 
 _M1, _M2 = 0x3C79AC492BA7B653, 0x1C69B3F74AC4AE35
 _TWO_LN2 = 1.3862943611198906

@@ -1,10 +1,10 @@
 """What arithmetic on tensors and on Numba's scalars has no common spelling for.
 
 A function made of these, of operators and of Python numbers is evaluated by torch on tensors, fused
-by ``torch.compile``, and compiled for single numbers by Numba (:mod:`smezo_cli.kernels` gives these
-names their second meaning): one source, the same bits. Python's floats are 64 bits wide to Numba,
-so a constant beside a float32 is written ``f32(0.5)``; integers may widen on the way, for ``i32``
-and ``as_f32`` keep the low 32 bits.
+by ``torch.compile``, and compiled for single numbers by Numba (:mod:`smezo_cli.zo.passes.kernels`
+gives these names their second meaning): one source, the same bits. Python's floats are 64 bits wide
+to Numba, so a constant beside a float32 is written ``f32(0.5)``; integers may widen on the way, for
+``i32`` and ``as_f32`` keep the low 32 bits.
 """
 
 from typing import overload

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from smezo_cli import openmp
+from smezo_cli.zo.passes import openmp
 
 
 class NotInLockstep(ValueError):

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from smezo_cli.lockstep import Turns, refuse
+from smezo_cli.zo.turns import Turns, refuse
 
 
 class Mover(Protocol):
-    """Writes moved copies of parameters; see :class:`smezo_cli.zo.Direction`."""
+    """Writes moved copies of parameters; see :class:`smezo_cli.zo.directions.dense.Direction`."""
 
     def whole(self, parameter: Tensor, out: Tensor) -> None:
         """Write the moved parameter to ``out`` (flat, of the parameter's dtype)."""

@@ -1,0 +1,1 @@
+"""How the losses of a step are measured: one after the other, in turns, or in place."""

@@ -1,0 +1,44 @@
+"""Measure losses as the papers' pseudo-code does: by moving the weights themselves and back."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from smezo_cli.zo.directions.dense import Direction
+from smezo_cli.zo.step import Closure
+from smezo_cli.zo.targets import Target
+
+
+class InPlace:
+    """The textbook (MeZO, arXiv 2305.17333, Algorithm 1): +eps, -2 eps, +eps, in the weights.
+
+    The mask is taken once, before the first write. Low-precision weights do not come back exactly;
+    this is the reference, not the way to train.
+    """
+
+    name = "in_place"
+
+    def __init__(self, targets: Sequence[Target]) -> None:
+        self._targets = targets
+
+    def losses(self, closure: Closure, plus: Direction, minus: Direction) -> tuple[Tensor, Tensor]:
+        """See :class:`Executor`."""
+        steps = [plus.dense(target) for target in self._targets]  # (eps m z, m)
+        standing = 0.0  # multiples of the step that are in the weights
+        try:
+            self._add(steps, 1.0)
+            standing = 1.0
+            loss_plus = closure()
+            self._add(steps, -2.0)
+            standing = -1.0
+            loss_minus = closure()
+        finally:
+            self._add(steps, -standing)
+        return loss_plus, loss_minus
+
+    def _add(self, steps: list[tuple[Tensor, Tensor]], scale: float) -> None:
+        for target, (step, mask) in zip(self._targets, steps, strict=True):
+            moved = (target.flat.float() + scale * step).to(target.flat.dtype)
+            target.flat.copy_(torch.where(mask, moved, target.flat))
+        torch.clear_autocast_cache()

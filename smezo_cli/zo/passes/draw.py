@@ -1,0 +1,83 @@
+"""The numbers of a pass: its keys, coefficients and mask, ready for a kernel."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is fixed for a whole run (and compiled in)."""
+
+    mask: str = "small"  # a key of masks.RULES
+    noise: str = "gaussian"  # one of noise.KINDS
+    stochastic: bool = False  # stochastic rounding to the output's dtype
+
+
+class Draw(NamedTuple):
+    """What one pass over one tensor needs.
+
+    Attributes:
+        keys: int64 (q, 2), one stream a query.
+        mask_key: int64 (2,), read by the random mask only.
+        round_key: int64 (2,), read by stochastic rounding only.
+        h: float32 (), the mask's threshold.
+        coefficients: float32 (q,), a_q.
+        decay: float32 (), d; None leaves the term out.
+    """
+
+    keys: Tensor
+    mask_key: Tensor
+    round_key: Tensor
+    h: Tensor
+    coefficients: Tensor
+    decay: Tensor | None = None
+
+
+class Numbers(NamedTuple):
+    """A :class:`Draw` as plain numbers, which cost less where they are not sent to a device."""
+
+    keys: tuple[tuple[int, int], ...]
+    mask_key: tuple[int, int]
+    round_key: tuple[int, int]
+    h: float
+    coefficients: tuple[float, ...]
+    decay: float | None = None
+
+    @classmethod
+    def of(cls, draw: "Draw | Numbers") -> "Numbers":
+        """The same draw."""
+        if isinstance(draw, Numbers):
+            return draw
+        return cls(
+            tuple((a, b) for a, b in draw.keys.tolist()),
+            tuple(draw.mask_key.tolist()),
+            tuple(draw.round_key.tolist()),
+            draw.h.item(),
+            tuple(draw.coefficients.tolist()),
+            None if draw.decay is None else draw.decay.item(),
+        )
+
+
+def as_draws(numbers: Sequence[Numbers], devices: Sequence[torch.device]) -> list[Draw]:
+    """Draws on their devices, of one step: they share coefficients and decay.
+
+    Few tensors are sent, whose parts they are.
+    """
+    keys = torch.tensor([[*n.keys, n.mask_key, n.round_key] for n in numbers])  # (n, q + 2, 2)
+    h = torch.tensor([n.h for n in numbers], dtype=torch.float32)
+    a = torch.tensor(numbers[0].coefficients, dtype=torch.float64).to(torch.float32)
+    decay = numbers[0].decay
+    d = None if decay is None else torch.tensor(decay, dtype=torch.float64).to(torch.float32)
+    sent = {
+        device: (keys.to(device), h.to(device), a.to(device), None if d is None else d.to(device))
+        for device in set(devices)
+    }
+    draws = []
+    for i, device in enumerate(devices):
+        k, hs, coefficients, decays = sent[device]
+        draws.append(Draw(k[i, :-2], k[i, -2], k[i, -1], hs[i], coefficients, decays))
+    return draws

@@ -1,0 +1,274 @@
+"""Passes in plain torch, chunk by chunk: the reference of all others."""
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from smezo_cli.zo import noise
+from smezo_cli.zo.passes.draw import Draw, Rule
+from smezo_cli.zo.rounding import ROUNDINGS
+from smezo_cli.zo.selections.masks import RULES
+
+# Counters per eager chunk: on a CPU the temporaries stay in the second-level cache (and below the
+# size at which torch splits an operation over threads); a GPU wants few launches.
+_CHUNK = {"cpu": 1 << 15}
+
+_CHUNK_ACCELERATOR = 1 << 22
+
+
+def _blend(
+    weight: Tensor,
+    direction: Tensor,
+    mask: Tensor,
+    bits: Tensor | None,
+    draw: Draw,
+    dtype: torch.dtype,
+) -> Tensor:
+    w = weight.to(torch.float32)
+    if draw.decay is not None:
+        direction = direction - draw.decay * w
+    value = w + direction
+    if bits is not None and dtype in ROUNDINGS:
+        value = ROUNDINGS[dtype](value, bits)
+    # where, not + mask * x: an unmasked weight keeps its bits, -0.0 included.
+    return torch.where(mask, value.to(dtype), weight.to(dtype))
+
+
+def _directions(counter: Tensor, rule: Rule, draw: Draw) -> tuple[Tensor, Tensor]:
+    """sum_q a_q z_q for both elements of each pair."""
+    first, second = noise.pair(counter, draw.keys[0], rule.noise)
+    first, second = first * draw.coefficients[0], second * draw.coefficients[0]
+    for q in range(1, draw.keys.shape[0]):
+        z_first, z_second = noise.pair(counter, draw.keys[q], rule.noise)
+        first = first + z_first * draw.coefficients[q]
+        second = second + z_second * draw.coefficients[q]
+    return first, second
+
+
+def _masks(
+    first: Tensor, second: Tensor, counter: Tensor, rule: Rule, draw: Draw
+) -> tuple[Tensor, Tensor]:
+    """True where perturbed, for both elements of each pair."""
+    is_active = RULES[rule.mask]
+    if rule.mask == "random":
+        u_first, u_second = noise.uniform_pair(counter, draw.mask_key)
+        return is_active(u_first, draw.h), is_active(u_second, draw.h)
+    magnitudes = first.to(torch.float32).abs(), second.to(torch.float32).abs()
+    return is_active(magnitudes[0], draw.h), is_active(magnitudes[1], draw.h)
+
+
+def _round_bits(counter: Tensor, rule: Rule, draw: Draw) -> tuple[Tensor | None, Tensor | None]:
+    """31 random bits for both elements of each pair, where rounding is stochastic."""
+    if not rule.stochastic:
+        return None, None
+    return noise.rounding_pair(counter, draw.round_key)
+
+
+def move_pairs(
+    first: Tensor,
+    second: Tensor,
+    out_first: Tensor,
+    out_second: Tensor,
+    counter: Tensor,
+    rule: Rule,
+    draw: Draw,
+) -> None:
+    """The pass over pairs (i, i + pairs), written to the out tensors (which may be the inputs)."""
+    directions = _directions(counter, rule, draw)
+    active = _masks(first, second, counter, rule, draw)
+    bits = _round_bits(counter, rule, draw)
+    dtype = out_first.dtype
+    moved = _blend(first, directions[0], active[0], bits[0], draw, dtype)
+    out_second.copy_(_blend(second, directions[1], active[1], bits[1], draw, dtype))
+    out_first.copy_(moved)
+
+
+def move_pairs_both(
+    first: Tensor,
+    second: Tensor,
+    plus: tuple[Tensor, Tensor],
+    minus: tuple[Tensor, Tensor],
+    counter: Tensor,
+    rule: Rule,
+    draw: Draw,
+) -> None:
+    """As :func:`move_pairs` for the draw and for the one with its coefficients negated.
+
+    Negation is exact, so that these are the bits of two passes; rounds to nearest.
+    """
+    there = _directions(counter, rule, draw)
+    active = _masks(first, second, counter, rule, draw)
+    for (out_first, out_second), (a, b) in ((plus, there), (minus, (-there[0], -there[1]))):
+        out_second.copy_(_blend(second, b, active[1], None, draw, out_second.dtype))
+        out_first.copy_(_blend(first, a, active[0], None, draw, out_first.dtype))
+
+
+def move_at(weight: Tensor, index: Tensor, numel: int | Tensor, rule: Rule, draw: Draw) -> Tensor:
+    """The pass over entries picked by flat index: equal to the same entries of the whole pass.
+
+    Args:
+        weight: the picked entries, any shape.
+        index: int64, their flat indices in the whole tensor, the same shape.
+        numel: entries of the whole tensor.
+        rule: what is fixed for the run.
+        draw: what this pass needs.
+
+    Returns:
+        The moved entries in the weight's dtype and shape.
+    """
+    counter, is_first = noise.locate(index, numel)
+    directions = _directions(counter, rule, draw)
+    active = _masks(weight, weight, counter, rule, draw)
+    bits = _round_bits(counter, rule, draw)
+    own_bits = None
+    if bits[0] is not None and bits[1] is not None:
+        own_bits = torch.where(is_first, bits[0], bits[1])
+    direction = torch.where(is_first, directions[0], directions[1])
+    mask = torch.where(is_first, active[0], active[1])
+    return _blend(weight, direction, mask, own_bits, draw, weight.dtype)
+
+
+class EagerPasses:
+    """The passes in plain torch, chunk by chunk."""
+
+    name = "eager"
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+
+    def move(self, weight: Tensor, out: Tensor, draw: Draw) -> None:
+        """Write the moved ``weight`` to ``out`` (both flat, equally long; may be the same)."""
+
+        def one(first: slice, second: slice, counter: Tensor) -> None:
+            move_pairs(
+                weight[first], weight[second], out[first], out[second], counter, self.rule, draw
+            )
+
+        _over_pairs(weight, one)
+
+    def move_both(self, weight: Tensor, plus: Tensor, minus: Tensor, draw: Draw) -> None:
+        """Write the weight moved by the draw and by its negative, from one draw (no decay)."""
+
+        def one(first: slice, second: slice, counter: Tensor) -> None:
+            outs = (plus[first], plus[second]), (minus[first], minus[second])
+            move_pairs_both(weight[first], weight[second], *outs, counter, self.rule, draw)
+
+        _over_pairs(weight, one)
+
+    def move_at(self, weight: Tensor, index: Tensor, numel: int, draw: Draw) -> Tensor:
+        """See :func:`move_at`."""
+        return move_at(weight, index, numel, self.rule, draw)
+
+    def noise_and_mask(self, weight: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        """z of the first query (float32) and the mask (bool), as long as the flat weight."""
+        z = torch.empty_like(weight, dtype=torch.float32)
+        mask = torch.empty_like(weight, dtype=torch.bool)
+
+        def one(first: slice, second: slice, counter: Tensor) -> None:
+            z[second], last = noise.pair(counter, draw.keys[0], self.rule.noise)[::-1]
+            z[first] = last
+            active = _masks(weight[first], weight[second], counter, self.rule, draw)
+            mask[second], mask[first] = active[1], active[0]
+
+        _over_pairs(weight, one)
+        return z, mask
+
+    def mask_of(self, weight: Tensor, draw: Draw) -> Tensor:
+        """The mask (bool) of a flat weight."""
+        mask = torch.empty_like(weight, dtype=torch.bool)
+
+        def one(first: slice, second: slice, counter: Tensor) -> None:
+            active = _masks(weight[first], weight[second], counter, self.rule, draw)
+            mask[second], mask[first] = active[1], active[0]
+
+        _over_pairs(weight, one)
+        return mask
+
+    def along(self, weight: Tensor, draw: Draw, use: "Use") -> None:
+        """Call ``use`` for the parts of a flat tensor, each with its sum_q a_q z_q.
+
+        Parts are disjoint, come in any order and in several threads, and fit the cache, so that an
+        update that is more than a sum needs no memory of the tensor's size.
+        """
+
+        def one(first: slice, second: slice, counter: Tensor) -> None:
+            directions = _directions(counter, self.rule, draw)
+            bits = _round_bits(counter, self.rule, draw)
+            use(first, directions[0], bits[0])
+            if second != first:  # an odd last entry is both
+                use(second, directions[1], bits[1])
+
+        _over_pairs(weight, one)
+
+    def move_kept(self, weight: Tensor, out: Tensor, z: Tensor, mask: Tensor, draw: Draw) -> None:
+        """As :meth:`move`, from a kept z (one query, round to nearest)."""
+
+        def one(part: slice) -> None:
+            direction = z[part] * draw.coefficients[0]
+            out[part] = _blend(weight[part], direction, mask[part], None, draw, out.dtype)
+
+        _over_chunks(weight.numel(), weight.device, one)
+
+    @staticmethod
+    def along_kept(z: Tensor, draw: Draw, use: "Use") -> None:
+        """As :meth:`along`, from a kept z (one query, round to nearest)."""
+
+        def one(part: slice) -> None:
+            use(part, z[part] * draw.coefficients[0], None)
+
+        _over_chunks(z.numel(), z.device, one)
+
+
+def _over_chunks(
+    length: int, device: torch.device, one: Callable[[slice], None], chunk: int | None = None
+) -> None:
+    """Call ``one`` for slices of [0, length), on a CPU in as many threads as torch has.
+
+    Chunks are too small for torch's own threads, and its operators release the interpreter.
+    """
+    chunk = chunk or _CHUNK.get(device.type, _CHUNK_ACCELERATOR)
+    parts = [slice(i, min(i + chunk, length)) for i in range(0, length, chunk)]
+    threads = min(torch.get_num_threads(), len(parts)) if device.type == "cpu" else 1
+
+    def share(k: int) -> None:
+        with torch.no_grad():  # the flag is a thread's own
+            for part in parts[k::threads]:
+                one(part)
+
+    if threads > 1:
+        others = [_pool(threads - 1).submit(share, k) for k in range(1, threads)]
+        share(0)
+        for other in others:
+            other.result()
+    else:
+        for part in parts:
+            one(part)
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="smezo")
+
+
+def _over_pairs(weight: Tensor, one: Callable[[slice, slice, Tensor], None]) -> None:
+    """Call ``one(first, second, counter)`` for chunks of pairs.
+
+    An odd last entry comes as both the first and the second of its pair: write ``second`` first.
+    """
+    pairs, device = weight.numel() // 2, weight.device
+
+    def whole(part: slice) -> None:
+        counter = torch.arange(part.start, part.stop, dtype=torch.int64, device=device)
+        one(part, slice(pairs + part.start, pairs + part.stop), counter)
+
+    _over_chunks(pairs, device, whole)
+    if weight.numel() % 2:
+        last = slice(2 * pairs, 2 * pairs + 1)
+        one(last, last, torch.tensor([pairs], dtype=torch.int64, device=device))
+
+
+#: Takes a part of a flat tensor, sum_q a_q z_q there (float32), and what rounds it by chance.
+Use = Callable[[slice, Tensor, Tensor | None], None]

@@ -1,0 +1,25 @@
+"""Round float32 values to a narrower dtype stochastically, from given random bits."""
+
+import torch
+from torch import Tensor
+
+from smezo_cli.zo.elementwise import as_f32, as_i32, f32, floor, i32, where
+
+
+def _round_to_bfloat16(value: Tensor, bits: Tensor) -> Tensor:
+    """One of the two neighbours in bfloat16, by chance and without bias; still float32."""
+    return as_f32((as_i32(value) + (bits & 0xFFFF)) & -0x10000)
+
+
+def _round_to_float16(value: Tensor, bits: Tensor) -> Tensor:
+    """As above, for float16."""
+    normal = as_f32((as_i32(value) + (bits & 0x1FFF)) & -0x2000)
+    # Below 2**-14 float16 has a fixed grid of 2**-24.
+    # Fourteen bits of chance beside the ten of a subnormal: the sum is exact in float32.
+    chance = f32(i32(bits >> 17)) * f32(2.0**-14)
+    grid = floor(value * f32(2.0**24) + chance) * f32(2.0**-24)
+    return where(abs(value) < f32(2.0**-14), grid, normal)
+
+
+#: Stochastic rounding of a float32 by 31 random bits (int32), by the dtype that then holds it.
+ROUNDINGS = {torch.bfloat16: _round_to_bfloat16, torch.float16: _round_to_float16}

@@ -1,0 +1,1 @@
+"""Which coordinates of a tensor a step perturbs and updates."""

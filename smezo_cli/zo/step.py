@@ -1,0 +1,67 @@
+"""What a step takes and gives: the closure of a loss, and the record of a step."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+Closure = Callable[[], Tensor]
+
+
+#: Raise it when noise, masks, thresholds or the arithmetic of an update give other bits than
+#: before: a trajectory of another version is not replayed.
+NUMERICS = 1
+
+
+class NonFiniteLoss(ArithmeticError):
+    """A loss was NaN or infinite; the weights are those before the step."""
+
+
+@runtime_checkable
+class InParts(Protocol):
+    """A closure whose loss is a sum of parts that fit into memory one after the other."""
+
+    def __call__(self) -> Tensor: ...
+    def parts(self) -> Iterable[Closure]:
+        """Closures of the parts; each returns its part of the loss, ()."""
+
+
+@runtime_checkable
+class Shared(Protocol):
+    """A closure of a step that several processes make together, each on weights of its own.
+
+    It returns what this process measures; all of them go on with the same joined losses.
+    """
+
+    def __call__(self) -> Tensor: ...
+    def queries(self, num: int) -> Sequence[int]:
+        """Those, of so many, that this process measures."""
+
+    def join(
+        self, losses: Mapping[int, tuple[float, float]], num: int
+    ) -> Sequence[tuple[float, float]]:
+        """The losses of all queries, from those of this process's at theta+ and theta-."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What a step did.
+
+    Attributes:
+        loss: mean of the losses measured in the step.
+        projected_grad: one directional derivative per query, as measured (empty for first-order
+            methods).
+        num_forwards: forward passes over the batch.
+        clipped: how many of them were cut for the update.
+    """
+
+    loss: float
+    projected_grad: tuple[float, ...]
+    num_forwards: int
+    clipped: int = 0
+
+    @property
+    def unmoved(self) -> int:
+        """Probes that moved nothing: queries whose two losses are the same number."""
+        return sum(g == 0 for g in self.projected_grad)

@@ -1,0 +1,69 @@
+"""The trained tensors of a model: their names, layers and flat views."""
+
+import fnmatch
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from smezo_cli.zo import dynamo
+
+
+@dataclass
+class Target:
+    """A perturbed tensor: where it is, its stream's name, its threshold."""
+
+    name: str
+    parameter: nn.Parameter
+    masked: bool
+    h: float = math.inf
+    position: int = 0
+    _flat: Tensor | None = None
+
+    @property
+    def flat(self) -> Tensor:
+        """The weights themselves, flat; writing to it writes to the model."""
+        p, flat = self.parameter, self._flat
+        # Made once: passes keep what they need to know of a tensor with the tensor object.
+        if flat is None or flat.data_ptr() != p.data_ptr() or flat.dtype != p.dtype:
+            flat = self._flat = p.detach().view(-1)
+        return flat
+
+
+def _select(model: nn.Module, freeze: list[str], dense: list[str]) -> list[Target]:
+    plain = [(dynamo.plain_name(name), p) for name, p in model.named_parameters()]
+    named = [(name, p) for name, p in plain if p.requires_grad]
+    if not named:
+        raise ValueError("no parameter of the model requires gradients, so nothing can be trained")
+    for name, parameter in named:
+        if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"parameter {name} is {parameter.dtype}: float32, bfloat16, float16")
+    for key, glob in [*(("freeze", g) for g in freeze), *(("dense", g) for g in dense)]:
+        if not any(fnmatch.fnmatchcase(name, glob) for name, _ in named):
+            raise ValueError(f"{key} {glob!r} matches no trainable parameter, e.g. {named[0][0]!r}")
+    targets: list[Target] = []
+    for name, parameter in named:
+        if any(fnmatch.fnmatchcase(name, glob) for glob in freeze):
+            continue
+        if not parameter.is_contiguous():
+            raise ValueError(f"parameter {name} is not contiguous")
+        masked = not any(fnmatch.fnmatchcase(name, glob) for glob in dense)
+        targets.append(Target(name, parameter, masked, position=len(targets)))
+    if not targets:
+        raise ValueError("no parameter is left to train; freeze fewer")
+    return targets
+
+
+def _number(loss: Tensor) -> float:
+    return float(loss.detach())
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _one_of(key: str, got: str | bool, allowed: Sequence[str | bool]) -> None:
+    _check(got in allowed, f"{key}={got}: one of {', '.join(map(str, allowed))}")
