@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from smezo_cli.config import compose
+from smezo_cli.config.compose import compose
+from smezo_cli.config.settings import check
 from smezo_cli.files.fetch import cache_dir
 from smezo_cli.job import Job
 from smezo_cli.methods.sparse_mezo import SparseMeZO
-from smezo_cli.settings import check
 
 EPS = 1e-3
 

@@ -367,11 +367,11 @@ _settings: dict[str, Any] = {}
 
 def settings_of(*words: str) -> Any:
     """Checked settings, composed once a worker."""
-    from smezo_cli import config
+    from smezo_cli.config import compose, launch
 
     key = repr(words)
     if key not in _settings:
-        _settings[key] = config.check(config.compose(words))
+        _settings[key] = launch.check(compose.compose(words))
     return _settings[key]
 
 
@@ -379,7 +379,7 @@ def tiny_model() -> tuple[Any, Any]:
     """tiny-llama and its tokenizer, loaded once a worker."""
     import torch
 
-    from smezo_cli.model import load_model
+    from smezo_cli.models.load import load_model
 
     if "model" not in _settings:
         node = settings_of("task=toy", "model=tiny-llama").model
@@ -391,7 +391,7 @@ def tiny_model() -> tuple[Any, Any]:
 
 def read_rows(case: Case, node: dict[str, Any]) -> None:
     """Rows as a run reads them: the task, its fingerprint, its tokens, its lines of output."""
-    from smezo_cli.scoring import encode
+    from smezo_cli.scoring.candidates import encode
     from smezo_cli.tasks import load_task
     from smezo_cli.tasks.base import fingerprint
 
@@ -553,7 +553,12 @@ _WORDS = (
         "torch.optim.lr_scheduler.os",
     ),
     *("torch.optim.Adam", "builtins.eval", "../../outside/keep.txt", "mezo", "toy", "joblib"),
-    *("smezo_cli.config.shutil.rmtree", "9" * 5000, "${hydra:runtime.cwd}", "${oc.create:{a: 1}}"),
+    *(
+        "smezo_cli.config.launch.shutil.rmtree",
+        "9" * 5000,
+        "${hydra:runtime.cwd}",
+        "${oc.create:{a: 1}}",
+    ),
     *("100000000000000000000", "['a','b']", "str(1)", "json_str({})", "extend_list(1)", "@", "*"),
 )
 
@@ -649,7 +654,7 @@ def configs(case: Case) -> None:
     """YAML files of --config-dir: a task, a model, a method, an experiment, Hydra's own."""
     import yaml
 
-    from smezo_cli.settings import CONF_DIR
+    from smezo_cli.config.fixed import CONF_DIR
 
     rng = case.rng
     group = rng.choice(("task", "model", "method", "experiment", "logger", "hydra/launcher"))
@@ -717,7 +722,7 @@ def spoil_tensors(rng: random.Random, file: Path) -> None:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    from smezo_cli.runs import tensors_digest
+    from smezo_cli.store.saved import tensors_digest
 
     with safe_open(file, framework="pt") as saved:
         about = json.loads((saved.metadata() or {}).get("smezo", "{}"))
@@ -895,8 +900,8 @@ def run_folders(case: Case) -> None:
 @functools.cache
 def cells() -> list[dict[str, Any]]:
     """Settings that some cell of table small/1 asks for."""
-    from smezo_cli.config import grid
-    from smezo_cli.settings import plain
+    from smezo_cli.config.compose import grid
+    from smezo_cli.config.fixed import plain
     from smezo_cli.table import load
 
     table = load("small/1")
@@ -1266,7 +1271,7 @@ def model_folders(case: Case) -> None:
 def _load(case: Case, path: str) -> None:
     import torch
 
-    from smezo_cli.model import load_model
+    from smezo_cli.models.load import load_model
 
     node = dict(settings_of("task=toy", "model=own", "model.path=m", "model.max_length=16").model)
     loaded = case.call(
@@ -1437,17 +1442,17 @@ def prepare(scratch: Path) -> None:
     shutil.rmtree("runs")
     net = tiny_model()[0]
     writer = library.GGUFWriter("tiny.gguf", "llama")
-    config = net.config
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
+    launch = net.config
+    writer.add_context_length(launch.max_position_embeddings)
+    writer.add_embedding_length(launch.hidden_size)
+    writer.add_feed_forward_length(launch.intermediate_size)
+    writer.add_block_count(launch.num_hidden_layers)
+    writer.add_head_count(launch.num_attention_heads)
+    writer.add_head_count_kv(launch.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(launch.rms_norm_eps)
+    writer.add_vocab_size(launch.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    tokens = ["a", "b", "ab", *(f"t{k}" for k in range(3, config.vocab_size))]
+    tokens = ["a", "b", "ab", *(f"t{k}" for k in range(3, launch.vocab_size))]
     writer.add_token_list(tokens)
     writer.add_token_types([1] * len(tokens))
     writer.add_token_merges(["a b"])

@@ -15,8 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from smezo_cli.config import compose
-from smezo_cli.settings import check, quoted
+from smezo_cli.config.compose import compose
+from smezo_cli.config.settings import check, quoted
 
 
 def inference(template: str, words: list[str]) -> int:

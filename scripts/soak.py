@@ -40,9 +40,12 @@ import torch
 import transformers.models.llama.modeling_llama
 import transformers.models.opt.modeling_opt  # noqa: F401 - what children would import
 
-from smezo_cli import finished, job, loop, replay, runs, scoring, train, trajectory  # noqa: F401
+from smezo_cli import finished, job, loop, replay, train  # noqa: F401
 from smezo_cli.cli import main as smezo
 from smezo_cli.methods import mezo, sparse_mezo  # noqa: F401 - as above
+from smezo_cli.scoring import scorer
+from smezo_cli.store import folder as runs
+from smezo_cli.store import trajectory
 from smezo_cli.zo import optimizer
 
 COMMON = (
@@ -62,7 +65,7 @@ RUNS = [
 FILES = ["trajectory.bin", "metrics.jsonl", "scores.safetensors", "result.json", "config.yaml"]
 FILES += ["checkpoint/state.json", "checkpoint/weights-*"]
 PLACES: dict[str, tuple[Any, str, int]] = {  # where, and how often a whole run comes by at most
-    "probe": (scoring.Scorer, "loss", 24),
+    "probe": (scorer.Scorer, "loss", 24),
     "update": (optimizer.ZeroOrder, "update", 12),
     "evaluation": (loop, "evaluate", 7),
     "write": (runs, "save_file", 10),
@@ -74,7 +77,7 @@ PLACES: dict[str, tuple[Any, str, int]] = {  # where, and how often a whole run 
 }
 ANYWHERE: list[tuple[Any, str]] = [
     *((owner, name) for owner, name, _ in PLACES.values()),
-    *((scoring.Scorer, name) for name in ("scores", "features", "generate")),
+    *((scorer.Scorer, name) for name in ("scores", "features", "generate")),
     *((os, name) for name in ("unlink", "ftruncate")),
 ]
 _TOY = f"{COMMON.format('sequential')} task.num_dev=8 task.num_test=12"
@@ -438,7 +441,7 @@ def kills(number: int, seed: int, work: Path) -> dict[str, Any]:
         "".join(json.dumps({"q": f"what is {i}", "a": f"one {i % 3}"}) + "\n" for i in range(40))
     )
     # Tiny rows would make one batch.
-    scoring.EVAL_TOKENS, scoring.EVAL_ANSWERS = 128, 4
+    scorer.EVAL_TOKENS, scorer.EVAL_ANSWERS = 128, 4
     whole: dict[str, tuple[dict[str, Any], int]] = {}
     counts: dict[str, collections.Counter[str]] = {}
     wrong: list[str] = []

@@ -14,17 +14,18 @@ from rich.box import SIMPLE
 from rich.console import Console as RichConsole
 from rich.table import Table
 
-from smezo_cli.config import compose_and_say
+from smezo_cli.config.compose import compose_and_say
+from smezo_cli.config.searchpath import say
+from smezo_cli.config.settings import Settings, check
 from smezo_cli.errors import UserError, near
 from smezo_cli.files import strict_json
 from smezo_cli.machine import streams
 from smezo_cli.machine.device import choose_device
-from smezo_cli.searchpath import say
-from smezo_cli.settings import Settings, check
 
 if TYPE_CHECKING:
     from smezo_cli.log import Console
-    from smezo_cli.scoring import Candidates, Scorer
+    from smezo_cli.scoring.candidates import Candidates
+    from smezo_cli.scoring.scorer import Scorer
 
 USAGE = """\
 smezo bench [KEY=VALUE ...]         what a step costs, beside plain forwards and the textbook's step
@@ -144,12 +145,13 @@ def _measure(
     settings: Settings, length: int, device_name: str, rounds: int, only: str | None, grow: bool
 ) -> dict[str, Any]:
     """Everything that --json writes."""
-    from smezo_cli import runs, timing
+    from smezo_cli import timing
     from smezo_cli.log import Console
+    from smezo_cli.store import versions
 
     names = _chosen(only, timing.NAMES)
     console = Console()
-    started = runs.now()
+    started = versions.now()
     scorer, ids, labels, source = _model_and_tokens(settings, length, device_name, grow, console)
     assert settings.sparsity is not None
     total = sum(p.numel() for p in scorer.model.parameters())
@@ -164,7 +166,7 @@ def _measure(
         "sparsity": settings.sparsity,
         "device": device_name,
         "machine": timing.machine(next(scorer.model.parameters()).device),
-        "versions": runs.versions(),
+        "versions": versions.versions(),
         "started": started,
     }
     console.say(
@@ -215,10 +217,10 @@ def _model_and_tokens(
     import torch
 
     from smezo_cli.files.fetch import cache_dir
-    from smezo_cli.linear import use_onednn
     from smezo_cli.machine.allocator import keep_freed_memory
-    from smezo_cli.model import load_model
-    from smezo_cli.scoring import Scorer
+    from smezo_cli.models.load import load_model
+    from smezo_cli.models.onednn import use_onednn
+    from smezo_cli.scoring.scorer import Scorer
     from smezo_cli.zo.passes import openmp
 
     if line := openmp.settle():
@@ -241,8 +243,8 @@ def _model_and_tokens(
         first, second = torch.randperm(vocabulary, generator=generator)[:2].tolist()
         return scorer, ids, (first, second), "random, seed 0"
 
+    from smezo_cli.scoring.tokens import token_ids
     from smezo_cli.tasks import load_task
-    from smezo_cli.tokens import token_ids
 
     task = load_task(settings.task, data_seed=0, cache=cache)
     ids = []

@@ -185,7 +185,7 @@ def _show(words: list[str], roots: list[Path]) -> int:
 
 def _roots(words: list[str]) -> tuple[list[str], list[Path]]:
     """The words less --config-dir, and the folders that settings are read from."""
-    from smezo_cli.searchpath import of_line
+    from smezo_cli.config.searchpath import of_line
 
     others, folder = list[str](), None
     flags = ("--config-dir", "-cd")

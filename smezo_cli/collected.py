@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from smezo_cli import intake
 from smezo_cli.errors import UserError, redacted_tree
 from smezo_cli.files import bounded, sealed, strict_json
 from smezo_cli.results import Floats, Run
+from smezo_cli.store import schema
 
 _SCHEMA = 1
 # Of result.json: the line as it was typed and what went wrong may name folders, the seal is anew.
@@ -56,9 +56,9 @@ def load(path: Path) -> Run | None:
         return None
     result, settings = found.get("result"), found.get("settings")
     looks: Any = found.get("looks")
-    if not (isinstance(result, dict) and isinstance(settings, dict) and intake.is_looks(looks)):
+    if not (isinstance(result, dict) and isinstance(settings, dict) and schema.is_looks(looks)):
         return None
-    if not intake.is_sound_result(result):
+    if not schema.is_sound_result(result):
         return None
     try:
         outcomes = _outcomes_of(found.get("outcomes"))

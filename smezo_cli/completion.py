@@ -6,8 +6,8 @@ The scripts ask `smezo completion query LINE` for the words that may end the lin
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from smezo_cli.config.searchpath import SearchPath, of_line
 from smezo_cli.errors import UserError, near
-from smezo_cli.searchpath import SearchPath, of_line
 
 USAGE = """\
 smezo completion SHELL       a script that makes TAB complete smezo; SHELL is bash, zsh or fish

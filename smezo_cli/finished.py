@@ -15,21 +15,23 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from smezo_cli.config.digest import with_later_keys
+from smezo_cli.config.fixed import is_frozen, sentence
+from smezo_cli.config.settings import Settings, check
 from smezo_cli.errors import UserError, near, redacted
 from smezo_cli.files import strict_json
 from smezo_cli.files.bounded import load_yaml, parse_yaml
-from smezo_cli.intake import is_batching, is_known, is_prompt
 from smezo_cli.machine import streams
-from smezo_cli.settings import Settings, check, is_frozen, sentence, with_later_keys
+from smezo_cli.store.schema import is_batching, is_known, is_prompt
 
 if TYPE_CHECKING:
     from smezo_cli.job import Job
     from smezo_cli.log import Console
-    from smezo_cli.loop import Evaluation
-    from smezo_cli.partial_scores import PartialScores
-    from smezo_cli.runs import RunFolder, State
+    from smezo_cli.scoring.evaluation import Evaluation
+    from smezo_cli.store.folder import RunFolder, State
+    from smezo_cli.store.partial_scores import PartialScores
+    from smezo_cli.store.trajectory import Trajectory
     from smezo_cli.tasks import Prompt, Row
-    from smezo_cli.trajectory import Trajectory
     from smezo_cli.zo.optimizer import ZeroOrder
 
 USAGE = {
@@ -120,7 +122,7 @@ def _opened(
     run: str, overrides: Sequence[str] = ()
 ) -> Iterator[tuple["RunFolder", "State", Settings, DictConfig]]:
     """A trained run: its folder (locked), its state, its settings with some changed."""
-    from smezo_cli.runs import RunFolder
+    from smezo_cli.store.folder import RunFolder
 
     path = Path(run)
     cfg, settings = _read_config(path, overrides)
@@ -203,7 +205,7 @@ def _trained(
 ) -> int:
     """Put the trained weights into the model; the step that they are of."""
     from smezo_cli.replay import rebuild
-    from smezo_cli.trajectory import read
+    from smezo_cli.store.trajectory import read
 
     chosen = state.best_step if step is None else step
     assert chosen is not None  # _opened refuses a run without
@@ -241,7 +243,7 @@ def _replayed(job: "Job", records: "Trajectory", where: str) -> "ZeroOrder":
     Raises:
         UserError: the method or the model is another.
     """
-    from smezo_cli.trajectory import differences
+    from smezo_cli.store.trajectory import differences
     from smezo_cli.zo.optimizer import ZeroOrder
 
     if records.header.get("model") != job.fingerprint():
@@ -303,7 +305,7 @@ def _batch(
         rows: that the run did not see; None: those that are scored are its own.
         say: receives a line where rows are kept apart.
     """
-    from smezo_cli.batching import Found
+    from smezo_cli.scoring.batching import Found
 
     found = Found.of(dict(noted)) if noted is not None else Found()
     if noted is None or rows is not None:
@@ -315,7 +317,7 @@ def _batch(
 
 def _kept_beside(path: Path, job: "Job") -> "PartialScores":
     """Where the scores are kept of a verb that is stopped: beside the file that it writes."""
-    from smezo_cli.partial_scores import NAME, PartialScores
+    from smezo_cli.store.partial_scores import NAME, PartialScores
 
     return PartialScores(path.with_name(f".{path.name}.{NAME}"), job.model)
 
@@ -336,11 +338,11 @@ def _scored(
         KeyboardInterrupt: a signal asked to stop, between two batches; the scores so far are kept.
         UserError: a score is not finite.
     """
-    from smezo_cli.batching import Found
     from smezo_cli.loop import evaluate
     from smezo_cli.machine.stop import Stopped, StopRequest
-    from smezo_cli.runs import tensors_digest
-    from smezo_cli.scoring import NonFiniteScore
+    from smezo_cli.scoring.batching import Found
+    from smezo_cli.scoring.objectives import NonFiniteScore
+    from smezo_cli.store.saved import tensors_digest
 
     probe, s, scorer = job.scorer.probe, job.settings, job.scorer
     about = {
@@ -565,8 +567,9 @@ def _shown_bytes(size: int) -> str:
 
 def _export_delta(run: str, target: Path, step: int | None) -> int:
     from smezo_cli.files.atomic import write_bytes
-    from smezo_cli.runs import tensors_digest
-    from smezo_cli.trajectory import delta, read
+    from smezo_cli.store.delta import delta
+    from smezo_cli.store.saved import tensors_digest
+    from smezo_cli.store.trajectory import read
 
     with _opened(run) as (folder, state, settings, cfg):
         path = folder.path / "trajectory.bin"
@@ -682,7 +685,7 @@ def replay(words: Sequence[str]) -> int:
     Raises:
         UserError: a mistake on the line, a file that is damaged or of another model or method.
     """
-    from smezo_cli.trajectory import is_delta
+    from smezo_cli.store.delta import is_delta
 
     parser = _Flags("replay")
     parser.add_argument("source")
@@ -718,8 +721,8 @@ def _replay(
     from smezo_cli.job import Job
     from smezo_cli.log import Console
     from smezo_cli.machine.device import choose_device
-    from smezo_cli.runs import tensors_digest
-    from smezo_cli.trajectory import replay as apply
+    from smezo_cli.store.saved import tensors_digest
+    from smezo_cli.store.trajectory import replay as apply
 
     console = Console()
     device = choose_device(settings.device, settings.model["device_map"])
@@ -778,7 +781,8 @@ _Source = tuple[DictConfig, Settings, "Trajectory", "Prompt", dict[str, Any]]
 
 
 def _of_delta(name: str, overrides: Sequence[str]) -> _Source:
-    from smezo_cli.trajectory import Damaged, read_delta
+    from smezo_cli.store.delta import read_delta
+    from smezo_cli.store.trajectory import Damaged
 
     about, records = read_delta(Path(name))
     # The base may lie elsewhere here; and what somebody else trusted is not trusted for that.
@@ -805,8 +809,8 @@ def _of_delta(name: str, overrides: Sequence[str]) -> _Source:
 
 
 def _of_run(name: str, overrides: Sequence[str]) -> _Source:
-    from smezo_cli.runs import RunFolder
-    from smezo_cli.trajectory import read
+    from smezo_cli.store.folder import RunFolder
+    from smezo_cli.store.trajectory import read
 
     path = Path(name)
     cfg, settings = _read_config(path, overrides, _SAME_BITS)

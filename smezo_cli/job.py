@@ -13,27 +13,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from smezo_cli.adapter import Adapter, attach
-from smezo_cli.batching import Found, measure, pick
-from smezo_cli.config import build, target_of
+from smezo_cli.config.build import build, target_of
+from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.files.fetch import cache_dir
-from smezo_cli.linear import use_onednn
 from smezo_cli.machine import process
 from smezo_cli.machine.allocator import keep_freed_memory
-from smezo_cli.modalities import freeze_unread
-from smezo_cli.model import check_quantization, load_model, num_weights, quiet
-from smezo_cli.scoring import Candidates, Scorer, encode
-from smezo_cli.settings import Settings
+from smezo_cli.models.adapter import Adapter, attach
+from smezo_cli.models.architecture import check_quantization, num_weights, quiet
+from smezo_cli.models.load import load_model
+from smezo_cli.models.modalities import freeze_unread
+from smezo_cli.models.onednn import use_onednn
+from smezo_cli.scoring.batching import Found, measure, pick
+from smezo_cli.scoring.candidates import Candidates, encode
+from smezo_cli.scoring.scorer import Scorer
+from smezo_cli.scoring.tokens import appended, check_rows
 from smezo_cli.tasks import Prompt, Row, Task, load_task
 from smezo_cli.tasks.base import fingerprint
-from smezo_cli.tokens import appended, check_rows
 from smezo_cli.zo.passes import openmp
 from smezo_cli.zo.passes.by_compiler import NoCompiler
 from smezo_cli.zo.passes.choose import _WORTH_IT
 
 if TYPE_CHECKING:
-    from smezo_cli.loop import Method
+    from smezo_cli.methods.base import Method
     from smezo_cli.methods.frozen import InContext, LinearProbe, ZeroShot
 _ENCODED_TOGETHER = 64  # rows behind demonstrations
 _MEASURED = 24  # rows of which some are scored together and alone
@@ -323,7 +325,8 @@ class Job:
         """Rows as tokens under a prompt, behind what is demonstrated.
 
         Raises:
-            UserError: as :func:`smezo_cli.scoring.encode`; a token that the model has no row for.
+            UserError: as :func:`smezo_cli.scoring.candidates.encode`; a token that the model has no
+            row for.
         """
         prompt = dataclasses.replace(prompt, head=self._head)
         # A tokenizer takes a hundred bytes a token while it works, and demonstrations are long.

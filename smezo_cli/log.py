@@ -21,9 +21,9 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
+from smezo_cli.config.fixed import INSTALL_TENSORBOARD
 from smezo_cli.errors import UserError, redacted, redacted_tree
 from smezo_cli.files import bounded, strict_json
-from smezo_cli.settings import INSTALL_TENSORBOARD
 
 LINE_EVERY_S = 10.0  # between plain progress lines
 

@@ -7,180 +7,26 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from smezo_cli import metrics
-from smezo_cli.kinds import METRICS
 from smezo_cli.log import Bar, Console, Logger
 from smezo_cli.machine.memory import PeakMemory
 from smezo_cli.machine.stop import Stopped
-from smezo_cli.partial_scores import Part
+from smezo_cli.methods.base import Method
 from smezo_cli.ranks import Ranks
-from smezo_cli.runs import RunFolder, State
-from smezo_cli.scoring import Candidates, Scorer, check_scores, of_answers, outcomes
+from smezo_cli.scoring.candidates import Candidates
+from smezo_cli.scoring.evaluation import Evaluation
+from smezo_cli.scoring.objectives import check_scores
+from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.share import Measure
-from smezo_cli.trajectory import Recorder, seconds_between
+from smezo_cli.store.folder import RunFolder, State
+from smezo_cli.store.partial_scores import Part
+from smezo_cli.store.trajectory import Recorder, seconds_between
 from smezo_cli.watch import Watch
 from smezo_cli.zo.schedule import lr_factor
-from smezo_cli.zo.step import Closure, StepRecord
-
-
-class Method(Protocol):
-    """What the loop asks of a method; see :mod:`smezo_cli.methods`."""
-
-    mode: str  # "eval" (dropout off) or "train"
-    keeps_state: bool  # tensors that the next step depends on, beside the weights
-
-    @property
-    def trained(self) -> Mapping[str, nn.Parameter]:
-        """The tensors that it may write to, by name."""
-
-    @property
-    def num_weights(self) -> int:
-        """Weights in them."""
-
-    def set_lr_factor(self, factor: float) -> None:
-        """Let the next steps use ``factor`` times the lr given."""
-
-    def step(self, closure: Closure) -> StepRecord:
-        """One update."""
-
-    def active_share(self) -> float:
-        """Fraction of the weights that the present mask perturbs."""
-
-    def self_check(self, closure: Closure) -> int:
-        """Refuse what cannot work; the number of checks made."""
-
-    def snapshot(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Plain numbers and tensors that the next step depends on, beside the weights."""
-
-    def restore(self, numbers: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Undo :meth:`snapshot`."""
-
-
-@dataclass
-class Evaluation:
-    """What a model made of the rows of a split; all figures follow from it.
-
-    Attributes:
-        rows: the split.
-        scores: float32 (n, most candidates of a row), -inf where a row has fewer; of generation
-            the mean log-probability of the first answer's tokens.
-        texts: of generation what the model answers, row by row.
-        bases: of a calibrated choice task, float32 (n,), what the score of each row's gold
-            candidate lacks of the log-probability that is trained on.
-
-    Raises:
-        NonFiniteScore: a score is not finite, or there is no answer for that reason.
-    """
-
-    rows: Sequence[Candidates]
-    scores: Tensor
-    texts: Sequence[str] = ()
-    bases: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        check_scores(self.rows, self.scores, self.texts)
-
-    @property
-    def kind(self) -> str:
-        """Of the task."""
-        return self.rows[0].kind
-
-    @property
-    def metric(self) -> str:
-        """Name of the figure that counts: accuracy, or of generation f1."""
-        return METRICS[self.kind]
-
-    @property
-    def labels(self) -> Tensor:
-        """int64 (n,), -1 where it is not known."""
-        return torch.tensor([row.label for row in self.rows])
-
-    def per_row(self, offsets: Tensor | None = None) -> Tensor:
-        """The metric of each row, float64 (n,); nan where nothing is known to compare with.
-
-        Args:
-            offsets: (classes,), added to the scores.
-        """
-        scores = self.scores if offsets is None else self.scores + offsets
-        return outcomes(self.rows, scores, self.texts)
-
-    def figures(self, offsets: Tensor | None = None) -> dict[str, Any]:
-        """Metric with its standard error, n, loss; over the rows whose labels are known.
-
-        The loss is the training objective on the split. Of classification there is the AUC (None
-        unless there are two classes), of generation the exact match, too.
-
-        Args:
-            offsets: (classes,), added to the scores of a classification task.
-
-        Raises:
-            ValueError: no row has a label.
-        """
-        labelled = self._labelled
-        if not labelled.any():
-            raise ValueError("no row has a label to compare with")
-        per_row = self.per_row(offsets)[labelled]
-        figures: dict[str, Any] = {
-            self.metric: float(per_row.mean()),
-            "standard_error": metrics.standard_error(per_row),
-            "n": len(per_row),
-        }
-        if self.kind == "classification":
-            scores = self.scores if offsets is None else self.scores + offsets
-            scores, labels = scores[labelled], self.labels[labelled]
-            figures["loss"] = metrics.cross_entropy(scores, labels)
-            return figures | {"auc": metrics.auc(scores, labels)}
-        gold = [(i, row.gold, row) for i, row in enumerate(self.rows) if row.gold >= 0]
-        counts = torch.tensor([row.num_option[k] for _, k, row in gold])
-        means = torch.stack([self.scores[i, k] for i, k, _ in gold]).double()
-        sums = means * counts
-        if self.bases is not None:
-            sums = means + torch.stack([self.bases[i] for i, _, _ in gold])
-        figures["loss"] = -float(sums.sum() / counts.sum())
-        if self.kind == "generation":
-            exact = of_answers(self.rows, self.texts, metrics.exact_match)[labelled]
-            figures["exact_match"] = float(exact.mean())
-        return figures
-
-    def predictions(self, offsets: Tensor | None = None) -> list[dict[str, Any]]:
-        """What was predicted for each row, in plain values for a line of JSON.
-
-        The scores of classification are log-probabilities among the labels, those of choice mean
-        log-probabilities of a token (of a calibrated prompt sums over the tokens, less the base's).
-        """
-        lines = []
-        scores = self.scores if offsets is None else self.scores + offsets
-        texts = self.texts
-        exact = of_answers(self.rows, texts, metrics.exact_match) if texts else None
-        for i, (row, figure) in enumerate(zip(self.rows, self.per_row(offsets), strict=True)):
-            line: dict[str, Any] = {"id": row.id}
-            if exact is not None:
-                line |= {"prediction": self.texts[i], "answers": list(row.answers)}
-                if row.is_labelled:
-                    line |= {"f1": float(figure), "exact_match": float(exact[i])}
-            else:
-                of_row = scores[i, : len(row.full)].double()
-                if self.kind == "classification":
-                    of_row = of_row.log_softmax(0)
-                best = int(of_row.argmax())
-                line |= {"prediction": best, "word": row.words[best], "label": None}
-                if row.is_labelled:
-                    line |= {"label": sorted(row.correct), "correct": bool(figure)}
-                    if self.kind == "classification":
-                        line["label"] = row.label
-                line["scores"] = of_row.tolist()
-            lines.append(line)
-        return lines
-
-    @property
-    def _labelled(self) -> Tensor:
-        return torch.tensor([row.is_labelled for row in self.rows])
 
 
 class Batches:

@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from smezo_cli.config.digest import is_extensible
+from smezo_cli.config.fixed import is_frozen
+from smezo_cli.config.settings import Settings, check
 from smezo_cli.errors import UserError
 from smezo_cli.files import strict_json
-from smezo_cli.settings import Settings, check, is_extensible, is_frozen
 
 USAGE = """\
 smezo plan [KEY=VALUE ...]      what the run of `smezo train KEY=VALUE ...` will need
@@ -141,8 +143,8 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--config-dir", "-cd")
     given = parser.parse_intermixed_args(list(words))
     capacity = None if given.memory is None else parse_memory(given.memory)
-    from smezo_cli.config import compose_and_say
-    from smezo_cli.searchpath import say
+    from smezo_cli.config.compose import compose_and_say
+    from smezo_cli.config.searchpath import say
 
     settings = check(compose_and_say(given.overrides, given.config_dir, say))
     tokens = None if given.tokens is None else _parse_tokens(given.tokens, settings)
@@ -359,8 +361,8 @@ def architecture(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _build(node: Mapping[str, Any], dtype: str, adapter: Mapping[str, Any] | None) -> Any:
-    from smezo_cli.adapter import attach
-    from smezo_cli.model import build_meta
+    from smezo_cli.models.adapter import attach
+    from smezo_cli.models.architecture import build_meta
 
     model: Any = build_meta({**node, "dtype": dtype})
     model.config.use_cache = False
@@ -463,7 +465,7 @@ class _Planner:
 
     def plan(self) -> Plan:
         """Resident memory, stages, disk, work."""
-        from smezo_cli.config import build
+        from smezo_cli.config.build import build
         from smezo_cli.methods.first_order import FirstOrder
         from smezo_cli.zo.optimizer import ZeroOrder
 
@@ -553,7 +555,7 @@ class _Planner:
         """A batch of evaluation, and of a generation task the answers."""
         import torch
 
-        from smezo_cli import scoring
+        from smezo_cli.scoring import scorer as scoring
 
         limit = scoring.EVAL_TOKENS if self.device == "cpu" else scoring.EVAL_TOKENS_GPU
         own = self.eval_tokens - self.demonstrated
@@ -585,7 +587,7 @@ class _Planner:
         """Prompts of the longest rows, and the last token of their answers."""
         import torch
 
-        from smezo_cli.scoring import EVAL_ANSWERS
+        from smezo_cli.scoring.scorer import EVAL_ANSWERS
 
         length = self.eval_tokens - 1
         past = None
@@ -705,7 +707,7 @@ class _Planner:
         """Held, by stage, and forwards a step."""
         import torch
 
-        from smezo_cli.config import build
+        from smezo_cli.config.build import build
 
         batch = self._micro_batch()
         scorer = self._scorer()
@@ -777,7 +779,7 @@ class _Planner:
     # --- what runs ----------------------------------------------------------------------------
 
     def _scorer(self) -> Any:
-        from smezo_cli.scoring import Scorer
+        from smezo_cli.scoring.scorer import Scorer
 
         return Scorer(self.traced, _PadOnly())
 
@@ -808,7 +810,7 @@ class _Planner:
 
     def _rows(self, count: int, tokens: int) -> list[Any]:
         """Rows of so many tokens as the task's kind has them."""
-        from smezo_cli.scoring import Candidates
+        from smezo_cli.scoring.candidates import Candidates
 
         ids = (1,) * tokens
         if self.settings.model["family"] == "masked":

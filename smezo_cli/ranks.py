@@ -18,10 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
+from smezo_cli.config.fixed import is_frozen
+from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.machine import torchrun
 from smezo_cli.machine.torchrun import _VARIABLES, _mistake, local_rank
-from smezo_cli.settings import Settings, is_frozen
 
 _joined: "Ranks | None" = None
 _ALONE = "unset RANK WORLD_SIZE"

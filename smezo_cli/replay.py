@@ -7,8 +7,9 @@ from torch import Tensor
 
 from smezo_cli.errors import UserError
 from smezo_cli.job import Job
-from smezo_cli.runs import RunFolder, Saved, State
-from smezo_cli.trajectory import Trajectory, replay
+from smezo_cli.store.folder import RunFolder, State
+from smezo_cli.store.saved import Saved
+from smezo_cli.store.trajectory import Trajectory, replay
 from smezo_cli.zo.optimizer import ZeroOrder
 
 

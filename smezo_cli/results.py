@@ -21,10 +21,11 @@ from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from smezo_cli import intake
+from smezo_cli.config.digest import digest
+from smezo_cli.config.fixed import plain
 from smezo_cli.errors import UserError, near
 from smezo_cli.files import bounded, strict_json
-from smezo_cli.settings import digest, plain
+from smezo_cli.store import schema
 
 USAGE = """\
 smezo runs [KEY=VALUE ...]            the runs below runs/, filtered by results or settings
@@ -151,7 +152,7 @@ def load(folder: Path) -> Run | None:
     """The run in a folder, None where there is none that can be read."""
     try:
         result = bounded.read_json(folder / "result.json")
-        if result is None or not intake.is_sound_result(result):
+        if result is None or not schema.is_sound_result(result):
             return None
         return Run(folder, result, plain(bounded.load_yaml(folder / "config.yaml")))
     except UserError:

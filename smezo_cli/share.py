@@ -14,7 +14,9 @@ from torch import Tensor
 
 from smezo_cli.errors import UserError
 from smezo_cli.machine.out_of_memory import OutOfRoom, in_room, make_room
-from smezo_cli.scoring import Candidates, Scorer, loss_weight
+from smezo_cli.scoring.candidates import Candidates
+from smezo_cli.scoring.objectives import loss_weight
+from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.zo.step import Closure, StepRecord
 
 T = TypeVar("T")
@@ -23,7 +25,7 @@ _GRID = 2.0**32  # sums of up to 2^21 are exact in float64
 
 
 class Steps(Protocol):
-    """Takes steps; see :class:`smezo_cli.loop.Method`."""
+    """Takes steps; see :class:`smezo_cli.methods.base.Method`."""
 
     def step(self, closure: Closure) -> StepRecord: ...
 

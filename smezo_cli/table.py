@@ -21,10 +21,11 @@ from typing import Any, NoReturn
 from omegaconf import OmegaConf
 
 from smezo_cli import collected
+from smezo_cli.config.digest import LATER, digest, without_later_keys
+from smezo_cli.config.fixed import CONF_DIR, WITHOUT_STEPS, plain
 from smezo_cli.errors import UserError, near
 from smezo_cli.files import bounded, strict_json
 from smezo_cli.results import Group, Run, find, paired
-from smezo_cli.settings import CONF_DIR, LATER, WITHOUT_STEPS, digest, plain, without_later_keys
 
 USAGE = """\
 smezo table                                   the tables there are
@@ -291,7 +292,7 @@ class Reader:
         if not self._could_have(words):
             cell.missing = first
             return cell
-        from smezo_cli.config import grid
+        from smezo_cli.config.compose import grid
 
         cfg, swept = grid(first)
         scored, gap = [], False

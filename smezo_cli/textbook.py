@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smezo_cli.scoring import Candidates
+from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.zo.noise import stream_key
 from smezo_cli.zo.step import Closure, NonFiniteLoss, StepRecord
 

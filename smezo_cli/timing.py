@@ -23,12 +23,13 @@ from torch import Tensor, nn
 
 from smezo_cli import textbook
 from smezo_cli.errors import UserError
-from smezo_cli.linear import as_torch_has_it
 from smezo_cli.machine import allocator
 from smezo_cli.machine.memory import PeakMemory
 from smezo_cli.methods.mezo import MeZO
 from smezo_cli.methods.sparse_mezo import SparseMeZO
-from smezo_cli.scoring import Candidates, Scorer
+from smezo_cli.models.onednn import as_torch_has_it
+from smezo_cli.scoring.candidates import Candidates
+from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.zo.noise import stream_key
 from smezo_cli.zo.passes.choose import choose_passes
 from smezo_cli.zo.passes.draw import Draw, Rule

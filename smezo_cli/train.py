@@ -22,25 +22,29 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from smezo_cli import ranks
-from smezo_cli.config import command, launch, recipes, replaced
+from smezo_cli.config.describe import command, recipes, replaced
+from smezo_cli.config.digest import digest, is_extensible
+from smezo_cli.config.fixed import is_frozen, plain
+from smezo_cli.config.launch import launch
+from smezo_cli.config.settings import Settings, check
 from smezo_cli.errors import UserError, redacted_tree
 from smezo_cli.files import bounded, strict_json
 from smezo_cli.kinds import METRICS
 from smezo_cli.machine import torchrun
 from smezo_cli.machine.device import all_devices, choose_device
-from smezo_cli.settings import Settings, check, digest, is_extensible, is_frozen, plain
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from smezo_cli.log import Console, Logger
-    from smezo_cli.loop import Evaluation, Method
+    from smezo_cli.methods.base import Method
     from smezo_cli.methods.frozen import InContext, LinearProbe
-    from smezo_cli.partial_scores import Part
     from smezo_cli.ranks import Ranks
-    from smezo_cli.runs import RunFolder
-    from smezo_cli.scoring import Candidates
-    from smezo_cli.trajectory import Recorder, Trajectory
+    from smezo_cli.scoring.candidates import Candidates
+    from smezo_cli.scoring.evaluation import Evaluation
+    from smezo_cli.store.folder import RunFolder
+    from smezo_cli.store.partial_scores import Part
+    from smezo_cli.store.trajectory import Recorder, Trajectory
     from smezo_cli.watch import Numerics, Watch
 
 _LOOKED_AT = 64  # training rows, for two that are short enough for the self-check
@@ -79,7 +83,7 @@ def _run(cfg: DictConfig, settings: Settings, team: "Ranks | None") -> dict[str,
     # What follows imports torch, which takes seconds: every cheap check lies above.
     from smezo_cli.log import Console
     from smezo_cli.machine.stop import Stopped, StopRequest
-    from smezo_cli.runs import UNSETTLED, RunFolder
+    from smezo_cli.store.folder import UNSETTLED, RunFolder
 
     path = Path(settings.runs_dir) / settings.name / _run_name(cfg, settings)
     folder = RunFolder(path)
@@ -149,8 +153,9 @@ class _Run:
     ) -> None:
         import torch
 
-        from smezo_cli import runs
         from smezo_cli.machine import memory
+        from smezo_cli.store import folder as runs
+        from smezo_cli.store import versions
 
         self.settings, self.folder, self.console, self.stop = settings, folder, console, stop
         self._cfg = cfg
@@ -167,11 +172,11 @@ class _Run:
         device_map = settings.model["device_map"]
         devices = [device_name] if device_map is None else all_devices(device_map)
         self.memory = memory.PeakMemory(*map(torch.device, devices))
-        self.started = runs.now()
+        self.started = versions.now()
         _write_config(folder, cfg)
         self.state = folder.load_state() or runs.State()
         self.resumed = self.state.step > 0
-        self.versions = runs.versions()
+        self.versions = versions.versions()
         self.backend: str | None = None
         self.loggers: list[Any] = []
         self.recorder: Recorder | None = None
@@ -187,8 +192,8 @@ class _Run:
 
         from smezo_cli.job import Job
         from smezo_cli.machine.stop import Stopped
-        from smezo_cli.partial_scores import NAME, PartialScores
-        from smezo_cli.runs import UNSETTLED
+        from smezo_cli.store.folder import UNSETTLED
+        from smezo_cli.store.partial_scores import NAME, PartialScores
         from smezo_cli.zo.step import NonFiniteLoss
         from smezo_cli.zo.turns import NotInLockstep
 
@@ -243,8 +248,8 @@ class _Run:
 
     def _settle(self, result: Mapping[str, Any]) -> None:
         """Remove what a finished run does not need of its checkpoint, and its partial scores."""
-        from smezo_cli.partial_scores import NAME
-        from smezo_cli.runs import UNSETTLED
+        from smezo_cli.store.folder import UNSETTLED
+        from smezo_cli.store.partial_scores import NAME
 
         notes, path = self.state.notes, self.folder.path
         for left in (path / NAME, path / f".{NAME}.partial"):
@@ -348,7 +353,7 @@ class _Run:
         import torch
 
         from smezo_cli.loop import features
-        from smezo_cli.runs import tensors_digest
+        from smezo_cli.store.saved import tensors_digest
 
         state, folder, scorer = self.state, self.folder, self.job.scorer
         if 0 in state.weights():
@@ -374,7 +379,7 @@ class _Run:
 
     def _demonstrate(self, method: "InContext") -> None:
         """Put demonstrations before every row: those of the state, or chosen for it."""
-        from smezo_cli.tokens import token_ids
+        from smezo_cli.scoring.tokens import token_ids
 
         notes, task = self.state.notes, self.job.task
         prompt = self.job.prompts[notes["prompt"]]
@@ -435,7 +440,7 @@ class _Run:
         Args:
             again: measure once more, and keep apart what either measurement does.
         """
-        from smezo_cli.batching import Found
+        from smezo_cli.scoring.batching import Found
 
         notes, job = self.state.notes, self.job
         found = Found.of(notes["batching"]) if "batching" in notes else Found()
@@ -514,7 +519,7 @@ class _Run:
 
     def _choose_prompt(self) -> None:
         """The prompt with the best dev figure, of classification with a threshold fitted there."""
-        from smezo_cli import metrics
+        from smezo_cli.scoring import metrics
         from smezo_cli.tasks.base import one_class
 
         notes, task = self.state.notes, self.job.task
@@ -648,7 +653,7 @@ class _Run:
     def _restore(self, method: "Method") -> None:
         """Weights and method as they were at the state; what of the state is not good is undone."""
         from smezo_cli.replay import rebuild, restore
-        from smezo_cli.trajectory import Recorder, check_length
+        from smezo_cli.store.trajectory import Recorder, check_length
         from smezo_cli.zo.optimizer import ZeroOrder
 
         state, folder, say = self.state, self.folder, self.console.say
@@ -685,7 +690,7 @@ class _Run:
 
     def _known_steps(self, path: Path, header: Mapping[str, Any]) -> "Trajectory | None":
         """The recorded steps that are good; the state is put back where it says more than they."""
-        from smezo_cli.trajectory import Damaged, differences, read
+        from smezo_cli.store.trajectory import Damaged, differences, read
 
         state, say, known = self.state, self.console.say, None
         if path.exists():
@@ -873,7 +878,7 @@ class _Run:
 
     def _part(self, rows: Any, split: str, step: int = 0) -> "Part":
         """What an evaluation that was stopped has left of these rows."""
-        from smezo_cli.runs import tensors_digest
+        from smezo_cli.store.saved import tensors_digest
 
         probe = self.job.scorer.probe
         about = {
@@ -997,9 +1002,9 @@ class _Run:
 
     def _report(self, found: "Evaluation", dev_scores: "Tensor") -> dict[str, Any]:
         """The result, from the test rows and the scores of dev; saves scores and predictions."""
-        from smezo_cli import metrics
         from smezo_cli.files import atomic
-        from smezo_cli.loop import Evaluation
+        from smezo_cli.scoring import metrics
+        from smezo_cli.scoring.evaluation import Evaluation
         from smezo_cli.tasks.base import one_class
 
         scores = self.folder.scores_so_far() | {"dev": dev_scores}
@@ -1021,7 +1026,7 @@ class _Run:
     def _put_best(self, method: "Method", best: int) -> None:
         """Have the model hold the best weights, and the folder too; note what they are."""
         from smezo_cli.replay import rebuild
-        from smezo_cli.runs import tensors_digest
+        from smezo_cli.store.saved import tensors_digest
         from smezo_cli.zo.optimizer import ZeroOrder
 
         state, folder = self.state, self.folder
@@ -1043,7 +1048,8 @@ class _Run:
         self, status: str, *, test: Mapping[str, Any] | None = None, error: str | None = None
     ) -> dict[str, Any]:
         """The content of result.json; settings.py and conf/ say what the settings mean."""
-        from smezo_cli import runs
+        from smezo_cli.store import folder as runs
+        from smezo_cli.store import versions
         from smezo_cli.watch import spike_report
 
         s, state, notes = self.settings, self.state, self.state.notes
@@ -1120,7 +1126,7 @@ class _Run:
             "onednn_layers": self._num_onednn(),
             "digest": digest(self.config),
             "started": self.started,
-            "ended": None if status == "running" else runs.now(),
+            "ended": None if status == "running" else versions.now(),
             "versions": self.versions,
             "command": command(),
         }
@@ -1130,7 +1136,7 @@ class _Run:
 
     def _num_onednn(self) -> int | None:
         """Linear layers that computed by oneDNN; where it was wrong on the way, 0."""
-        from smezo_cli.linear import num_onednn
+        from smezo_cli.models.onednn import num_onednn
 
         return num_onednn(self.job.model) if hasattr(self, "job") else None
 
@@ -1159,7 +1165,7 @@ class _Run:
         self.console.say(line)
 
     def _diverged(self, error: Exception) -> str:
-        from smezo_cli.scoring import NonFiniteScore
+        from smezo_cli.scoring.objectives import NonFiniteScore
 
         best, step = self.state.best_step, self.state.step
         what, is_score = str(error), isinstance(error, NonFiniteScore)
@@ -1243,7 +1249,7 @@ def _check_done(done: Mapping[str, Any], settings: Settings, path: Path) -> None
 
 def _damaged(folder: "RunFolder", steps: int) -> list[str]:
     """Names of files of a finished run that are there and not what was written."""
-    from smezo_cli.trajectory import Damaged, read
+    from smezo_cli.store.trajectory import Damaged, read
 
     found, path = folder.damaged(), folder.path / "trajectory.bin"
     if path.exists():

@@ -7,23 +7,23 @@ reports, as one that was never stopped.
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from smezo_cli.batching import Found
-from smezo_cli.scoring import Candidates, Scorer
+from smezo_cli.scoring.batching import Found
+from smezo_cli.scoring.candidates import Candidates
+from smezo_cli.scoring.float32 import in_float32
+from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.zo.noise import hash64, stream_key
 from smezo_cli.zo.optimizer import ZeroOrder
-from smezo_cli.zo.probe import looks_up_rows, renumbered
 from smezo_cli.zo.step import NonFiniteLoss, StepRecord
 
 if TYPE_CHECKING:
-    from smezo_cli.loop import Method
+    from smezo_cli.methods.base import Method
 
 SPIKE = 10.0  # times the running median of |projected_grad|
 HISTORY = 100  # projected gradients that the median is of
@@ -260,74 +260,6 @@ class Numerics:
         self._figures["sampled"] = sum(len(s.base) for s in self._samples)
         names = ("moved_share", "rms_move", "underflow")
         return {name: self._figures[name] for name in names if self._figures.get(name) is not None}
-
-
-# --- what low precision does to the loss -------------------------------------------------------
-
-
-@contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
-    """Inside, a low-precision model computes in float32 from the weights that it has.
-
-    Every module that owns tensors below float32 runs with float32 copies of its own, and with
-    float32 inputs; copies live while the module's forward runs. It equals ``model.float()``, at the
-    memory of one module. A probe (:class:`smezo_cli.zo.probe.FunctionalProbe`) is entered inside of
-    it, so that what is copied is the moved weight in the dtype in which it would be stored.
-    """
-    owners = [m for m in model.modules() if any(map(_is_low, _own(m).values()))]
-    held = [m.__dict__.get("forward") for m in owners]
-    for module in owners:
-        module.__dict__["forward"] = _in_float32(module)
-    try:
-        yield
-    finally:
-        for module, forward in zip(owners, held, strict=True):
-            if forward is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = forward
-
-
-def _own(module: nn.Module) -> dict[str, Any]:
-    return module._parameters | module._buffers
-
-
-def _is_low(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
-
-
-def _in_float32(module: nn.Module) -> Callable[..., Any]:
-    inner, by_row = module.forward, looks_up_rows(module)
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        parameters, buffers = dict(module._parameters), dict(module._buffers)
-        padding = getattr(module, "padding_idx", None)
-        try:
-            own: dict[str, Any] = dict(parameters)
-            if by_row and len(args) == 1 and not kwargs:  # not the whole table for a few rows
-                rows, args = renumbered(args[0].to(own["weight"].device))
-                own["weight"] = own["weight"].index_select(0, rows)
-                module.padding_idx = None  # type: ignore[assignment]  # a position of the old numbering
-            module._parameters.update(_as_float32(own))
-            module._buffers.update(_as_float32(buffers))
-            return inner(*_as_float32(args), **_as_float32(kwargs))
-        finally:
-            module._parameters.update(parameters)
-            module._buffers.update(buffers)
-            if by_row:
-                module.padding_idx = padding  # type: ignore[assignment]  # what it was
-
-    return forward
-
-
-def _as_float32(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().float() if _is_low(value) else value
-    if type(value) in (tuple, list):
-        return type(value)(map(_as_float32, value))
-    if type(value) is dict:
-        return {key: _as_float32(item) for key, item in value.items()}
-    return value
 
 
 def loss_noise(

@@ -12,12 +12,13 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from smezo_cli import finished, train
-from smezo_cli.adapter import attach
-from smezo_cli.config import compose
+from smezo_cli.config.compose import compose
+from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError
 from smezo_cli.job import Job
-from smezo_cli.scoring import Candidates, Scorer
-from smezo_cli.settings import check
+from smezo_cli.models.adapter import attach
+from smezo_cli.scoring.candidates import Candidates
+from smezo_cli.scoring.scorer import Scorer
 
 METHODS = ("lora", "mezo_lora", "sparse_mezo_lora", "prefix", "mezo_prefix")
 SMALL = ["task=toy", "task.num_train=16", "task.num_dev=8", "task.num_test=8", "device=cpu"]

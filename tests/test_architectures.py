@@ -15,13 +15,13 @@ import transformers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from smezo_cli.batching import measure
-from smezo_cli.config import compose
+from smezo_cli.config.compose import compose
+from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError
 from smezo_cli.job import Job
-from smezo_cli.model import byte_tokenizer
-from smezo_cli.scoring import Candidates
-from smezo_cli.settings import check
+from smezo_cli.models.tiny import byte_tokenizer
+from smezo_cli.scoring.batching import measure
+from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.tasks import Row
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from smezo_cli import batching, train
-from smezo_cli.adapter import attach
-from smezo_cli.batching import ALONE, Batching, Found, measure, pick
+from smezo_cli import train
 from smezo_cli.cli import main
-from smezo_cli.config import compose
+from smezo_cli.config.compose import compose
 from smezo_cli.follower import Follower
-from smezo_cli.intake import is_sound_result
 from smezo_cli.methods.mezo import MeZO
-from smezo_cli.model import byte_tokenizer
-from smezo_cli.scoring import Candidates, Scorer, encode
+from smezo_cli.models.adapter import attach
+from smezo_cli.models.tiny import byte_tokenizer
+from smezo_cli.scoring import batching
+from smezo_cli.scoring.batching import ALONE, Batching, Found, measure, pick
+from smezo_cli.scoring.candidates import Candidates, encode
+from smezo_cli.scoring.scorer import Scorer
+from smezo_cli.store.schema import is_sound_result
 from smezo_cli.tasks import Prompt, Row
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from smezo_cli import bench as line
 from smezo_cli import textbook, timing
 from smezo_cli.cli import main
-from smezo_cli.linear import use_onednn
-from smezo_cli.model import load_model
-from smezo_cli.scoring import Scorer
+from smezo_cli.models.load import load_model
+from smezo_cli.models.onednn import use_onednn
+from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.textbook import Textbook
 from smezo_cli.timing import NAMES, PASSES, Bench, Thresholds, figures, interleave, makers, rows_of
 

@@ -10,7 +10,7 @@ import pytest
 
 from smezo_cli import __version__
 from smezo_cli.cli import main
-from smezo_cli.config import CONF_DIR
+from smezo_cli.config.launch import CONF_DIR
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -10,19 +10,12 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from smezo_cli.config import (
-    CONF_DIR,
-    build,
-    check,
-    command,
-    compose,
-    digest,
-    launch,
-    prepare,
-    recipes,
-)
+from smezo_cli.config.build import build
+from smezo_cli.config.compose import compose, prepare
+from smezo_cli.config.describe import command, recipes
+from smezo_cli.config.fixed import plain
+from smezo_cli.config.launch import CONF_DIR, check, digest, launch
 from smezo_cli.errors import UserError
-from smezo_cli.settings import plain
 from smezo_cli.words import quoted
 
 TASK, MODEL = "rotten_tomatoes", "smollm2-135m"

@@ -11,12 +11,14 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from smezo_cli import metrics
 from smezo_cli.log import Console
-from smezo_cli.loop import Evaluation, evaluate
+from smezo_cli.loop import evaluate
 from smezo_cli.machine.stop import Stopped
-from smezo_cli.model import load_model
-from smezo_cli.scoring import Candidates, Scorer, encode
+from smezo_cli.models.load import load_model
+from smezo_cli.scoring import metrics
+from smezo_cli.scoring.candidates import Candidates, encode
+from smezo_cli.scoring.evaluation import Evaluation
+from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.tasks import Prompt, Row
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,9 +8,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from smezo_cli.cli import main
-from smezo_cli.config import _Composer
-from smezo_cli.model import build_meta
-from smezo_cli.settings import CONF_DIR, is_frozen, plain
+from smezo_cli.config.compose import _Composer
+from smezo_cli.config.fixed import CONF_DIR, is_frozen, plain
+from smezo_cli.models.architecture import build_meta
 
 FOLDER = CONF_DIR / "experiment"
 NAMES = sorted(f.relative_to(FOLDER).with_suffix("").as_posix() for f in FOLDER.rglob("*.yaml"))

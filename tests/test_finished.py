@@ -16,13 +16,14 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from smezo_cli import scoring
 from smezo_cli.cli import main
-from smezo_cli.config import compose
+from smezo_cli.config.compose import compose
+from smezo_cli.config.digest import with_later_keys
+from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError
-from smezo_cli.model import load_model
-from smezo_cli.scoring import Scorer
-from smezo_cli.settings import check, with_later_keys
+from smezo_cli.models.load import load_model
+from smezo_cli.scoring import scorer
+from smezo_cli.scoring.scorer import Scorer
 
 # So large a step that the model answers otherwise than before.
 TRAIN = (
@@ -234,8 +235,8 @@ def test_a_stop_between_two_batches_keeps_what_is_scored(
 
     Of predictions that go to the standard output, the scores are kept in the run folder.
     """
-    monkeypatch.setattr(scoring, "EVAL_TOKENS", 24)
-    monkeypatch.setattr(scoring, "EVAL_ANSWERS", 3)
+    monkeypatch.setattr(scorer, "EVAL_TOKENS", 24)
+    monkeypatch.setattr(scorer, "EVAL_ANSWERS", 3)
     batches: list[str] = []
     stop_at = [math.inf]
 
@@ -521,12 +522,12 @@ def test_weights_that_are_others_are_said_and_fail(
     sparse: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """Exit code 1 where the digest does not agree with what was recorded."""
-    from smezo_cli import trajectory
+    from smezo_cli.store import delta
 
     smezo("export", sparse, tmp_path / "a.delta", "--delta")
-    about, records = trajectory.read_delta(tmp_path / "a.delta")
+    about, records = delta.read_delta(tmp_path / "a.delta")
     about["weights"]["sha256"] = "0" * 64
-    content = trajectory.delta(records, about.pop("step"), about)
+    content = delta.delta(records, about.pop("step"), about)
     (tmp_path / "b.delta").write_bytes(content)
     assert main(["replay", str(tmp_path / "b.delta"), "--split", "none"]) == 1
     assert "NOT the same" in capsys.readouterr().out
@@ -536,10 +537,10 @@ def test_another_model_or_method_is_refused(
     sparse: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """One sentence each, before a step is applied."""
-    from smezo_cli import trajectory
+    from smezo_cli.store import delta, trajectory
 
     smezo("export", sparse, tmp_path / "a.delta", "--delta")
-    about, records = trajectory.read_delta(tmp_path / "a.delta")
+    about, records = delta.read_delta(tmp_path / "a.delta")
     step = about.pop("step")
     for key, value, says in (
         ("model", "0" * 12, "another model"),
@@ -549,7 +550,7 @@ def test_another_model_or_method_is_refused(
         header = records.header | {key: value}
         changed = trajectory.Trajectory(header, records._records, None)
         other.pop("header")
-        (tmp_path / "b.delta").write_bytes(trajectory.delta(changed, step, other))
+        (tmp_path / "b.delta").write_bytes(delta.delta(changed, step, other))
         assert says in refused(f"replay {tmp_path / 'b.delta'}", capsys)
     assert "has no config.yaml" in refused("replay .", capsys)
     assert "holds" in refused(f"replay {sparse} --step 99", capsys)

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from smezo_cli.cli import main
-from smezo_cli.config import check, compose
+from smezo_cli.config.compose import compose
+from smezo_cli.config.launch import check
 from smezo_cli.loop import features
 from smezo_cli.methods.frozen import InContext, LinearProbe
-from smezo_cli.model import load_model
-from smezo_cli.partial_scores import Part
+from smezo_cli.models.load import load_model
 from smezo_cli.plan import plan
-from smezo_cli.scoring import Candidates, Scorer, encode
+from smezo_cli.scoring.candidates import Candidates, encode
+from smezo_cli.scoring.scorer import Scorer
+from smezo_cli.store.partial_scores import Part
 from smezo_cli.tasks import Prompt, Row
 
 TINY = ["model=tiny-llama", "task=toy", "device=cpu", "task.prompt=0"]
@@ -352,7 +354,7 @@ def test_probe_run_changes_the_probe_alone_and_is_used_again(
 ) -> None:
     """eval and predict repeat its numbers; the model keeps its bits; nothing is exported."""
     from smezo_cli import train
-    from smezo_cli.runs import tensors_digest
+    from smezo_cli.store.saved import tensors_digest
 
     models: list[tuple[torch.nn.Module, str]] = []
     real = train._Run._zero_shot

@@ -9,10 +9,11 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from smezo_cli import scoring
-from smezo_cli.generation import greedy
-from smezo_cli.model import load_model
-from smezo_cli.scoring import Scorer, encode
+from smezo_cli.models.load import load_model
+from smezo_cli.scoring import scorer
+from smezo_cli.scoring.candidates import encode
+from smezo_cli.scoring.generation import greedy
+from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.tasks import Prompt, Row
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -145,7 +146,7 @@ def test_where_an_answer_ends(pieces: list[str], expected: str, calls: int) -> N
 
 def test_answers_of_many_rows_come_back_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of like length are told apart by the row numbers beside them."""
-    monkeypatch.setattr(scoring, "EVAL_ANSWERS", 5)
+    monkeypatch.setattr(scorer, "EVAL_ANSWERS", 5)
     model, tokenizer = tiny("tiny-opt")
     rows = [Row({"text": text}, 0, str(i), answers=("x",)) for i, text in enumerate(TEXTS)]
     encoded = encode(rows, Prompt("{text}"), tokenizer, 256, "generation", 10)

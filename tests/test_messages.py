@@ -23,8 +23,8 @@ import torch
 from smezo_cli.cli import main
 from smezo_cli.files import fetch
 from smezo_cli.job import Job
-from smezo_cli.runs import RunFolder
 from smezo_cli.share import Measure
+from smezo_cli.store.folder import RunFolder
 from smezo_cli.tasks import hub
 
 SPEED = "device=cpu batch_size=2 eval_every=1"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smezo_cli import metrics
+from smezo_cli.scoring import metrics
 
 
 def draw(seed: int, n: int, classes: int, levels: int | None = None) -> tuple[Tensor, Tensor]:

@@ -15,10 +15,10 @@ from transformers import (
 )
 
 from smezo_cli import train
-from smezo_cli.config import compose
+from smezo_cli.config.compose import compose
 from smezo_cli.methods.mezo import MeZO
-from smezo_cli.modalities import freeze_unread
-from smezo_cli.model import byte_tokenizer
+from smezo_cli.models.modalities import freeze_unread
+from smezo_cli.models.tiny import byte_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

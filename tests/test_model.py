@@ -11,10 +11,12 @@ import torch
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from smezo_cli import model
 from smezo_cli.errors import UserError
 from smezo_cli.files import fetch
-from smezo_cli.model import WORDS, byte_tokenizer, load_model
+from smezo_cli.models import embedded as embedded_module
+from smezo_cli.models.architecture import WORDS
+from smezo_cli.models.load import load_model
+from smezo_cli.models.tiny import byte_tokenizer
 from smezo_cli.tasks import load_task
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -230,7 +232,7 @@ def embedded(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> di
         for path in saved.iterdir():
             (folder / path.name).write_bytes(path.read_bytes())
 
-    monkeypatch.setattr(model, "_convert", convert)
+    monkeypatch.setattr(embedded_module, "_convert", convert)
     package = {
         "name": "demo",
         "version": "1.0",

@@ -17,15 +17,19 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from smezo_cli import model, train
-from smezo_cli.config import compose
+from smezo_cli import train
+from smezo_cli.config.compose import compose
+from smezo_cli.config.digest import digest
 from smezo_cli.errors import UserError
 from smezo_cli.files import fetch
 from smezo_cli.methods.mezo import MeZO
 from smezo_cli.methods.sparse_mezo import SparseMeZO
-from smezo_cli.model import build_meta, load_model
-from smezo_cli.scoring import Candidates, Scorer
-from smezo_cli.settings import digest
+from smezo_cli.models import architecture, embedded
+from smezo_cli.models import load as model
+from smezo_cli.models.architecture import build_meta
+from smezo_cli.models.load import load_model
+from smezo_cli.scoring.candidates import Candidates
+from smezo_cli.scoring.scorer import Scorer
 
 CONF = Path(__file__).parents[1] / "conf"
 CPU = torch.device("cpu")
@@ -93,7 +97,7 @@ def test_a_model_is_what_its_file_says_without_the_hub(name: str) -> None:
     assert is_tied(net) == cfg["config"]["tie_word_embeddings"]
     if name in REAL:
         assert total == pytest.approx(PUBLIC[name] * 1e6, rel=0.025)
-    limit = model._context(net)
+    limit = architecture._context(net)
     assert limit is not None
     assert cfg["max_length"] <= limit
 
@@ -126,7 +130,7 @@ def test_every_architecture_has_a_tiny_twin(name: str) -> None:
 
 def test_the_embedded_model_has_the_numbers_of_its_file() -> None:
     package = NODES["smollm2-135m"]["package"]
-    name = f"smollm2-135m-{package['sha256'][:12]}-v{model.CONVERSION}"
+    name = f"smollm2-135m-{package['sha256'][:12]}-v{embedded.CONVERSION}"
     folder = fetch.cache_dir() / "models" / name
     if not folder.is_dir():
         pytest.skip("the embedded model has not been fetched here; smezo train fetches it")
@@ -471,8 +475,8 @@ XLNET = {"model_type": "xlnet", "vocab_size": 334, "d_model": 16, "n_layer": 1, 
 
 def test_positions_that_are_computed_have_their_own_limit_or_none() -> None:
     """XGLM's are no weights, and XLNet says -1 where it has no limit."""
-    assert model._context(load(NO_SDPA | {"config": XGLM})[0]) == 96
-    assert model._context(load(NO_SDPA | {"config": XLNET, "max_length": 4096})[0]) is None
+    assert architecture._context(load(NO_SDPA | {"config": XGLM})[0]) == 96
+    assert architecture._context(load(NO_SDPA | {"config": XLNET, "max_length": 4096})[0]) is None
 
 
 MASKED_NODE = NO_SDPA | {"family": "masked"}

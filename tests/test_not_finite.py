@@ -10,16 +10,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from smezo_cli import job, metrics
+from smezo_cli import job
 from smezo_cli.cli import main
-from smezo_cli.config import check, compose
+from smezo_cli.config.compose import compose
+from smezo_cli.config.launch import check
 from smezo_cli.files import sealed as sealed_module
 from smezo_cli.files import strict_json
-from smezo_cli.generation import greedy
-from smezo_cli.loop import Evaluation
 from smezo_cli.methods.mezo import MeZO
-from smezo_cli.model import load_model
-from smezo_cli.scoring import Candidates, NonFiniteScore, Scorer, are_scored, encode
+from smezo_cli.models.load import load_model
+from smezo_cli.scoring import metrics
+from smezo_cli.scoring.candidates import Candidates, encode
+from smezo_cli.scoring.evaluation import Evaluation
+from smezo_cli.scoring.generation import greedy
+from smezo_cli.scoring.objectives import NonFiniteScore, are_scored
+from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.tasks import Prompt, Row
 from smezo_cli.zo.step import NonFiniteLoss
 
@@ -358,7 +362,7 @@ def test_a_bench_of_scores_that_are_not_finite_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A forward alone has no loss, by which that would be found."""
-    from smezo_cli import model as models
+    from smezo_cli.models import load as models
 
     real = models.load_model
 

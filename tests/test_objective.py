@@ -23,7 +23,8 @@ from test_scoring import (
 
 from smezo_cli.cli import main
 from smezo_cli.methods.mezo import MeZO
-from smezo_cli.scoring import Candidates, Scorer, encode
+from smezo_cli.scoring.candidates import Candidates, encode
+from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.tasks import Prompt
 from smezo_cli.watch import Numerics, Watch
 from smezo_cli.zo.step import StepRecord

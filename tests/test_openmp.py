@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smezo_cli import linear
+from smezo_cli.models import onednn
 from smezo_cli.zo.passes import openmp
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +43,7 @@ def layers() -> nn.Module:
 
 
 def by_torch(model: nn.Module, x: Tensor) -> Tensor:
-    with linear.as_torch_has_it(model), torch.inference_mode():
+    with onednn.as_torch_has_it(model), torch.inference_mode():
         return model(x)
 
 
@@ -180,7 +180,7 @@ def two_threads() -> Any:
 
 def spoilt(how: Callable[[Tensor, Tensor], Tensor | None]) -> Callable[..., Tensor]:
     """oneDNN's product where ``how`` does not give another."""
-    real = linear._product
+    real = onednn._product
 
     def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         found = real(x, weight, bias)
@@ -212,10 +212,10 @@ def test_a_wrong_product_is_found_before_it_is_used(
     wrong: Callable[[Tensor, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of it missing, or one entry that is off: the layers stay torch's, and that is said."""
-    monkeypatch.setattr(linear, "_product", spoilt(wrong))
+    monkeypatch.setattr(onednn, "_product", spoilt(wrong))
     said, model = list[str](), layers()
-    assert linear.use_onednn(model, said.append) == 0
-    assert linear.num_onednn(model) == 0
+    assert onednn.use_onednn(model, said.append) == 0
+    assert onednn.num_onednn(model) == 0
     assert said == [
         "  linear layers by torch, not oneDNN: with 2 threads oneDNN multiplies wrongly"
     ]
@@ -231,22 +231,22 @@ def test_a_product_is_proven_again_where_the_number_of_threads_changes(
 ) -> None:
     """Wrong with one thread alone: torch's there, said once, and oneDNN's with two as before."""
     monkeypatch.setattr(
-        linear,
+        onednn,
         "_product",
         spoilt(lambda f, w: _half(f, w) if torch.get_num_threads() == 1 else None),
     )
     said, model = list[str](), layers()
-    assert linear.use_onednn(model, said.append) == 2
+    assert onednn.use_onednn(model, said.append) == 2
     x = torch.randn(3, 64)
     with torch.inference_mode():
         before = model(x)
         torch.set_num_threads(1)
         assert torch.equal(model(x), by_torch(model, x))
         assert torch.equal(model(x), by_torch(model, x))
-        assert linear.num_onednn(model) == 0
+        assert onednn.num_onednn(model) == 0
         torch.set_num_threads(2)
         assert torch.equal(model(x), before)
-    assert linear.num_onednn(model) == 2
+    assert onednn.num_onednn(model) == 2
     assert said == ["  linear layers by torch, not oneDNN: with 1 thread oneDNN multiplies wrongly"]
 
 
@@ -256,10 +256,10 @@ def test_a_product_is_proven_for_every_shape_of_the_weights(
 ) -> None:
     """Rows of an output layer that are computed alone are a shape of their own."""
     monkeypatch.setattr(
-        linear, "_product", spoilt(lambda f, w: _half(f, w) if w.shape[0] == 10 else None)
+        onednn, "_product", spoilt(lambda f, w: _half(f, w) if w.shape[0] == 10 else None)
     )
     said, model = list[str](), layers()
-    assert linear.use_onednn(model, said.append) == 2
+    assert onednn.use_onednn(model, said.append) == 2
     last: Any = model[1]  # type: ignore[index]  # of a Sequential
     x = torch.randn(3, 64)
     with torch.inference_mode():
@@ -284,13 +284,13 @@ def test_rounding_and_weights_that_are_not_finite_are_no_wrong_products() -> Non
     ):
         weight = torch.randn(shape, generator=generator) * scale
         bias = torch.randn(shape[0], generator=generator)
-        assert linear._is_right(weight, None)
-        assert linear._is_right(weight, bias)
+        assert onednn._is_right(weight, None)
+        assert onednn._is_right(weight, bias)
         weight[1, 1], weight[0, 2] = math.nan, math.inf
-        assert linear._is_right(weight, bias)
+        assert onednn._is_right(weight, bias)
     x = torch.randn(16, 576, generator=generator)
     weight = torch.randn(576, 576, generator=generator)
     with torch.inference_mode():
         torch.testing.assert_close(
-            linear._product(x, weight, None), F.linear(x, weight), rtol=1e-4, atol=1e-4
+            onednn._product(x, weight, None), F.linear(x, weight), rtol=1e-4, atol=1e-4
         )

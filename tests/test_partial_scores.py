@@ -11,13 +11,15 @@ from omegaconf import OmegaConf
 from test_evaluation import CONF
 from torch import Tensor
 
-from smezo_cli import scoring
 from smezo_cli.log import Console
-from smezo_cli.loop import Evaluation, evaluate, features
+from smezo_cli.loop import evaluate, features
 from smezo_cli.machine.stop import Stopped
-from smezo_cli.model import load_model
-from smezo_cli.partial_scores import NAME, Part, PartialScores
-from smezo_cli.scoring import Candidates, Scorer, encode
+from smezo_cli.models.load import load_model
+from smezo_cli.scoring import scorer as scoring
+from smezo_cli.scoring.candidates import Candidates, encode
+from smezo_cli.scoring.evaluation import Evaluation
+from smezo_cli.scoring.scorer import Scorer
+from smezo_cli.store.partial_scores import NAME, Part, PartialScores
 from smezo_cli.tasks import Prompt, Row
 
 ABOUT = {"step": 3}

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from smezo_cli import cli
-from smezo_cli.config import compose
+from smezo_cli.config.compose import compose
+from smezo_cli.config.settings import Settings, check
 from smezo_cli.errors import UserError
-from smezo_cli.model import load_model
+from smezo_cli.models.load import load_model
 from smezo_cli.plan import Plan, _trace, architecture, parse_memory, plan
-from smezo_cli.settings import Settings, check
 
 TINY = ("task=toy", "model=tiny-llama", "steps=20", "eval_every=10")
 WEIGHTS = 37_472  # of tiny-llama, its tied embedding once
@@ -86,7 +86,7 @@ def test_weights_of_the_twin(dtype: str, size: int) -> None:
 
 @pytest.mark.parametrize("method", ["adamw", "sgd"])
 def test_optimizer_state_is_that_of_a_step(method: str) -> None:
-    from smezo_cli.config import build
+    from smezo_cli.config.build import build
 
     settings = settings_of(*TINY, f"method={method}")
     model = tiny_model(settings)
@@ -99,9 +99,10 @@ def test_optimizer_state_is_that_of_a_step(method: str) -> None:
 
 @pytest.mark.parametrize("freeze", ["[]", '["*embed_tokens*","*norm*"]'])
 def test_scratch_is_that_of_a_real_probe(freeze: str) -> None:
-    from smezo_cli.config import build
+    from smezo_cli.config.build import build
     from smezo_cli.plan import _PadOnly
-    from smezo_cli.scoring import Candidates, Scorer
+    from smezo_cli.scoring.candidates import Candidates
+    from smezo_cli.scoring.scorer import Scorer
 
     words = ["method=mezo", f"method.freeze={freeze}"]
     settings = settings_of(*TINY, *words)
@@ -365,7 +366,7 @@ def test_an_objective_takes_the_memory_of_what_it_computes() -> None:
 
 def test_the_moments_of_mezo_adam_are_those_of_a_step() -> None:
     """Held all the time, and on disk with the last whole checkpoint beside the best weights."""
-    from smezo_cli.config import build
+    from smezo_cli.config.build import build
 
     settings = settings_of(*TINY, "method=mezo_adam")
     model = tiny_model(settings)

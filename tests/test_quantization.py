@@ -9,14 +9,15 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from smezo_cli import job as jobs
-from smezo_cli import model as models
-from smezo_cli.adapter import attach
-from smezo_cli.config import compose
+from smezo_cli.config.compose import compose
+from smezo_cli.config.digest import digest
+from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError
 from smezo_cli.job import Job
-from smezo_cli.model import load_model
+from smezo_cli.models import load as models
+from smezo_cli.models.adapter import attach
+from smezo_cli.models.load import load_model
 from smezo_cli.plan import plan
-from smezo_cli.settings import check, digest
 
 LINE = ["task=toy", "model=opt-125m", "method=mezo_lora"]
 QUANTIZED = [*LINE, "+model.quantization=4bit"]

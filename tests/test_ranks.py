@@ -34,13 +34,14 @@ from test_train import (
     until,
 )
 
-from smezo_cli import follower, ranks, scoring, share, train
-from smezo_cli.config import compose
+from smezo_cli import follower, ranks, share, train
+from smezo_cli.config.compose import compose
+from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError
 from smezo_cli.machine import torchrun
 from smezo_cli.machine.out_of_memory import OutOfRoom
-from smezo_cli.partial_scores import NAME
-from smezo_cli.settings import check
+from smezo_cli.scoring import scorer
+from smezo_cli.store.partial_scores import NAME
 
 # Two looks; rows that no number of ranks divides evenly but 1, 2, 4.
 RUN = [*SMALL, "steps=6", "eval_every=3", "batch_size=8"]
@@ -54,7 +55,7 @@ def free_port() -> int:
 
 def few_tokens() -> None:
     """Rows are scored some at a time, so that there is something to share."""
-    scoring.EVAL_TOKENS = 64
+    scorer.EVAL_TOKENS = 64
 
 
 class Group:
@@ -140,14 +141,14 @@ def test_ranks_train_the_weights_of_one_process(
 
 def crowded() -> None:
     """Rank 1 has room for two rows."""
-    whole = scoring.Scorer.objective_sum
+    whole = scorer.Scorer.objective_sum
 
     def narrow(self: Any, batch: Any, name: str = "loss") -> Any:
         if os.environ["RANK"] == "1" and len(batch) > 2:
             raise OutOfRoom("no room")
         return whole(self, batch, name)
 
-    scoring.Scorer.objective_sum = narrow  # type: ignore[method-assign]  # in this process alone
+    scorer.Scorer.objective_sum = narrow  # type: ignore[method-assign]  # in this process alone
 
 
 def test_a_rank_that_has_less_room_halves_its_rows_and_that_is_said(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from smezo_cli import train
-from smezo_cli.config import compose
+from smezo_cli.config.compose import compose
 from smezo_cli.errors import UserError
 from smezo_cli.methods.mezo import MeZO
 from smezo_cli.zo.self_check import Losses, Rounding, Unreached, globs_of, is_reached

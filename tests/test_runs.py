@@ -20,12 +20,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from smezo_cli import runs
 from smezo_cli.errors import UserError
 from smezo_cli.files import atomic, sealed
 from smezo_cli.machine.memory import PeakMemory
 from smezo_cli.machine.stop import StopRequest
-from smezo_cli.runs import RunFolder, State
+from smezo_cli.store import folder as runs
+from smezo_cli.store import versions
+from smezo_cli.store.folder import RunFolder, State
 
 CPU = torch.device("cpu")
 
@@ -497,7 +498,7 @@ def test_what_an_earlier_run_left_in_a_cycle_is_no_peak_of_the_next() -> None:
 
 def test_versions_name_what_a_result_depends_on() -> None:
     """Packages, machine, threads, commit (40 hex digits, + where files differ, or null)."""
-    found = runs.versions()
+    found = versions.versions()
     assert {"smezo", "python", "torch", "transformers", "safetensors", "machine"} <= found.keys()
     assert found["torch"] == torch.__version__
     assert found["threads"] == torch.get_num_threads()
@@ -507,7 +508,7 @@ def test_versions_name_what_a_result_depends_on() -> None:
 
 def test_times_are_utc_to_the_second() -> None:
     """ISO 8601, so that they sort and every tool reads them."""
-    assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", runs.now())
+    assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", versions.now())
 
 
 def test_metrics_that_are_a_pipe_or_shorter_than_told_are_none(folder: RunFolder) -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig
 
-from smezo_cli import searchpath
 from smezo_cli.cli import main
-from smezo_cli.config import CONF_DIR, command, compose, launch, replaced
-from smezo_cli.settings import digest
+from smezo_cli.config import searchpath
+from smezo_cli.config.compose import compose
+from smezo_cli.config.describe import command, replaced
+from smezo_cli.config.digest import digest
+from smezo_cli.config.launch import CONF_DIR, launch
 
 TOY = ["task=toy", "model=tiny-llama", "method=mezo"]
 

@@ -17,15 +17,17 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from smezo_cli.cli import main
-from smezo_cli.config import check, compose
+from smezo_cli.config.compose import compose
+from smezo_cli.config.digest import digest
+from smezo_cli.config.launch import check
 from smezo_cli.errors import UserError
 from smezo_cli.log import Console
 from smezo_cli.loop import evaluate
 from smezo_cli.methods.mezo import MeZO
-from smezo_cli.model import load_model
+from smezo_cli.models.load import load_model
 from smezo_cli.plan import plan
-from smezo_cli.scoring import Candidates, Scorer, encode
-from smezo_cli.settings import digest
+from smezo_cli.scoring.candidates import Candidates, encode
+from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.share import Batch
 from smezo_cli.tasks import Prompt, Row
 

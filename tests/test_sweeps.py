@@ -21,11 +21,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
-from smezo_cli import config, sweep
 from smezo_cli.cli import main
-from smezo_cli.config import launch
-from smezo_cli.loop import Evaluation
-from smezo_cli.runs import RunFolder
+from smezo_cli.config import compose, sweep
+from smezo_cli.config.launch import launch
+from smezo_cli.scoring.evaluation import Evaluation
+from smezo_cli.store.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
@@ -372,12 +372,12 @@ def test_a_launcher_that_is_not_installed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """One sentence with the command that installs it, as the extra in pyproject.toml pins it."""
-    listed = config._Composer.options
+    listed = compose._Composer.options
 
     def without(self: Any, group: str) -> list[str]:
         return ["basic"] if group == "hydra/launcher" else listed(self, group)
 
-    monkeypatch.setattr(config._Composer, "options", without)
+    monkeypatch.setattr(compose._Composer, "options", without)
     assert main(["train", "-m", "task=toy", f"hydra/launcher={launcher}"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
@@ -569,7 +569,7 @@ def test_the_commands_of_the_page_compose(line: str, capsys: pytest.CaptureFixtu
     if launcher != "basic":
         needs(launcher)
     if "-m" in words:
-        assert config.prepare(words).launcher == launcher
+        assert compose.prepare(words).launcher == launcher
         return
     assert launch(words, lambda cfg: pytest.fail("ran")) == 0
     shown = OmegaConf.create(capsys.readouterr().out)

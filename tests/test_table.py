@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 from smezo_cli import __version__, table
 from smezo_cli.cli import main
-from smezo_cli.config import _Composer
+from smezo_cli.config.compose import _Composer
+from smezo_cli.config.fixed import CONF_DIR
 from smezo_cli.files import sealed
-from smezo_cli.settings import CONF_DIR
 
 # What tables wait for. When it arrives, give its rows and columns their commands.
 AWAITED = {

@@ -13,9 +13,11 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from smezo_cli.config import compose, digest
+from smezo_cli.config.compose import compose
+from smezo_cli.config.fixed import CONF_DIR
+from smezo_cli.config.launch import digest
+from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError
-from smezo_cli.settings import CONF_DIR, check
 from smezo_cli.tasks import Task, hub, load_task
 from smezo_cli.tasks.own import _labels
 from smezo_cli.words import quoted

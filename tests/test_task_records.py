@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from smezo_cli import metrics
 from smezo_cli.errors import UserError
+from smezo_cli.scoring import metrics
 from smezo_cli.tasks import Row, Task, hub, load_task
 from smezo_cli.tasks.paths import NotThereError, places_of, value_at
 

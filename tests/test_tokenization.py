@@ -10,10 +10,11 @@ import torch
 
 from smezo_cli.cli import main
 from smezo_cli.errors import UserError
-from smezo_cli.model import byte_tokenizer, load_model
-from smezo_cli.scoring import encode
+from smezo_cli.models.load import load_model
+from smezo_cli.models.tiny import byte_tokenizer
+from smezo_cli.scoring.candidates import encode
+from smezo_cli.scoring.tokenization import encoded, panics_as_exceptions
 from smezo_cli.tasks import Prompt, Row
-from smezo_cli.tokenization import encoded, panics_as_exceptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,10 +14,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from smezo_cli.cli import main
 from smezo_cli.errors import UserError
 from smezo_cli.files import fetch
-from smezo_cli.model import byte_tokenizer, load_model
-from smezo_cli.scoring import Candidates, Scorer, encode
+from smezo_cli.models.load import load_model
+from smezo_cli.models.tiny import byte_tokenizer
+from smezo_cli.scoring.candidates import Candidates, encode
+from smezo_cli.scoring.scorer import Scorer
+from smezo_cli.scoring.tokens import appended, check_rows, num_rows, padding_id, token_ids
 from smezo_cli.tasks import Prompt, Row
-from smezo_cli.tokens import appended, check_rows, num_rows, padding_id, token_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -29,10 +29,13 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from smezo_cli import job, loop, metrics, scoring, train, watch
-from smezo_cli.model import load_model
-from smezo_cli.partial_scores import NAME
-from smezo_cli.scoring import Scorer, encode
+from smezo_cli import job, loop, train, watch
+from smezo_cli.models.load import load_model
+from smezo_cli.scoring import metrics
+from smezo_cli.scoring import scorer as scoring
+from smezo_cli.scoring.candidates import encode
+from smezo_cli.scoring.scorer import Scorer
+from smezo_cli.store.partial_scores import NAME
 from smezo_cli.tasks import load_task
 from smezo_cli.zo.directions import dense
 from smezo_cli.zo.passes import choose

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from smezo_cli import trajectory
 from smezo_cli.errors import UserError
 from smezo_cli.methods.sparse_mezo import SparseMeZO
-from smezo_cli.trajectory import Damaged, Recorder, differences, read
+from smezo_cli.store import delta, trajectory
+from smezo_cli.store.trajectory import Damaged, Recorder, differences, read
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.step import StepRecord
 
@@ -286,7 +286,7 @@ def test_what_is_no_trajectory_is_one_sentence(tmp_path: Path, content: bytes) -
     """Whatever a file says of its own lengths; missing files, folders and pipes too."""
     path = tmp_path / "x"
     path.write_bytes(content)
-    for reader in (read, trajectory.read_delta):
+    for reader in (read, delta.read_delta):
         with pytest.raises(UserError, match=r"x (is|has|cannot).*\.$"):
             reader(path)
 
@@ -351,33 +351,33 @@ def test_a_delta_holds_what_the_update_needs_and_no_more(tmp_path: Path) -> None
         recorder.append(step, method.step(closure_of(model)), 0.1)
     recorder.close()
     found = read(path)
-    out.write_bytes(trajectory.delta(found, 300, {"config": "seed: 0"}))
-    about, again = trajectory.read_delta(out)
+    out.write_bytes(delta.delta(found, 300, {"config": "seed: 0"}))
+    about, again = delta.read_delta(out)
     assert about["config"] == "seed: 0"
     assert again.header == found.header
     assert len(again) == 300
     for i in range(300):
         assert (again[i].lr, again[i].projected_grad) == (found[i].lr, found[i].projected_grad)
     assert out.stat().st_size < 300 * 2 * 8 + 1500
-    assert trajectory.is_delta(out)
-    assert not trajectory.is_delta(path)
+    assert delta.is_delta(out)
+    assert not delta.is_delta(path)
 
 
 def test_a_delta_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     """Any cut, any flipped bit; and one that unpacks to more than it says."""
     path, out = tmp_path / "trajectory.bin", tmp_path / "x.delta"
     written(path)
-    content = trajectory.delta(read(path), 5, {})
+    content = delta.delta(read(path), 5, {})
     for place in range(len(content)):
         bad = bytearray(content)
         bad[place] ^= 1 << (place % 8)
         for damaged in (bytes(bad), content[:place]):
             out.write_bytes(damaged)
             with pytest.raises(Damaged):
-                trajectory.read_delta(out)
-    out.write_bytes(trajectory.delta(read(path), 5, {"step": 4}))
+                delta.read_delta(out)
+    out.write_bytes(delta.delta(read(path), 5, {"step": 4}))
     with pytest.raises(Damaged):
-        trajectory.read_delta(out)
+        delta.read_delta(out)
 
 
 def test_names_that_a_foreign_header_made_up_are_not_repeated() -> None:

@@ -12,11 +12,12 @@ import torch
 import yaml
 
 from smezo_cli.cli import main
-from smezo_cli.config import compose, target_of
+from smezo_cli.config.build import target_of
+from smezo_cli.config.compose import compose
+from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError, redacted, redacted_tree
 from smezo_cli.files import bounded
-from smezo_cli.model import load_model
-from smezo_cli.settings import check
+from smezo_cli.models.load import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "smezo_cli").rglob("*.py"))
@@ -377,7 +378,7 @@ def test_references_that_grow_are_refused() -> None:
 
 def test_a_link_in_a_run_folder_leads_nowhere(tmp_path: Path) -> None:
     from smezo_cli.files.atomic import write_text
-    from smezo_cli.runs import RunFolder
+    from smezo_cli.store.folder import RunFolder
 
     kept = tmp_path / "kept.txt"
     kept.write_text("keep")

@@ -18,19 +18,12 @@ from torch import Tensor, nn
 
 from smezo_cli import loop
 from smezo_cli.cli import main
-from smezo_cli.model import load_model
-from smezo_cli.scoring import Candidates, Scorer, encode
+from smezo_cli.models.load import load_model
+from smezo_cli.scoring.candidates import Candidates, encode
+from smezo_cli.scoring.float32 import in_float32
+from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.tasks import load_task
-from smezo_cli.watch import (
-    ENOUGH,
-    HISTORY,
-    Numerics,
-    Watch,
-    in_float32,
-    loss_noise,
-    report_lines,
-    spike_report,
-)
+from smezo_cli.watch import ENOUGH, HISTORY, Numerics, Watch, loss_noise, report_lines, spike_report
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.step import Closure, StepRecord
 

@@ -271,3 +271,20 @@ def check_expansion(tree: Mapping[str, Any]) -> None:
 
     for name, item in tree.items():
         size(item, str(name))
+
+
+# --- what a run left behind ------------------------------------------------------------------
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, float) or abs(value) < 1 << 63
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and _is_number(value) and value >= 0
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)

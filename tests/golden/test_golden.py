@@ -18,11 +18,11 @@ import torch
 from torch.nn import functional
 
 from smezo_cli import train
-from smezo_cli.config import compose
+from smezo_cli.config.compose import compose
+from smezo_cli.config.settings import check
 from smezo_cli.job import Job
-from smezo_cli.runs import tensors_digest
-from smezo_cli.settings import check
-from smezo_cli.trajectory import read
+from smezo_cli.store.saved import tensors_digest
+from smezo_cli.store.trajectory import read
 from smezo_cli.zo.optimizer import ZeroOrder
 
 GOLDEN = Path(__file__).with_name("runs.json")

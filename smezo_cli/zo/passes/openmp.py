@@ -6,7 +6,7 @@ layers then takes twice as long as alone.
 
 OpenMP may give fewer threads than torch asks for (OMP_THREAD_LIMIT, OMP_DYNAMIC and others). oneDNN
 has then cut its work into more parts than are computed: torch's own products in bfloat16 and those
-of :mod:`smezo_cli.linear` hold whatever was in the memory before, and no error is raised.
+of :mod:`smezo_cli.models.onednn` hold whatever was in the memory before, and no error is raised.
 """
 
 import ctypes

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from smezo_cli import __version__
 from smezo_cli.errors import UserError
-from smezo_cli.runs import Saved, save_tensors, tensors_digest
-from smezo_cli.scoring import Candidates
+from smezo_cli.scoring.candidates import Candidates
+from smezo_cli.store.saved import Saved, save_tensors, tensors_digest
 from smezo_cli.zo.step import NUMERICS
 
 NAME = "scores-partial.safetensors"

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from smezo_cli.config.fixed import CONF_DIR
 from smezo_cli.errors import UserError, redacted
 from smezo_cli.files import bounded
-from smezo_cli.settings import CONF_DIR
 
 PRIMARY = "train"  # the file that names all groups, train.yaml
 _PACKAGE = "pkg://"
@@ -54,7 +54,7 @@ class SearchPath:
 
     def used(self) -> AbstractContextManager[None]:
         """Have Hydra read from here, where it is initialised inside of the context."""
-        from smezo_cli import user_folders
+        from smezo_cli.config import user_folders
 
         return user_folders.used(self.folders)
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from smezo_cli.scoring import Candidates, Scorer
+    from smezo_cli.scoring.candidates import Candidates
+    from smezo_cli.scoring.scorer import Scorer
 
 MOST_ROWS = 4  # that are measured; a forward each alone, and one or two together
 # Largest difference that is put down to rounding, as a part of the largest score: some ten times

@@ -22,7 +22,6 @@ alone, compressed, and a SHA-256 of all of it::
 
 import contextlib
 import errno
-import hashlib
 import json
 import math
 import os
@@ -350,67 +349,6 @@ def check_length(steps: int, queries: int) -> None:
             f"steps={steps} with method.num_queries={queries}: a trajectory holds at most {most} "
             f"steps of so many and {_MAX_QUERIES} queries; take fewer."
         )
-
-
-# --- deltas ------------------------------------------------------------------------------------
-
-
-def delta(trajectory: Trajectory, steps: int, about: Mapping[str, Any]) -> bytes:
-    """The content of a delta of the first ``steps`` steps; ``about`` is plain JSON."""
-    text = strict_json.dumps({"header": trajectory.header, "step": steps, **about}).encode()
-    columns = np.ascontiguousarray(trajectory.columns(steps), "<f8")
-    # Bytes of like significance lie together: those of equal learning rates then take no room.
-    by_place = columns.view(np.uint8).reshape(len(columns), steps, 8).transpose(0, 2, 1)
-    content = _START.pack(_DELTA, _VERSION, len(text)) + text + zlib.compress(by_place.tobytes(), 9)
-    return content + hashlib.sha256(content).digest()
-
-
-def read_delta(path: Path) -> tuple[dict[str, Any], Trajectory]:
-    """Undo :func:`delta`: what it says about itself, and the steps (loss and seconds are 0).
-
-    Raises:
-        Damaged: it is not one, or not whole.
-    """
-    with _opened(path) as file:
-        about, _ = _read_start(path, file, _DELTA)
-        file.seek(0)
-        content = file.read(MAX_BYTES + 1)
-    damaged = Damaged(f"{path} is damaged: get it anew.")
-    if len(content) > MAX_BYTES or hashlib.sha256(content[:-32]).digest() != content[-32:]:
-        raise damaged
-    header, steps = about.get("header"), about.get("step")
-    if not isinstance(header, dict) or type(steps) is not int or steps < 0:
-        raise damaged
-    kind = _record_type(_queries(path, header))
-    columns = 1 + kind["projected_grad"].shape[0]
-    size = columns * steps * 8
-    if size > MAX_BYTES:
-        raise damaged
-    packed = content[_START.size + _START.unpack(content[: _START.size])[2] : -32]
-    unpack = zlib.decompressobj()
-    try:
-        found = unpack.decompress(packed, size + 1)
-    except zlib.error as error:
-        raise damaged from error
-    if len(found) != size or (steps and not unpack.eof):
-        raise damaged
-    by_place = np.frombuffer(found, np.uint8).reshape(columns, 8, steps).transpose(0, 2, 1)
-    numbers = np.ascontiguousarray(by_place).view("<f8").reshape(columns, steps)
-    if not np.isfinite(numbers).all():
-        raise damaged
-    records = np.zeros(steps, kind)
-    records["step"], records["lr"] = np.arange(steps), numbers[0]
-    records["projected_grad"] = numbers[1:].T
-    return about, Trajectory(header, records, None)
-
-
-def is_delta(path: Path) -> bool:
-    """Does the file begin as a delta does?"""
-    if not path.is_file():
-        return False
-    with _opened(path) as file:
-        found: bytes = file.read(len(_DELTA))
-    return found == _DELTA
 
 
 def seconds_between(start: float, end: float) -> float:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smezo_cli.tokenization import decoded
-from smezo_cli.tokens import padding_id
+from smezo_cli.scoring.tokenization import decoded
+from smezo_cli.scoring.tokens import padding_id
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from smezo_cli.errors import UserError
-from smezo_cli.tokenization import encoded
+from smezo_cli.scoring.tokenization import encoded
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str], *, goes_on: bool = True) -> list[list[int]]:

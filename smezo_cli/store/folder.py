@@ -12,29 +12,21 @@ a SHA-256 of what is in them; a file that does not agree with its own is never u
 import contextlib
 import fcntl
 import hashlib
-import json
 import math
 import os
-import platform
 import shutil
-import subprocess
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from smezo_cli import __version__, intake
 from smezo_cli.errors import UserError, redacted_tree
 from smezo_cli.files import bounded, sealed, strict_json
-from smezo_cli.files.atomic import _replacing, check_space, write_text
-from smezo_cli.zo.step import NUMERICS
+from smezo_cli.files.atomic import write_text
+from smezo_cli.store import schema
+from smezo_cli.store.saved import Saved, save_tensors
 
 SCHEMA = 2  # of result.json; 1 had no checksum
 _STATE = 2  # of checkpoint/state.json
@@ -193,7 +185,7 @@ class RunFolder:
         found = bounded.read_json(self.path / "result.json")
         if found is not None and found.get("schema") != 1:
             found = sealed.unsealed(found)
-        return found if found is not None and intake.is_sound_result(found) else None
+        return found if found is not None and schema.is_sound_result(found) else None
 
     def write_result(self, result: Mapping[str, Any], name: str = "result.json") -> None:
         """Replace result.json, or the record of a shorter run beside it."""
@@ -314,7 +306,7 @@ class RunFolder:
         saved = None if saved is None else sealed.unsealed(saved)
         if saved is None or saved.pop("schema", None) != _STATE:
             return None
-        return State(**saved) if intake.is_sound_state(saved) else None
+        return State(**saved) if schema.is_sound_state(saved) else None
 
     def load_weights(self, state: State, step: int) -> "Saved":
         """Tensors by name, on the CPU, each read when it is asked for.
@@ -391,149 +383,9 @@ class RunFolder:
         return save_tensors(path, tensors, about)
 
 
-def save_tensors(
-    path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None
-) -> str:
-    """Replace a safetensors file as a whole; return the digest of what is in it.
-
-    Raises:
-        UserError: there is no room, or it cannot be written.
-    """
-    content = {name: t.detach().contiguous() for name, t in tensors.items()}
-    needed = sum(t.numel() * t.element_size() for t in content.values())
-    check_space(path.parent, needed)
-    digest = tensors_digest(content)
-    words = strict_json.dumps({"sha256": digest, **(about or {})})
-    with _replacing(path) as partial:
-        save_file(content, partial, {"smezo": words})
-    return digest
-
-
 def _remove(path: Path) -> None:
     """A file, a link (not what it leads to) or a folder."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink()
-
-
-_PIECE = 1 << 22  # entries of a saved tensor that are read at a time
-
-
-class Saved(Mapping[str, Tensor]):
-    """A safetensors file. Every tensor has a mapping of its own, so that no two lie in memory.
-
-    Attributes:
-        about: what was saved beside the tensors: their digest, the method's numbers.
-
-    Raises:
-        UserError: the file is missing or no safetensors file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with self._open() as file:
-            self._names: list[str] = list(file.keys())
-            try:
-                about = json.loads((file.metadata() or {}).get("smezo", "{}"))
-            except (ValueError, RecursionError):
-                about = {}
-        self.about: dict[str, Any] = about if isinstance(about, dict) else {}
-
-    def is_whole(self) -> bool:
-        """Are the tensors those that were saved?"""
-        return self.about.get("sha256") == tensors_digest(self)
-
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[Any]:
-        try:
-            bounded.check_ordinary(self._path)
-            with safe_open(self._path, framework="pt") as file:
-                yield file
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{self._path} cannot be read ({error}); start this run over with if_exists=fresh."
-            ) from error
-
-    def __getitem__(self, name: str) -> Tensor:
-        with self._open() as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
-
-    def in_pieces(self, name: str) -> tuple[torch.dtype, Sequence[int], Iterator[Tensor]]:
-        """Dtype, shape and some rows of a tensor after the other: mapped pages count as memory."""
-        with self._open() as file:
-            shape: list[int] = file.get_slice(name).get_shape()
-        if not shape or 0 in shape:
-            return self[name].dtype, shape, iter([self[name]])
-        rows = max(1, _PIECE // math.prod(shape[1:]))
-
-        def pieces() -> Iterator[Tensor]:
-            for start in range(0, shape[0], rows):
-                with self._open() as file:
-                    yield file.get_slice(name)[start : start + rows]
-
-        return next(pieces()).dtype, shape, pieces()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes, in the order of the names; one copy at a time."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        dtype, shape, pieces = _in_pieces(tensors, name)
-        digest.update(f"{name} {dtype} {tuple(shape)}\n".encode())
-        for piece in pieces:
-            flat = piece.contiguous().view(-1).cpu()
-            digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _in_pieces(
-    tensors: Mapping[str, Tensor], name: str
-) -> tuple[torch.dtype, Sequence[int], Iterator[Tensor]]:
-    """Dtype, shape and contents of a tensor; of a file some rows at a time, which are let go."""
-    if not isinstance(tensors, Saved):
-        tensor = tensors[name].detach()
-        return tensor.dtype, tensor.shape, iter([tensor])
-    return tensors.in_pieces(name)
-
-
-def versions() -> dict[str, Any]:
-    """Versions, commit and machine."""
-    found: dict[str, Any] = {"smezo": __version__, "numerics": NUMERICS}
-    found["python"] = platform.python_version()
-    for package in ("torch", "transformers", "datasets", "safetensors"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    found |= {"commit": _commit(), "machine": platform.machine(), "system": platform.system()}
-    found["threads"] = torch.get_num_threads()
-    return found
-
-
-def _commit() -> str | None:
-    """Commit of a checkout, "+" behind it where files differ; None for an installed package."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        head = git("rev-parse", "HEAD")
-        return head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def now() -> str:
-    """UTC, ISO 8601, to the second."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,0 +1,192 @@
+"""Check settings that must agree with each other."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from smezo_cli.config.fixed import CONF_DIR, _load_yaml
+from smezo_cli.config.rules import shown
+from smezo_cli.errors import UserError
+from smezo_cli.kinds import METRICS
+
+
+def _check_counts(task: Mapping[str, Any]) -> None:
+    """Refuse counts that others leave nothing to do."""
+    idle = [f"task.{key}" for key in ("num_train", "num_dev") if task[key] is not None]
+    if task.get("num_per_class") is not None and idle:
+        also = " and ".join(f"{key}={task[key.removeprefix('task.')]}" for key in idle)
+        raise UserError(
+            f"task.num_per_class={task['num_per_class']} takes as many rows of each class for "
+            f"train and again for dev, so {also} would be ignored: add "
+            f"{' '.join(f'{key}=null' for key in idle)}, or task.num_per_class=null."
+        )
+
+
+def _check_sfc(
+    task: Mapping[str, Any], model: Mapping[str, Any], method: Mapping[str, Any]
+) -> None:
+    """Refuse a calibration that would be ignored, or whose domain-conditional prompt is unknown."""
+    given = task.get("sfc_prompt")
+    if not task.get("sfc"):
+        if given is not None:
+            raise UserError(
+                f"task.sfc_prompt={given!r} is the prompt of task.sfc=true, without which it would "
+                "be ignored: add task.sfc=true, or leave it out."
+            )
+        return
+    if "l2" in method:
+        raise UserError(
+            f"task.sfc=true: method {method['name']} scores no label words that could be "
+            "calibrated: leave task.sfc out."
+        )
+    masked = model["family"] == "masked"
+    if given is not None:
+        if masked != bool(re.search(r"\{mask\b", given)):
+            raise UserError(
+                f"task.sfc_prompt={given!r}: model={model['name']} "
+                + ("fills masks: give a template with" if masked else "fills no masks: leave out")
+                + " its place, {mask}."
+            )
+        return
+    prompt, nodes = task["prompt"], task.get("masked" if masked else "prompts") or []
+    if isinstance(prompt, int) and not masked:
+        nodes = nodes[prompt : prompt + 1] if prompt >= 0 else []
+    known = [isinstance(node, Mapping) and node.get("sfc") is not None for node in nodes]
+    if isinstance(prompt, str) or not known or not all(known):
+        raise UserError(
+            "task.sfc=true: no domain-conditional prompt is known for this prompt of task "
+            f"{task['name']} (for causal models {', '.join(_tasks_with_sfc())} have one): give it "
+            "by task.sfc_prompt=TEMPLATE, which may be empty, or leave task.sfc out."
+        )
+
+
+def _tasks_with_sfc() -> list[str]:
+    """Names of our tasks of which a prompt has a domain-conditional one."""
+    files = sorted((CONF_DIR / "task").glob("*.yaml"))
+    loaded = {file.stem: _load_yaml(file) for file in files}
+    return [
+        name
+        for name, cfg in loaded.items()
+        if any("sfc" in node for node in OmegaConf.select(cfg, "prompts") or ())
+    ]
+
+
+def _check_method(method: Mapping[str, Any], knobs: Mapping[str, float]) -> None:
+    """Refuse what the method would ignore or contradict."""
+    for knob, value in knobs.items():
+        used = list(_values_of(method, knob))
+        if not used:
+            raise UserError(lacks(knob, method["name"], _methods_with(knob)))
+        for other in used:
+            if other != value:
+                raise UserError(
+                    f"method has {knob}={shown(other)} beside {knob}={value:g}: "
+                    f"set {knob}=VALUE at the top level alone."
+                )
+    mask = method.get("mask")
+    if mask == "none" and knobs.get("sparsity"):
+        raise UserError(
+            f"method.mask=none perturbs every weight, so sparsity={knobs['sparsity']:g} would be "
+            "ignored: add sparsity=0, or choose method.mask=small, large or random."
+        )
+    if mask is not None and mask != "random" and method.get("mask_resample") == "step":
+        raise UserError(
+            f"method.mask_resample=step is for method.mask=random, the mask is {mask}: add "
+            "method.mask=random, or leave mask_resample out."
+        )
+    if mask in ("random", "none") and method.get("mask_refresh_every"):
+        raise UserError(
+            f"method.mask_refresh_every={method['mask_refresh_every']} renews the thresholds of "
+            f"method.mask=small or large, and method.mask={mask} has none: set it to 0."
+        )
+
+
+def _check_quantization(model: Mapping[str, Any], method: Mapping[str, Any], device: str) -> None:
+    """Refuse 4-bit weights that would be trained, or that cannot be had."""
+    if model["quantization"] is None:
+        return
+    out = "or leave model.quantization out"
+    if (method.get("adapter") or {}).get("kind") != "lora":
+        raise UserError(
+            f"model.quantization=4bit is for a model that stays frozen beside LoRA, and method is "
+            f"{method['name']}: choose method=lora, mezo_lora or sparse_mezo_lora, {out}."
+        )
+    if device == "cpu":
+        raise UserError(
+            f"model.quantization=4bit needs CUDA, and device=cpu: choose device=cuda, {out}."
+        )
+    if model["tiny"] is not None or str(model["path"]).lower().endswith(".gguf"):
+        raise UserError(
+            f"model.quantization=4bit quantises weights as safetensors hold them, and model="
+            f"{model['name']} is {'random' if model['tiny'] is not None else 'a GGUF file'}: give "
+            f"model.path=FOLDER, {out}."
+        )
+
+
+def _check_device_map(model: Mapping[str, Any], device: str) -> None:
+    """Refuse weights outside GPUs, and what a map would contradict."""
+    device_map = model["device_map"]
+    if device_map is None:
+        return
+    if device != "auto":
+        raise UserError(
+            f"device={device} beside model.device_map, which says where the model lies: leave out "
+            "one of them (device=auto goes with a map; model.device_map=null is none)."
+        )
+    if model["quantization"] is not None:
+        raise UserError(
+            f"model.device_map beside model.quantization={model['quantization']}: 4-bit weights "
+            "lie on one GPU so far; leave out one of them."
+        )
+    if isinstance(device_map, str) or set(device_map.values()) == {"cpu"}:
+        return
+    outside = [name for name, place in device_map.items() if place in ("cpu", "disk")]
+    if outside:
+        named = ", ".join(repr(name) for name in outside[:3]) + ", ..." * (len(outside) > 3)
+        raise UserError(
+            f"model.device_map has {named} on {device_map[outside[0]]}: weights outside GPUs "
+            "(offload) cannot be trained so far; give every module the number of a GPU, or spread "
+            "the model by model.device_map=auto."
+        )
+
+
+def _check_objective(objective: str, task: Mapping[str, Any]) -> None:
+    """Refuse an objective that the rows of the task have no figure for."""
+    metric = METRICS[task["kind"]]
+    if objective not in ("loss", metric):
+        raise UserError(
+            f"method.objective={objective}: task {task['name']} is of kind {task['kind']}, whose "
+            f"figure is {metric}: add method.objective={metric}, or leave it out."
+        )
+
+
+def _values_of(node: object, name: str) -> Iterator[object]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            if key == name:
+                yield value
+            yield from _values_of(value, name)
+
+
+def _methods_with(knob: str) -> list[str]:
+    """Names of our methods that have a top-level knob."""
+    files = sorted((CONF_DIR / "method").glob("*.yaml"))
+    loaded = {file.stem: _load_yaml(file) for file in files}
+    # Those with an adapter are variants of the others, and would make the line long.
+    return [name for name, cfg in loaded.items() if knob in cfg and not _is_variant(cfg)]
+
+
+def _is_variant(cfg: DictConfig) -> bool:
+    return OmegaConf.select(cfg, "method.adapter") is not None
+
+
+def lacks(key: str, method: object, others: Sequence[str]) -> str:
+    """Say that the method has no such setting, and which methods have."""
+    have = "has" if len(others) == 1 else "have"
+    return f"method {method} has no {key}" + (
+        f"; {', '.join(others)} {have}: add method={others[-1]}, or leave {key} out."
+        if others
+        else f": leave {key} out."
+    )

@@ -1,0 +1,103 @@
+"""The digest of settings, which names a run; and settings of runs made before a key existed."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig
+
+from smezo_cli.config.fixed import FULL_SAVE_EVERY, plain
+from smezo_cli.config.settings import _SETTINGS
+
+# Cannot change a result, hence not part of a run's digest.
+_NOT_IN_DIGEST = (
+    *("name", "runs_dir", "logger", "if_exists", "compile", "hydra", "full_save_every"),
+    *("micro_batch_size", "query_ranks", "rank_backend"),
+)
+
+_NOT_IN_DIGEST_OF_MODEL = ("device_map",)
+
+# Came later; this value is what runs did before there was such a key, and they keep their digest.
+LATER = {
+    **dict.fromkeys(("stop_if_diverged", "patience", "clip_projected_grad", "num_per_class")),
+    "quoting": None,
+    "quantization": None,
+    "objective": "loss",
+    "zero_shot": True,
+    "batch_order": "shuffled",
+    "sfc": False,
+    "sfc_prompt": None,
+}
+
+_LATER_AND_OF_A_MACHINE = {"micro_batch_size": None, "query_ranks": 1, "rank_backend": "gloo"} | {
+    "full_save_every": FULL_SAVE_EVERY
+}
+
+
+def is_extensible(lr_schedule: object) -> bool:
+    """May a finished run go on to more steps? Only where its lr did not depend on their number."""
+    return lr_schedule == "constant"
+
+
+def digest(cfg: DictConfig | Mapping[str, Any]) -> str:
+    """Eight hex digits of the resolved settings, less those that cannot change a result.
+
+    A run that can be extended keeps its name when ``steps`` grows.
+    """
+    values = without_later_keys(
+        {key: value for key, value in plain(cfg).items() if key not in _NOT_IN_DIGEST}
+    )
+    if is_extensible(values.get("lr_schedule")):
+        values.pop("steps", None)
+    if isinstance(model := values.get("model"), Mapping):
+        values["model"] = {k: v for k, v in model.items() if k not in _NOT_IN_DIGEST_OF_MODEL}
+        if model.get("attention") == "auto":  # what runs did before there was this value
+            values["model"]["attention"] = "sdpa"
+    if isinstance(task := values.get("task"), Mapping) and task.get("quoting") == "minimal":
+        values["task"] = {k: v for k, v in task.items() if k != "quoting"}  # as without it
+    if values.get("keep") == "all":
+        values["keep"] = "best"  # the test is on the same weights
+    text = json.dumps(_canonical(values), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def without_later_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings less those that came later and say what runs did before: equal for equal runs."""
+    kept = {
+        key: without_later_keys(value) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if key not in LATER or value != LATER[key]
+    }
+    if isinstance(prompts := values.get("prompts"), list) and not values.get("sfc"):
+        # Of a task without calibration nothing asks for these.
+        kept["prompts"] = [
+            {key: value for key, value in node.items() if key != "sfc"}
+            if isinstance(node, Mapping)
+            else node
+            for node in prompts
+        ]
+    return kept
+
+
+def with_later_keys(cfg: DictConfig) -> None:
+    """Give the settings of a run that is there what they lack because it came after the run.
+
+    And take from them what is refused for its method now, but was ignored then.
+    """
+    for key, value in (LATER | _LATER_AND_OF_A_MACHINE).items():
+        if key in _SETTINGS and key not in cfg:
+            cfg[key] = value
+    if isinstance(task := cfg.get("task"), DictConfig) and "data" in task and "quoting" not in task:
+        task.quoting = LATER["quoting"]
+    if isinstance(method := cfg.get("method"), DictConfig) and "eps" not in method:
+        cfg.full_save_every = FULL_SAVE_EVERY
+
+
+def _canonical(value: object) -> object:
+    """1 and 1.0 are one value; the keys of a mapping are strings."""
+    if isinstance(value, Mapping):
+        return {str(key): _canonical(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_canonical(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -1,0 +1,70 @@
+"""What is fixed before settings are read: the folder of YAML files, names that the code knows."""
+
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from smezo_cli.errors import UserError
+from smezo_cli.files.bounded import check_expansion
+from smezo_cli.words import with_mappings
+
+# In a wheel the files lie inside the package, in a checkout beside it.
+_PACKAGED = Path(__file__).resolve().parent.parent / "conf"
+
+CONF_DIR = _PACKAGED if _PACKAGED.is_dir() else _PACKAGED.parent.parent / "conf"
+
+
+INSTALL_TENSORBOARD = "python -m pip install 'tensorboard>=2.18,<3'"  # as in pyproject.toml
+
+# Top-level settings that a method has or has not.
+KNOBS = ("lr", "eps", "sparsity")
+
+FULL_SAVE_EVERY = 500  # as conf/train.yaml has it
+
+# What these are for methods that take no steps; another value would be ignored.
+WITHOUT_STEPS: dict[str, object] = {
+    **{"steps": 0, "batch_size": 0, "eval_every": None, "lr_schedule": "constant"},
+    **{"warmup_steps": 0, "stop_if_diverged": None, "patience": None, "keep": "best"},
+    "zero_shot": True,
+    "micro_batch_size": None,
+    "batch_order": "shuffled",
+    "full_save_every": FULL_SAVE_EVERY,
+}
+
+
+def is_frozen(method: object) -> bool:
+    """Is it the node of a method that takes no steps and leaves the model as it is?"""
+    target = method.get("_target_") if isinstance(method, Mapping) else None
+    return isinstance(target, str) and target.startswith("smezo_cli.methods.frozen.")
+
+
+def _load_yaml(file: Path) -> DictConfig:
+    loaded = OmegaConf.load(file)
+    return loaded if isinstance(loaded, DictConfig) else OmegaConf.create({})
+
+
+def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """Containers of plain Python with interpolations resolved."""
+    if not isinstance(cfg, DictConfig):
+        return dict(cfg)
+    try:
+        check_expansion(typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False)))
+        values = OmegaConf.to_container(cfg, resolve=True)
+    except UserError:
+        raise
+    except Exception as error:  # OmegaConf's own, and what its parser and resolvers let through
+        raise UserError(sentence(error)) from error
+    found = typing.cast(dict[str, Any], values)
+    with_mappings(found)
+    return found
+
+
+def sentence(error: BaseException) -> str:
+    """The first lines of an error of Hydra or OmegaConf as one sentence."""
+    texts = [str(error), str(error.__cause__ or "")]
+    lines = [line.strip() for text in texts for line in text.splitlines()]
+    lines = [line for line in lines if line and not line.startswith("See http")]
+    return "; ".join(dict.fromkeys(lines[:3])) or type(error).__name__

@@ -1,0 +1,188 @@
+"""The keys of each config group, and the rule of each."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from smezo_cli.config.rules import (
+    _COUNT,
+    _DTYPE,
+    _FILE,
+    _FOLDER_NAME,
+    _WORD,
+    Betas,
+    Choice,
+    DeviceMap,
+    Names,
+    NamesOrName,
+    Number,
+    Pairs,
+    Rule,
+    SomeNames,
+    Source,
+    Template,
+    Text,
+    Whole,
+    _checked,
+    shown,
+)
+from smezo_cli.errors import UserError, near
+
+# Settings inside the groups, checked where they are present.
+_NODE_RULES: dict[str, Rule] = {
+    # Names of run folders are made of these.
+    "task.name": _FOLDER_NAME,
+    "model.name": _FOLDER_NAME,
+    "method.name": _FOLDER_NAME,
+    "task.num_train": _COUNT,
+    "task.num_dev": _COUNT,
+    "task.num_test": _COUNT,
+    "task.num_per_class": _COUNT,
+    "task.max_train_tokens": _COUNT,
+    "task.max_new_tokens": _COUNT,
+    "model.path": Text(r"(?s).+", "a folder, a GGUF file or a hub id", "facebook/opt-125m"),
+    "model.revision": Text(r"\S+", "a branch, a tag or a commit", "main"),
+    "model.bos_token": Text(r"(?s).+", "a token", "'<s>'"),
+    "model.family": Choice("causal", "masked"),
+    "model.trust_remote_code": Choice(True, False),
+    "model.quantization": Text("4bit", "4bit", "4bit"),
+    "model.device_map": DeviceMap(),
+    "model.dtype": _DTYPE,
+    "model.compute_dtype": _DTYPE,
+    "model.attention": Choice(
+        *("auto", "sdpa", "eager"), *("flash_attention_2", "flash_attention_3", "flex_attention")
+    ),
+    "task.kind": Choice("classification", "choice", "generation"),
+    "task.source": Source(),
+    "task.test_from": Choice("test", "train"),
+    "task.prompt": Template(),
+    "task.option_template": Text(r"(?s).+", "a template in quotes", '"{option}"'),
+    "task.sfc": Choice(True, False),
+    "task.sfc_prompt": Text(r"(?s).*", "a template in quotes, which may be empty", '"It was"'),
+    "task.data_dir": Text(r"(?s).+", "the path of a folder", "PATH"),
+    "task.data": Text(r"(?s).+", "the path of a file or the id of a data set", "my.csv"),
+    "task.test_data": _FILE,
+    "task.columns": Pairs(),
+    "task.quoting": Choice("minimal", "none"),
+    "task.label": _WORD,
+    "task.answer": _WORD,
+    "task.options": NamesOrName(),
+    "task.data_name": _WORD,
+    "task.revision": _WORD,
+    "task.splits": Pairs(),
+    "model.max_length": Whole(8, example="2048"),
+    "method.num_queries": _COUNT,
+    "method.weight_decay": Number(0, example="0.0"),
+    "method.clip_projected_grad": Number(0, above=True, example="100.0"),
+    "method.objective": Choice("loss", "accuracy", "f1"),
+    "method.betas": Betas(),
+    "method.adam_eps": Number(0, above=True, example="1e-8"),
+    "method.mask": Choice("small", "large", "random", "none"),
+    "method.mask_refresh_every": Whole(0, example="0"),
+    "method.mask_resample": Choice("run", "step"),
+    "method.constant_tensors": Choice("dense", "frozen"),
+    "method.noise": Choice("gaussian", "rademacher"),
+    "method.rounding": Choice("nearest", "stochastic"),
+    "method.executor": Choice("auto", "sequential", "lockstep", "in_place"),
+    "method.keep_noise": Choice("auto", True, False),
+    "method.num_demonstrations": Whole(1, example="32"),
+    "method.l2": Number(0, above=True, example="1.0"),
+    "method.max_grad_norm": Number(0, above=True, example="1.0"),
+    "method.freeze": Names(),
+    "method.dense": Names(),
+    "logger.mode": Choice("offline", "online"),
+}
+
+# What the groups that build() does not see take: keys without which nothing goes, and the others
+# with the value that leaving them out means.
+_NODE_KEYS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "model": (
+        ("name",),
+        {"package": None, "path": None, "tiny": None, "revision": None, "family": "causal"}
+        | {"config": None, "bos_token": None, "dtype": "float32", "compute_dtype": None}
+        | {"attention": "auto", "max_length": 2048, "trust_remote_code": False}
+        | {"quantization": None, "device_map": None},
+    ),
+    "logger": (
+        ("name",),
+        {"mode": "offline", "project": "smezo", "entity": None, "tags": []},
+    ),
+}
+
+_TASK_KEYS = {"prompt": None, "num_train": None, "num_dev": None, "num_test": None} | {
+    "max_train_tokens": None,
+}
+
+_SFC_KEYS: dict[str, Any] = {"sfc": False, "sfc_prompt": None}
+
+_TASK_KEYS_OF_KIND: dict[str, dict[str, Any]] = {
+    "classification": {"labels": None, "num_per_class": None} | _SFC_KEYS,
+    "choice": {"option_template": None} | _SFC_KEYS,
+    "generation": {"max_new_tokens": 50},
+}
+
+# Of a task with data of its own, and of one for the user's data.
+_SOURCE_KEYS: dict[str, Any] = {"data_dir": None, "masked": [], "test_from": "test"}
+
+_DATA_KEYS: dict[str, Any] = {"test_data": None, "columns": None, "quoting": None} | {
+    "data_name": None,
+    "revision": None,
+    "splits": None,
+}
+
+_DATA_KEYS_OF_KIND = {
+    # needed beside data and prompt, and optional
+    "classification": (("labels",), {"label": "label"}),
+    "choice": (("options",), {"label": "label"}),
+    "generation": ((), {"answer": "answer"}),
+}
+
+_DATA_EXAMPLES = {
+    "data": "task.data=my.csv (.csv, .tsv, .jsonl, .json, .parquet, or the id of a data set)",
+    "prompt": "'task.prompt=\"{text} It was\"', with columns of your data in braces",
+    "labels": "'task.labels={0: terrible, 1: great}', a word for each value of the label column",
+    "options": "task.options=[a,b], the columns of the options or one that holds a list",
+}
+
+# What each kind of `method.adapter` takes, all of it needed.
+_ADAPTER_KINDS = Choice("lora", "prefix")
+
+_ADAPTER_KEYS: dict[str, dict[str, Rule]] = {
+    "lora": {
+        "r": Whole(1, example="8"),
+        "alpha": Number(0, above=True, example="16"),
+        "targets": SomeNames(),
+    },
+    "prefix": {"num_tokens": Whole(1, example="5")},
+}
+
+
+def _task_keys(task: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The keys that a task node needs, and the others with what leaving them out means."""
+    kind = _checked("task.kind", task.get("kind"), _NODE_RULES["task.kind"])
+    optional = _TASK_KEYS | _TASK_KEYS_OF_KIND[kind]
+    if "source" in task or "data" not in task:
+        for name in ("data", "test_data", "columns"):
+            if task.get(name):
+                raise UserError(
+                    f"task.{name} is for data of your own, and task={task['name']} brings its "
+                    "data: choose task=classification, choice or generation, or leave it out."
+                )
+        return ("name", "kind", "source", "prompts"), optional | _SOURCE_KEYS
+    needed, more = _DATA_KEYS_OF_KIND[kind]
+    return ("name", "kind", "data", "prompt", *needed), optional | _DATA_KEYS | more
+
+
+def _checked_adapter(node: object) -> dict[str, Any]:
+    """The node of an adapter with its values in their own types."""
+    if not isinstance(node, Mapping):
+        raise UserError(
+            f"method.adapter={shown(node)}: it must be a mapping with a kind; a method without an "
+            "adapter is chosen by its name, such as method=mezo."
+        )
+    kind = _checked("method.adapter.kind", node.get("kind"), _ADAPTER_KINDS)
+    rules = _ADAPTER_KEYS[kind]
+    for name in node:
+        if name != "kind" and name not in rules:
+            raise UserError(f"there is no method.adapter.{name} of kind {kind}{near(name, rules)}.")
+    values = {n: _checked(f"method.adapter.{n}", node.get(n), rule) for n, rule in rules.items()}
+    return {"kind": kind} | values

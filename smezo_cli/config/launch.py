@@ -1,0 +1,170 @@
+"""From a command line to a run: read it, check it before anything heavy loads, let Hydra launch it.
+
+Hydra composes (conf/train.yaml says in which order). The checks are ours, so that every mistake is
+one sentence and exit code 2, in a sweep before its first run.
+"""
+
+import contextlib
+import io
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
+
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from smezo_cli.config import fork, sweep
+from smezo_cli.config.build import build
+from smezo_cli.config.compose import _VERSION_BASE, compose, compose_and_say, grid, prepare
+from smezo_cli.config.describe import (
+    _as_command_line,
+    _is_sweep,
+    _redact_sweep,
+    _which_job,
+    command,
+    recipes,
+)
+from smezo_cli.config.digest import digest
+from smezo_cli.config.fixed import CONF_DIR, sentence
+from smezo_cli.config.help import _help
+from smezo_cli.config.settings import Settings, check
+from smezo_cli.errors import UserError, near, redacted
+from smezo_cli.machine import process, streams, torchrun
+
+__all__ = [
+    "CONF_DIR",
+    "Settings",
+    "build",
+    "check",
+    "command",
+    "compose",
+    "compose_and_say",
+    "digest",
+    "grid",
+    "launch",
+    "near",
+    "prepare",
+    "recipes",
+]
+
+
+# --- running ---------------------------------------------------------------------------------
+
+
+_BY_SEVERITY = (0, 2, 1)  # done, refused, crashed
+
+
+def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
+    """Check a command line, then let Hydra call `run` once, or for each job of a sweep.
+
+    Jobs of a sweep have processes of their own (smezo_cli/config/fork.py), unless torch is loaded
+    here. A job that fails does not stop the others. Returns 0, 1 (a crash), 2 (the user's or the
+    machine's fault) or 130 (interrupted); of a sweep the worst of its jobs, whatever launches them.
+    """
+    try:
+        request = prepare(argv)
+        if "--help" in request.flags:
+            print(_help(request), end="")
+            return 0
+        torchrun.check_launcher(request.overrides)
+    except UserError as error:
+        _say(str(error))
+        return 2
+    if not request.starts_runs:  # else each run says it, in its console.log, too
+        for said_once in request.replaced:
+            _say(said_once)
+    if request.starts_runs:
+        streams.guard()
+        streams.outlast()
+    if request.launcher != "basic":
+        process.interruptible()  # it has other processes to end
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+
+    codes = [0]
+    said = io.StringIO()
+    parent, reader = sweep.here(), sweep.reader()
+
+    def attempt(cfg: DictConfig) -> tuple[int, str]:
+        """Exit code and what was said."""
+        try:
+            _redact_sweep()
+            run(cfg)
+        except UserError as error:
+            words = f"{_which_job()}{error}"
+            _say(words)
+            return 2, words
+        except Exception as error:  # the boundary of a job: the other jobs of a sweep go on
+            sys.stderr.write(traceback.format_exc())
+            _say(f"{_which_job()}crashed; the error is above.")
+            name = type(error).__name__
+            return 1, f"{_which_job()}crashed ({name}): see {sweep.log_file()}."
+        return 0, ""
+
+    def job(cfg: DictConfig) -> sweep.Ended | None:
+        if sweep.here() != parent:
+            streams.guard()
+            streams.outlast()
+            code, words = attempt(cfg)
+            return sweep.Ended(code, "" if sweep.reader() == reader else words) if code else None
+        if _is_sweep() and fork.can_fork():
+            code = fork.in_own_process(lambda: attempt(cfg)[0])
+            if code < 0:
+                name = signal.Signals(-code).name
+                memory = " (is there memory enough?)" if name == "SIGKILL" else ""
+                _say(f"{_which_job()}ended by {name}{memory}; {sweep.GO_ON}")
+                code = 1
+        else:
+            code, _ = attempt(cfg)
+        codes.append(code)
+        return None
+
+    try:
+        start = hydra.main(
+            config_path=str(CONF_DIR), config_name="train", version_base=_VERSION_BASE
+        )
+        quiet = contextlib.redirect_stderr(said) if request.package else contextlib.nullcontext()
+        waiting = sweep.waiting(request.launcher)
+        line = [*request.flags, *request.overrides]
+        with _as_command_line(line), quiet, waiting, request.search.used():
+            start(job)()
+    except UserError as error:
+        _say(str(error))
+        return 2
+    except BrokenProcessPool:
+        _say(f"a worker process was killed, and {request.launcher} ended the others: {sweep.GO_ON}")
+        codes.append(1)
+    except (hydra.errors.HydraException, OmegaConfBaseException) as error:
+        _say(sentence(error))
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as error:
+        if said.getvalue():  # by Hydra, of a node that is not there
+            _say(
+                f"--package {request.package}: the settings have no such node, or nothing in it; "
+                "smezo train --cfg job shows them."
+            )
+            return 2
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    except Exception as error:  # not of a job, which catches its own
+        if request.launcher == "basic":
+            raise
+        _say(f"hydra/launcher={request.launcher}: {sentence(error)}")
+        codes.append(2)
+    finally:
+        HydraConfig.instance().cfg = None  # else a later run in this process would read it
+        for ended in sweep.settle():
+            codes.append(ended.code)
+            if ended.words:
+                _say(ended.words)
+    return max(codes, key=_BY_SEVERITY.index)
+
+
+def _say(text: str) -> None:
+    if (who := torchrun.speaker()) is not None:
+        # In one piece: the jobs of a sweep may speak at once.
+        sys.stderr.write(f"smezo: {who}{redacted(text)}\n")
+        sys.stderr.flush()

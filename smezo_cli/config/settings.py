@@ -1,0 +1,282 @@
+"""The settings of a run: types, ranges, and the digest that names the run.
+
+Types and ranges live here, values and their meaning in conf/. No Hydra and no torch in this module.
+"""
+
+import math
+import re
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from smezo_cli.config.combinations import (
+    _check_counts,
+    _check_device_map,
+    _check_method,
+    _check_objective,
+    _check_quantization,
+    _check_sfc,
+)
+from smezo_cli.config.fixed import FULL_SAVE_EVERY, KNOBS, WITHOUT_STEPS, is_frozen, plain
+from smezo_cli.config.groups import (
+    _DATA_EXAMPLES,
+    _NODE_KEYS,
+    _NODE_RULES,
+    _checked_adapter,
+    _task_keys,
+)
+from smezo_cli.config.rules import (
+    _COUNT,
+    _DEVICE,
+    _DTYPE,
+    _FOLDER_NAME,
+    _NULLABLE,
+    _SEED,
+    Choice,
+    Node,
+    Number,
+    Rule,
+    Text,
+    Whole,
+    _checked,
+    _Fixed,
+    shown,
+)
+from smezo_cli.errors import UserError, near, redacted_tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The checked settings of one run; conf/train.yaml and conf/method/ say what they mean.
+
+    `lr`, `eps` and `sparsity` are the knobs of the chosen method: None where it has none.
+    """
+
+    seed: Annotated[int, _SEED]
+    data_seed: Annotated[int, _SEED]
+    steps: Annotated[int, Whole(1, example="150")]
+    batch_size: Annotated[int, _COUNT]
+    eval_every: Annotated[int, Whole(1, example="50")]  # null has become a tenth of the steps
+    stop_if_diverged: Annotated[float | None, Number(1, above=True, example="2.0")]
+    patience: Annotated[int | None, Whole(1, example="5")]
+    micro_batch_size: Annotated[int | None, _COUNT]
+    query_ranks: Annotated[int, Whole(1, example="2")]
+    rank_backend: Annotated[str, Choice("gloo", "nccl")]
+    batch_order: Annotated[str, Choice("shuffled", "stratified")]
+    lr_schedule: Annotated[str, Choice("constant", "linear", "cosine")]
+    warmup_steps: Annotated[int, Whole(0, example="0")]
+    keep: Annotated[str, Choice("best", "last", "all")]
+    zero_shot: Annotated[bool, Choice(True, False)]
+    full_save_every: Annotated[int, Whole(1, example="500")]
+    device: Annotated[str, _DEVICE]
+    dtype: Annotated[str, _DTYPE]
+    compute_dtype: Annotated[str | None, _DTYPE]
+    compile: Annotated[str | bool, Choice("auto", True, False)]
+    name: Annotated[str, _FOLDER_NAME]
+    runs_dir: Annotated[str, Text(r"(?s).+", "the path of a folder", "runs")]
+    if_exists: Annotated[str, Choice("resume", "error", "fresh")]
+    task: Annotated[dict[str, Any], Node()]
+    model: Annotated[dict[str, Any], Node()]
+    method: Annotated[dict[str, Any], Node()]
+    logger: Annotated[dict[str, Any], Node()]
+    lr: Annotated[float | None, Number(0, above=True, example="1e-4")] = None
+    eps: Annotated[float | None, Number(0, above=True, example="1e-3")] = None
+    sparsity: Annotated[float | None, Number(0, 1, example="0.75")] = None
+
+
+_SETTINGS: dict[str, Rule] = {
+    key: hint.__metadata__[0]
+    for key, hint in typing.get_type_hints(Settings, include_extras=True).items()
+}
+
+
+def check(cfg: DictConfig) -> Settings:
+    """Check types, ranges and that no setting would be ignored.
+
+    Raises:
+        UserError: naming the key, what was got, what is allowed and an example.
+    """
+    values = plain(cfg)  # before the next line, which stumbles over a bad interpolation
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise UserError(f"{missing[0]} is needed: add {missing[0]}=VALUE.")
+    for key in values:
+        if key not in _SETTINGS:
+            raise UserError(f"there is no setting {key}{near(key, _SETTINGS)}.")
+    checked = {
+        key: _checked(key, values.get(key), rule)
+        for key, rule in _rules_for(values.get("method")).items()
+        if key in values or key not in KNOBS
+    }
+    keys = {"task": _task_keys(checked["task"])} | _NODE_KEYS
+    for group, (needed, optional) in keys.items():
+        node = checked[group]
+        for name in needed:
+            if node.get(name) is None:
+                own = "data" in needed
+                raise UserError(
+                    f"{group}.{name} is needed by {group}={node['kind' if own else 'name']}: add "
+                    f"{_DATA_EXAMPLES[name] if own else 'it there'}."
+                )
+        for name in node:
+            if name not in needed and name not in optional:
+                raise UserError(f"there is no {group}.{name}{near(name, {*needed, *optional})}.")
+        checked[group] = optional | node
+    for key, rule in _NODE_RULES.items():
+        group, _, name = key.partition(".")
+        if name in checked[group]:
+            checked[group][name] = _checked(key, checked[group][name], rule)
+    for name in ("prompt", "prompts", "labels", "option_template", "sfc_prompt"):
+        text = checked["task"].get(name)
+        if text is not None and redacted_tree(text) != text:
+            raise UserError(
+                f"task.{name} holds a secret (a login, or the value of an environment variable "
+                "that is named like one), and prompts are stored with the run: take it out."
+            )
+    _check_paths(checked)
+    _check_targets(checked["method"], "method")
+    _check_counts(checked["task"])
+    _check_sfc(checked["task"], checked["model"], checked["method"])
+    _check_method(checked["method"], {knob: checked[knob] for knob in KNOBS if knob in checked})
+    _check_objective(checked["method"].get("objective", "loss"), checked["task"])
+    if "adapter" in checked["method"]:
+        checked["method"]["adapter"] = _checked_adapter(checked["method"]["adapter"])
+    _check_quantization(checked["model"], checked["method"], checked["device"])
+    _check_device_map(checked["model"], checked["device"])
+    if checked["compute_dtype"] == "float32" != checked["dtype"]:
+        raise UserError(
+            f"compute_dtype=float32 beside dtype={checked['dtype']}: products are computed in the "
+            "weights' precision or a lower one; add dtype=float32, or leave compute_dtype out."
+        )
+    if is_frozen(checked["method"]):
+        if checked["model"]["family"] == "masked" and "num_demonstrations" in checked["method"]:
+            raise UserError(
+                f"model={checked['model']['name']} fills masks, and method "
+                f"{checked['method']['name']} is for models that go on from demonstrations: "
+                "choose a causal model, or method=zero_shot."
+            )
+        if "l2" in checked["method"] and checked["task"]["kind"] != "classification":
+            raise UserError(
+                f"task={checked['task']['name']} is of kind {checked['task']['kind']}, and method "
+                f"{checked['method']['name']} tells classes apart: choose a task of kind "
+                "classification, or method=zero_shot."
+            )
+        return Settings(**checked | {"eval_every": 1})
+    if checked["batch_order"] == "stratified" and checked["task"]["kind"] != "classification":
+        raise UserError(
+            f"batch_order=stratified gives a batch its share of each class, and "
+            f"task={checked['task']['name']} is of kind {checked['task']['kind']}: leave it out."
+        )
+    if checked["full_save_every"] != FULL_SAVE_EVERY and "eps" not in checked["method"]:
+        raise UserError(
+            f"full_save_every={checked['full_save_every']}: {checked['method']['name']} is no "
+            "zeroth-order method, whose steps are recorded: it saves its weights at each look, and "
+            "full_save_every would be ignored: leave it out, and set eval_every."
+        )
+    if checked["warmup_steps"] >= checked["steps"]:
+        raise UserError(
+            f"warmup_steps={checked['warmup_steps']} leaves nothing of steps={checked['steps']}: "
+            "set it below the steps."
+        )
+    if checked["eval_every"] is None:
+        checked["eval_every"] = math.ceil(checked["steps"] / 10)
+    looks = math.ceil(checked["steps"] / checked["eval_every"])
+    if checked["patience"] is not None and checked["patience"] + 1 >= looks:
+        raise UserError(
+            f"patience={checked['patience']} cannot end a run of {looks} looks early (the first is "
+            "always the lowest so far): lower patience or eval_every."
+        )
+    return Settings(**checked)
+
+
+def check_spelling(key: str, text: str, value: object) -> None:
+    """Refuse text that Hydra reads as something else, such as name=nan or model.revision=1e5.
+
+    Args:
+        key: of the setting.
+        text: as it was written on the command line.
+        value: what Hydra read.
+
+    Raises:
+        UserError: naming the text, and how it is written.
+    """
+    rule = (_SETTINGS | _NODE_RULES).get(key)
+    text = text.strip()
+    if not isinstance(rule, Text) or not re.fullmatch(rule.pattern, text):
+        return
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if (is_number and str(value) != text) or isinstance(value, bool):
+        what = f"the {'number' if is_number else 'truth value'} {shown(value)}"
+    elif value is None and key not in _NULLABLE:
+        what = "no value"
+    elif isinstance(value, float):
+        what = "a number"
+    else:
+        return
+    raise UserError(
+        f"{key}={text}: {text} is read as {what}, and {key} must be {rule.words}: leave it out, or "
+        f"write \"{key}='{text}'\", with both kinds of quotes."
+    )
+
+
+def _check_paths(checked: Mapping[str, Any]) -> None:
+    """Refuse a secret in what paths are made of: they are printed and stored, but secrets not."""
+    parts = {key: checked[key] for key in ("name", "runs_dir")}
+    parts |= {f"{group}.name": checked[group]["name"] for group in ("task", "model", "method")}
+    for key, value in parts.items():
+        if redacted_tree(value) != value:
+            raise UserError(
+                f"{key}={value} holds a secret (a login, or the value of an environment variable "
+                f"that is named like one), and the paths of a run are printed and stored: choose "
+                f"another {key}, or unset that variable."
+            )
+
+
+def check_target(node: Mapping[str, Any], key: str) -> str:
+    """The `_target_` of a node where it has the form of an allowed one; nothing is imported.
+
+    Raises:
+        UserError: it has not.
+    """
+    name = node.get("_target_")
+    if not isinstance(name, str) or not re.fullmatch(_TARGET, name):
+        raise UserError(
+            f"{key}._target_={shown(name)} is not allowed: it must be a class of "
+            "smezo_cli.methods.* or an optimizer of torch.optim.*."
+        )
+    return name
+
+
+def _rules_for(method: object) -> dict[str, Rule]:
+    if not isinstance(method, Mapping) or not is_frozen(method):
+        return _SETTINGS
+    name = method.get("name")
+    return _SETTINGS | {key: _Fixed(key, v, name) for key, v in WITHOUT_STEPS.items()}
+
+
+# A class, or a class in a module; a longer walk would lead into what a module has imported.
+_TARGET = r"(smezo_cli\.methods|torch\.optim)\.([a-z][a-z_]*\.)?[A-Za-z]\w*"
+
+
+def _check_targets(node: object, key: str) -> None:
+    if isinstance(node, Mapping):
+        if "_target_" in node or key == "method":
+            check_target(node, key)
+        for name, value in node.items():
+            _check_targets(value, f"{key}.{name}")
+    elif isinstance(node, list):
+        for value in node:
+            _check_targets(value, key)
+
+
+def _data_name(data: object, default: str) -> str:
+    """A name for a task on the user's data, fit for a folder: reviews of some/Reviews.csv."""
+    stem = Path(str(data or default)).stem
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("._-") or default
+
+
+OmegaConf.register_new_resolver("data_name", _data_name, replace=True)

@@ -1,0 +1,41 @@
+"""What the loop asks of a method."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from smezo_cli.zo.step import Closure, StepRecord
+
+
+class Method(Protocol):
+    """What the loop asks of a method; see :mod:`smezo_cli.methods`."""
+
+    mode: str  # "eval" (dropout off) or "train"
+    keeps_state: bool  # tensors that the next step depends on, beside the weights
+
+    @property
+    def trained(self) -> Mapping[str, nn.Parameter]:
+        """The tensors that it may write to, by name."""
+
+    @property
+    def num_weights(self) -> int:
+        """Weights in them."""
+
+    def set_lr_factor(self, factor: float) -> None:
+        """Let the next steps use ``factor`` times the lr given."""
+
+    def step(self, closure: Closure) -> StepRecord:
+        """One update."""
+
+    def active_share(self) -> float:
+        """Fraction of the weights that the present mask perturbs."""
+
+    def self_check(self, closure: Closure) -> int:
+        """Refuse what cannot work; the number of checks made."""
+
+    def snapshot(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Plain numbers and tensors that the next step depends on, beside the weights."""
+
+    def restore(self, numbers: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Undo :meth:`snapshot`."""

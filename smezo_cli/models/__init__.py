@@ -1,0 +1,1 @@
+"""Load language models and what is put beside their weights."""

@@ -1,0 +1,61 @@
+"""Adapters: a few weights beside a frozen model, which alone are trained.
+
+LoRA (arXiv 2106.09685) and prefix tuning (arXiv 2101.00190) as MeZO has them (arXiv 2305.17333,
+appendix E), made of ``peft``'s modules, so that peft loads what was trained. The model stays the
+object that it was: its scores, its probes and its cache are those of any other.
+"""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from smezo_cli.models.lora import Lora
+from smezo_cli.models.prefix import Prefix
+
+
+class Adapter(Protocol):
+    """An adapter that is in its model."""
+
+    #: positions that it takes of the model's window
+    num_places: int
+
+    @property
+    def loaded_by(self) -> str:
+        """What loads the folder that :meth:`save` writes."""
+
+    @property
+    def saved_bytes(self) -> int:
+        """Of the weights that :meth:`save` writes, about."""
+
+    def off(self) -> AbstractContextManager[None]:
+        """Inside, the model computes as it came."""
+
+    def save(self, folder: Path) -> None:
+        """Write what was trained to a new folder, in a form that other programs load."""
+
+
+def attach(model: PreTrainedModel, node: Mapping[str, Any], seed: int) -> Adapter:
+    """Freeze the model and put an adapter into it; only its parameters require gradients then.
+
+    Args:
+        model: changed in place; on the meta device the adapter is, too.
+        node: ``method.adapter``: kind, and the arguments of :class:`Lora` or :class:`Prefix`.
+        seed: with a parameter's name, keys its first values; the global generator is left as it is.
+
+    Raises:
+        UserError: the adapter does not fit the model.
+    """
+    arguments = {key: value for key, value in node.items() if key != "kind"}
+    made: Adapter
+    with torch.random.fork_rng(devices=[]):  # peft draws first values, which are replaced
+        if node["kind"] == "lora":
+            made = Lora(model, seed=seed, **arguments)
+        else:
+            made = Prefix(model, seed=seed, **arguments)
+    nn.Module.eval(model)
+    return made

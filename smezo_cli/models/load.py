@@ -1,0 +1,107 @@
+"""Load a language model and its tokenizer: embedded, local, GGUF, hub, or tiny and random."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is documented there
+    HTTPError,
+)
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from smezo_cli.errors import UserError
+from smezo_cli.files import fetch
+from smezo_cli.models import placement
+from smezo_cli.models.architecture import _DAMAGED, _context, _explain, _quantized, _set_up, quiet
+from smezo_cli.models.embedded import _embedded
+from smezo_cli.models.output_layer import settle_output_layer
+from smezo_cli.models.pretrained import _found, _pretrained
+from smezo_cli.models.tiny import _tiny
+
+
+def load_model(
+    cfg: Mapping[str, Any],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    cache: Path,
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model in `dtype` on `device`, in eval mode without key-value cache, and its tokenizer.
+
+    `cfg` is the model node: one of `package`, `path`, `tiny`; `family`, `bos_token`; `attention`,
+    of which auto is sdpa, or eager for a model that has no sdpa;
+    `config`, the numbers of its architecture, which a checkpoint has to agree with; `max_length` in
+    tokens, which becomes the tokenizer's limit; `quantization`, null or 4bit: its linear layers but
+    the head are then in 4 bits, and multiply in `compute_dtype` (None: `dtype`); `device_map`, null
+    or as :mod:`smezo_cli.models.placement` has it, which then counts in place of `device`. The
+    tokenizer has a padding token, if it has a special token that can serve as one. The commit that
+    came from the hub is `model.config._commit_hash`. Raises `UserError` for what cannot be found,
+    fetched or read, or is another model.
+    """
+    routes = [key for key in ("package", "path", "tiny") if cfg.get(key) is not None]
+    if len(routes) != 1:
+        raise UserError(
+            f"model {cfg['name']}: one of model.package, model.path and model.tiny says where it "
+            f"comes from; got {' and '.join(routes) or 'none of them'}."
+        )
+    if type(cfg["max_length"]) is not int or cfg["max_length"] < 1:
+        raise UserError(
+            f"model.max_length={cfg['max_length']} is no number of tokens; give an integer from 1."
+        )
+    quantized = _quantized(cfg, device, compute_dtype or dtype)
+    where = _found(str(cfg["path"])) if "path" in routes else None
+    offline = isinstance(where, str) and not fetch.hub_answers()
+    with quiet():
+        try:
+            if "tiny" in routes:
+                model, tokenizer = _tiny(cfg, dtype)
+            else:
+                model, tokenizer = _pretrained(
+                    where or _embedded(cfg, cache), cfg, dtype, offline, quantized
+                )
+        # What transformers raises for an absent network, a gated or unknown model, a folder
+        # without weights, an attention that is not installed, a file that was cut off.
+        except (OSError, ValueError, ImportError, HTTPError, *_DAMAGED) as error:
+            raise UserError(_explain(error, cfg, where, offline)) from error
+        except UserError:
+            raise
+        except Exception as error:  # hostile files: whatever the libraries trip over
+            if where is None:
+                raise
+            raise UserError(_explain(error, cfg, where, offline)) from error
+    limit = _context(model)
+    if limit is not None and cfg["max_length"] > limit:
+        raise UserError(
+            f"model.max_length={cfg['max_length']}, but {cfg['name']} reads at most {limit} "
+            f"tokens; set model.max_length={limit} or less."
+        )
+    _set_up(tokenizer, cfg)
+    model.config.use_cache = False
+    with quiet():
+        if not quantized:  # else it is on its device already
+            _place(model, device, cfg.get("device_map"))
+        nn.Module.eval(model)
+        # As losses are computed: some attention takes no float32.
+        kind, computes = model.device.type, compute_dtype not in (None, dtype)
+        with torch.autocast(kind, compute_dtype, enabled=computes, cache_enabled=False):
+            settle_output_layer(model)
+    return model, tokenizer
+
+
+def _place(model: PreTrainedModel, device: torch.device, device_map: Any) -> None:
+    """Put the model on its device, or on those of a map."""
+    if device_map is not None:
+        # Where transformers has put the weights, that was found before any was read.
+        places = getattr(model, "hf_device_map", None)
+        places = places or placement.devices_of_modules(model, device_map)
+        if len(set(places.values())) > 1:
+            placement.spread(model, places)
+            return
+        device = next(iter(places.values()))
+    nn.Module.to(model, device)

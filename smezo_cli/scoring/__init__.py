@@ -1,0 +1,1 @@
+"""Score candidates and answers by a model, and turn scores into metrics."""

@@ -1,0 +1,49 @@
+"""The versions of libraries and the commit that a run is made with."""
+
+import contextlib
+import platform
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smezo_cli import __version__
+from smezo_cli.zo.step import NUMERICS
+
+
+def versions() -> dict[str, Any]:
+    """Versions, commit and machine."""
+    found: dict[str, Any] = {"smezo": __version__, "numerics": NUMERICS}
+    found["python"] = platform.python_version()
+    for package in ("torch", "transformers", "datasets", "safetensors"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    found |= {"commit": _commit(), "machine": platform.machine(), "system": platform.system()}
+    found["threads"] = torch.get_num_threads()
+    return found
+
+
+def _commit() -> str | None:
+    """Commit of a checkout, "+" behind it where files differ; None for an installed package."""
+    root = Path(__file__).resolve().parent.parent.parent
+    if not (root / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        head = git("rev-parse", "HEAD")
+        return head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def now() -> str:
+    """UTC, ISO 8601, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
