@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from smezo_cli.config.compose import compose
 from smezo_cli.config.settings import check
 from smezo_cli.files.fetch import cache_dir
-from smezo_cli.job import Job
 from smezo_cli.methods.sparse_mezo import SparseMeZO
+from smezo_cli.run.loaded import Job
 
 EPS = 1e-3
 

@@ -75,7 +75,7 @@ class Case:
 
     def smezo(self, *words: str, codes: tuple[int, ...] = (0,)) -> None:
         """The command line itself: one of these exit codes, or 2 with one sentence."""
-        from smezo_cli.cli import main
+        from smezo_cli.cli.verbs import main
 
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -902,7 +902,7 @@ def cells() -> list[dict[str, Any]]:
     """Settings that some cell of table small/1 asks for."""
     from smezo_cli.config.compose import grid
     from smezo_cli.config.fixed import plain
-    from smezo_cli.table import load
+    from smezo_cli.report.table import load
 
     table = load("small/1")
     asked = [(table.rows[0], []), (next(r for r in table.rows if r.name == "MeZO"), ["lr=1e-3"])]
@@ -1421,7 +1421,7 @@ def prepare(scratch: Path) -> None:
     import gguf as library
     import torch
 
-    from smezo_cli.cli import main
+    from smezo_cli.cli.verbs import main
 
     torch.set_num_threads(1)
     restore(scratch)

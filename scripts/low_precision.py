@@ -19,9 +19,9 @@ import torch
 from smezo_cli.config.compose import compose
 from smezo_cli.config.settings import check
 from smezo_cli.files.fetch import cache_dir
-from smezo_cli.job import Job
-from smezo_cli.loop import Batches
 from smezo_cli.methods.sparse_mezo import SparseMeZO
+from smezo_cli.run.batches import Batches
+from smezo_cli.run.loaded import Job
 
 KINDS = {  # name: dtype of the weights, of the forward pass
     "float32": ("float32", "float32"),

@@ -23,10 +23,10 @@ def inference(template: str, words: list[str]) -> int:
     """Peak bytes of this process from before the model is loaded."""
     import torch
 
-    from smezo_cli.job import Job
-    from smezo_cli.loop import Batches
     from smezo_cli.machine import memory as memory_module
     from smezo_cli.machine.device import choose_device
+    from smezo_cli.run.batches import Batches
+    from smezo_cli.run.loaded import Job
     from smezo_cli.zo.passes.choose import choose_passes
     from smezo_cli.zo.passes.draw import Rule
 

@@ -40,9 +40,10 @@ import torch
 import transformers.models.llama.modeling_llama
 import transformers.models.opt.modeling_opt  # noqa: F401 - what children would import
 
-from smezo_cli import finished, job, loop, replay, train  # noqa: F401
-from smezo_cli.cli import main as smezo
+from smezo_cli.cli import evaluate  # noqa: F401
+from smezo_cli.cli.verbs import main as smezo
 from smezo_cli.methods import mezo, sparse_mezo  # noqa: F401 - as above
+from smezo_cli.run import loaded, loop, replay, session  # noqa: F401
 from smezo_cli.scoring import scorer
 from smezo_cli.store import folder as runs
 from smezo_cli.store import trajectory
@@ -72,7 +73,7 @@ PLACES: dict[str, tuple[Any, str, int]] = {  # where, and how often a whole run 
     "fsync": (os, "fsync", 25),
     "rename": (os, "replace", 25),
     "record": (os, "pwrite", 12),
-    "load": (job, "load_model", 1),
+    "load": (loaded, "load_model", 1),
     "replay": (optimizer.ZeroOrder, "replay", 8),
 }
 ANYWHERE: list[tuple[Any, str]] = [
@@ -146,14 +147,14 @@ def anywhere(
 
     def install() -> None:
         count = [-(10**9) if at_end else 0]
-        report = train._Run._report
+        report = session._Run._report
 
         def ending(*words: Any) -> Any:
             if at_end:
                 count[0] = 0
             return report(*words)
 
-        setattr(train._Run, "_report", ending)  # noqa: B010 - mypy knows its type
+        setattr(session._Run, "_report", ending)  # noqa: B010 - mypy knows its type
 
         def counted(real: Callable[..., Any], *words: Any, **keywords: Any) -> Any:
             count[0] += 1

@@ -2,6 +2,6 @@
 
 import sys
 
-from smezo_cli.cli import main
+from smezo_cli.cli.verbs import main
 
 sys.exit(main())

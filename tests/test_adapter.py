@@ -11,12 +11,13 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from smezo_cli import finished, train
+from smezo_cli import train
+from smezo_cli.cli import evaluate
 from smezo_cli.config.compose import compose
 from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError
-from smezo_cli.job import Job
 from smezo_cli.models.adapter import attach
+from smezo_cli.run.loaded import Job
 from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.scoring.scorer import Scorer
 
@@ -345,13 +346,13 @@ def test_a_run_is_kept_scored_and_replayed(
     # The adapter alone is saved (float32; an optimizer has as much again, twice).
     sizes = [f.stat().st_size for f in (run / "checkpoint").rglob("*.safetensors")]
     assert max(sizes) < 3 * 4 * trained + 8000
-    assert finished.main("eval", [str(run)]) == 0
+    assert evaluate.main("eval", [str(run)]) == 0
     assert f"test accuracy {result['test']['accuracy']:.4f}" in capsys.readouterr().out
-    assert finished.main("eval", [str(run), "--base", "--out", "base.jsonl"]) == 0
+    assert evaluate.main("eval", [str(run), "--base", "--out", "base.jsonl"]) == 0
     assert f"test accuracy {result['zero_shot']['accuracy']:.4f}" in capsys.readouterr().out
     if "mezo" in method:
-        assert finished.main("replay", [str(run), "--out", "saved"]) == 0
+        assert evaluate.main("replay", [str(run), "--out", "saved"]) == 0
         assert "NOT" not in capsys.readouterr().out
-    assert finished.main("export", [str(run), "exported"]) == 0
+    assert evaluate.main("export", [str(run), "exported"]) == 0
     what = "peft loads it" if "prefix" in method else "transformers loads it"
     assert what in capsys.readouterr().out

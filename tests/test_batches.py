@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from smezo_cli.loop import Batches
+from smezo_cli.run.batches import Batches
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from smezo_cli import train
-from smezo_cli.cli import main
+from smezo_cli.cli.verbs import main
 from smezo_cli.config.compose import compose
-from smezo_cli.follower import Follower
 from smezo_cli.methods.mezo import MeZO
 from smezo_cli.models.adapter import attach
 from smezo_cli.models.tiny import byte_tokenizer
+from smezo_cli.run.follower import Follower
 from smezo_cli.scoring import batching
 from smezo_cli.scoring.batching import ALONE, Batching, Found, measure, pick
 from smezo_cli.scoring.candidates import Candidates, encode

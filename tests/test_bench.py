@@ -13,14 +13,23 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from smezo_cli import bench as line
-from smezo_cli import textbook, timing
-from smezo_cli.cli import main
+from smezo_cli.bench import textbook, timing
+from smezo_cli.bench.textbook import Textbook
+from smezo_cli.bench.timing import (
+    NAMES,
+    PASSES,
+    Bench,
+    Thresholds,
+    figures,
+    interleave,
+    makers,
+    rows_of,
+)
+from smezo_cli.cli import bench as line
+from smezo_cli.cli.verbs import main
 from smezo_cli.models.load import load_model
 from smezo_cli.models.onednn import use_onednn
 from smezo_cli.scoring.scorer import Scorer
-from smezo_cli.textbook import Textbook
-from smezo_cli.timing import NAMES, PASSES, Bench, Thresholds, figures, interleave, makers, rows_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from smezo_cli import __version__
-from smezo_cli.cli import main
-from smezo_cli.config.launch import CONF_DIR
+from smezo_cli.cli.verbs import main
+from smezo_cli.config.fixed import CONF_DIR
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,7 +29,7 @@ def smezo(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def imports(*words: str, cwd: Path) -> tuple[int, set[str]]:
     """Exit code and the packages that were imported to answer."""
     script = (
-        "import sys; from smezo_cli.cli import main; code = main(sys.argv[1:]); "
+        "import sys; from smezo_cli.cli.verbs import main; code = main(sys.argv[1:]); "
         "print(*sys.modules, file=sys.stderr); sys.exit(code)"
     )
     run = python("-c", script, *words, cwd=cwd)
@@ -179,8 +179,8 @@ def test_docstrings_that_are_dropped_are_asked_for_before_a_model_is(
 def test_damaged_lines_are_found_without_assertions_too(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": "1"}\n{"step": 1, "projected_grad": 1}\n[]\n')
     script = (
-        "import pathlib; from smezo_cli.figures import _records; from smezo_cli.results import Run;"
-        "print(_records(Run(pathlib.Path('.'), {}, {})))"
+        "import pathlib; from smezo_cli.report.curves import _records; "
+        "from smezo_cli.report.runs import Run; print(_records(Run(pathlib.Path('.'), {}, {})))"
     )
     run = python("-O", "-c", script, cwd=tmp_path)
     assert (run.stdout, run.stderr) == ("({}, {}, 3)\n", "")

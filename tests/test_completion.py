@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from smezo_cli.cli import main
+from smezo_cli.cli.verbs import main
 
 ROOT = Path(__file__).resolve().parent.parent
 

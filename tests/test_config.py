@@ -13,8 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from smezo_cli.config.build import build
 from smezo_cli.config.compose import compose, prepare
 from smezo_cli.config.describe import command, recipes
-from smezo_cli.config.fixed import plain
-from smezo_cli.config.launch import CONF_DIR, check, digest, launch
+from smezo_cli.config.digest import digest
+from smezo_cli.config.fixed import CONF_DIR, plain
+from smezo_cli.config.launch import launch
+from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError
 from smezo_cli.words import quoted
 

@@ -11,10 +11,10 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from smezo_cli.log import Console
-from smezo_cli.loop import evaluate
 from smezo_cli.machine.stop import Stopped
 from smezo_cli.models.load import load_model
+from smezo_cli.run.console import Console
+from smezo_cli.run.evaluate import evaluate
 from smezo_cli.scoring import metrics
 from smezo_cli.scoring.candidates import Candidates, encode
 from smezo_cli.scoring.evaluation import Evaluation

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from smezo_cli.cli import main
+from smezo_cli.cli.verbs import main
 from smezo_cli.config.compose import _Composer
 from smezo_cli.config.fixed import CONF_DIR, is_frozen, plain
 from smezo_cli.models.architecture import build_meta

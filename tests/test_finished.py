@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from smezo_cli.cli import main
+from smezo_cli.cli.verbs import main
 from smezo_cli.config.compose import compose
 from smezo_cli.config.digest import with_later_keys
 from smezo_cli.config.settings import check
@@ -164,7 +164,7 @@ def test_a_run_whose_rows_were_numbered_by_line_keeps_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Stopped by an earlier version it goes on, and is evaluated and replayed, on its own rows."""
-    from smezo_cli import loop
+    from smezo_cli.run import evaluate
     from smezo_cli.tasks import own
 
     monkeypatch.chdir(tmp_path)
@@ -178,7 +178,7 @@ def test_a_run_whose_rows_were_numbered_by_line_keeps_them(
         smezo(*shlex.split(line))
         whole = result_of(next(Path("runs/default").iterdir()))
         shutil.rmtree("runs")
-        real, looked = loop.evaluate, []
+        real, looked = evaluate.evaluate, []
 
         def stopping(*given: Any) -> Any:
             looked.append(given)
@@ -186,7 +186,7 @@ def test_a_run_whose_rows_were_numbered_by_line_keeps_them(
                 raise KeyboardInterrupt
             return real(*given)
 
-        before.setattr(loop, "evaluate", stopping)
+        before.setattr(evaluate, "evaluate", stopping)
         assert main(shlex.split(line)) == 130
     (folder,) = Path("runs/default").iterdir()
     capsys.readouterr()

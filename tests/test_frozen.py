@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from smezo_cli.cli import main
+from smezo_cli.cli.verbs import main
 from smezo_cli.config.compose import compose
-from smezo_cli.config.launch import check
-from smezo_cli.loop import features
+from smezo_cli.config.settings import check
 from smezo_cli.methods.frozen import InContext, LinearProbe
 from smezo_cli.models.load import load_model
-from smezo_cli.plan import plan
+from smezo_cli.plan.planner import plan
+from smezo_cli.run.evaluate import features
 from smezo_cli.scoring.candidates import Candidates, encode
 from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.store.partial_scores import Part
@@ -227,7 +227,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped once demonstrations were chosen, it goes on to the same numbers."""
-    from smezo_cli.train import _Run
+    from smezo_cli.run.session import _Run
 
     _, whole = run_of(tmp_path / "whole", "method=icl")
     report = _Run._report
@@ -353,18 +353,18 @@ def test_probe_run_changes_the_probe_alone_and_is_used_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """eval and predict repeat its numbers; the model keeps its bits; nothing is exported."""
-    from smezo_cli import train
+    from smezo_cli.run import session
     from smezo_cli.store.saved import tensors_digest
 
     models: list[tuple[torch.nn.Module, str]] = []
-    real = train._Run._zero_shot
+    real = session._Run._zero_shot
 
     def noted(run: Any) -> None:
         model = run.job.model
         models.append((model, tensors_digest(dict(model.named_parameters()))))
         real(run)
 
-    monkeypatch.setattr(train._Run, "_zero_shot", noted)
+    monkeypatch.setattr(session._Run, "_zero_shot", noted)
     words = [f"model={name}", "task=toy", "device=cpu", "task.num_train=40"]
     words += ["task.num_dev=8", "task.num_test=12", "method=linear_probe"]
     if name == "tiny-roberta":

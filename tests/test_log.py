@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console as RichConsole
 
-from smezo_cli import log
-from smezo_cli.log import Bar, Console, JsonlLogger, duration
+from smezo_cli.run import console as log
+from smezo_cli.run.console import Bar, Console, duration
+from smezo_cli.run.loggers import JsonlLogger
 
 
 class Clock:

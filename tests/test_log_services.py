@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from smezo_cli.cli import main
-from smezo_cli.log import _numbers
+from smezo_cli.cli.verbs import main
+from smezo_cli.run.loggers import _numbers
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (

@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 import torch
 
-from smezo_cli.cli import main
+from smezo_cli.cli.verbs import main
 from smezo_cli.files import fetch
-from smezo_cli.job import Job
-from smezo_cli.share import Measure
+from smezo_cli.run.loaded import Job
+from smezo_cli.run.measure import Measure
 from smezo_cli.store.folder import RunFolder
 from smezo_cli.tasks import hub
 
@@ -854,7 +854,7 @@ def test_ctrl_c_in_any_verb_is_130_without_a_word(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("smezo_cli.job.load_model", stop)
+    monkeypatch.setattr("smezo_cli.run.loaded.load_model", stop)
     words = {"eval": [], "predict": ["--field", "text=a"], "export": ["out"]}[verb]
     assert main([verb, f"runs/default/{copied}", *words]) == 130
     assert capsys.readouterr().err == ""

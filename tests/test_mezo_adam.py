@@ -10,7 +10,7 @@ import torch
 from test_zo import bits, closure_of, mlp, run, same, weights_of
 from torch import Tensor, nn
 
-from smezo_cli.cli import main
+from smezo_cli.cli.verbs import main
 from smezo_cli.methods.mezo import MeZO
 from smezo_cli.methods.mezo_adam import MeZOAdam
 

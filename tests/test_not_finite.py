@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from smezo_cli import job
-from smezo_cli.cli import main
+from smezo_cli.cli.verbs import main
 from smezo_cli.config.compose import compose
-from smezo_cli.config.launch import check
+from smezo_cli.config.settings import check
 from smezo_cli.files import sealed as sealed_module
 from smezo_cli.files import strict_json
 from smezo_cli.methods.mezo import MeZO
 from smezo_cli.models.load import load_model
+from smezo_cli.run import loaded
 from smezo_cli.scoring import metrics
 from smezo_cli.scoring.candidates import Candidates, encode
 from smezo_cli.scoring.evaluation import Evaluation
@@ -63,7 +63,7 @@ def check_files(folder: Path) -> dict[str, Any]:
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Call it, and models that are loaded have this in place of the embedding of BAD."""
-    real = job.load_model
+    real = loaded.load_model
 
     def spoil(value: float) -> None:
         def load(*args: Any, **keywords: Any) -> tuple[Any, Any]:
@@ -73,7 +73,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
                 model.get_input_embeddings().weight[token] = value
             return model, tokenizer
 
-        monkeypatch.setattr(job, "load_model", load)
+        monkeypatch.setattr(loaded, "load_model", load)
 
     return spoil
 

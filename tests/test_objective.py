@@ -21,12 +21,13 @@ from test_scoring import (
     tiny,
 )
 
-from smezo_cli.cli import main
+from smezo_cli.cli.verbs import main
 from smezo_cli.methods.mezo import MeZO
+from smezo_cli.run.numerics import Numerics
+from smezo_cli.run.watch import Watch
 from smezo_cli.scoring.candidates import Candidates, encode
 from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.tasks import Prompt
-from smezo_cli.watch import Numerics, Watch
 from smezo_cli.zo.step import StepRecord
 
 pytestmark = pytest.mark.usefixtures("one_thread")

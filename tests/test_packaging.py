@@ -53,7 +53,7 @@ def test_wheel_carries_every_yaml_file_and_the_code_alone(wheel: Path) -> None:
 
 def test_installed_smezo_uses_its_own_files(site: Path, tmp_path: Path) -> None:
     run = installed(
-        site, tmp_path, "-c", "from smezo_cli import config; print(config.CONF_DIR, end='')"
+        site, tmp_path, "-c", "from smezo_cli.config import fixed; print(fixed.CONF_DIR, end='')"
     )
     assert run.stdout == str(site / "smezo_cli" / "conf"), run.stderr
 

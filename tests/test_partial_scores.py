@@ -11,10 +11,10 @@ from omegaconf import OmegaConf
 from test_evaluation import CONF
 from torch import Tensor
 
-from smezo_cli.log import Console
-from smezo_cli.loop import evaluate, features
 from smezo_cli.machine.stop import Stopped
 from smezo_cli.models.load import load_model
+from smezo_cli.run.console import Console
+from smezo_cli.run.evaluate import evaluate, features
 from smezo_cli.scoring import scorer as scoring
 from smezo_cli.scoring.candidates import Candidates, encode
 from smezo_cli.scoring.evaluation import Evaluation

@@ -420,7 +420,9 @@ def test_shares_are_parts_of_whatever_is_not_a_multiple_of_them() -> None:
 def test_the_threads_are_those_of_torch() -> None:
     """A pass starts no thread where torch has its own running already."""
     code = (
-        "import os, torch; from smezo_cli import openmp; from smezo_cli.zo.passes.choose import *\n"
+        "import os, torch; from smezo_cli.zo.passes import openmp\n"
+        "from smezo_cli.zo.passes.by_numba import NumbaPasses\n"
+        "from smezo_cli.zo.passes.draw import Draw, Rule\n"
         "torch.set_num_threads(3); w = torch.ones(1 << 24) + 1\n"
         "key = torch.zeros(2, dtype=torch.int64); scalar = torch.zeros(())\n"
         "worker = NumbaPasses(Rule()); draw = Draw(key[None], key, key, scalar, scalar[None])\n"

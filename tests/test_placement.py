@@ -15,18 +15,18 @@ from accelerate import dispatch_model, hooks
 from several_devices import two_devices
 from torch import Tensor
 
-from smezo_cli import bench
+from smezo_cli.cli import bench
 from smezo_cli.config.compose import compose
 from smezo_cli.config.digest import digest
 from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError
-from smezo_cli.job import Job
 from smezo_cli.machine import device
 from smezo_cli.machine.device import all_devices, choose_device
 from smezo_cli.models import placement
 from smezo_cli.models.architecture import build_meta
 from smezo_cli.models.placement import devices_of_modules
-from smezo_cli.plan import plan
+from smezo_cli.plan.planner import plan
+from smezo_cli.run.loaded import Job
 
 GB = 10**9
 SMALL = ["task=toy", "task.num_train=16", "task.num_dev=8", "task.num_test=8"]

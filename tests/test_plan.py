@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from smezo_cli import cli
+from smezo_cli.cli import verbs
+from smezo_cli.cli.plan import parse_memory
 from smezo_cli.config.compose import compose
 from smezo_cli.config.settings import Settings, check
 from smezo_cli.errors import UserError
 from smezo_cli.models.load import load_model
-from smezo_cli.plan import Plan, _trace, architecture, parse_memory, plan
+from smezo_cli.plan.planner import Plan, plan
+from smezo_cli.plan.trace import _trace, architecture
 
 TINY = ("task=toy", "model=tiny-llama", "steps=20", "eval_every=10")
 WEIGHTS = 37_472  # of tiny-llama, its tied embedding once
@@ -100,7 +102,7 @@ def test_optimizer_state_is_that_of_a_step(method: str) -> None:
 @pytest.mark.parametrize("freeze", ["[]", '["*embed_tokens*","*norm*"]'])
 def test_scratch_is_that_of_a_real_probe(freeze: str) -> None:
     from smezo_cli.config.build import build
-    from smezo_cli.plan import _PadOnly
+    from smezo_cli.plan.trace import _PadOnly
     from smezo_cli.scoring.candidates import Candidates
     from smezo_cli.scoring.scorer import Scorer
 
@@ -274,7 +276,7 @@ def test_a_mistake_is_a_sentence(
     words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = [word for word in TINY if not (word.startswith("model=") and "model=own" in words)]
-    assert cli.main(["plan", *base, *words]) == 2
+    assert verbs.main(["plan", *base, *words]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -283,14 +285,14 @@ def test_a_mistake_is_a_sentence(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has such a device")
 def test_an_absent_device_needs_its_memory(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", *TINY, "device=cuda"]) == 2
+    assert verbs.main(["plan", *TINY, "device=cuda"]) == 2
     assert "--memory 80GB" in capsys.readouterr().err
-    assert cli.main(["plan", *TINY, "device=cuda", "--memory", "80GB"]) == 0
+    assert verbs.main(["plan", *TINY, "device=cuda", "--memory", "80GB"]) == 0
     assert "memory of the host" in capsys.readouterr().out
 
 
 def test_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", *TINY, "--memory", "1MB", "--json"]) == 0
+    assert verbs.main(["plan", *TINY, "--memory", "1MB", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["capacity"] == 1_000_000
     assert record["fits"] is False
@@ -309,10 +311,10 @@ def test_time_is_what_a_bench_measured(tmp_path: Path, capsys: pytest.CaptureFix
     path = tmp_path / "bench.json"
     path.write_text(json.dumps(record))
     words = ["task=toy", "model=tiny-llama", "batch_size=4", "steps=20", "--bench", str(path)]
-    assert cli.main(["plan", *words, "method=mezo", "--json"]) == 0
+    assert verbs.main(["plan", *words, "method=mezo", "--json"]) == 0
     seconds = json.loads(capsys.readouterr().out)["seconds"]
     assert seconds == {"step": 0.25, "rows": 4, "tokens": 32, "steps": 5.0}
-    assert cli.main(["plan", *words, "method=mezo"]) == 0
+    assert verbs.main(["plan", *words, "method=mezo"]) == 0
     assert "a step of 4 rows of 32 tokens, measured" in capsys.readouterr().out
     for change, says in (
         (["method=sparse_mezo"], "holds no step of method sparse_mezo"),
@@ -320,16 +322,16 @@ def test_time_is_what_a_bench_measured(tmp_path: Path, capsys: pytest.CaptureFix
         (["method=mezo", "batch_size=8"], "smezo bench batch_size=8 --json FILE"),
         (["method=mezo", "--bench", str(tmp_path / "none")], "is no file of smezo bench"),
     ):
-        assert cli.main(["plan", *words, *change]) == 2
+        assert verbs.main(["plan", *words, *change]) == 2
         assert says in capsys.readouterr().err
 
 
 def test_for_readers(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", *TINY, "--memory", "1MB"]) == 0
+    assert verbs.main(["plan", *TINY, "--memory", "1MB"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("toy | tiny-llama | sparse_mezo | float32 weights")
     assert "it does NOT fit" in out
-    assert cli.main(["plan", "--help"]) == 0
+    assert verbs.main(["plan", "--help"]) == 0
     assert "--memory" in capsys.readouterr().out
 
 
@@ -345,9 +347,9 @@ def test_a_folder_of_ones_own_is_read(tmp_path: Path) -> None:
 
 
 def test_completion_offers_flags_and_settings(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["completion", "query", "smezo plan --m"]) == 0
+    assert verbs.main(["completion", "query", "smezo plan --m"]) == 0
     assert capsys.readouterr().out.split() == ["--memory"]
-    assert cli.main(["completion", "query", "smezo plan model=tiny-l"]) == 0
+    assert verbs.main(["completion", "query", "smezo plan model=tiny-l"]) == 0
     assert capsys.readouterr().out.split() == ["model=tiny-llama"]
 
 

@@ -12,11 +12,14 @@ import pytest
 if importlib.util.find_spec("matplotlib") is None:
     pytest.skip("matplotlib is not installed: pip install 'smezo[plots]'", allow_module_level=True)
 
-from smezo_cli import figures, plot, table
-from smezo_cli.cli import main
+from smezo_cli.cli import plot, table
+from smezo_cli.cli.verbs import main
 from smezo_cli.errors import UserError
-from smezo_cli.figures import Source
-from smezo_cli.results import find
+from smezo_cli.report import cells, curves, draw, figures
+from smezo_cli.report import series as series_module
+from smezo_cli.report import table as table_module
+from smezo_cli.report.runs import find
+from smezo_cli.report.series import Source
 
 Looks = dict[int, float]
 TINY = """\
@@ -95,9 +98,9 @@ def make(
     return folder
 
 
-def axes_of(figure: figures.Figure) -> Any:
+def axes_of(figure: series_module.Figure) -> Any:
     """The axes of its only panel."""
-    (axes,) = plot.page(figure).axes
+    (axes,) = draw.page(figure).axes
     return axes
 
 
@@ -123,7 +126,7 @@ def test_a_curve_is_the_mean_of_the_seeds_and_its_band_their_deviation(
     values = [{2: 0.5, 4: 0.6}, {2: 0.7, 4: 0.6}, {2: 0.6, 4: 0.9}]
     for seed, looks in enumerate(values):
         make(tmp_path, looks=looks, seed=seed)
-    axes = axes_of(figures.curve(source(tmp_path), x=x))
+    axes = axes_of(curves.curve(source(tmp_path), x=x))
     (label, (xs, ys)), *rest = lines_of(axes).items()
     assert (label, rest) == ("MeZO (n = 3)", [])
     assert xs == pytest.approx(places)
@@ -138,7 +141,7 @@ def test_a_curve_is_the_mean_of_the_seeds_and_its_band_their_deviation(
 
 def test_one_seed_has_no_band_and_that_is_said(tmp_path: Path) -> None:
     make(tmp_path, looks={2: 0.5, 4: 0.6})
-    axes = axes_of(figures.curve(source(tmp_path), y="loss"))
+    axes = axes_of(curves.curve(source(tmp_path), y="loss"))
     assert lines_of(axes) == {"MeZO (n = 1)": ([2, 4], [0.5, 0.4])}
     assert not axes.collections
     assert "no spread" in axes.get_legend().get_title().get_text()
@@ -147,7 +150,7 @@ def test_one_seed_has_no_band_and_that_is_said(tmp_path: Path) -> None:
 def test_seeds_with_other_looks_meet_at_common_ones_alone(tmp_path: Path) -> None:
     make(tmp_path, looks={1: 0.1, 2: 0.2, 4: 0.4}, eval_every=1)
     make(tmp_path, looks={2: 0.4, 4: 0.6}, seed=1)
-    figure = figures.curve(source(tmp_path))
+    figure = curves.curve(source(tmp_path))
     ((series,),) = [panel.series for panel in figure.panels]
     assert series.x == (2, 4)
     assert series.mean == pytest.approx([30, 50])
@@ -159,7 +162,7 @@ def test_seeds_that_draw_their_rows_are_one_line(tmp_path: Path) -> None:
     for seed in (13, 21):
         rows = (f"a{seed}", f"b{seed}")
         make(tmp_path, 0.5, looks={2: 0.5, 4: 0.6}, seed=seed, data_seed=seed, rows=rows)
-    figure = figures.curve(source(tmp_path))
+    figure = curves.curve(source(tmp_path))
     assert [s.label for s in figure.panels[0].series] == ["MeZO (n = 2)"]
     # A table compares the test rows of each split; without one they may be of anything.
     chosen = [Source(tuple(find(tmp_path)), "MeZO", chosen=True)]
@@ -167,7 +170,7 @@ def test_seeds_that_draw_their_rows_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="tested on 2 different sets of rows"):
         figures.lr(source(tmp_path))
     make(tmp_path, looks={2: 0.5}, seed=42, data_seed=21, rows=("a21", "b21"))
-    names = [s.name for s in figures.curve(source(tmp_path)).panels[0].series]
+    names = [s.name for s in curves.curve(source(tmp_path)).panels[0].series]
     assert len(names) == 2
     assert all("data_seed=" in name for name in names)
 
@@ -176,16 +179,16 @@ def test_runs_of_before_a_key_came_are_those_that_say_what_it_was(tmp_path: Path
     """Their digests are the same, and so is their line; other objectives have no axis in common."""
     make(tmp_path, looks={2: 0.5, 4: 0.6})
     make(tmp_path, looks={2: 0.5, 4: 0.6}, seed=1, objective="loss", patience=None)
-    figure = figures.curve(source(tmp_path), y="train_loss")
+    figure = curves.curve(source(tmp_path), y="train_loss")
     assert [s.label for s in figure.panels[0].series] == ["MeZO (n = 2)"]
     assert figure.panels[0].y == "train loss"
     make(tmp_path, looks={2: 0.5, 4: 0.6}, objective="accuracy")
     with pytest.raises(UserError, match="lowered accuracy and loss"):
-        figures.curve(source(tmp_path), y="train_loss")
-    names = [s.name for s in figures.curve(source(tmp_path)).panels[0].series]
+        curves.curve(source(tmp_path), y="train_loss")
+    names = [s.name for s in curves.curve(source(tmp_path)).panels[0].series]
     assert names == ["MeZO", "MeZO objective=accuracy"]
     of_accuracy = [Source(tuple(find(tmp_path)[2:]))]
-    assert figures.curve(of_accuracy, y="train_loss").panels[0].y == "1 - train accuracy"
+    assert curves.curve(of_accuracy, y="train_loss").panels[0].y == "1 - train accuracy"
 
 
 def test_methods_without_steps_are_drawn_where_they_have_a_place(
@@ -200,7 +203,7 @@ def test_methods_without_steps_are_drawn_where_they_have_a_place(
     for found, says in (
         (figures.lr(runs), "ICL has no lr and is left out."),
         (figures.sparsity(runs), "ICL has no sparsity and is left out."),
-        (figures.active(runs), "ICL: there is no active share (%) to draw."),
+        (curves.active(runs), "ICL: there is no active share (%) to draw."),
     ):
         assert [s.name for s in found.panels[0].series] == ["MeZO-Adam"]
         assert [note for note in found.notes if note.endswith(says)]
@@ -210,7 +213,7 @@ def test_methods_without_steps_are_drawn_where_they_have_a_place(
 
 def test_what_is_not_finite_leaves_a_gap_that_is_said(tmp_path: Path) -> None:
     make(tmp_path, losses=[3.0, math.nan, 1.0, 2.0])
-    figure = figures.curve(source(tmp_path), y="train_loss")
+    figure = curves.curve(source(tmp_path), y="train_loss")
     ((series,),) = [panel.series for panel in figure.panels]
     assert (series.x, series.mean) == ((1, 3, 4), [3.0, 1.0, 2.0])
     assert "1 of 4 values are not finite" in figure.notes[0]
@@ -223,7 +226,7 @@ def test_settings_that_differ_are_lines_of_their_own_with_names_that_say_so(
         make(tmp_path, looks={2: 0.5}, lr=rate)
     make(tmp_path, looks={2: 0.5}, mask="random", sparsity=0.75)
     make(tmp_path, looks={2: 0.5}, method="adamw")
-    figure = figures.curve(source(tmp_path), x="forwards")
+    figure = curves.curve(source(tmp_path), x="forwards")
     names = ["MeZO lr=0.0001", "MeZO lr=0.001", "R-MeZO 0.75", "FT"]
     assert [s.name for s in figure.panels[0].series] == names
     assert figure.panels[0].series[-1].x == (2,)
@@ -293,7 +296,7 @@ def test_bars_are_the_largest_peak_and_active_shares_start_at_the_realised_one(
     assert [bar.get_width() for bar in axes.patches] == [3.000000009]
     assert [t.get_text() for t in axes.get_yticklabels()] == ["S-MeZO 0.75 (2 runs)"]
     assert axes.get_title() == "toy, tiny-llama, cpu"
-    axes = axes_of(figures.active(source(tmp_path)))
+    axes = axes_of(curves.active(source(tmp_path)))
     assert lines_of(axes) == {"S-MeZO 0.75 (n = 2)": ([0, 2, 4], pytest.approx([25, 30, 20]))}
 
 
@@ -314,7 +317,7 @@ def test_files_are_the_same_bytes_each_time_and_what_is_left_out_is_said(
     assert main(["plot", "curve", "status=running", "--out", "b.svg"]) == 0
     assert sorted(p.name for p in tmp_path.glob("*.*")) == ["a.png", "a.svg", "b.svg"]
     runs = [run for run in find(tmp_path / "runs") if run.result["status"] == "done"]
-    titles = [panel.title for panel in figures.curve([Source(tuple(runs))]).panels]
+    titles = [panel.title for panel in curves.curve([Source(tuple(runs))]).panels]
     assert titles == ["rte, tiny-llama", "toy, tiny-llama"]
 
 
@@ -382,7 +385,7 @@ def test_a_table_gives_the_runs_that_it_took(
     drawn = {}
     found = plot._found
 
-    def keep(kind: str, *rest: Any) -> figures.Figure:
+    def keep(kind: str, *rest: Any) -> series_module.Figure:
         drawn[kind] = found(kind, *rest)
         return drawn[kind]
 
@@ -390,7 +393,7 @@ def test_a_table_gives_the_runs_that_it_took(
     for kind in plot.KINDS:
         assert main(["plot", kind, "tiny"]) == 0
         assert Path(f"plot-{kind}.svg").is_file()
-    (cell,) = table.Reader(table.load("tiny"), find(Path("runs"))).cells(["MeZO"], ["toy"])
+    (cell,) = cells.Reader(table_module.load("tiny"), find(Path("runs"))).cells(["MeZO"], ["toy"])
     panel = drawn["sparsity"].panels[0]
     assert (panel.series[0].name, panel.series[0].x) == ("MeZO", (0,))
     assert panel.series[0].mean == [pytest.approx(cell.mean)]

@@ -8,16 +8,16 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from smezo_cli import job as jobs
 from smezo_cli.config.compose import compose
 from smezo_cli.config.digest import digest
 from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError
-from smezo_cli.job import Job
 from smezo_cli.models import load as models
 from smezo_cli.models.adapter import attach
 from smezo_cli.models.load import load_model
-from smezo_cli.plan import plan
+from smezo_cli.plan.planner import plan
+from smezo_cli.run import loaded
+from smezo_cli.run.loaded import Job
 
 LINE = ["task=toy", "model=opt-125m", "method=mezo_lora"]
 QUANTIZED = [*LINE, "+model.quantization=4bit"]
@@ -40,8 +40,8 @@ def test_where_it_cannot_be_had_one_sentence_says_so(words: str, said: str) -> N
 
 
 def test_nothing_is_loaded_where_it_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "load_task", lambda *_, **__: pytest.fail("data were loaded"))
-    monkeypatch.setattr(jobs, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(loaded, "load_task", lambda *_, **__: pytest.fail("data were loaded"))
+    monkeypatch.setattr(loaded, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     settings = check(compose(QUANTIZED))
     with pytest.raises(UserError, match="needs CUDA, and the device is cpu"):
         Job(settings, "cpu", lambda line: None)

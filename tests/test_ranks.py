@@ -34,12 +34,13 @@ from test_train import (
     until,
 )
 
-from smezo_cli import follower, ranks, share, train
+from smezo_cli import train
 from smezo_cli.config.compose import compose
 from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError
 from smezo_cli.machine import torchrun
 from smezo_cli.machine.out_of_memory import OutOfRoom
+from smezo_cli.run import follower, measure, ranks
 from smezo_cli.scoring import scorer
 from smezo_cli.store.partial_scores import NAME
 
@@ -490,7 +491,7 @@ def rank_1_fails() -> None:
         raise UserError("no room")
 
     if os.environ["RANK"] == "1":
-        share.Measure.step = fail  # type: ignore[assignment]  # in this process alone
+        measure.Measure.step = fail  # type: ignore[assignment]  # in this process alone
 
 
 def test_a_follower_that_fails_ends_a_sweep_on_all_ranks(tmp_path: Path) -> None:

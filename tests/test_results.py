@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from smezo_cli import results
-from smezo_cli.cli import main
+from smezo_cli.cli.verbs import main
 from smezo_cli.errors import UserError
+from smezo_cli.report import runs
 
 Rows = list[float]
 
@@ -207,7 +207,7 @@ def test_mistake_is_one_sentence(
 
 def test_a_run_without_outcomes_is_named(tmp_path: Path) -> None:
     folder = make(tmp_path, "a")
-    run = results.load(folder)
+    run = runs.load(folder)
     assert run is not None
     (folder / "scores.safetensors").write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"scores\.safetensors cannot be read"):
@@ -224,7 +224,7 @@ def test_outcomes_that_do_not_fit_each_other_are_damage(tmp_path: Path, zero: Ro
         flat = np.zeros((0, 7))
         save_file({"outcome.test": flat, "outcome.zero_shot": flat}, run / "scores.safetensors")
     with pytest.raises(UserError, match=r"scores\.safetensors is damaged: give the command"):
-        results.load(run).outcomes()  # type: ignore[union-attr]  # it is a run
+        runs.load(run).outcomes()  # type: ignore[union-attr]  # it is a run
 
 
 def test_seeds_with_other_numbers_of_rows_are_one_sentence(
@@ -252,4 +252,4 @@ def test_a_result_whose_sparsity_is_no_number_is_passed_over(
     folder = make(tmp_path, "bad")
     result = json.loads((folder / "result.json").read_text()) | {"sparsity": sparsity}
     (folder / "result.json").write_text(json.dumps(result))
-    assert [run.path.name for run in results.find(tmp_path)] == ["good"]
+    assert [run.path.name for run in runs.find(tmp_path)] == ["good"]

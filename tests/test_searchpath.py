@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig
 
-from smezo_cli.cli import main
+from smezo_cli.cli.verbs import main
 from smezo_cli.config import searchpath
 from smezo_cli.config.compose import compose
 from smezo_cli.config.describe import command, replaced
 from smezo_cli.config.digest import digest
-from smezo_cli.config.launch import CONF_DIR, launch
+from smezo_cli.config.fixed import CONF_DIR
+from smezo_cli.config.launch import launch
 
 TOY = ["task=toy", "model=tiny-llama", "method=mezo"]
 

@@ -16,19 +16,19 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from smezo_cli.cli import main
+from smezo_cli.cli.verbs import main
 from smezo_cli.config.compose import compose
 from smezo_cli.config.digest import digest
-from smezo_cli.config.launch import check
+from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError
-from smezo_cli.log import Console
-from smezo_cli.loop import evaluate
 from smezo_cli.methods.mezo import MeZO
 from smezo_cli.models.load import load_model
-from smezo_cli.plan import plan
+from smezo_cli.plan.planner import plan
+from smezo_cli.run.console import Console
+from smezo_cli.run.evaluate import evaluate
+from smezo_cli.run.measure import Batch
 from smezo_cli.scoring.candidates import Candidates, encode
 from smezo_cli.scoring.scorer import Scorer
-from smezo_cli.share import Batch
 from smezo_cli.tasks import Prompt, Row
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,8 +12,8 @@ from smezo_cli.errors import UserError
 from smezo_cli.machine.out_of_memory import OutOfRoom, in_room
 from smezo_cli.methods.first_order import FirstOrder
 from smezo_cli.methods.mezo import MeZO
+from smezo_cli.run.measure import Batch, Measure
 from smezo_cli.scoring.scorer import Scorer
-from smezo_cli.share import Batch, Measure
 from smezo_cli.zo.optimizer import ZeroOrder
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -88,7 +88,7 @@ def test_the_jobs_of_a_sweep_go_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("closed", ["0", "1", "2", "0 1 2"])
 def test_a_closed_stream_is_reopened_for_children_too(closed: str, tmp_path: Path) -> None:
     script = (
-        "import os, subprocess, sys; from smezo_cli import streams; "
+        "import os, subprocess, sys; from smezo_cli.machine import streams; "
         f"found = streams.reopen_closed(); assert found == {{{closed.replace(' ', ', ')}}}, found; "
         "file = open('file', 'w'); assert file.fileno() > 2; "
         "child = 'import os; [os.fstat(n) for n in (0, 1, 2)]'; "
@@ -101,7 +101,7 @@ def test_a_closed_stream_is_reopened_for_children_too(closed: str, tmp_path: Pat
 
 def test_text_that_an_encoding_lacks_is_escaped_and_bytes_stay(tmp_path: Path) -> None:
     script = (
-        "from smezo_cli import streams; streams.guard(); "
+        "from smezo_cli.machine import streams; streams.guard(); "
         r"print('a \u4e2d \udce9 \ud83d'); import sys; print('\u00e4', file=sys.stderr)"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
@@ -113,7 +113,7 @@ def test_a_slow_reader_gets_all_of_it(tmp_path: Path) -> None:
     """A full pipe that does not block is waited for."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    script = "from smezo_cli import streams; streams.guard(); print('x' * 300_000)"
+    script = "from smezo_cli.machine import streams; streams.guard(); print('x' * 300_000)"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", script], env=env, stdout=writing) as child:
         os.close(writing)
@@ -151,7 +151,7 @@ runpy.run_module({start!r}, run_name="__main__", alter_sys=True)
         ("smezo_cli", "train", "hydra"),
         ("smezo_cli", f"train {TINY}", "torch"),
         ("smezo_cli.train", TINY, "omegaconf"),
-        ("smezo_cli", "eval nowhere", "smezo_cli.finished"),
+        ("smezo_cli", "eval nowhere", "smezo_cli.cli.evaluate"),
         ("smezo_cli", "table", "yaml"),
     ],
 )
@@ -207,7 +207,7 @@ def test_an_interpreter_that_was_told_its_encoding_is_left_alone(tmp_path: Path)
 
 def test_what_a_program_has_printed_stays_before_what_smezo_prints() -> None:
     """Its lines may still lie in its own buffer when the streams are guarded."""
-    code = "from smezo_cli import streams; print('first'); streams.guard(); print('second')"
+    code = "from smezo_cli.machine import streams; print('first'); streams.guard(); print('second')"
     env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     found = subprocess.run(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, env=env, check=True
@@ -216,6 +216,6 @@ def test_what_a_program_has_printed_stays_before_what_smezo_prints() -> None:
 
 
 def test_a_program_with_a_stream_of_its_own_keeps_its_exit_code() -> None:
-    code = "import io, sys; sys.stdout = io.StringIO(); from smezo_cli import process; "
+    code = "import io, sys; sys.stdout = io.StringIO(); from smezo_cli.machine import process; "
     code += "process.begin(); sys.exit(process.end(3))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 3

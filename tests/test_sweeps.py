@@ -21,7 +21,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
-from smezo_cli.cli import main
+from smezo_cli.cli.verbs import main
 from smezo_cli.config import compose, sweep
 from smezo_cli.config.launch import launch
 from smezo_cli.scoring.evaluation import Evaluation

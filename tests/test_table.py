@@ -15,11 +15,13 @@ import pytest
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from smezo_cli import __version__, table
-from smezo_cli.cli import main
+from smezo_cli import __version__
+from smezo_cli.cli import table
+from smezo_cli.cli.verbs import main
 from smezo_cli.config.compose import _Composer
 from smezo_cli.config.fixed import CONF_DIR
 from smezo_cli.files import sealed
+from smezo_cli.report import table as table_module
 
 # What tables wait for. When it arrives, give its rows and columns their commands.
 AWAITED = {
@@ -46,8 +48,10 @@ rows:
 
 
 def test_what_is_awaited_is_listed_and_has_not_arrived() -> None:
-    lines = [line for name in table.names() for t in [table.load(name)] for line in t.rows]
-    lines += [line for name in table.names() for line in table.load(name).columns]
+    lines = [
+        line for name in table_module.names() for t in [table_module.load(name)] for line in t.rows
+    ]
+    lines += [line for name in table_module.names() for line in table_module.load(name).columns]
     awaited = {line.awaits for line in lines if line.command is None}
     assert awaited == AWAITED
     arrived = [
@@ -59,7 +63,7 @@ def test_what_is_awaited_is_listed_and_has_not_arrived() -> None:
     assert not arrived, "fill the commands of these in conf/table/"
 
 
-@pytest.mark.parametrize("name", table.names())
+@pytest.mark.parametrize("name", table_module.names())
 def test_a_line_of_a_table_has_no_key_that_is_not_read(name: str) -> None:
     """An unquoted comma in a command makes keys of what follows it."""
     read = {"command", "awaits", "figure", "of", "also", "paper", "one_seed", "no_steps", "without"}
@@ -71,8 +75,8 @@ def test_a_line_of_a_table_has_no_key_that_is_not_read(name: str) -> None:
 def _distinct() -> list[tuple[str, ...]]:
     """The rows of every table on its first column that has a command."""
     found = {}
-    for name in table.names():
-        t = table.load(name)
+    for name in table_module.names():
+        t = table_module.load(name)
         for column in t.columns:
             for row in t.rows:
                 words = t.words(row, column)
@@ -86,8 +90,8 @@ def test_every_row_composes_and_every_column_names_what_is_there() -> None:
         for words in _distinct():
             assert any(word.startswith(("experiment=", "method=")) for word in words)
             composer.grid(words)
-    for name in table.names():
-        t = table.load(name)
+    for name in table_module.names():
+        t = table_module.load(name)
         for row in t.rows:
             assert len(row.paper) in {0, *range(1, len(t.columns) + 1)}
             for printed in row.paper:
@@ -101,7 +105,7 @@ def test_every_row_composes_and_every_column_names_what_is_there() -> None:
 
 def test_what_two_tables_have_in_common_is_the_same_run() -> None:
     """Cross-entropy in MeZO's Table 3 is that of its Table 18, so one search serves both."""
-    third, whole = table.load("mezo/3"), table.load("mezo/18-k512")
+    third, whole = table_module.load("mezo/3"), table_module.load("mezo/18-k512")
     rows = {row.name: row for row in whole.rows}
     columns = {column.name: column for column in whole.columns}
     for row in third.rows[:2]:
@@ -113,14 +117,14 @@ def test_what_two_tables_have_in_common_is_the_same_run() -> None:
     assert {"experiment=mezo/ft", "batch_size=8"} <= set(squad)
 
 
-@pytest.mark.parametrize("name", table.names())
+@pytest.mark.parametrize("name", table_module.names())
 @pytest.mark.parametrize("form", ["markdown", "latex", "csv", "json"])
 def test_every_table_prints_without_runs(
     name: str, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["table", name, "--runs-dir", str(tmp_path), "--format", form]) == 0
     out = capsys.readouterr().out
-    t = table.load(name)
+    t = table_module.load(name)
     assert all(row.name.split("_")[0] in out for row in t.rows)
     if form == "json":
         cells = json.loads(out)["cells"]

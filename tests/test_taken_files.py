@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from smezo_cli.cli import main
-from smezo_cli.watch import Watch
+from smezo_cli.cli.verbs import main
+from smezo_cli.run.watch import Watch
 
 WORDS = [
     *("train", "model=tiny-llama", "task=toy", "device=cpu"),

@@ -14,8 +14,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from smezo_cli.config.compose import compose
+from smezo_cli.config.digest import digest
 from smezo_cli.config.fixed import CONF_DIR
-from smezo_cli.config.launch import digest
 from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError
 from smezo_cli.tasks import Task, hub, load_task

@@ -17,7 +17,7 @@ from smezo_cli.config.compose import compose
 from smezo_cli.config.digest import digest
 from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError
-from smezo_cli.plan import plan
+from smezo_cli.plan.planner import plan
 from smezo_cli.tasks import Row, Task, load_task
 from smezo_cli.tasks.base import Tables, cut, permute
 from smezo_cli.tasks.files import lines_of, read_file

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from smezo_cli.cli import main
+from smezo_cli.cli.verbs import main
 from smezo_cli.errors import UserError
 from smezo_cli.models.load import load_model
 from smezo_cli.models.tiny import byte_tokenizer

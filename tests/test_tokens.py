@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from smezo_cli.cli import main
+from smezo_cli.cli.verbs import main
 from smezo_cli.errors import UserError
 from smezo_cli.files import fetch
 from smezo_cli.models.load import load_model

@@ -29,8 +29,10 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from smezo_cli import job, loop, train, watch
+from smezo_cli import train
 from smezo_cli.models.load import load_model
+from smezo_cli.run import loaded as job
+from smezo_cli.run import loop, session, watch
 from smezo_cli.scoring import metrics
 from smezo_cli.scoring import scorer as scoring
 from smezo_cli.scoring.candidates import encode
@@ -107,7 +109,7 @@ class Fault:
             return noted
 
         for name in ("_report", "settle"):
-            setattr(train._Run, name, ending(getattr(train._Run, name)))
+            setattr(session._Run, name, ending(getattr(session._Run, name)))
 
         def wrap(real: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(real)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from smezo_cli.cli import main
+from smezo_cli.cli.verbs import main
 from smezo_cli.config.build import target_of
 from smezo_cli.config.compose import compose
 from smezo_cli.config.settings import check

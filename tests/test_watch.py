@@ -16,14 +16,15 @@ from omegaconf import OmegaConf
 from test_zo import bits, same, sparse, watched, weights_of
 from torch import Tensor, nn
 
-from smezo_cli import loop
-from smezo_cli.cli import main
+from smezo_cli.cli.verbs import main
 from smezo_cli.models.load import load_model
+from smezo_cli.run import evaluate as evaluate_module
+from smezo_cli.run.numerics import Numerics, loss_noise
+from smezo_cli.run.watch import ENOUGH, HISTORY, Watch, report_lines, spike_report
 from smezo_cli.scoring.candidates import Candidates, encode
 from smezo_cli.scoring.float32 import in_float32
 from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.tasks import load_task
-from smezo_cli.watch import ENOUGH, HISTORY, Numerics, Watch, loss_noise, report_lines, spike_report
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.step import Closure, StepRecord
 
@@ -254,15 +255,15 @@ def test_a_run_stopped_in_the_middle_ends_early_at_the_same_step(
         monkeypatch.setattr(Scorer, "loss", loss)
         run_of(DIVERGES, tmp_path, 130)
     monkeypatch.setattr(Scorer, "loss", real)
-    evaluate = loop.evaluate
+    evaluate = evaluate_module.evaluate
 
     def interrupted(*words: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
         return evaluate(*words)
 
-    monkeypatch.setattr(loop, "evaluate", interrupted)
+    monkeypatch.setattr(evaluate_module, "evaluate", interrupted)
     run_of(DIVERGES, tmp_path, 130)
-    monkeypatch.setattr(loop, "evaluate", evaluate)
+    monkeypatch.setattr(evaluate_module, "evaluate", evaluate)
     folder = run_of(DIVERGES, tmp_path)
     assert folder.name == diverged.name
     assert result_of(folder) == result_of(diverged)
@@ -551,7 +552,7 @@ def test_a_run_whose_noise_cannot_be_measured_keeps_its_result(
     def fails(*_: object) -> None:
         raise torch.OutOfMemoryError("out of memory\nmore")
 
-    monkeypatch.setattr("smezo_cli.watch.loss_noise", fails)
+    monkeypatch.setattr("smezo_cli.run.numerics.loss_noise", fails)
     folder = run_of([*TOY, "lr=1e-3", "steps=2", "eval_every=2", "dtype=bfloat16"], tmp_path)
     assert result_of(folder)["status"] == "done"
     assert "not measured: out of memory\n" in (folder / "console.log").read_text()

@@ -12,8 +12,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from smezo_cli.config.compose import compose, prepare
+from smezo_cli.config.digest import digest
 from smezo_cli.config.fixed import plain
-from smezo_cli.config.launch import digest, launch
+from smezo_cli.config.launch import launch
 from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError
 from smezo_cli.words import mapping_of, quoted, value_of

@@ -16,39 +16,17 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from smezo_cli.config import fork, sweep
-from smezo_cli.config.build import build
-from smezo_cli.config.compose import _VERSION_BASE, compose, compose_and_say, grid, prepare
+from smezo_cli.config.compose import _VERSION_BASE, prepare
 from smezo_cli.config.describe import (
     _as_command_line,
     _is_sweep,
     _redact_sweep,
     _which_job,
-    command,
-    recipes,
 )
-from smezo_cli.config.digest import digest
 from smezo_cli.config.fixed import CONF_DIR, sentence
 from smezo_cli.config.help import _help
-from smezo_cli.config.settings import Settings, check
-from smezo_cli.errors import UserError, near, redacted
+from smezo_cli.errors import UserError, redacted
 from smezo_cli.machine import process, streams, torchrun
-
-__all__ = [
-    "CONF_DIR",
-    "Settings",
-    "build",
-    "check",
-    "command",
-    "compose",
-    "compose_and_say",
-    "digest",
-    "grid",
-    "launch",
-    "near",
-    "prepare",
-    "recipes",
-]
-
 
 # --- running ---------------------------------------------------------------------------------
 

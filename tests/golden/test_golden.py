@@ -20,7 +20,7 @@ from torch.nn import functional
 from smezo_cli import train
 from smezo_cli.config.compose import compose
 from smezo_cli.config.settings import check
-from smezo_cli.job import Job
+from smezo_cli.run.loaded import Job
 from smezo_cli.store.saved import tensors_digest
 from smezo_cli.store.trajectory import read
 from smezo_cli.zo.optimizer import ZeroOrder

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from smezo_cli import textbook
+from smezo_cli.bench import textbook
 from smezo_cli.errors import UserError
 from smezo_cli.machine import allocator
 from smezo_cli.machine.memory import PeakMemory
@@ -109,7 +109,7 @@ class Thresholds:
 
     @cached_property
     def textbook(self) -> list[Tensor]:
-        """See :func:`smezo_cli.textbook.thresholds`."""
+        """See :func:`smezo_cli.bench.textbook.thresholds`."""
         return textbook.thresholds(self.model, self.sparsity)
 
     @cached_property

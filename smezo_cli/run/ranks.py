@@ -2,8 +2,8 @@
 
 torchrun starts them and torch.distributed carries the numbers; nothing is scheduled here. Rank 0 is
 the run: it has the folder, the console and the loggers, and tells the others (the followers,
-:mod:`smezo_cli.follower`) what comes next. Every rank holds all weights and moves them by itself;
-of a step the ranks exchange two losses a query.
+:mod:`smezo_cli.run.follower`) what comes next. Every rank holds all weights and moves them by
+itself; of a step the ranks exchange two losses a query.
 """
 
 import atexit
@@ -348,7 +348,7 @@ class Ranks:
             self._expected = 2 * queries
 
     def evaluate(self, **about: Any) -> None:
-        """Let the followers score their share of some rows; :func:`smezo_cli.loop.evaluate`."""
+        """Let the followers score their share of some rows; see :func:`evaluate`."""
         self.tell("evaluate", **about)
         self._expected = 1  # number in each exchange of `goes_on`
 

@@ -31,7 +31,7 @@ class Steps(Protocol):
 
 
 class Team(Protocol):
-    """The ranks that make a step together; see :class:`smezo_cli.ranks.Ranks`."""
+    """The ranks that make a step together; see :class:`smezo_cli.run.ranks.Ranks`."""
 
     @property
     def shares_rows(self) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 
 from smezo_cli.errors import UserError, redacted_tree
 from smezo_cli.files import bounded, sealed, strict_json
-from smezo_cli.results import Floats, Run
+from smezo_cli.report.runs import Floats, Run
 from smezo_cli.store import schema
 
 _SCHEMA = 1

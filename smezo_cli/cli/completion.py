@@ -94,17 +94,17 @@ def _query(line: str, verbs: Sequence[str], groups: Sequence[str]) -> Iterator[s
         words = [word for word in given[1:] if not word.startswith("-")] or [""]
         yield from _settings(words, search)
     elif verb == "bench":
-        from smezo_cli.bench import KEYS
+        from smezo_cli.cli.bench import KEYS
 
         yield from (f"{key}=" for key in KEYS if key.startswith(last))
         if last.partition("=")[0].partition(".")[0] in KEYS:
             yield from _settings([last], search)
     elif verb == "plot" and len(given) == 2:
-        from smezo_cli.plot import KINDS
+        from smezo_cli.cli.plot import KINDS
 
         yield from (f"{kind} " for kind in KINDS if kind.startswith(last))
     elif (verb == "table" and len(given) == 2) or (verb == "plot" and len(given) == 3):
-        from smezo_cli.table import names
+        from smezo_cli.report.table import names
 
         yield from (f"{name} " for name in names() if name.startswith(last))
     elif verb in ("eval", "predict", "export") and len(given) == 2:

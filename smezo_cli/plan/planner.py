@@ -1,54 +1,33 @@
-"""`smezo plan`: what a run will need, from its settings alone, and whether it fits.
+"""Plan a run: memory, time and disk of each of its stages."""
 
-The model is built on the meta device, where tensors have shapes and no contents; the run's own
-scorer and probe then go through it, and every tensor that they make is counted while it lives.
-"""
-
-import argparse
 import dataclasses
-import json
 import math
 import os
-import re
-import shlex
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from smezo_cli.config.digest import is_extensible
 from smezo_cli.config.fixed import is_frozen
-from smezo_cli.config.settings import Settings, check
+from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
-from smezo_cli.files import strict_json
-
-USAGE = """\
-smezo plan [KEY=VALUE ...]      what the run of `smezo train KEY=VALUE ...` will need
-
-    --memory SIZE     of the device, such as 80GB or 24GiB (default: what this machine has)
-    --tokens N        rows are at most so long (default: model.max_length)
-    --bench FILE      of `smezo bench --json FILE` for this model on this machine: adds the time
-    --json            the same for programs, in bytes
-    --config-dir DIR  your own task, model, method and recipe files, as for smezo train
-Nothing is fetched, no weights are read, and device=cuda needs no such device beside --memory.
-Examples:
-  smezo plan
-  smezo plan task=multirc model=opt-13b device=cuda --memory 80GB --tokens 400
-"""
-
-# Resident memory of a run on a CPU less its weights and tensors (Linux, torch 2.13, transformers
-# 5.23, datasets 5.2): libraries, the embedded task's rows and tokens, and what an allocator keeps.
-RUNTIME_CPU = 620_000_000
-NUMBA = 100_000_000  # Numba, LLVM and the compiled passes, measured likewise
-# Not measured: what CUDA, its libraries and their workspaces usually take on the device.
-RUNTIME_CUDA = 1 << 29
-_THRESHOLD = 28  # bytes that masks.kth_magnitude takes for each entry of a chunk
-_OPTION_TOKENS = 16  # assumed of a choice task's options
-_NUM_OPTIONS = 10  # of a row of ReCoRD; other choice tasks name theirs
-# Bytes of a weight in NF4: of 64 weights a scale of a byte, of 256 such scales one of float32.
-_PACKED = 0.5 + 1 / 64 + 4 / (64 * 256)
-_KEPT = 4 + 1  # bytes a weight of noise that is kept: z in float32, the mask
+from smezo_cli.plan.trace import (
+    _KEPT,
+    _NUM_OPTIONS,
+    _OPTION_TOKENS,
+    _PACKED,
+    _THRESHOLD,
+    NUMBA,
+    RUNTIME_CPU,
+    RUNTIME_CUDA,
+    _build,
+    _bytes,
+    _Keep,
+    _PadOnly,
+    _trace,
+    architecture,
+)
 
 
 @dataclass(frozen=True)
@@ -125,252 +104,6 @@ class Plan:
         return "\n".join(lines)
 
 
-def main(words: Sequence[str]) -> int:
-    """Run ``smezo plan``; returns the exit code, 0 also where the run does not fit.
-
-    Raises:
-        UserError: a mistake on the line, or an architecture that is not known.
-    """
-    if "--help" in words or "-h" in words:
-        print(USAGE, end="")
-        return 0
-    parser = _Flags(prog="smezo plan", add_help=False, allow_abbrev=False)
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--memory")
-    parser.add_argument("--tokens")
-    parser.add_argument("--bench")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--config-dir", "-cd")
-    given = parser.parse_intermixed_args(list(words))
-    capacity = None if given.memory is None else parse_memory(given.memory)
-    from smezo_cli.config.compose import compose_and_say
-    from smezo_cli.config.searchpath import say
-
-    settings = check(compose_and_say(given.overrides, given.config_dir, say))
-    tokens = None if given.tokens is None else _parse_tokens(given.tokens, settings)
-    seconds = None if given.bench is None else _benched(Path(given.bench), settings)
-    found = plan(settings, capacity=capacity, tokens=tokens)
-    if seconds is not None:
-        found = dataclasses.replace(found, seconds=seconds)
-    print(strict_json.dumps(found.record(), indent=2) if given.json else found.text())
-    return 0
-
-
-def _benched(path: Path, settings: Settings) -> dict[str, float]:
-    """Seconds of steps from a file of `smezo bench --json`.
-
-    Raises:
-        UserError: it cannot be read, or measured something else.
-    """
-    from smezo_cli.files.bounded import read_json
-
-    found = read_json(path)
-    if found is None or not isinstance(found.get("median_seconds"), dict):
-        raise UserError(f"--bench {path} is no file of smezo bench --json FILE; make one first.")
-    compute = settings.compute_dtype or settings.dtype
-    for key, wanted in (
-        ("model", settings.model["name"]),
-        ("dtype", settings.dtype),
-        ("compute_dtype", compute),
-        ("batch_size", settings.batch_size),
-    ):
-        if found.get(key) != wanted:
-            raise UserError(
-                f"--bench {path} is of {key}={found.get(key)}, and this run has {wanted}: smezo "
-                f"bench {key}={wanted} --json FILE measures it."
-            )
-    step = found["median_seconds"].get(settings.method["name"])
-    if not isinstance(step, float) or not step > 0:
-        raise UserError(
-            f"--bench {path} holds no step of method {settings.method['name']}: smezo bench "
-            "measures mezo and sparse_mezo."
-        )
-    length = found.get("length")
-    if not isinstance(length, int):
-        raise UserError(f"--bench {path} does not say its length; make it anew.")
-    rows = settings.batch_size
-    return {"step": step, "rows": rows, "tokens": length, "steps": step * settings.steps}
-
-
-class _Flags(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; smezo plan --help shows the flags.")
-
-
-_UNITS = {"": 3, "K": 1, "M": 2, "G": 3, "T": 4}
-
-
-def parse_memory(text: str) -> int:
-    """Bytes of "80GB" (10^9), "24GiB" (2^30) and the like.
-
-    Raises:
-        UserError: anything else, or nothing at all.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?", text.strip(), re.IGNORECASE)
-    size = 0
-    if found is not None:
-        number, unit, binary = found.groups()
-        size = int(float(number) * (1024 if binary else 1000) ** _UNITS[unit.upper()])
-    if not size:
-        raise UserError(
-            f"--memory {shlex.quote(text)} is no amount of memory: give a number above 0 with KB, "
-            "MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (of 1024), such as --memory 80GB."
-        )
-    return size
-
-
-def _parse_tokens(text: str, settings: Settings) -> int:
-    longest = settings.model["max_length"]
-    if not text.isdecimal() or not 4 <= int(text) <= longest:
-        raise UserError(
-            f"--tokens {shlex.quote(text)} must be a whole number from 4 to "
-            f"model.max_length={longest}, such as --tokens {min(400, longest)}."
-        )
-    return int(text)
-
-
-# --- counting ---------------------------------------------------------------------------------
-
-
-def _trace(held: Sequence[Any], call: Callable[[], Any]) -> tuple[int, int]:
-    """Most bytes in tensors that live at once while ``call`` runs, and those that live behind it.
-
-    Those of ``held`` do not count.
-
-    Works on the meta device, where questions about contents get the answer of an ordinary batch:
-    nothing is padded, all rows of an embedding that are looked up differ.
-    """
-    import torch
-    from torch.overrides import TorchFunctionMode
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-    from torch.utils.weak import WeakIdKeyDictionary
-
-    known: Any = WeakIdKeyDictionary()
-    for tensor in held:
-        known[tensor.untyped_storage()] = True
-    live = peak = 0
-
-    def freed(size: int) -> None:
-        nonlocal live
-        live -= size
-
-    class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in torch
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            nonlocal live, peak
-            aten = torch.ops.aten
-            if func is aten._local_scalar_dense.default and args[0].is_meta:
-                return True if args[0].dtype == torch.bool else 0
-            if func is aten._unique2.default and args[0].is_meta:
-                rows = args[0].new_empty(min(args[0].numel(), most_rows))
-                result: Any = rows, torch.empty_like(args[0]), rows.new_empty(0)
-            else:
-                result = func(*args, **(kwargs or {}))
-            for leaf in tree_leaves(result):
-                if not isinstance(leaf, torch.Tensor):
-                    continue
-                storage = leaf.untyped_storage()
-                if storage not in known:
-                    known[storage] = True
-                    live += storage.nbytes()
-                    peak = max(peak, live)
-                    weakref.finalize(storage, freed, storage.nbytes())
-            return result
-
-    class Fused(TorchFunctionMode):
-        """The meta device would write out the scores of sdpa, which no real device stores."""
-
-        def __torch_function__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            kwargs = kwargs or {}
-            if func is not torch.nn.functional.scaled_dot_product_attention:
-                return func(*args, **kwargs)
-            query, key, value = args[:3]
-            if (groups := query.shape[1] // key.shape[1]) > 1:
-                key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query, key, value, 0.0, kwargs.get("is_causal", False)
-            )[0]
-
-    most_rows = max((t.shape[0] for t in held if t.ndim > 1), default=1)
-    with Fused(), Counting():  # type: ignore[no-untyped-call]  # untyped in torch
-        call()
-    return peak, live
-
-
-class _Keep:
-    """A mover that moves nothing, but takes the memory that moving takes."""
-
-    def whole(self, parameter: Any, out: Any) -> None:
-        """The scratch is there already, and a pass needs no more."""
-
-    def rows(self, parameter: Any, rows: Any) -> Any:
-        """As the rows of a direction: the rows, their indices, the moved rows."""
-        import torch
-
-        picked = parameter.detach().index_select(0, rows)
-        index = torch.empty(picked.shape, dtype=torch.int64, device=picked.device)
-        moved = torch.empty_like(picked)
-        del index
-        return moved
-
-
-class _PadOnly:
-    """All that a scorer asks of a tokenizer."""
-
-    pad_token_id = 0
-
-
-# --- the architecture ---------------------------------------------------------------------------
-
-
-def architecture(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The model node with `config`: its own, or of the folder or the hub's cache that it names.
-
-    Raises:
-        UserError: neither has one.
-    """
-    if model.get("config"):
-        return dict(model)
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-    from transformers import CONFIG_MAPPING
-
-    found: object = Path(str(model["path"])).expanduser() / "config.json"
-    if isinstance(found, Path) and not found.is_file():
-        try:
-            found = try_to_load_from_cache(
-                str(model["path"]), "config.json", revision=model["revision"] or "main"
-            )
-        except HFValidationError:
-            found = None
-    try:
-        numbers = json.loads(Path(str(found)).read_text(encoding="utf-8"))
-        known = CONFIG_MAPPING[numbers["model_type"]]()
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"model={model['name']} has no model.config, and model.path={model['path']} is no "
-            "folder with a config.json that transformers knows (nor in the hub's cache): give "
-            "such a folder by model.path=FOLDER, or choose a model of smezo ls models."
-        ) from None
-    own = {name: value for name, value in numbers.items() if hasattr(known, name)}
-    return dict(model) | {"config": {**own, "model_type": numbers["model_type"]}}
-
-
-def _build(node: Mapping[str, Any], dtype: str, adapter: Mapping[str, Any] | None) -> Any:
-    from smezo_cli.models.adapter import attach
-    from smezo_cli.models.architecture import build_meta
-
-    model: Any = build_meta({**node, "dtype": dtype})
-    model.config.use_cache = False
-    if adapter is not None:
-        attach(model, adapter, seed=0)
-    return model.eval()
-
-
 # --- the plan ---------------------------------------------------------------------------------
 
 
@@ -422,10 +155,6 @@ def _capacity(settings: Settings, device: str) -> int:
     except OSError:
         limit = "max"
     return min(size, int(limit)) if limit.isdecimal() else size
-
-
-def _bytes(tensors: Any) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 class _Planner:

@@ -23,7 +23,7 @@ from smezo_cli.machine import streams
 from smezo_cli.machine.device import choose_device
 
 if TYPE_CHECKING:
-    from smezo_cli.log import Console
+    from smezo_cli.run.console import Console
     from smezo_cli.scoring.candidates import Candidates
     from smezo_cli.scoring.scorer import Scorer
 
@@ -145,8 +145,8 @@ def _measure(
     settings: Settings, length: int, device_name: str, rounds: int, only: str | None, grow: bool
 ) -> dict[str, Any]:
     """Everything that --json writes."""
-    from smezo_cli import timing
-    from smezo_cli.log import Console
+    from smezo_cli.bench import timing
+    from smezo_cli.run.console import Console
     from smezo_cli.store import versions
 
     names = _chosen(only, timing.NAMES)

@@ -10,7 +10,6 @@ import sys
 TYPE_CHECKING = False  # as in typing, which takes a while to import
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
 USAGE = """\
 smezo: zeroth-order fine-tuning of language models
@@ -42,7 +41,6 @@ _VERBS = (
     *("eval", "predict", "export", "replay", "bench"),
     *("ls", "show", "completion"),
 )
-_GROUPS = ("tasks", "models", "methods", "recipes", "experiments", "tables", "loggers")
 
 
 # They load a model, by a library that reads its own docstrings.
@@ -93,12 +91,6 @@ def _check_text(word: str) -> None:
         ) from None
 
 
-def _mistake(text: str) -> Exception:
-    from smezo_cli.errors import UserError
-
-    return UserError(text)
-
-
 def _run(words: list[str]) -> int:
     if not words or words[0] in ("--help", "-h", "help"):
         print(USAGE, end="")
@@ -116,40 +108,45 @@ def _run(words: list[str]) -> int:
 
         return train(rest)
     if verb not in _VERBS:
-        raise _mistake(f"there is no verb {verb}{_near(verb, _VERBS)}.")
-    if verb == "completion":
-        from smezo_cli.completion import main as completion
+        from smezo_cli.errors import near
 
-        return completion(rest, _VERBS, _GROUPS)
+        raise _mistake(f"there is no verb {verb}{near(verb, _VERBS)}.")
+    if verb == "completion":
+        from smezo_cli.cli.completion import main as completion
+        from smezo_cli.cli.ls import GROUPS
+
+        return completion(rest, _VERBS, GROUPS)
     if verb == "plan":
-        from smezo_cli.plan import main as plan
+        from smezo_cli.cli.plan import main as plan
 
         return plan(rest)
     if verb == "runs":
-        from smezo_cli.results import main as runs
+        from smezo_cli.cli.runs import main as runs
 
         return runs(rest)
     if verb == "table":
-        from smezo_cli.table import main as table
+        from smezo_cli.cli.table import main as table
 
         return table(rest)
     if verb == "plot":
-        from smezo_cli.plot import main as plot
+        from smezo_cli.cli.plot import main as plot
 
         return plot(rest)
     if verb in ("eval", "predict", "export", "replay"):
-        from smezo_cli.finished import main as finished
+        from smezo_cli.cli.evaluate import main as finished
 
         return finished(verb, rest)
     if verb == "bench":
-        from smezo_cli.bench import main as bench
+        from smezo_cli.cli.bench import main as bench
 
         return bench(rest)
     if "--help" in rest or "-h" in rest:
         print(USAGE, end="")
         return 0
-    given, roots = _roots(rest)
-    return _ls(given, roots) if verb == "ls" else _show(given, roots)
+    from smezo_cli.cli.ls import ls, roots_of, show
+
+    given, roots = roots_of(rest)
+    return ls(given, roots) if verb == "ls" else show(given, roots)
 
 
 def _check_docstrings() -> None:
@@ -160,75 +157,7 @@ def _check_docstrings() -> None:
         )
 
 
-def _ls(words: list[str], roots: list[Path]) -> int:
-    if len(words) > 1:
-        raise _mistake("smezo ls takes one group at most: smezo ls tasks.")
-    for group in [_group(word) for word in words] or _GROUPS:
-        files = _files(group, roots)
-        width = max((len(name) for name in files), default=0)
-        print(f"{group}:")
-        for name, file in files.items():
-            print(f"  {name:{width}}  {_headline(file)}")
-    return 0
+def _mistake(text: str) -> Exception:
+    from smezo_cli.errors import UserError
 
-
-def _show(words: list[str], roots: list[Path]) -> int:
-    if len(words) != 2:
-        raise _mistake("smezo show takes a group and a name: smezo show method sparse_mezo.")
-    group, name = _group(words[0]), words[1]
-    files = _files(group, roots)
-    if name not in files:
-        raise _mistake(f"there is no {group.removesuffix('s')} {name}{_near(name, files)}.")
-    print(files[name].read_text(encoding="utf-8"), end="")
-    return 0
-
-
-def _roots(words: list[str]) -> tuple[list[str], list[Path]]:
-    """The words less --config-dir, and the folders that settings are read from."""
-    from smezo_cli.config.searchpath import of_line
-
-    others, folder = list[str](), None
-    flags = ("--config-dir", "-cd")
-    left = iter(words)
-    for word in left:
-        flag, equals, value = word.partition("=")
-        if flag not in flags:
-            others.append(word)
-        elif (folder := value if equals else next(left, None)) is None:
-            raise _mistake(f"{flag} needs a folder: {flag} mine.")
-    return others, of_line(folder, ()).roots
-
-
-def _group(word: str) -> str:
-    group = word if word.endswith("s") else f"{word}s"
-    if group not in _GROUPS:
-        raise _mistake(f"there is no group {word}{_near(word, _GROUPS)}.")
-    return group
-
-
-def _files(group: str, roots: list[Path]) -> dict[str, Path]:
-    """The files of a group by name, each of the first folder that has it."""
-    found: dict[str, Path] = {}
-    for folder in [root / group.removesuffix("s") for root in roots]:
-        for file in [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("*/*.yaml"))]:
-            found.setdefault(file.relative_to(folder).with_suffix("").as_posix(), file)
-    return found
-
-
-def _headline(file: Path) -> str:
-    """The first sentence of the comment that opens a file, less what is for Hydra."""
-    import re
-
-    words = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        if "@package" not in line:
-            words.append(line.lstrip("# "))
-    return re.split(r"(?<=[.?])\s", " ".join(words), maxsplit=1)[0]
-
-
-def _near(word: str, options: Sequence[str] | dict[str, Path]) -> str:
-    from smezo_cli.errors import near
-
-    return near(word, options)
+    return UserError(text)

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from smezo_cli.errors import UserError
-from smezo_cli.job import Job
+from smezo_cli.run.loaded import Job
 from smezo_cli.store.folder import RunFolder, State
 from smezo_cli.store.saved import Saved
 from smezo_cli.store.trajectory import Trajectory, replay

@@ -18,17 +18,18 @@ import numpy as np
 from smezo_cli import __version__
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
-from smezo_cli.job import Job
-from smezo_cli.log import Console
-from smezo_cli.loop import Batches, evaluate
 from smezo_cli.machine.device import choose_device
 from smezo_cli.machine.memory import PeakMemory
 from smezo_cli.machine.stop import Stopped, StopRequest
 from smezo_cli.machine.torchrun import local_rank
-from smezo_cli.ranks import Left, Ranks
+from smezo_cli.run.batches import Batches
+from smezo_cli.run.console import Console
+from smezo_cli.run.evaluate import evaluate
+from smezo_cli.run.loaded import Job
+from smezo_cli.run.measure import Measure
+from smezo_cli.run.ranks import Left, Ranks
 from smezo_cli.scoring.batching import Found
 from smezo_cli.scoring.candidates import Candidates
-from smezo_cli.share import Measure
 from smezo_cli.store.partial_scores import Part
 from smezo_cli.store.saved import Saved
 from smezo_cli.tasks.base import fingerprint

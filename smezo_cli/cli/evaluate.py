@@ -1,0 +1,169 @@
+"""Verbs on a run that has been trained: `smezo eval`, `predict`, `export` and `replay`."""
+
+import contextlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from smezo_cli.cli.export import export
+from smezo_cli.cli.flags import _check_out, _Flags, _write_lines
+from smezo_cli.cli.predict import predict
+from smezo_cli.cli.replay import replay
+from smezo_cli.config.fixed import is_frozen
+from smezo_cli.config.settings import Settings
+from smezo_cli.errors import UserError
+from smezo_cli.machine import streams
+from smezo_cli.run.trained import (
+    _batch,
+    _check_model,
+    _encoded,
+    _kept_beside,
+    _opened,
+    _prompt,
+    _say_code,
+    _scored,
+    _trained,
+)
+
+USAGE = {
+    "eval": """\
+smezo eval RUN [KEY=VALUE ...]     score a trained run again and save every prediction
+
+    --split SPLIT     test (default), dev or train
+    --base            the model as it was before training
+    --step N          the weights of that step (default: the best): any step of a zeroth-order run,
+                      of others those of a look at dev, with keep=all
+    --out FILE        where the predictions go, one JSON object a line (default: in the run folder)
+KEY=VALUE changes settings of the task and the machine, such as task.num_test=100 or device=cpu.
+Examples:
+  smezo eval runs/default/toy-tiny-llama-mezo-s0-0123abcd --split dev
+  smezo eval RUN --base --out before.jsonl
+""",
+    "predict": """\
+smezo predict RUN FILE [KEY=VALUE ...]    predict rows of your own, without labels
+smezo predict RUN --field NAME=TEXT [--field ...]     or one row given here
+
+    --out FILE        where the predictions go, one JSON object a line (default: standard output)
+FILE is CSV, TSV, JSONL, JSON or Parquet with a column for each field of the run's prompt.
+Examples:
+  smezo predict RUN new.csv --out predictions.jsonl
+  smezo predict RUN --field text="a joy from start to end"
+""",
+    "export": """\
+smezo export RUN FOLDER             the trained model and its tokenizer, as transformers loads them
+                                    (LoRA merged into the weights; of a prefix peft's adapter)
+smezo export RUN FILE --delta       one small file, from which smezo replay makes the weights again
+
+    --step N          the weights of that step (default: the best), as for smezo eval
+Examples:
+  smezo export RUN my-model
+  smezo train model=own model.path=my-model
+  smezo export RUN my.delta --delta
+""",
+    "replay": """\
+smezo replay RUN [KEY=VALUE ...]    the trained weights again, from base model and trajectory alone
+smezo replay FILE [KEY=VALUE ...]   the same from a delta (smezo export RUN FILE --delta)
+
+    --step N          the weights after so many steps (default: the best; of a delta its last)
+    --split SPLIT     what they are scored on: test (default), dev or none
+    --out FOLDER      save the model there, as transformers loads it
+Prints the SHA-256 of the weights and the figures, and whether they are those of the run; if not,
+the exit code is 1. KEY=VALUE as for smezo eval; of a delta model.path and model.revision, too.
+Examples:
+  smezo replay runs/default/toy-tiny-llama-mezo-s0-0123abcd
+  smezo replay my.delta --out my-model
+""",
+}
+
+
+def main(verb: str, words: Sequence[str]) -> int:
+    """Run `eval`, `predict`, `export` or `replay`; returns the exit code.
+
+    Raises:
+        UserError: a mistake on the line, or a run that cannot be used.
+    """
+    if "--help" in words or "-h" in words:
+        print(USAGE[verb], end="")
+        return 0
+    verbs = {"eval": evaluate, "predict": predict, "export": export, "replay": replay}
+    return verbs[verb](words)
+
+
+# --- eval ------------------------------------------------------------------------------------
+
+
+def evaluate(words: Sequence[str]) -> int:
+    """`smezo eval`: prints the figures, writes the predictions; returns the exit code.
+
+    Raises:
+        UserError: a mistake on the line, or a run that cannot be evaluated.
+    """
+    parser = _Flags("eval")
+    parser.add_argument("run")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--split", choices=("test", "dev", "train"), default="test")
+    parser.add_argument("--base", action="store_true")
+    parser.add_argument("--step", type=int)
+    parser.add_argument("--out")
+    given = parser.parse_intermixed_args(list(words))
+    if given.base and given.step is not None:
+        raise UserError("--base and --step exclude each other: give one of them.")
+    _check_out(given.out)
+    streams.outlast()
+    with _opened(given.run, given.overrides) as (folder, state, settings, _):
+        from smezo_cli.machine.device import choose_device
+        from smezo_cli.run.console import Console
+        from smezo_cli.run.loaded import Job
+
+        device = choose_device(settings.device, settings.model["device_map"])
+        if given.overrides and given.out is None:
+            raise UserError(
+                f"{given.overrides[0]}: predictions under other settings need a file of their own: "
+                "add --out FILE."
+            )
+        if given.out is None and not os.access(folder.path, os.W_OK):
+            raise UserError(f"{folder.path} cannot be written to: add --out FILE.")
+        console = Console()
+        _say_code(settings, console.say)
+        job = Job(settings, device, console.say)
+        _check_model(state, job, given.overrides, given.run)
+        step = 0 if given.base else _trained(folder, state, job, given.step, console.say)
+        same_task = not any(word.startswith("task.") for word in given.overrides)
+        known = {given.split: state.notes["rows"][given.split]}
+        if same_task and job.differing_rows(known):
+            raise UserError(
+                f"the {given.split} rows are not those that {given.run} was trained with: the data "
+                "has changed since; put it back, or say which to use (such as task.data=FILE)."
+            )
+        rows, prompt = getattr(job.task, given.split), _prompt(state)
+        encoded = _encoded(job, rows, prompt, given.run)
+        _batch(job, prompt, state.notes.get("batching"), None if same_task else rows, console.say)
+        which = "-base" if given.base else "" if given.step is None else f"-step{step}"
+        name = f"predictions-{given.split}{which}.jsonl"
+        out = Path(given.out) if given.out else folder.path / name
+        kept = _kept_beside(out, job)
+        with job.as_it_came() if given.base else contextlib.nullcontext():
+            found = _scored(job, encoded, given.split, console, kept, step, given.run, given.base)
+        figures = found.figures()
+        _write_lines(
+            out,
+            (
+                {"id": row.id, "fields": dict(row.fields)} | prediction
+                for row, prediction in zip(rows, found.predictions(), strict=True)
+            ),
+        )
+        kept.remove()
+        value = figures[found.metric]
+        console.say(
+            f"{given.split} {found.metric} {value:.4f} +- {figures['standard_error']:.4f} "
+            f"(n={figures['n']}, {'untrained' if given.base else _at(settings, step)})"
+        )
+        for key in ("exact_match", "loss", "auc"):
+            if figures.get(key) is not None:
+                console.say(f"  {key}  {figures[key]:.4f}")
+        console.say(f"  {out}")
+    return 0
+
+
+def _at(settings: Settings, step: int) -> str:
+    return f"method {settings.method['name']}" if is_frozen(settings.method) else f"step {step}"

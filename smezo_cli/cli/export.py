@@ -1,0 +1,130 @@
+"""`smezo export`: write the trained weights as an ordinary model, an adapter or a delta."""
+
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from smezo_cli.cli.flags import _Flags
+from smezo_cli.config.fixed import is_frozen
+from smezo_cli.config.settings import Settings
+from smezo_cli.errors import UserError
+from smezo_cli.machine import streams
+from smezo_cli.run.trained import (
+    _check_model,
+    _opened,
+    _read_config,
+    _save_model,
+    _say_code,
+    _trained,
+)
+
+# --- export ----------------------------------------------------------------------------------
+
+
+def export(words: Sequence[str]) -> int:
+    """`smezo export`: writes a folder for `from_pretrained`; returns the exit code.
+
+    Raises:
+        UserError: a mistake on the line, a folder that is there already, no space.
+    """
+    parser = _Flags("export")
+    parser.add_argument("run")
+    parser.add_argument("folder")
+    parser.add_argument("--step", type=int)
+    parser.add_argument("--delta", action="store_true")
+    given = parser.parse_args(list(words))
+    target = Path(given.folder)
+    if target.exists():
+        raise UserError(
+            f"{target} is there already: name a new {'file' if given.delta else 'folder'}."
+        )
+    _check_exported(given.run)
+    streams.outlast()
+    if given.delta:
+        return _export_delta(given.run, target, given.step)
+    with _opened(given.run) as (folder, state, settings, cfg):
+        from smezo_cli.run.loaded import Job
+
+        _say_code(settings, print)
+        job = Job(*_copying(settings), lambda line: None, with_rows=False)
+        _check_model(state, job, [], given.run)
+        step = _trained(folder, state, job, given.step, print)
+        size = _save_model(job, target, cfg)
+        print(f"{target}: {settings.model['name']} after {step} steps, {_shown_bytes(size)}")
+        print(f"  {job.loaded_by}")
+    return 0
+
+
+def _check_exported(run: str) -> None:
+    """Refuse a run whose model is the one that it began with."""
+    settings = _read_config(Path(run), ())[1]
+    if is_frozen(settings.method):
+        raise UserError(
+            f"{run}: method {settings.method['name']} trains no weights of the model, so there is "
+            f"nothing to export: it is model={settings.model['name']} as it came."
+        )
+
+
+def _copying(settings: Settings) -> tuple[Settings, str]:
+    """For a job in which weights are copied: on the CPU, wherever the run was trained.
+
+    Unless they are in 4 bits, which are made on the device that they are for.
+    """
+    from smezo_cli.machine.device import choose_device
+
+    if settings.model["quantization"]:
+        return settings, choose_device(settings.device)
+    model = settings.model | {"device_map": None}
+    return dataclasses.replace(settings, model=model), "cpu"
+
+
+def _shown_bytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size} bytes"
+
+
+def _export_delta(run: str, target: Path, step: int | None) -> int:
+    from smezo_cli.files.atomic import write_bytes
+    from smezo_cli.store.delta import delta
+    from smezo_cli.store.saved import tensors_digest
+    from smezo_cli.store.trajectory import read
+
+    with _opened(run) as (folder, state, settings, cfg):
+        path = folder.path / "trajectory.bin"
+        if not path.exists():
+            raise UserError(
+                f"--delta: {run} has no trajectory.bin, as only the runs of zeroth-order methods "
+                "have; export it as a folder."
+            )
+        records = read(path)
+        chosen = state.best_step if step is None else step
+        assert chosen is not None  # _opened refuses a run without
+        if not 0 <= chosen <= len(records):
+            raise UserError(f"--step {step}: {run} has {len(records)} good steps in {path.name}.")
+        noted = {note["step"]: note["sha256"] for note in state.notes.get("weights", {}).values()}
+        if chosen not in noted:
+            from smezo_cli.run.loaded import Job
+
+            job = Job(*_copying(settings), lambda line: None, with_rows=False)
+            _trained(folder, state, job, chosen, print)
+            noted[chosen] = tensors_digest(job.build_method().trained)
+        result = folder.result() or {}
+        about = {
+            "config": OmegaConf.to_yaml(cfg),
+            "prompt": state.notes["prompts"][state.notes["prompt"]],
+            "weights": {"step": chosen, "sha256": noted[chosen]},
+            "test": result.get("test") if chosen == state.best_step else None,
+            "dev": state.notes.get("best_look") if chosen == state.best_step else None,
+            "versions": result.get("versions"),
+            "batching": state.notes.get("batching"),
+        }
+        write_bytes(target, delta(records, chosen, about))
+        size = target.stat().st_size
+        print(
+            f"{target}: {chosen} steps of {run}, {size} bytes ({size / max(chosen, 1):.1f} a step)"
+        )
+        print(f"  weights sha256 {noted[chosen]}")
+        print(f"  made again by: smezo replay {shlex.quote(str(target))}")
+    return 0

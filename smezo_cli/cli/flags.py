@@ -1,0 +1,37 @@
+"""Flags of the verbs, and checks of what they write."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from smezo_cli.errors import UserError
+from smezo_cli.files import strict_json
+
+
+class _Flags(argparse.ArgumentParser):
+    def __init__(self, verb: str) -> None:
+        super().__init__(prog=f"smezo {verb}", add_help=False, allow_abbrev=False)
+        self.verb = verb
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; smezo {self.verb} --help shows the flags.")
+
+
+def _check_out(out: str | None) -> None:
+    """Raise UserError, before the work, where the predictions could not be written after it."""
+    if out is None:
+        return
+    path = Path(out)
+    if path.is_dir():
+        raise UserError(f"--out {out} is a folder: give the file for the predictions.")
+    if not path.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {path.parent}; make it first.")
+
+
+def _write_lines(path: Path, records: Iterator[dict[str, Any]] | Any) -> None:
+    """Replace a JSONL file as a whole."""
+    from smezo_cli.files.atomic import write_text
+
+    lines = [strict_json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    write_text(path, "".join(lines))

@@ -1,0 +1,75 @@
+"""`smezo ls` and `smezo show`: list the YAML files of a config group, print one."""
+
+import re
+from pathlib import Path
+
+from smezo_cli.config.searchpath import of_line
+from smezo_cli.errors import UserError, near
+
+GROUPS = ("tasks", "models", "methods", "recipes", "experiments", "tables", "loggers")
+
+
+def ls(words: list[str], roots: list[Path]) -> int:
+    """Print the files of one group, or of all, each with its first sentence; return 0."""
+    if len(words) > 1:
+        raise UserError("smezo ls takes one group at most: smezo ls tasks.")
+    for group in [_group(word) for word in words] or GROUPS:
+        files = _files(group, roots)
+        width = max((len(name) for name in files), default=0)
+        print(f"{group}:")
+        for name, file in files.items():
+            print(f"  {name:{width}}  {_headline(file)}")
+    return 0
+
+
+def show(words: list[str], roots: list[Path]) -> int:
+    """Print one file of a group as it stands; return 0."""
+    if len(words) != 2:
+        raise UserError("smezo show takes a group and a name: smezo show method sparse_mezo.")
+    group, name = _group(words[0]), words[1]
+    files = _files(group, roots)
+    if name not in files:
+        raise UserError(f"there is no {group.removesuffix('s')} {name}{near(name, files)}.")
+    print(files[name].read_text(encoding="utf-8"), end="")
+    return 0
+
+
+def roots_of(words: list[str]) -> tuple[list[str], list[Path]]:
+    """The words less --config-dir, and the folders that settings are read from."""
+    others, folder = list[str](), None
+    flags = ("--config-dir", "-cd")
+    left = iter(words)
+    for word in left:
+        flag, equals, value = word.partition("=")
+        if flag not in flags:
+            others.append(word)
+        elif (folder := value if equals else next(left, None)) is None:
+            raise UserError(f"{flag} needs a folder: {flag} mine.")
+    return others, of_line(folder, ()).roots
+
+
+def _group(word: str) -> str:
+    group = word if word.endswith("s") else f"{word}s"
+    if group not in GROUPS:
+        raise UserError(f"there is no group {word}{near(word, GROUPS)}.")
+    return group
+
+
+def _files(group: str, roots: list[Path]) -> dict[str, Path]:
+    """The files of a group by name, each of the first folder that has it."""
+    found: dict[str, Path] = {}
+    for folder in [root / group.removesuffix("s") for root in roots]:
+        for file in [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("*/*.yaml"))]:
+            found.setdefault(file.relative_to(folder).with_suffix("").as_posix(), file)
+    return found
+
+
+def _headline(file: Path) -> str:
+    """The first sentence of the comment that opens a file, less what is for Hydra."""
+    words = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        if "@package" not in line:
+            words.append(line.lstrip("# "))
+    return re.split(r"(?<=[.?])\s", " ".join(words), maxsplit=1)[0]

@@ -1,0 +1,136 @@
+"""`smezo plan`: what a run will need, from its settings alone, and whether it fits.
+
+The model is built on the meta device, where tensors have shapes and no contents; the run's own
+scorer and probe then go through it, and every tensor that they make is counted while it lives.
+"""
+
+import argparse
+import dataclasses
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from smezo_cli.config.settings import Settings, check
+from smezo_cli.errors import UserError
+from smezo_cli.files import strict_json
+from smezo_cli.plan.planner import plan
+
+USAGE = """\
+smezo plan [KEY=VALUE ...]      what the run of `smezo train KEY=VALUE ...` will need
+
+    --memory SIZE     of the device, such as 80GB or 24GiB (default: what this machine has)
+    --tokens N        rows are at most so long (default: model.max_length)
+    --bench FILE      of `smezo bench --json FILE` for this model on this machine: adds the time
+    --json            the same for programs, in bytes
+    --config-dir DIR  your own task, model, method and recipe files, as for smezo train
+Nothing is fetched, no weights are read, and device=cuda needs no such device beside --memory.
+Examples:
+  smezo plan
+  smezo plan task=multirc model=opt-13b device=cuda --memory 80GB --tokens 400
+"""
+
+
+def main(words: Sequence[str]) -> int:
+    """Run ``smezo plan``; returns the exit code, 0 also where the run does not fit.
+
+    Raises:
+        UserError: a mistake on the line, or an architecture that is not known.
+    """
+    if "--help" in words or "-h" in words:
+        print(USAGE, end="")
+        return 0
+    parser = _Flags(prog="smezo plan", add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--memory")
+    parser.add_argument("--tokens")
+    parser.add_argument("--bench")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--config-dir", "-cd")
+    given = parser.parse_intermixed_args(list(words))
+    capacity = None if given.memory is None else parse_memory(given.memory)
+    from smezo_cli.config.compose import compose_and_say
+    from smezo_cli.config.searchpath import say
+
+    settings = check(compose_and_say(given.overrides, given.config_dir, say))
+    tokens = None if given.tokens is None else _parse_tokens(given.tokens, settings)
+    seconds = None if given.bench is None else _benched(Path(given.bench), settings)
+    found = plan(settings, capacity=capacity, tokens=tokens)
+    if seconds is not None:
+        found = dataclasses.replace(found, seconds=seconds)
+    print(strict_json.dumps(found.record(), indent=2) if given.json else found.text())
+    return 0
+
+
+def _benched(path: Path, settings: Settings) -> dict[str, float]:
+    """Seconds of steps from a file of `smezo bench --json`.
+
+    Raises:
+        UserError: it cannot be read, or measured something else.
+    """
+    from smezo_cli.files.bounded import read_json
+
+    found = read_json(path)
+    if found is None or not isinstance(found.get("median_seconds"), dict):
+        raise UserError(f"--bench {path} is no file of smezo bench --json FILE; make one first.")
+    compute = settings.compute_dtype or settings.dtype
+    for key, wanted in (
+        ("model", settings.model["name"]),
+        ("dtype", settings.dtype),
+        ("compute_dtype", compute),
+        ("batch_size", settings.batch_size),
+    ):
+        if found.get(key) != wanted:
+            raise UserError(
+                f"--bench {path} is of {key}={found.get(key)}, and this run has {wanted}: smezo "
+                f"bench {key}={wanted} --json FILE measures it."
+            )
+    step = found["median_seconds"].get(settings.method["name"])
+    if not isinstance(step, float) or not step > 0:
+        raise UserError(
+            f"--bench {path} holds no step of method {settings.method['name']}: smezo bench "
+            "measures mezo and sparse_mezo."
+        )
+    length = found.get("length")
+    if not isinstance(length, int):
+        raise UserError(f"--bench {path} does not say its length; make it anew.")
+    rows = settings.batch_size
+    return {"step": step, "rows": rows, "tokens": length, "steps": step * settings.steps}
+
+
+class _Flags(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; smezo plan --help shows the flags.")
+
+
+_UNITS = {"": 3, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of "80GB" (10^9), "24GiB" (2^30) and the like.
+
+    Raises:
+        UserError: anything else, or nothing at all.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?", text.strip(), re.IGNORECASE)
+    size = 0
+    if found is not None:
+        number, unit, binary = found.groups()
+        size = int(float(number) * (1024 if binary else 1000) ** _UNITS[unit.upper()])
+    if not size:
+        raise UserError(
+            f"--memory {shlex.quote(text)} is no amount of memory: give a number above 0 with KB, "
+            "MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (of 1024), such as --memory 80GB."
+        )
+    return size
+
+
+def _parse_tokens(text: str, settings: Settings) -> int:
+    longest = settings.model["max_length"]
+    if not text.isdecimal() or not 4 <= int(text) <= longest:
+        raise UserError(
+            f"--tokens {shlex.quote(text)} must be a whole number from 4 to "
+            f"model.max_length={longest}, such as --tokens {min(400, longest)}."
+        )
+    return int(text)

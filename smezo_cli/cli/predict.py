@@ -1,0 +1,86 @@
+"""`smezo predict`: write what a trained model answers to rows of a file."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from smezo_cli.cli.flags import _check_out, _Flags, _write_lines
+from smezo_cli.errors import UserError
+from smezo_cli.files import strict_json
+from smezo_cli.machine import streams
+from smezo_cli.run.trained import (
+    _batch,
+    _check_model,
+    _kept_beside,
+    _opened,
+    _prompt,
+    _say_code,
+    _scored,
+    _trained,
+)
+
+# --- predict ---------------------------------------------------------------------------------
+
+
+def predict(words: Sequence[str]) -> int:
+    """`smezo predict`: predictions of unlabelled rows as JSONL; returns the exit code.
+
+    Raises:
+        UserError: a mistake on the line, in the file, or a run that cannot be used.
+    """
+    parser = _Flags("predict")
+    parser.add_argument("run")
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--field", action="append", default=[])
+    parser.add_argument("--out")
+    given = parser.parse_intermixed_args(list(words))
+    files = [word for word in given.words if "=" not in word]
+    if len(files) + bool(given.field) != 1:
+        raise UserError("give the rows either as one FILE or by --field NAME=TEXT.")
+    fields = {}
+    for word in given.field:
+        name, equals, text = word.partition("=")
+        if not equals or not name:
+            raise UserError(f"--field {shlex.quote(word)} is not of the form NAME=TEXT.")
+        fields[name] = text
+    overrides = [word for word in given.words if "=" in word]
+    _check_out(given.out)
+    if given.out:
+        streams.outlast()
+    with _opened(given.run, overrides) as (folder, state, settings, _):
+        from smezo_cli.machine.device import choose_device
+        from smezo_cli.run.console import Console
+        from smezo_cli.run.loaded import Job
+        from smezo_cli.tasks.own import unlabelled
+
+        # What is said goes beside the predictions, never among them; of the rows of the training
+        # there is nothing to say.
+        console = Console(sys.stdout if given.out else sys.stderr)
+        prompt = _prompt(state)
+        notes: list[str] = []
+        rows = unlabelled(settings.task, prompt, files[0] if files else fields, notes)
+        for note in notes:
+            console.say(f"  note    {note}")
+        _say_code(settings, console.say)
+        device = choose_device(settings.device, settings.model["device_map"])
+        job = Job(settings, device, lambda line: None, with_rows=False, warn=console.say)
+        _check_model(state, job, overrides, given.run)
+        step = _trained(folder, state, job, None, console.say)
+        encoded = job.encode(rows, prompt)
+        _batch(job, prompt, state.notes.get("batching"), rows, console.say)
+        kept = _kept_beside(Path(given.out) if given.out else folder.path / "predictions", job)
+        found = _scored(job, encoded, "predict", console, kept, step, given.run)
+        predictions = [
+            {"fields": dict(row.fields)}
+            | {key: value for key, value in prediction.items() if value is not None}
+            for row, prediction in zip(rows, found.predictions(), strict=True)
+        ]
+        if given.out:
+            _write_lines(Path(given.out), predictions)
+            console.say(f"  {given.out}: {len(predictions)} predictions")
+        else:
+            for prediction in predictions:
+                print(strict_json.dumps(prediction, ensure_ascii=False))
+        kept.remove()
+    return 0

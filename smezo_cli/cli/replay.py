@@ -1,0 +1,193 @@
+"""`smezo replay`: make the weights of a run again from its trajectory, and compare."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from smezo_cli.cli.export import _shown_bytes
+from smezo_cli.cli.flags import _Flags
+from smezo_cli.config.settings import Settings
+from smezo_cli.errors import UserError
+from smezo_cli.files.bounded import parse_yaml
+from smezo_cli.machine import streams
+from smezo_cli.run.trained import (
+    _SAME_BITS,
+    _as_prompt,
+    _batch,
+    _encoded,
+    _kept_beside,
+    _parsed,
+    _read_config,
+    _replayed,
+    _save_model,
+    _say_code,
+    _scored,
+)
+from smezo_cli.store.schema import is_batching, is_known, is_prompt
+
+if TYPE_CHECKING:
+    from smezo_cli.store.trajectory import Trajectory
+    from smezo_cli.tasks import Prompt
+
+
+# --- replay ----------------------------------------------------------------------------------
+
+
+def replay(words: Sequence[str]) -> int:
+    """`smezo replay`: weights from base model and trajectory alone; 1 where they are others.
+
+    Raises:
+        UserError: a mistake on the line, a file that is damaged or of another model or method.
+    """
+    from smezo_cli.store.delta import is_delta
+
+    parser = _Flags("replay")
+    parser.add_argument("source")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--step", type=int)
+    parser.add_argument("--split", choices=("test", "dev", "none"), default="test")
+    parser.add_argument("--out")
+    given = parser.parse_intermixed_args(list(words))
+    if given.out is not None and Path(given.out).exists():
+        raise UserError(f"--out {given.out} is there already: name a new folder.")
+    streams.outlast()  # the exit code says it, too
+    find = _of_delta if is_delta(Path(given.source)) else _of_run
+    cfg, settings, records, prompt, known = find(given.source, given.overrides)
+    step = known["step"] if given.step is None else given.step
+    if not 0 <= step <= len(records):
+        raise UserError(f"--step {step}: {given.source} holds {len(records)} good steps.")
+    same = _replay(given, cfg, settings, records, prompt, known, step)
+    return 0 if same else 1
+
+
+def _replay(
+    given: argparse.Namespace,
+    cfg: DictConfig,
+    settings: Settings,
+    records: "Trajectory",
+    prompt: "Prompt",
+    known: Mapping[str, Any],
+    step: int,
+) -> bool:
+    """Do it and say it; is everything as the run recorded it?"""
+    import time
+
+    from smezo_cli.machine.device import choose_device
+    from smezo_cli.run.console import Console
+    from smezo_cli.run.loaded import Job
+    from smezo_cli.store.saved import tensors_digest
+    from smezo_cli.store.trajectory import replay as apply
+
+    console = Console()
+    device = choose_device(settings.device, settings.model["device_map"])
+    _say_code(settings, console.say)
+    job = Job(settings, device, console.say, with_rows=given.split != "none")
+    same_task = not any(word.startswith("task.") for word in given.overrides)
+    method = _replayed(job, records, given.source)
+    if given.split != "none":  # before the steps, as in the run
+        _encoded(job, getattr(job.task, given.split)[:1], prompt, given.source)
+        _batch(job, prompt, known.get("batching") if same_task else None, None, console.say)
+    start = time.perf_counter()
+    apply(method, records, step)
+    spent = time.perf_counter() - start
+    each = f" ({spent / step:.3g} s a step)" if step else ""
+    console.say(f"{given.source}: {step} steps applied in {spent:.3g} s{each}")
+    found, wanted = tensors_digest(method.trained), known["weights"].get(step)
+    same = wanted in (None, found)
+    what = "none was recorded at this step" if wanted is None else _said(same)
+    console.say(f"  weights sha256 {found}: {what}")
+    if given.out is not None:
+        size = _save_model(job, Path(given.out), cfg)
+        console.say(f"  {given.out}: {_shown_bytes(size)}")
+    if given.split == "none":
+        return same
+    of_run = {given.split: records.header.get("rows", {}).get(given.split, "")}
+    if same_task and job.differing_rows(of_run):
+        raise UserError(
+            f"the {given.split} rows are not those of {given.source}: the data has changed since; "
+            "put it back, say which to use (such as task.data=FILE), or add --split none."
+        )
+    rows = getattr(job.task, given.split)
+    encoded = _encoded(job, rows, prompt, given.source)
+    beside = Path(given.source) / "replay" if Path(given.source).is_dir() else Path(given.source)
+    kept = _kept_beside(beside, job)
+    scored = _scored(job, encoded, given.split, console, kept, step, given.source)
+    figures = scored.figures()
+    kept.remove()
+    recorded = known[given.split] if step == known["step"] and same_task else None
+    what = ""
+    if recorded:
+        other = [k for k, v in figures.items() if k in recorded and recorded[k] != v]
+        same = same and not other
+        what = ": " + (_said(True) if not other else f"{_said(False)} in {', '.join(other)}")
+    console.say(
+        f"  {given.split} {scored.metric} {figures[scored.metric]:.4f} +- "
+        f"{figures['standard_error']:.4f} (n={figures['n']}){what}"
+    )
+    return same
+
+
+def _said(same: bool) -> str:
+    return "the same as the run's" if same else "NOT the same as the run's"
+
+
+_Source = tuple[DictConfig, Settings, "Trajectory", "Prompt", dict[str, Any]]
+
+
+def _of_delta(name: str, overrides: Sequence[str]) -> _Source:
+    from smezo_cli.store.delta import read_delta
+    from smezo_cli.store.trajectory import Damaged
+
+    about, records = read_delta(Path(name))
+    # The base may lie elsewhere here; and what somebody else trusted is not trusted for that.
+    with_path = ("model.path", "model.revision", "model.trust_remote_code", *_SAME_BITS)
+    cfg, settings = _parsed(parse_yaml(str(about.get("config")), Path(name)), overrides, with_path)
+    trusted = "model.trust_remote_code=true"
+    if settings.model.get("trust_remote_code") and trusted not in overrides:
+        raise UserError(
+            f"{name}: its model brings Python files, which would run with all your rights; if you "
+            f"trust them, add {trusted}."
+        )
+    noted, figures = about.get("weights"), {key: about.get(key) for key in ("test", "dev")}
+    if (
+        not isinstance(noted, dict)
+        or not is_known(noted.get("step"), noted.get("sha256"), list(figures.values()))
+        or not is_prompt(about.get("prompt"))
+        or not is_batching(about.get("batching"))
+        or about["step"] > settings.steps
+    ):
+        raise Damaged(f"{name} is damaged: get it anew.")
+    known = {"step": about["step"], "weights": {noted["step"]: noted["sha256"]}, **figures}
+    known["batching"] = about.get("batching")
+    return cfg, settings, records, _as_prompt(about["prompt"]), known
+
+
+def _of_run(name: str, overrides: Sequence[str]) -> _Source:
+    from smezo_cli.store.folder import RunFolder
+    from smezo_cli.store.trajectory import read
+
+    path = Path(name)
+    cfg, settings = _read_config(path, overrides, _SAME_BITS)
+    if not (path / "trajectory.bin").exists():
+        raise UserError(
+            f"{name} has no trajectory.bin, as only the runs of zeroth-order methods have."
+        )
+    records = read(path / "trajectory.bin")
+    folder = RunFolder(path, to_read=True)
+    try:
+        result = folder.result() or {}
+    finally:
+        folder.close()
+    if result.get("prompt") is None:
+        raise UserError(f"{name} has no good result.json yet: finish it with smezo train.")
+    best = (result.get("dev") or {}).get("best") or {}
+    noted = (result.get("weights") or {}).values()
+    known = {
+        "step": best.get("step") if best.get("step") is not None else len(records),
+        "weights": {note["step"]: note["sha256"] for note in noted},
+        **{"test": result.get("test"), "dev": best, "batching": result.get("batching")},
+    }
+    return cfg, settings, records, _as_prompt(result["prompt"]), known

@@ -1,0 +1,148 @@
+"""`smezo table`: the papers' tables, ours beside the printed values, and what fills them.
+
+A table is data (conf/table/): what a cell runs is the command of its row, table and column. The
+first seed searches the grid, dev chooses, the other seeds run the choice. No torch here.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from smezo_cli.errors import UserError, near
+from smezo_cli.report import collected
+from smezo_cli.report.cells import Cell, Reader, subtract
+from smezo_cli.report.layout import command, shown
+from smezo_cli.report.runs import find
+from smezo_cli.report.table import Table, check_names, load, names
+
+USAGE = """\
+smezo table                                   the tables there are
+smezo table ID [KEY=VALUE ...]                ours | paper | difference, and what fills empty cells
+    COLUMN:KEY=VALUE   a setting of one column alone, such as RTE:task.data_dir=PATH
+    --run              run what is missing, one run after the other; safe to interrupt and repeat
+    --row NAME, --column NAME     these alone (each may be given again)
+    --less ROW         each row less that one, too, paired by test row, with the standard error
+    --format FORMAT    markdown (default), latex, csv or json
+    --runs-dir DIR     where the runs lie (runs)
+    --collect DIR      write what the cells take of their runs, the search of lr too, as small files
+    --results DIR      the table from such files alone; with --run or --runs-dir beside the runs
+Examples:
+  smezo table sparse-mezo/1
+  smezo table small/1 --run --row MeZO --column rotten_tomatoes
+  smezo table small/1 --collect docs/results/small-1
+  smezo table small/1 --results docs/results/small-1
+"""
+
+
+# --- the verb --------------------------------------------------------------------------------
+
+
+class _Flags(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; smezo table --help shows the flags.")
+
+
+def main(words: Sequence[str]) -> int:
+    """`smezo table`: prints; returns the exit code, with --run the worst of the runs.
+
+    Raises:
+        UserError: a mistake on the line.
+    """
+    parser = _Flags(prog="smezo table", add_help=False, allow_abbrev=False)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--run", action="store_true")
+    parser.add_argument("--row", action="append", default=[])
+    parser.add_argument("--column", action="append", default=[])
+    parser.add_argument("--less", default="")
+    parser.add_argument("--format", default="markdown")
+    parser.add_argument("--runs-dir")
+    parser.add_argument("--collect")
+    parser.add_argument("--results")
+    parser.add_argument("--help", "-h", action="store_true")
+    given = parser.parse_intermixed_args(list(words))
+    forms = ("markdown", "latex", "csv", "json")
+    if given.format not in forms:
+        raise UserError(f"--format {given.format}: no such format{near(given.format, forms)}.")
+    if given.help:
+        print(USAGE, end="")
+        return 0
+    if not given.words:
+        for name in names():
+            table = load(name)
+            print(f"{name:24} {table.title} ({table.source})")
+        return 0
+    name, *extra = given.words
+    if bad := [word for word in extra if "=" not in word]:
+        raise UserError(f"{bad[0]!r} is not of the form KEY=VALUE or COLUMN:KEY=VALUE.")
+    if given.runs_dir is not None:
+        extra.append(f"runs_dir={given.runs_dir}")
+    table = load(name, extra)
+    check_names(table, given.row, given.column)
+    _check_less(table, given.less, given.row)
+    folder = Path(given.runs_dir or "runs")
+    with_runs = given.results is None or given.run or given.runs_dir is not None
+
+    def read() -> tuple[list[Cell], Reader]:
+        runs = find(folder) if with_runs and folder.is_dir() else []
+        notes = list[str]()
+        if given.results is not None:
+            files, notes = collected.find(Path(given.results))
+            runs += files
+        reader = Reader(table, runs)
+        reader.notes += notes
+        return reader.cells(given.row, given.column), reader
+
+    code = _run(read) if given.run else 0
+    if code == 130:
+        return code
+    cells, reader = read()
+    if given.collect is not None:
+        new, all_of_it = reader.collect(Path(given.collect)), len(reader.taken)
+        print(f"{given.collect}: {all_of_it} results, {new} of them new", file=sys.stderr)
+    notes = reader.notes + (subtract(cells, given.less) if given.less else [])
+    print(shown(table, cells, notes, given.format, given.less), end="")
+    return code
+
+
+def _check_less(table: Table, less: str, rows: Sequence[str]) -> None:
+    if not less:
+        return
+    check_names(table, [less], [], "less")
+    if table.figure != "score":
+        raise UserError(
+            f"--less {less}: {table.id} shows no figure of test rows ({table.figure}), and nothing "
+            "can be paired by them."
+        )
+    if list(rows) == [less]:
+        raise UserError(f"--less {less}: add --row NAME for what it is to be taken from.")
+    if rows and less not in rows:
+        raise UserError(f"--less {less}: add --row {shlex.quote(less)} beside the others.")
+
+
+def _run(read: Any) -> int:
+    """Run the next command of each cell until none is new; an interrupted one ends it all."""
+    from smezo_cli.train import main as train
+
+    tried: set[tuple[str, ...]] = set()
+    worst = 0
+    while True:
+        cells = read()[0]
+        todo = list(dict.fromkeys(cell.missing for cell in cells if cell.missing))
+        todo = [words for words in todo if words not in tried]
+        if not todo:
+            return worst
+        complete = sum(cell.missing is None for cell in cells)
+        print(
+            f"[{complete} of {len(cells)} cells need nothing more] {command(todo[0])}",
+            file=sys.stderr,
+            flush=True,
+        )
+        tried.add(todo[0])
+        sweep = () if any(word.startswith("experiment=") for word in todo[0]) else ("-m",)
+        code = train([*sweep, *todo[0]])
+        if code == 130:
+            return code
+        worst = max(worst, code)

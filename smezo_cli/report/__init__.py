@@ -1,0 +1,1 @@
+"""Read finished runs and lay them out: lists, tables, figures."""

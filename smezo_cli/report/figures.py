@@ -1,0 +1,158 @@
+"""What the papers' figures show, taken from run folders: the numbers of `smezo plot`, undrawn.
+
+Seeds are merged, and nothing else: runs that differ in a setting are lines of their own. Nothing is
+interpolated, smoothed away or counted twice; what is left out is said. No torch, no matplotlib.
+"""
+
+import statistics
+from collections.abc import Sequence
+
+from smezo_cli.errors import UserError
+from smezo_cli.report.runs import Run
+from smezo_cli.report.series import (
+    Figure,
+    Panel,
+    Series,
+    Source,
+    _check_rows,
+    _differing,
+    _done,
+    _Group,
+    _groups,
+    _natural,
+    _one_metric,
+    _panels,
+    _score,
+    _sparsity,
+    method_name,
+)
+
+
+def sparsity(sources: Sequence[Source]) -> Figure:
+    """Test accuracy against sparsity; MeZO stands at 0, zero-shot is a level.
+
+    Of several learning rates the one with the best dev accuracy of the first seed is taken, as
+    :mod:`smezo_cli.cli.table` does.
+
+    Raises:
+        UserError: runs of one point differ in more than lr, or were tested on other rows.
+    """
+    figure = Figure("sparsity", "sparsity (fraction of weights not perturbed)")
+    for title, members in _panels(sources, lambda _: "").items():
+        runs = [run for source in members for run in _done(source.runs)]
+        _check_rows(title, members)
+        panel = Panel(title, f"test {_one_metric(members)} (%)")
+        points: dict[str, dict[float, list[_Group]]] = {}
+        for source in members:
+            at: dict[tuple[str, float], list[Run]] = {}
+            for run in _done(source.runs):
+                place = 0.0 if method_name(run).startswith("MeZO") else _sparsity(run)
+                if place is None:
+                    words = f"{title}: {method_name(run)} has no sparsity and is left out."
+                    figure.notes += [words] if words not in figure.notes else []
+                else:
+                    at.setdefault((method_name(run), place), []).append(run)
+            for (name, place), found in at.items():
+                groups = _groups([Source(tuple(found), name, source.chosen)], ())
+                points.setdefault(name, {}).setdefault(place, []).extend(groups)
+        for name in sorted(points, key=_natural):
+            best = {
+                place: _best(f"{title}, {name} at sparsity {place:g}", groups, figure.notes)
+                for place, groups in sorted(points[name].items())
+            }
+            values = tuple(tuple(_score(r) for r in group.runs) for group in best.values())
+            panel.series.append(Series(name, tuple(best), values))
+        zero = {
+            100 * float(z[run.metric])
+            for run in runs
+            if isinstance((z := run.result.get("zero_shot") or {}).get(run.metric), int | float)
+        }
+        if len(zero) == 1:
+            panel.levels.append(("zero-shot", zero.pop()))
+        elif zero:
+            low, high = min(zero), max(zero)
+            panel.levels.append(("zero-shot (mean)", statistics.fmean(zero)))
+            figure.notes.append(f"{title}: zero-shot differs, {low:.1f} to {high:.1f}.")
+        figure.add(panel)
+    return figure
+
+
+def _best(where: str, groups: Sequence[_Group], notes: list[str]) -> _Group:
+    """The group that dev prefers, of groups that differ in lr."""
+    if len(groups) == 1:
+        return groups[0]
+    differing = sorted(
+        {
+            word.partition("=")[0]
+            for g in groups
+            for word in _differing(g.settings, [other.settings for other in groups])
+        }
+        - {"lr"}
+    )
+    if differing or any(g.chosen for g in groups):
+        raise UserError(
+            f"{where}: these runs differ in {', '.join(differing) or 'lr'} and are not mixed; "
+            f"choose with KEY=VALUE, such as {differing[0] if differing else 'lr'}=X."
+        )
+    shared = set.intersection(*({*g.by_seed()} for g in groups))
+    if not shared:
+        raise UserError(
+            f"{where}: no seed was run with every lr, so that dev cannot choose one; "
+            "choose with lr=X."
+        )
+    seed = min(shared)
+
+    def on_dev(group: _Group) -> tuple[float, float]:
+        run = group.by_seed()[seed]
+        best = (run.result.get("dev") or {}).get("best") or {}
+        return best.get(run.metric, 0.0), -best.get("loss", 0.0)
+
+    chosen = max(groups, key=on_dev)
+    rates = ", ".join(f"{g.runs[0].result['lr']:g}" for g in groups)
+    lr = chosen.runs[0].result["lr"]
+    notes.append(f"{where}: lr={lr:g} of {rates}, by dev of seed {seed}.")
+    return chosen
+
+
+def lr(sources: Sequence[Source]) -> Figure:
+    """Test accuracy against the learning rate; where all seeds diverged it is marked."""
+    figure = Figure("lr", "learning rate")
+    for title, members in _panels(sources, lambda _: "").items():
+        _check_rows(title, members)
+        panel = Panel(title, f"test {_one_metric(members)} (%)")
+        for group in _groups(members, ("lr",)):
+            at: dict[float, list[Run]] = {}
+            for run in group.runs:
+                if run.result.get("lr") is not None:
+                    at.setdefault(float(run.result["lr"]), []).append(run)
+            if not at:
+                figure.notes.append(f"{title}: {group.name} has no lr and is left out.")
+                continue
+            done = {rate: _done(at[rate]) for rate in sorted(at)}
+            panel.series.append(
+                Series(
+                    group.name,
+                    tuple(rate for rate, kept in done.items() if kept),
+                    tuple(tuple(_score(r) for r in kept) for kept in done.values() if kept),
+                    tuple(rate for rate, kept in done.items() if not kept),
+                )
+            )
+        figure.add(panel)
+    return figure
+
+
+def memory(sources: Sequence[Source]) -> Figure:
+    """Peak memory by method in GB (1e9 bytes): of the allocator on CUDA, resident elsewhere."""
+    figure = Figure("memory", "peak memory (GB, the largest of the runs)")
+
+    def device(run: Run) -> str:
+        return str(run.result.get("device") or "").partition(":")[0]
+
+    for title, members in _panels(sources, device).items():
+        panel = Panel(title, "")
+        for group in _groups(members, ("lr", "eval_every", "steps", "lr_schedule")):
+            peaks = tuple(float(run.result["peak_memory_bytes"]) / 1e9 for run in _done(group.runs))
+            if peaks:
+                panel.series.append(Series(group.name, (0.0,), (peaks,)))
+        figure.add(panel)
+    return figure

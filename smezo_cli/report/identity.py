@@ -1,0 +1,66 @@
+"""Say whether two runs are the same experiment but for what may differ."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from smezo_cli.config.digest import LATER, digest, without_later_keys
+from smezo_cli.report.runs import Run
+
+# Where weights, data and computation are does not change what is asked; rows and the model's
+# fingerprint are compared instead.
+_PLACES = {
+    "task": ("data_dir",),
+    "model": ("path", "revision", "device_map"),
+    "method": ("keep_noise",),
+}
+
+# No part of a digest either.
+_NOT_ASKED = (
+    *("name", "runs_dir", "logger", "if_exists", "compile", "full_save_every"),
+    *("micro_batch_size", "query_ranks", "rank_backend"),
+)
+
+
+def identity(values: Mapping[str, Any]) -> str:
+    """What runs of one cell and seed have in common: the settings less places and devices."""
+    return digest(_stripped(values)) + f" {values.get('steps')}"
+
+
+def _stripped(values: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in values.items() if key != "device"}
+    for group, dropped in _PLACES.items():
+        given = kept.get(group)
+        if not isinstance(given, Mapping):
+            continue
+        node = {k: v for k, v in given.items() if k not in dropped}
+        if group == "method" and node.get("executor") in ("sequential", "lockstep"):
+            node["executor"] = "auto"  # the same numbers
+        if group == "model" and node.get("attention") == "auto":
+            node["attention"] = "sdpa"  # likewise
+        kept[group] = node
+    return kept
+
+
+def flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted keys and values of what :func:`identity` compares."""
+    for key, value in (node if prefix else without_later_keys(_stripped(node))).items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        elif prefix or key not in _NOT_ASKED:
+            yield f"{prefix}{key}", value
+
+
+def _differences(its: Mapping[str, object], ours: Mapping[str, object]) -> list[str]:
+    keys = [key for key in {**ours, **its} if its.get(key) != ours.get(key)]
+    before = {key: LATER.get(key.rpartition(".")[2]) for key in keys}
+    return [
+        f"{key}={its.get(key, before[key])} where the table has {ours.get(key, before[key])}"
+        for key in keys
+    ]
+
+
+def _version(run: Run) -> str:
+    """Numbers change with the version (CHANGELOG.md), and between versions with the arithmetic."""
+    versions = run.result.get("versions") or {}
+    numerics = versions.get("numerics")
+    return f"{versions.get('smezo')}" + ("" if numerics is None else f", numerics {numerics}")

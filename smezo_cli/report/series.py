@@ -1,0 +1,264 @@
+"""Group runs into the series of a figure."""
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from smezo_cli.errors import UserError
+from smezo_cli.report.identity import flat
+from smezo_cli.report.runs import Run, draw_their_rows
+
+_MOST_BYTES = 1 << 28  # of metrics.jsonl; 20,000 steps have 3 MB
+
+_MOST_LINES = 7  # colours that everybody tells apart
+
+_MOST_PANELS = 6
+
+_BINS = 50  # points of a line of training losses
+
+_NAMES = {
+    "mezo": "MeZO",
+    "mezo_lora": "MeZO-LoRA",
+    "mezo_prefix": "MeZO-prefix",
+    "mezo_adam": "MeZO-Adam",
+    "adamw": "FT",
+    "sgd": "FT (SGD)",
+    "lora": "LoRA",
+    "prefix": "Prefix",
+    "zero_shot": "Zero-shot",
+    "icl": "ICL",
+    "linear_probe": "LP",
+}
+
+_MASKS = {"small": "S-MeZO", "random": "R-MeZO", "large": "Large mask", "none": "MeZO"}
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line, or a group of points: at each x a value of every seed.
+
+    Attributes:
+        values: per x, one a seed, in the unit of the panel.
+        absent: x where every run diverged.
+    """
+
+    name: str
+    x: tuple[float, ...]
+    values: tuple[tuple[float, ...], ...]
+    absent: tuple[float, ...] = ()
+
+    @property
+    def mean(self) -> list[float]:
+        """Over the seeds, per x."""
+        return [statistics.mean(v) for v in self.values]
+
+    @property
+    def sd(self) -> list[float | None]:
+        """Sample standard deviation over the seeds, per x; None of one seed."""
+        return [statistics.stdev(v) if len(v) > 1 else None for v in self.values]
+
+    @property
+    def label(self) -> str:
+        """The name and how many seeds there are."""
+        counts = sorted({len(v) for v in self.values} or {0})
+        n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        return f"{self.name} (n = {n})"
+
+
+@dataclass
+class Panel:
+    """One task and model: lines, and levels that hold for every x (name and value)."""
+
+    title: str
+    y: str
+    series: list[Series] = field(default_factory=list)
+    levels: list[tuple[str, float]] = field(default_factory=list)
+
+
+@dataclass
+class Figure:
+    """All that is drawn; `notes` says what is not."""
+
+    kind: str
+    x: str
+    panels: list[Panel] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, panel: Panel) -> None:
+        """Take a panel that shows something.
+
+        Raises:
+            UserError: it has more lines than can be told apart.
+        """
+        if len(panel.series) > _MOST_LINES and self.kind != "memory":
+            names = ", ".join(s.name for s in panel.series)
+            raise UserError(
+                f"smezo plot {self.kind}: {panel.title} has {len(panel.series)} lines ({names}) "
+                f"and {_MOST_LINES} can be told apart; choose with KEY=VALUE, such as "
+                "sparsity=0.75 or method=mezo, or with --row."
+            )
+        if any(s.x or s.absent for s in panel.series):
+            self.panels.append(panel)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Runs of one row of a table, or of any kind (no name): what a figure is made of."""
+
+    runs: tuple[Run, ...]
+    name: str = ""
+    chosen: bool = False  # a table has chosen its settings on dev
+
+
+def method_name(run: Run) -> str:
+    """As the papers say it: S-MeZO, R-MeZO, MeZO-LoRA, FT."""
+    method = str(run.result["method"])
+    node = run.config.get("method")
+    node = node if isinstance(node, Mapping) else {}
+    if "mask" not in node:
+        return _NAMES.get(method, method)
+    name = _MASKS.get(str(node["mask"]), method)
+    name += "-LoRA" if node.get("adapter") else ""
+    return name + (" refreshed" if node.get("mask_refresh_every") else "")
+
+
+def _full_name(run: Run) -> str:
+    sparsity = _sparsity(run)
+    return method_name(run) + (f" {sparsity:g}" if sparsity else "")
+
+
+def _sparsity(run: Run) -> float | None:
+    value = (run.result.get("sparsity") or {}).get("requested")
+    return None if value is None else float(value)
+
+
+# --- groups ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Runs that differ in nothing but the keys that a figure leaves free."""
+
+    name: str
+    runs: tuple[Run, ...]
+    settings: Mapping[str, str]
+    chosen: bool
+
+    def by_seed(self) -> dict[int, Run]:
+        return {int(run.result["seed"]): run for run in self.runs}
+
+
+def _groups(sources: Iterable[Source], free: Sequence[str]) -> list[_Group]:
+    """Runs that differ in the seed and the free keys alone, named so that names differ.
+
+    Where the seed draws the rows, too (data_seed=${seed}), these are no difference of their own.
+    """
+    buckets: dict[str, list[tuple[Run, _Group]]] = {}
+    for source in sources:
+        for run in source.runs:
+            settings = {
+                key: json.dumps(value)
+                for key, value in flat(run.config)
+                if key.rpartition(".")[2] not in ("seed", *free)
+            }
+            settings["train_rows"] = str(run.result.get("train_rows"))
+            name = source.name or _full_name(run)
+            rest = {k: v for k, v in settings.items() if k not in _OF_SPLIT}
+            key = json.dumps([name, source.chosen, rest], sort_keys=True)
+            buckets.setdefault(key, []).append((run, _Group(name, (), settings, source.chosen)))
+    found: dict[str, _Group] = {}
+    for key, members in buckets.items():
+        follows = draw_their_rows([run for run, _ in members])
+        for run, group in members:
+            split = [] if follows else [group.settings.get(k) for k in _OF_SPLIT]
+            old = found.setdefault(f"{key} {split}", group)
+            if run.path not in [r.path for r in old.runs]:
+                found[f"{key} {split}"] = replace(old, runs=(*old.runs, run))
+    groups = list(found.values())
+    named = []
+    for group in groups:
+        alike = [g.settings for g in groups if g.name == group.name]
+        words = _differing(group.settings, alike)
+        named.append(replace(group, name=" ".join([group.name, *words])))
+    return sorted(named, key=lambda g: _natural(g.name))
+
+
+_OF_SPLIT = ("data_seed", "train_rows")
+
+
+def _natural(name: str) -> tuple[int, str]:
+    order = ("MeZO", "S-MeZO", "R-MeZO", "Large mask")
+    stem = name.split(" ")[0] if not name.startswith("Large mask") else "Large mask"
+    return order.index(stem) if stem in order else len(order), name
+
+
+def _differing(mine: Mapping[str, str], alike: Sequence[Mapping[str, str]]) -> list[str]:
+    """key=value where some others have another value; `method.lr` not beside `lr`."""
+    keys = {key for other in alike for key in (*mine, *other) if mine.get(key) != other.get(key)}
+    return [
+        f"{key.rpartition('.')[2]}={_word(mine[key])}"
+        for key in sorted(keys)
+        if key in mine and ("." not in key or key.rpartition(".")[2] not in keys)
+    ]
+
+
+def _word(value: str) -> str:
+    try:
+        return f"{float(value):g}"
+    except ValueError:
+        return value.strip('"')
+
+
+def _panels(sources: Sequence[Source], more: Callable[[Run], str]) -> dict[str, list[Source]]:
+    """Sources by task, model and what else must not be mixed, as titles.
+
+    Raises:
+        UserError: there are more than a page holds.
+    """
+    found: dict[str, list[Source]] = {}
+    for source in sources:
+        for title in dict.fromkeys(_title(run, more) for run in source.runs):
+            runs = tuple(run for run in source.runs if _title(run, more) == title)
+            found.setdefault(title, []).append(replace(source, runs=runs))
+    if len(found) > _MOST_PANELS:
+        raise UserError(
+            f"these runs are of {len(found)} tasks and models ({'; '.join(found)}) and "
+            f"{_MOST_PANELS} panels fit a figure; choose with KEY=VALUE, such as task=rte."
+        )
+    return dict(sorted(found.items()))
+
+
+def _title(run: Run, more: Callable[[Run], str]) -> str:
+    words = [str(run.result["task"]), str(run.result["model"]), more(run)]
+    return ", ".join(word for word in words if word)
+
+
+def _one_metric(sources: Sequence[Source]) -> str:
+    return next(run.metric for source in sources for run in source.runs)
+
+
+def _check_rows(title: str, sources: Sequence[Source]) -> None:
+    """Refuse runs of other test rows; a table has done so, for each of its splits."""
+    rows = {
+        str(run.result.get("test_rows"))
+        for source in sources
+        for run in _done(source.runs)
+        if not source.chosen
+    }
+    if len(rows) > 1:
+        raise UserError(
+            f"{title}: these runs were tested on {len(rows)} different sets of rows; choose one "
+            f"with test_rows=X (there are: {', '.join(sorted(rows))})."
+        )
+
+
+# --- scores ----------------------------------------------------------------------------------
+
+
+def _score(run: Run) -> float:
+    return 100 * float(run.result["test"][run.metric])
+
+
+def _done(runs: Iterable[Run]) -> list[Run]:
+    return [run for run in runs if run.result["status"] == "done"]

@@ -1,0 +1,161 @@
+"""Read a table of a paper from its YAML file: rows, columns and the printed values."""
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from smezo_cli.config.fixed import CONF_DIR, WITHOUT_STEPS, plain
+from smezo_cli.errors import UserError, near
+from smezo_cli.files import bounded
+
+FIGURES = ("score", "zero_shot", "peak_gb", "steps_to")
+
+
+@dataclass(frozen=True)
+class Printed:
+    """A value as the paper prints it, its spread, and the mark that says how sure it is."""
+
+    value: float
+    sd: float | None
+    mark: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row or a column; without a command, what smezo lacks for it stands in `awaits`."""
+
+    name: str
+    command: tuple[str, ...] | None
+    awaits: str = ""
+    figure: str = ""
+    of: str = ""
+    also: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    paper: tuple[Printed | None, ...] = ()
+    without: Mapping[str, str] = field(default_factory=dict)  # columns that it cannot have: why
+    one_seed: bool = False  # nothing in it depends on the seed
+    no_steps: bool = False  # settings of steps, which others of its table may have, are not for it
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a paper, as conf/table/ has it."""
+
+    id: str
+    title: str
+    source: str
+    figure: str
+    level: float
+    common: tuple[str, ...]
+    extra: tuple[str, ...]
+    seeds: tuple[int, ...]
+    marks: Mapping[str, str]
+    columns: tuple[Line, ...]
+    rows: tuple[Line, ...]
+
+    def words(self, row: Line, column: Line) -> tuple[str, ...] | None:
+        """What the cell runs: `smezo train` and these; None where something is not in smezo yet."""
+        if row.of:
+            row = next(line for line in self.rows if line.name == row.of)
+        if row.command is None or column.command is None or column.name in row.without:
+            return None
+        also = row.also.get(column.name, ())
+        words = _last((*row.command, *self.common, *column.command, *also, *self.extra))
+        if row.no_steps:
+            return tuple(word for word in words if word.partition("=")[0] not in WITHOUT_STEPS)
+        return words
+
+
+def _last(words: Sequence[str]) -> tuple[str, ...]:
+    """Of settings that are given twice the last."""
+    return tuple({word.partition("=")[0]: word for word in words}.values())
+
+
+def names() -> list[str]:
+    """Ids of the tables."""
+    folder = CONF_DIR / "table"
+    return sorted(f.relative_to(folder).with_suffix("").as_posix() for f in folder.rglob("*.yaml"))
+
+
+def load(name: str, extra: Sequence[str] = ()) -> Table:
+    """A table; `extra` are settings of all its cells, or of one column (COLUMN:KEY=VALUE).
+
+    Raises:
+        UserError: there is no such table or column.
+    """
+    if name not in names():
+        raise UserError(f"there is no table {name}{near(name, names())}.")
+    node = plain(bounded.load_yaml(CONF_DIR / "table" / f"{name}.yaml"))
+    columns = [str(key) for key in node["columns"]]
+    own: dict[str, tuple[str, ...]] = {}
+    for word in extra:
+        column, colon, rest = word.partition(":")
+        if colon and "=" not in column:
+            if column not in columns:
+                raise UserError(f"{word}: there is no column {column}{near(column, columns)}.")
+            own[column] = (*own.get(column, ()), rest)
+    common = [word for word in extra if ":" not in word.partition("=")[0]]
+    seeds = [word for word in common if word.startswith("seed=")]
+    mark = str(node.get("mark", ""))
+    return Table(
+        id=name,
+        title=node["title"],
+        source=node["source"],
+        figure=node.get("figure", "score"),
+        level=float(node.get("level", 0)),
+        common=_split(node["command"]),
+        extra=tuple(word for word in common if word not in seeds),
+        seeds=tuple(map(int, seeds[-1][5:].split(",")) if seeds else node["seeds"]),
+        marks=node.get("marks", {}),
+        columns=tuple(
+            _line(str(k), v, mark, own.get(str(k), ())) for k, v in node["columns"].items()
+        ),
+        rows=tuple(_line(str(k), v, mark, ()) for k, v in node["rows"].items()),
+    )
+
+
+def check_names(
+    table: Table, rows: Sequence[str], columns: Sequence[str], flag_of_rows: str = "row"
+) -> None:
+    """Has it these rows and columns?
+
+    Raises:
+        UserError: it has not.
+    """
+    asked = ((flag_of_rows, rows, table.rows), ("column", columns, table.columns))
+    for flag, wanted, lines in asked:
+        known = [line.name for line in lines]
+        for word in wanted:
+            if word not in known:
+                what = "column" if flag == "column" else "row"
+                raise UserError(f"--{flag} {word}: there is no such {what}{near(word, known)}.")
+
+
+def _split(command: str | None) -> tuple[str, ...]:
+    return tuple(shlex.split(command or ""))
+
+
+def _line(name: str, node: Mapping[str, Any], mark: str, extra: tuple[str, ...]) -> Line:
+    command = None if node.get("command") is None else (*_split(node["command"]), *extra)
+    return Line(
+        name=name,
+        command=command,
+        awaits=node.get("awaits", ""),
+        figure=node.get("figure", ""),
+        of=node.get("of", ""),
+        also={str(key): _split(words) for key, words in node.get("also", {}).items()},
+        paper=tuple(_printed(value, mark) for value in node.get("paper", ())),
+        without=node.get("without", {}),
+        one_seed=bool(node.get("one_seed")),
+        no_steps=bool(node.get("no_steps")),
+    )
+
+
+def _printed(value: object, mark: str) -> Printed | None:
+    if value is None:
+        return None
+    found = re.fullmatch(r"(-?[\d.]+)(?: \(([\d.]+)\))?(\D*)", str(value))
+    assert found is not None, f"{value} is no printed value"
+    sd = found[2]
+    return Printed(float(found[1]), float(sd) if sd else None, found[3] or mark)

@@ -1,0 +1,1 @@
+"""One run, from loading to result.json."""

@@ -1,0 +1,57 @@
+"""Give the batch of each step: shuffled by key, split into micro-batches."""
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+
+from smezo_cli.scoring.candidates import Candidates
+
+
+class Batches:
+    """The batch of a step, a function of (seed, step) alone.
+
+    Permutations of all rows, one an epoch, are laid end to end and cut into batches.
+
+    Args:
+        rows: of the train split.
+        batch_size: of them in a batch.
+        seed: of the permutations.
+        order: "shuffled"; or "stratified", the rows of each class evenly over the epoch, so that a
+            batch inside an epoch has the share of each within one row (two classes; more where
+            many small classes meet). The mean over an epoch is the same, the spread of batches is
+            smaller (docs/batches.md).
+    """
+
+    def __init__(
+        self, rows: Sequence[Candidates], batch_size: int, seed: int, order: str = "shuffled"
+    ) -> None:
+        self._num_rows, self._size, self._seed = len(rows), batch_size, seed
+        self._labels = [row.label for row in rows] if order == "stratified" else []
+        self._orders: dict[int, list[int]] = {}
+
+    def __call__(self, step: int) -> list[int]:
+        """Row numbers of the batch."""
+        places = range(step * self._size, (step + 1) * self._size)
+        return [self._order(i // self._num_rows)[i % self._num_rows] for i in places]
+
+    def _order(self, epoch: int) -> list[int]:
+        if epoch not in self._orders:
+            order = list(range(self._num_rows))
+            rng = random.Random(f"{self._seed}/batches/{epoch}")
+            rng.shuffle(order)
+            if self._labels:
+                order = self._stratified(order, rng)
+            self._orders = {k: v for k, v in self._orders.items() if k >= epoch - 1}
+            self._orders[epoch] = order
+        return self._orders[epoch]
+
+    def _stratified(self, order: Sequence[int], rng: random.Random) -> list[int]:
+        """The k-th of the n rows of a class comes at (k + u) / n, u being one number a class."""
+        sizes = Counter(self._labels)
+        start = {label: rng.random() for label in sorted(sizes)}
+        met, places = Counter[int](), dict[int, float]()
+        for i in order:
+            label = self._labels[i]
+            places[i] = (met[label] + start[label]) / sizes[label]
+            met[label] += 1
+        return sorted(order, key=places.__getitem__)

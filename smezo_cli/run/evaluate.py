@@ -1,0 +1,130 @@
+"""Evaluate rows with a model: in batches, stopped and continued, shared by ranks."""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smezo_cli.machine.stop import Stopped
+from smezo_cli.run.console import Bar
+from smezo_cli.run.ranks import Ranks
+from smezo_cli.scoring.candidates import Candidates
+from smezo_cli.scoring.evaluation import Evaluation
+from smezo_cli.scoring.objectives import check_scores
+from smezo_cli.scoring.scorer import Scorer
+from smezo_cli.store.partial_scores import Part
+
+
+def evaluate(
+    scorer: Scorer,
+    rows: Sequence[Candidates],
+    bar: Bar,
+    stopped: Callable[[], bool],
+    team: Ranks | None = None,
+    part: Part | None = None,
+) -> Evaluation:
+    """Score every row; of a generation task let the model answer, too.
+
+    Ranks share the batches, which are those of a process alone, and all of them get all scores.
+
+    Args:
+        scorer: of the model.
+        rows: of one kind.
+        bar: moves with them.
+        stopped: asked after each batch.
+        team: the ranks that share the batches.
+        part: what is known already is not computed; receives what is found, also before Stopped.
+
+    Raises:
+        Stopped: between two batches, when that was asked for (of some rank).
+        NonFiniteScore: a score is not finite; with ranks of all of them, after the last batch.
+    """
+    scorer.model.eval()
+    part = Part(len(rows)) if part is None else part
+    first, every = (0, 1) if team is None else (team.rank, team.size)
+    answers = rows[0].kind == "generation"
+    known = [set(part.scored), set(part.answered)]
+    scores = part.table(max(1, *(len(row.full) for row in rows)))
+    texts = part.texts
+    is_stopping = False
+    with bar, scorer.holding(rows):
+        batches: Iterator[tuple[list[int], Any]] = scorer.score_all(rows, first, every, known[0])
+        if answers:
+            batches = itertools.chain(batches, scorer.generate_all(rows, first, every, known[1]))
+        while True:
+            chosen, batch = next(batches, ([], ()))
+            of_batch = [rows[i] for i in chosen]
+            if isinstance(batch, Tensor):
+                if team is None:
+                    check_scores(of_batch, batch)
+                scores[chosen] = -math.inf
+                scores[chosen, : batch.shape[1]] = batch
+                part.scored.update(chosen)
+            elif chosen:
+                if team is None:
+                    check_scores(of_batch, scores[chosen], batch)
+                texts |= zip(chosen, batch, strict=True)
+                part.answered.update(chosen)
+            if chosen and answers != isinstance(batch, Tensor):  # answering takes the time
+                bar.step(len(chosen) * every)
+            if team is not None:
+                # By what all ranks hear: one that stopped by itself would leave the others waiting.
+                goes_on = team.goes_on(bool(chosen))
+                is_stopping = team.stop_asked
+            else:
+                goes_on = bool(chosen)
+                is_stopping = goes_on and stopped()
+            if is_stopping or not goes_on:
+                break
+        bases = torch.zeros(len(rows)) if rows[0].kind == "choice" and rows[0].base else None
+        if bases is not None and not is_stopping:
+            for chosen, sums in scorer.log_p_of_bases(rows, first, every):
+                bases[chosen] = sums
+                if team is None and (is_stopping := stopped()):
+                    break
+    if team is not None:
+        _put_together(part, team, known, answers)
+    if is_stopping:
+        raise Stopped
+    if team is not None and bases is not None:
+        bases = team.add_tensor(bases)
+    answered = [texts[i] for i in range(len(rows))] if answers else ()
+    return Evaluation(rows, part.table(0), answered, bases)
+
+
+def _put_together(part: Part, team: Ranks, known: Sequence[set[int]], answers: bool) -> None:
+    """Let every rank have what all have found; what was known before is rank 0's to give."""
+    before = known if team.rank else [set[int](), set[int]()]
+    own = part.scored - before[0], part.answered - before[1]
+    found = torch.zeros(2, part.num_rows)
+    for k, of in enumerate(own):
+        found[k, sorted(of)] = 1
+    found = team.add_tensor(found)
+    part.scored, part.answered = (set(of.nonzero()[:, 0].tolist()) for of in found)
+    part.scores = team.add_tensor(part.table(0))  # of the rows of others there are zeros
+    if answers:
+        mine = {i: part.texts[i] for i in own[1]}
+        for content in team.gather(json.dumps(mine).encode()):
+            part.texts |= {int(i): text for i, text in json.loads(content).items()}
+
+
+def features(
+    scorer: Scorer, rows: Sequence[Candidates], stopped: Callable[[], bool], part: Part
+) -> Tensor:
+    """Return the hidden states of rows, float64 (rows, size); `part` as in :func:`evaluate`.
+
+    Raises:
+        Stopped: between two batches, when that was asked for.
+    """
+    scorer.model.eval()
+    for chosen, batch in scorer.features_all(rows, set(part.scored)):
+        part.table(batch.shape[1], torch.float64)[chosen] = batch
+        part.scored.update(chosen)
+        part.num_forwards += 1
+        if stopped():
+            raise Stopped
+    return part.table(0)

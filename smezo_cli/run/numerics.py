@@ -1,0 +1,172 @@
+"""Measure what low precision does to a run: rounding of weights, noise of losses."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from smezo_cli.scoring.batching import Found
+from smezo_cli.scoring.candidates import Candidates
+from smezo_cli.scoring.float32 import in_float32
+from smezo_cli.scoring.scorer import Scorer
+from smezo_cli.zo.noise import hash64, stream_key
+from smezo_cli.zo.optimizer import ZeroOrder
+from smezo_cli.zo.step import NonFiniteLoss, StepRecord
+
+if TYPE_CHECKING:
+    from smezo_cli.methods.base import Method
+
+
+SAMPLE = 4096  # entries looked at of each tensor
+
+PROBED_QUERIES = 2  # of the loss noise, two losses each
+
+
+# --- what steps did to the weights -------------------------------------------------------------
+
+
+@dataclass
+class _Sample:
+    """Some entries of a tensor: all of a small one, else drawn with replacement."""
+
+    name: str
+    parameter: nn.Parameter
+    index: Tensor | None  # int32 (int64 in huge tensors), flat; None is all
+    base: Tensor  # of the base model, in the parameter's dtype
+
+    @property
+    def now(self) -> Tensor:
+        """The present entries, a copy."""
+        flat = self.parameter.detach().view(-1)
+        return flat.clone() if self.index is None else flat.index_select(0, self.index)
+
+    @property
+    def weight(self) -> float:
+        """Entries of the tensor for which one of these stands."""
+        return self.parameter.numel() / len(self.base)
+
+
+class Numerics:
+    """How far weights moved since the base model, and which updates low precision swallowed.
+
+    Estimates from at most :data:`SAMPLE` entries of each tensor, drawn by a key and weighted by the
+    size of the tensor; exact for tensors that are not larger. Its figures at a look:
+
+    * ``moved_share``: share of the trained weights that differ from the base model's;
+    * ``rms_move``: root mean square of the difference, over all trained weights;
+    * ``underflow``: share of the weights under the mask that the last update before the look left
+      as they were though their coefficient was not 0; None for first-order methods.
+
+    Args:
+        method: its ``trained`` tensors hold the base model's weights now.
+        seed: draws the sample.
+        notes: of the run; the figures lie in ``notes["numerics"]``.
+    """
+
+    def __init__(self, method: "Method", seed: int, notes: dict[str, Any]) -> None:
+        self._method = method if isinstance(method, ZeroOrder) else None
+        self._notes = notes
+        self._samples: list[_Sample] = []
+        self._before: list[Tensor] = []
+        for name, parameter in method.trained.items():
+            numel, index = parameter.numel(), None
+            if numel > SAMPLE:
+                key = torch.tensor(stream_key(seed, "numerics", name))
+                drawn = (hash64(torch.arange(SAMPLE), key) % numel).sort().values
+                drawn = drawn.to(torch.int32) if numel < 2**31 else drawn
+                index = drawn.to(parameter.device)
+            sample = _Sample(name, parameter, index, torch.empty(0))
+            sample.base = sample.now
+            self._samples.append(sample)
+
+    @property
+    def _figures(self) -> dict[str, Any]:
+        figures: dict[str, Any] = self._notes.setdefault("numerics", {})
+        return figures
+
+    def before_step(self, is_last: bool) -> None:
+        """Keep the sampled weights where dev is looked at right after the step."""
+        if is_last and self._method is not None:
+            self._before = [s.now for s in self._samples]
+
+    def after_step(self, record: StepRecord) -> None:
+        """Which of the weights kept did the update leave as they were?"""
+        method, before, self._before = self._method, self._before, []
+        if method is None or not before:
+            return
+        self._figures["underflow"] = None
+        if not any(record.projected_grad):
+            return
+        active = lost = 0.0
+        for s, was in zip(self._samples, before, strict=True):
+            index = torch.arange(len(was), device=was.device) if s.index is None else s.index.long()
+            mask = method.mask_at(s.parameter, was, index, method.num_steps - 1)
+            active += s.weight * int(mask.sum())
+            lost += s.weight * int((mask & (s.now == was)).sum())
+        self._figures["underflow"] = lost / active if active else None
+
+    def look(self) -> dict[str, Any]:
+        """The figures at the present weights."""
+        moved = squares = 0.0
+        total = sum(s.parameter.numel() for s in self._samples)
+        for s in self._samples:
+            now = s.now
+            moved += s.weight * int((now != s.base).sum())
+            squares += s.weight * float((now.double() - s.base.double()).square().sum())
+        self._figures.update({"moved_share": moved / total, "rms_move": math.sqrt(squares / total)})
+        self._figures["sampled"] = sum(len(s.base) for s in self._samples)
+        names = ("moved_share", "rms_move", "underflow")
+        return {name: self._figures[name] for name in names if self._figures.get(name) is not None}
+
+
+def loss_noise(
+    method: ZeroOrder,
+    scorer: Scorer,
+    rows: Sequence[Candidates],
+    objective: str = "loss",
+    between: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """How far the losses of a run in low precision are from those of the same weights in float32.
+
+    On one batch at four probes of the next step, theta +- eps z of two queries, stored in the
+    weights' dtype: four forwards in the run's precision and four in float32. Of a run with another
+    objective "losses" are that objective. ``between`` is called before each forward, and may raise.
+
+    Returns:
+        ``loss_error_rms`` and ``loss_error_mean`` of the differences; ``loss_noise``, their
+        standard deviation, since what all probes share cancels in a projected gradient;
+        ``projected_grad_noise`` = loss_noise / (sqrt(2) eps), the standard deviation that it gives
+        to a projected gradient [L(+) - L(-)] / (2 eps); ``noise_forwards``, not counted elsewhere.
+
+    Raises:
+        NonFiniteLoss: a loss is NaN or infinite.
+        RuntimeError: the model mixes dtypes of its own accord, or memory does not suffice.
+    """
+    exact = Scorer(scorer.model, scorer.tokenizer, places_before=scorer.places_before)
+    Found(scorer.batching, scorer.batching_of_answers).to(exact)
+    scorer.model.eval()
+    errors: list[float] = []
+
+    def measured(by: Scorer) -> Tensor:
+        between()
+        return by.objective(rows, objective)
+
+    for query in range(PROBED_QUERIES):
+        low = method.losses_at(lambda: measured(scorer), query)
+        with in_float32(scorer.model):
+            high = method.losses_at(lambda: measured(exact), query)
+        errors += [a - b for a, b in zip(low, high, strict=True)]
+    if not all(map(math.isfinite, errors)):
+        raise NonFiniteLoss("a loss is not finite")
+    noise = statistics.stdev(errors)
+    return {
+        "loss_error_rms": math.sqrt(statistics.fmean(e * e for e in errors)),
+        "loss_error_mean": statistics.fmean(errors),
+        "loss_noise": noise,
+        "projected_grad_noise": noise / (math.sqrt(2) * method.param_groups[0]["eps"]),
+        "noise_forwards": 2 * len(errors),
+    }

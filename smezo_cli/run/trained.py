@@ -1,0 +1,327 @@
+"""Open a run that has been trained: its settings, its model and its weights."""
+
+import contextlib
+import os
+import shlex
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from smezo_cli.config.digest import with_later_keys
+from smezo_cli.config.fixed import is_frozen, sentence
+from smezo_cli.config.settings import Settings, check
+from smezo_cli.errors import UserError, near, redacted
+from smezo_cli.files.bounded import load_yaml
+
+if TYPE_CHECKING:
+    from smezo_cli.run.console import Console
+    from smezo_cli.run.loaded import Job
+    from smezo_cli.scoring.evaluation import Evaluation
+    from smezo_cli.store.folder import RunFolder, State
+    from smezo_cli.store.partial_scores import PartialScores
+    from smezo_cli.store.trajectory import Trajectory
+    from smezo_cli.tasks import Prompt, Row
+    from smezo_cli.zo.optimizer import ZeroOrder
+
+
+# Settings that may differ from those of the training: of the task, what rows there are.
+_MAY_CHANGE = ("task", "device", "dtype", "compute_dtype")
+
+_WHERE = "model.device_map"  # may change, and come where there was none
+
+_SAME_BITS = ("compile",)  # may change where steps are applied again: their bits do not
+
+_OF_THE_TRAINING = (
+    *("name", "kind", "source", "prompt", "prompts", "masked", "option_template"),
+    *("sfc", "sfc_prompt"),
+)
+
+
+@contextlib.contextmanager
+def _opened(
+    run: str, overrides: Sequence[str] = ()
+) -> Iterator[tuple["RunFolder", "State", Settings, DictConfig]]:
+    """A trained run: its folder (locked), its state, its settings with some changed."""
+    from smezo_cli.store.folder import RunFolder
+
+    path = Path(run)
+    cfg, settings = _read_config(path, overrides)
+    folder = RunFolder(path, to_read=True)
+    try:
+        state = folder.load_state()
+        needed = {"prompts", "prompt", "rows"}
+        if state is None or state.best_step is None or not needed <= state.notes.keys():
+            damaged = "state.json" in folder.damaged()
+            broken = " (its state.json is damaged)" if damaged else ""
+            raise UserError(
+                f"{path} has no trained weights yet{broken}: finish it with smezo train."
+            )
+        yield folder, state, settings, cfg
+    finally:
+        folder.close()
+
+
+def _say_code(settings: Settings, say: Callable[[str], None]) -> None:
+    """Tell before it happens that a model's own code runs; the run was allowed to, and says so."""
+    if settings.model.get("trust_remote_code"):
+        say(
+            f"  remote code  Python files of {settings.model['path']} are executed, as the run was "
+            "allowed to (model.trust_remote_code=true)"
+        )
+
+
+def _read_config(
+    path: Path, overrides: Sequence[str], may_change: Sequence[str] = ()
+) -> tuple[DictConfig, Settings]:
+    """The settings that a run was trained with, some of them changed."""
+    if not (path / "config.yaml").is_file():
+        there = "has no config.yaml" if path.is_dir() else "is not there"
+        raise UserError(f"{path} {there}: give the folder of a run (smezo runs lists them).")
+    return _parsed(load_yaml(path / "config.yaml"), overrides, may_change)
+
+
+def _parsed(
+    cfg: DictConfig, overrides: Sequence[str], may_change: Sequence[str] = ()
+) -> tuple[DictConfig, Settings]:
+    with_later_keys(cfg)
+    for word in overrides:
+        _change(cfg, word, may_change)
+    return cfg, check(cfg)
+
+
+def _change(cfg: DictConfig, word: str, may_change: Sequence[str]) -> None:
+    """Apply one KEY=VALUE to the settings of the run.
+
+    Raises:
+        UserError: not of that form, no such key, or one that must stay as it was trained.
+    """
+    key, equals, value = word.partition("=")
+    if not equals:
+        raise UserError(f"{shlex.quote(word)} is not of the form KEY=VALUE, such as device=cpu.")
+    top, *inside = key.split(".")
+    allowed = top in _MAY_CHANGE or key in (*may_change, _WHERE)
+    if not allowed or key == "task" or (inside and inside[0] in _OF_THE_TRAINING):
+        raise UserError(
+            f"{key}: a trained run keeps this setting; what may change is which rows it sees (such "
+            "as task.num_test or task.data_dir), device, model.device_map, dtype and compute_dtype."
+        )
+    parent = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else cfg
+    name = key.rpartition(".")[2]
+    if not isinstance(parent, DictConfig) or (name not in parent and key != _WHERE):
+        options = list(parent) if isinstance(parent, DictConfig) else []
+        raise UserError(f"there is no setting {key}{near(name, map(str, options))}.")
+    try:
+        OmegaConf.update(cfg, key, OmegaConf.create(f"value: {value}").value)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise UserError(f"cannot read {shlex.quote(word)}: {sentence(error)}.") from error
+
+
+def _trained(
+    folder: "RunFolder",
+    state: "State",
+    job: "Job",
+    step: int | None,
+    say: Callable[[str], None],
+) -> int:
+    """Put the trained weights into the model; the step that they are of."""
+    from smezo_cli.run.replay import rebuild
+    from smezo_cli.store.trajectory import read
+
+    chosen = state.best_step if step is None else step
+    assert chosen is not None  # _opened refuses a run without
+    if is_frozen(job.settings.method):
+        if chosen:
+            raise UserError(f"--step {step}: {folder.path} took no steps; leave it out.")
+        job.demonstrate(state.notes.get("demonstrations", {}).get("text", ""))
+        if 0 in state.weights():
+            job.set_probe(folder.load_weights(state, 0), folder.path)
+        return 0
+    path = folder.path / "trajectory.bin"
+    if not path.exists():
+        if chosen not in state.weights():
+            steps = ", ".join(map(str, state.weights()))
+            raise UserError(
+                f"--step {step}: {folder.path} keeps the weights of step {steps}; "
+                "a run with keep=all keeps those of every look at dev."
+            )
+        job.set_weights(folder.load_weights(state, chosen), folder.path)
+        return chosen
+    saved = folder.nearest(state, chosen, say)
+    if saved is not None and saved[0] == chosen:
+        job.set_weights(saved[1], folder.path)
+        return chosen
+    records = read(path)
+    if not 0 <= chosen <= len(records):
+        raise UserError(f"--step {step}: {folder.path} has made {len(records)} steps.")
+    rebuild(job, _replayed(job, records, str(path)), folder, state, records, chosen, say)
+    return chosen
+
+
+def _replayed(job: "Job", records: "Trajectory", where: str) -> "ZeroOrder":
+    """The method that made the records, at their start.
+
+    Raises:
+        UserError: the method or the model is another.
+    """
+    from smezo_cli.store.trajectory import differences
+    from smezo_cli.zo.optimizer import ZeroOrder
+
+    if records.header.get("model") != job.fingerprint():
+        raise UserError(
+            f"{where} was made from another model than {job.settings.model['name']} is here: "
+            "put its weights back, or leave dtype out."
+        )
+    method = job.build_method()
+    if not isinstance(method, ZeroOrder):
+        raise UserError(f"{where}: method {job.settings.method['name']} has no trajectory.")
+    mine = {"identity": method.identity()}
+    if other := differences({"identity": records.header["identity"]}, mine):
+        raise UserError(
+            f"{where} was made with another {' and '.join(other)}: its steps cannot be applied "
+            "by these settings and this version of smezo."
+        )
+    return method
+
+
+def _prompt(state: "State") -> "Prompt":
+    """The prompt that was trained with."""
+    return _as_prompt(state.notes["prompts"][state.notes["prompt"]])
+
+
+def _encoded(job: "Job", rows: Sequence["Row"], prompt: "Prompt", where: str) -> Any:
+    """Rows under a prompt that was noted; UserError where it is none for such rows."""
+    try:
+        if len(prompt.labels) == len(job.prompts[0].labels):
+            return job.encode(rows, prompt)
+    except (LookupError, ValueError):
+        pass
+    raise UserError(
+        f"{where}: its prompt {prompt.template[:60]!r} does not fit the rows of {job.task.name}; "
+        "the file is damaged, or of another task."
+    )
+
+
+def _as_prompt(note: Mapping[str, Any]) -> "Prompt":
+    from smezo_cli.tasks import Prompt
+
+    option = note.get("option")
+    labels = tuple(note["labels"])
+    return Prompt(note["template"], labels, option or Prompt.option, sfc=note.get("sfc"))
+
+
+def _batch(
+    job: "Job",
+    prompt: "Prompt",
+    noted: Mapping[str, Any] | None,
+    rows: Sequence["Row"] | None,
+    say: Callable[[str], None],
+) -> None:
+    """Let rows share forwards as the run did; and as these rows may, which it did not see.
+
+    Args:
+        job: task and model, loaded.
+        prompt: the run's.
+        noted: what the run measured; None: nothing, as it is older, or of other rows.
+        rows: that the run did not see; None: those that are scored are its own.
+        say: receives a line where rows are kept apart.
+    """
+    from smezo_cli.scoring.batching import Found
+
+    found = Found.of(dict(noted)) if noted is not None else Found()
+    if noted is None or rows is not None:
+        found = found.stricter(job.measure_batching([prompt], rows))
+    found.to(job.scorer)
+    if found.line:
+        say(found.line)
+
+
+def _kept_beside(path: Path, job: "Job") -> "PartialScores":
+    """Where the scores are kept of a verb that is stopped: beside the file that it writes."""
+    from smezo_cli.store.partial_scores import NAME, PartialScores
+
+    return PartialScores(path.with_name(f".{path.name}.{NAME}"), job.model)
+
+
+def _scored(
+    job: "Job",
+    rows: Any,
+    split: str,
+    console: "Console",
+    kept: "PartialScores",
+    step: int,
+    where: str,
+    as_it_came: bool = False,
+) -> "Evaluation":
+    """What the model makes of encoded rows, of which some may be scored from an earlier start.
+
+    Raises:
+        KeyboardInterrupt: a signal asked to stop, between two batches; the scores so far are kept.
+        UserError: a score is not finite.
+    """
+    from smezo_cli.machine.stop import Stopped, StopRequest
+    from smezo_cli.run.evaluate import evaluate
+    from smezo_cli.scoring.batching import Found
+    from smezo_cli.scoring.objectives import NonFiniteScore
+    from smezo_cli.store.saved import tensors_digest
+
+    probe, s, scorer = job.scorer.probe, job.settings, job.scorer
+    about = {
+        "step": step,
+        "as_it_came": as_it_came,
+        "probe": None if probe is None else tensors_digest(probe),
+        "batching": Found(scorer.batching, scorer.batching_of_answers).plain(),
+        "machine": [str(job.device), s.dtype, s.compute_dtype],
+    }
+    with StopRequest(console.say) as stop:
+        part = kept.part(about, split, rows)
+        done = len(part.answered if rows[0].kind == "generation" else part.scored)
+        if done:
+            console.say(f"  {done} of {len(rows)} rows were scored before the stop")
+        bar = console.bar(split, len(rows), done)
+        try:
+            return evaluate(scorer, rows, bar, lambda: stop.asked, part=part)
+        except NonFiniteScore as error:
+            raise UserError(f"{where}: {error}; {job.why_not_finite()}.") from error
+        except Stopped:
+            try:
+                count = f"{kept.keep()} of {len(rows)} rows"
+                console.say(f"stopped; the scores of {count} are kept for the same command")
+            except UserError as error:
+                console.say(f"stopped; nothing is kept: {error}")
+            raise KeyboardInterrupt from None
+
+
+def _check_model(state: "State", job: "Job", overrides: Sequence[str], run: str) -> None:
+    """Trained tensors belong on the model that they were trained on, frozen ones included."""
+    if any(word.startswith("dtype=") for word in overrides):
+        return  # the same weights in another dtype have another fingerprint
+    if state.notes.get("model") not in (None, job.fingerprint()):
+        raise UserError(
+            f"{run} was trained on another model than {job.settings.model['name']} is now: its "
+            "weights on disk or on the hub have changed since."
+        )
+
+
+def _save_model(job: "Job", target: Path, cfg: DictConfig) -> int:
+    """Model, tokenizer and settings in a new folder, whole or not at all; its bytes."""
+    from smezo_cli.files.atomic import check_space
+
+    size = job.saved_bytes
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        check_space(target.parent, size)
+        job.save(partial)
+        (partial / "smezo.yaml").write_text(redacted(OmegaConf.to_yaml(cfg)), encoding="utf-8")
+        os.replace(partial, target)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return size
