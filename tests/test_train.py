@@ -177,8 +177,8 @@ def _child(
 @functools.cache
 def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
-    modules = ("run.session", "run.loaded", "run.loop", "models.load", "tasks",
-    "methods.sparse_mezo") context.set_forkserver_preload(
+    modules = ("run.session", "run.loaded", "run.loop", "models.load", "methods.sparse_mezo")
+    context.set_forkserver_preload(
         [
             *(
                 "pytest",
