@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from smezo_cli.cli.verbs import main
-from smezo_cli.config.compose import _Composer
+from smezo_cli.config.compose import Composer
 from smezo_cli.config.fixed import CONF_DIR, is_frozen, plain
 from smezo_cli.models.architecture import build_meta
 
@@ -47,7 +47,7 @@ def test_an_experiment_composes_fits_its_model_and_runs_two_steps(
     """The first point of its grid: on the meta device as it is, then with the twin of its model."""
     words = line_of(name)
     first = [f"{key}={values[0]}" for key, values in swept_in(name).items()]
-    with _Composer(None) as composer:
+    with Composer(None) as composer:
         cfg, swept = composer.grid([*words, *first])
     assert not swept or set(swept) == {"seed"}
     node = plain(cfg)["model"]
@@ -80,7 +80,7 @@ def test_a_seed_of_k_rows_a_class_draws_the_rows() -> None:
     """The seeds of MeZO's Table 18 are those of its splits, in the search and after it."""
     names = [name for name in NAMES if "roberta" in name]
     assert names
-    with _Composer(None) as composer:
+    with Composer(None) as composer:
         for name in names:
             cfg, _ = composer.grid(line_of(name))
             assert plain(cfg)["data_seed"] == 13

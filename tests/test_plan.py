@@ -16,7 +16,7 @@ from smezo_cli.config.settings import Settings, check
 from smezo_cli.errors import UserError
 from smezo_cli.models.load import load_model
 from smezo_cli.plan.planner import Plan, plan
-from smezo_cli.plan.trace import _trace, architecture
+from smezo_cli.plan.trace import architecture, trace
 
 TINY = ("task=toy", "model=tiny-llama", "steps=20", "eval_every=10")
 WEIGHTS = 37_472  # of tiny-llama, its tied embedding once
@@ -52,20 +52,20 @@ def layers() -> nn.Module:
 def test_without_gradients_two_neighbours_live_at_once(layers: nn.Module) -> None:
     x = torch.empty(5, 8, device="meta")
     with torch.no_grad():
-        peak, left = _trace([x, *layers.parameters()], lambda: layers(x))
+        peak, left = trace([x, *layers.parameters()], lambda: layers(x))
     assert (peak, left) == (5 * (16 + 4) * 4, 0)
 
 
 def test_with_gradients_what_backward_reads_stays_until_then(layers: nn.Module) -> None:
     x = torch.empty(5, 8, device="meta")
     kept: list[Any] = []
-    _, left = _trace([x, *layers.parameters()], lambda: kept.append(layers(x)))
+    _, left = trace([x, *layers.parameters()], lambda: kept.append(layers(x)))
     assert left == 5 * (16 + 4 + 2) * 4
 
 
 def test_what_is_kept_is_what_is_left() -> None:
     kept: list[Any] = []
-    _, left = _trace([], lambda: kept.append(torch.empty(100, device="meta").view(10, 10)))
+    _, left = trace([], lambda: kept.append(torch.empty(100, device="meta").view(10, 10)))
     assert left == 400  # and the view costs nothing
 
 
@@ -102,7 +102,7 @@ def test_optimizer_state_is_that_of_a_step(method: str) -> None:
 @pytest.mark.parametrize("freeze", ["[]", '["*embed_tokens*","*norm*"]'])
 def test_scratch_is_that_of_a_real_probe(freeze: str) -> None:
     from smezo_cli.config.build import build
-    from smezo_cli.plan.trace import _PadOnly
+    from smezo_cli.plan.trace import PadOnly
     from smezo_cli.scoring.candidates import Candidates
     from smezo_cli.scoring.scorer import Scorer
 
@@ -111,7 +111,7 @@ def test_scratch_is_that_of_a_real_probe(freeze: str) -> None:
     model = tiny_model(settings)
     method = build(settings.method, "method", model=model, seed=0, backend="eager", check=False)
     row = Candidates(((5,) * 16, (*(5,) * 15, 6)), (1, 1), 0, False)
-    method.step(lambda: Scorer(model, _PadOnly()).loss([row]))
+    method.step(lambda: Scorer(model, PadOnly()).loss([row]))
     real = sum(t.numel() * t.element_size() for t in method._probe._scratch.values())
     assert planned(*words).resident["scratch of probes"] == real
 

@@ -306,7 +306,7 @@ def test_a_loss_in_two_parts_is_the_loss_of_the_whole(
     split = scorer.loss(encoded)
     assert len(widths) == 2
     assert widths[0] > widths[1]
-    monkeypatch.setattr(candidates, "_split_by_length", lambda batch: [batch])
+    monkeypatch.setattr(candidates, "split_by_length", lambda batch: [batch])
     whole = scorer.loss(encoded)
     assert len(widths) == 3
     # Sums of 7 losses of size 1 in another order.
@@ -319,7 +319,7 @@ def test_a_split_keeps_every_row_and_saves_what_it_promises() -> None:
     for lengths in ([1, 12, 3, 30, 7, 2, 19], [40, 1, 1, 1], [5, 5, 5, 6], [9], [30, 28, 25, 20]):
         encoded = encode(rows_of(lengths), ONE_TOKEN, tokenizer, 256)
         width = [len(c.full[0]) for c in encoded]
-        parts = candidates._split_by_length(encoded)
+        parts = candidates.split_by_length(encoded)
         assert sorted(map(id, encoded)) == sorted(id(c) for part in parts for c in part)
         cost = sum(len(part) * max(len(c.full[0]) for c in part) for part in parts)
         best = min(

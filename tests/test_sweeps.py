@@ -372,12 +372,12 @@ def test_a_launcher_that_is_not_installed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """One sentence with the command that installs it, as the extra in pyproject.toml pins it."""
-    listed = compose._Composer.options
+    listed = compose.Composer.options
 
     def without(self: Any, group: str) -> list[str]:
         return ["basic"] if group == "hydra/launcher" else listed(self, group)
 
-    monkeypatch.setattr(compose._Composer, "options", without)
+    monkeypatch.setattr(compose.Composer, "options", without)
     assert main(["train", "-m", "task=toy", f"hydra/launcher={launcher}"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from smezo_cli import __version__
 from smezo_cli.cli import table
 from smezo_cli.cli.verbs import main
-from smezo_cli.config.compose import _Composer
+from smezo_cli.config.compose import Composer
 from smezo_cli.config.fixed import CONF_DIR
 from smezo_cli.files import sealed
 from smezo_cli.report import table as table_module
@@ -86,7 +86,7 @@ def _distinct() -> list[tuple[str, ...]]:
 
 
 def test_every_row_composes_and_every_column_names_what_is_there() -> None:
-    with _Composer(None) as composer:  # one for all is faster than grid()
+    with Composer(None) as composer:  # one for all is faster than grid()
         for words in _distinct():
             assert any(word.startswith(("experiment=", "method=")) for word in words)
             composer.grid(words)

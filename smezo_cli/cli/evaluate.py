@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from smezo_cli.cli.export import export
-from smezo_cli.cli.flags import _check_out, _Flags, _write_lines
+from smezo_cli.cli.flags import Flags, check_out, write_lines
 from smezo_cli.cli.predict import predict
 from smezo_cli.cli.replay import replay
 from smezo_cli.config.fixed import is_frozen
@@ -14,15 +14,15 @@ from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.machine import streams
 from smezo_cli.run.trained import (
-    _batch,
-    _check_model,
     _encoded,
-    _kept_beside,
-    _opened,
     _prompt,
-    _say_code,
     _scored,
-    _trained,
+    batch,
+    check_model,
+    kept_beside,
+    opened,
+    say_code,
+    trained,
 )
 
 USAGE = {
@@ -98,7 +98,7 @@ def evaluate(words: Sequence[str]) -> int:
     Raises:
         UserError: a mistake on the line, or a run that cannot be evaluated.
     """
-    parser = _Flags("eval")
+    parser = Flags("eval")
     parser.add_argument("run")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--split", choices=("test", "dev", "train"), default="test")
@@ -108,9 +108,9 @@ def evaluate(words: Sequence[str]) -> int:
     given = parser.parse_intermixed_args(list(words))
     if given.base and given.step is not None:
         raise UserError("--base and --step exclude each other: give one of them.")
-    _check_out(given.out)
+    check_out(given.out)
     streams.outlast()
-    with _opened(given.run, given.overrides) as (folder, state, settings, _):
+    with opened(given.run, given.overrides) as (folder, state, settings, _):
         from smezo_cli.machine.device import choose_device
         from smezo_cli.run.console import Console
         from smezo_cli.run.loaded import Job
@@ -124,10 +124,10 @@ def evaluate(words: Sequence[str]) -> int:
         if given.out is None and not os.access(folder.path, os.W_OK):
             raise UserError(f"{folder.path} cannot be written to: add --out FILE.")
         console = Console()
-        _say_code(settings, console.say)
+        say_code(settings, console.say)
         job = Job(settings, device, console.say)
-        _check_model(state, job, given.overrides, given.run)
-        step = 0 if given.base else _trained(folder, state, job, given.step, console.say)
+        check_model(state, job, given.overrides, given.run)
+        step = 0 if given.base else trained(folder, state, job, given.step, console.say)
         same_task = not any(word.startswith("task.") for word in given.overrides)
         known = {given.split: state.notes["rows"][given.split]}
         if same_task and job.differing_rows(known):
@@ -137,15 +137,15 @@ def evaluate(words: Sequence[str]) -> int:
             )
         rows, prompt = getattr(job.task, given.split), _prompt(state)
         encoded = _encoded(job, rows, prompt, given.run)
-        _batch(job, prompt, state.notes.get("batching"), None if same_task else rows, console.say)
+        batch(job, prompt, state.notes.get("batching"), None if same_task else rows, console.say)
         which = "-base" if given.base else "" if given.step is None else f"-step{step}"
         name = f"predictions-{given.split}{which}.jsonl"
         out = Path(given.out) if given.out else folder.path / name
-        kept = _kept_beside(out, job)
+        kept = kept_beside(out, job)
         with job.as_it_came() if given.base else contextlib.nullcontext():
             found = _scored(job, encoded, given.split, console, kept, step, given.run, given.base)
         figures = found.figures()
-        _write_lines(
+        write_lines(
             out,
             (
                 {"id": row.id, "fields": dict(row.fields)} | prediction

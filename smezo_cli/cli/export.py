@@ -7,18 +7,18 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from smezo_cli.cli.flags import _Flags
+from smezo_cli.cli.flags import Flags
 from smezo_cli.config.fixed import is_frozen
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.machine import streams
 from smezo_cli.run.trained import (
-    _check_model,
-    _opened,
-    _read_config,
-    _save_model,
-    _say_code,
-    _trained,
+    check_model,
+    opened,
+    read_config,
+    save_model,
+    say_code,
+    trained,
 )
 
 # --- export ----------------------------------------------------------------------------------
@@ -30,7 +30,7 @@ def export(words: Sequence[str]) -> int:
     Raises:
         UserError: a mistake on the line, a folder that is there already, no space.
     """
-    parser = _Flags("export")
+    parser = Flags("export")
     parser.add_argument("run")
     parser.add_argument("folder")
     parser.add_argument("--step", type=int)
@@ -45,22 +45,22 @@ def export(words: Sequence[str]) -> int:
     streams.outlast()
     if given.delta:
         return _export_delta(given.run, target, given.step)
-    with _opened(given.run) as (folder, state, settings, cfg):
+    with opened(given.run) as (folder, state, settings, cfg):
         from smezo_cli.run.loaded import Job
 
-        _say_code(settings, print)
+        say_code(settings, print)
         job = Job(*_copying(settings), lambda line: None, with_rows=False)
-        _check_model(state, job, [], given.run)
-        step = _trained(folder, state, job, given.step, print)
-        size = _save_model(job, target, cfg)
-        print(f"{target}: {settings.model['name']} after {step} steps, {_shown_bytes(size)}")
+        check_model(state, job, [], given.run)
+        step = trained(folder, state, job, given.step, print)
+        size = save_model(job, target, cfg)
+        print(f"{target}: {settings.model['name']} after {step} steps, {shown_bytes(size)}")
         print(f"  {job.loaded_by}")
     return 0
 
 
 def _check_exported(run: str) -> None:
     """Refuse a run whose model is the one that it began with."""
-    settings = _read_config(Path(run), ())[1]
+    settings = read_config(Path(run), ())[1]
     if is_frozen(settings.method):
         raise UserError(
             f"{run}: method {settings.method['name']} trains no weights of the model, so there is "
@@ -81,7 +81,8 @@ def _copying(settings: Settings) -> tuple[Settings, str]:
     return dataclasses.replace(settings, model=model), "cpu"
 
 
-def _shown_bytes(size: int) -> str:
+def shown_bytes(size: int) -> str:
+    """Return a size in bytes as a reader wants it."""
     return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size} bytes"
 
 
@@ -91,7 +92,7 @@ def _export_delta(run: str, target: Path, step: int | None) -> int:
     from smezo_cli.store.saved import tensors_digest
     from smezo_cli.store.trajectory import read
 
-    with _opened(run) as (folder, state, settings, cfg):
+    with opened(run) as (folder, state, settings, cfg):
         path = folder.path / "trajectory.bin"
         if not path.exists():
             raise UserError(
@@ -100,7 +101,7 @@ def _export_delta(run: str, target: Path, step: int | None) -> int:
             )
         records = read(path)
         chosen = state.best_step if step is None else step
-        assert chosen is not None  # _opened refuses a run without
+        assert chosen is not None  # opened refuses a run without
         if not 0 <= chosen <= len(records):
             raise UserError(f"--step {step}: {run} has {len(records)} good steps in {path.name}.")
         noted = {note["step"]: note["sha256"] for note in state.notes.get("weights", {}).values()}
@@ -108,7 +109,7 @@ def _export_delta(run: str, target: Path, step: int | None) -> int:
             from smezo_cli.run.loaded import Job
 
             job = Job(*_copying(settings), lambda line: None, with_rows=False)
-            _trained(folder, state, job, chosen, print)
+            trained(folder, state, job, chosen, print)
             noted[chosen] = tensors_digest(job.build_method().trained)
         result = folder.result() or {}
         about = {

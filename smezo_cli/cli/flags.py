@@ -9,7 +9,9 @@ from smezo_cli.errors import UserError
 from smezo_cli.files import strict_json
 
 
-class _Flags(argparse.ArgumentParser):
+class Flags(argparse.ArgumentParser):
+    """Parse the flags of a verb; a mistake becomes a UserError."""
+
     def __init__(self, verb: str) -> None:
         super().__init__(prog=f"smezo {verb}", add_help=False, allow_abbrev=False)
         self.verb = verb
@@ -18,7 +20,7 @@ class _Flags(argparse.ArgumentParser):
         raise UserError(f"{message}; smezo {self.verb} --help shows the flags.")
 
 
-def _check_out(out: str | None) -> None:
+def check_out(out: str | None) -> None:
     """Raise UserError, before the work, where the predictions could not be written after it."""
     if out is None:
         return
@@ -29,7 +31,7 @@ def _check_out(out: str | None) -> None:
         raise UserError(f"--out {out}: there is no folder {path.parent}; make it first.")
 
 
-def _write_lines(path: Path, records: Iterator[dict[str, Any]] | Any) -> None:
+def write_lines(path: Path, records: Iterator[dict[str, Any]] | Any) -> None:
     """Replace a JSONL file as a whole."""
     from smezo_cli.files.atomic import write_text
 

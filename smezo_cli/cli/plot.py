@@ -14,7 +14,7 @@ from smezo_cli.errors import UserError, near
 from smezo_cli.machine import streams
 from smezo_cli.report import cells, collected, curves, figures
 from smezo_cli.report import table as table_module
-from smezo_cli.report.draw import _drawn
+from smezo_cli.report.draw import drawn
 from smezo_cli.report.runs import find, select
 from smezo_cli.report.series import Figure, Source
 
@@ -106,7 +106,7 @@ def main(words: Sequence[str]) -> int:
     from smezo_cli.files.atomic import write_bytes  # with torch, which mistakes need not wait for
 
     streams.outlast()
-    for file, content in _drawn(figure, files):
+    for file, content in drawn(figure, files):
         write_bytes(file, content)
         print(file)
     for note in dict.fromkeys(notes):

@@ -5,19 +5,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from smezo_cli.cli.flags import _check_out, _Flags, _write_lines
+from smezo_cli.cli.flags import Flags, check_out, write_lines
 from smezo_cli.errors import UserError
 from smezo_cli.files import strict_json
 from smezo_cli.machine import streams
 from smezo_cli.run.trained import (
-    _batch,
-    _check_model,
-    _kept_beside,
-    _opened,
     _prompt,
-    _say_code,
     _scored,
-    _trained,
+    batch,
+    check_model,
+    kept_beside,
+    opened,
+    say_code,
+    trained,
 )
 
 # --- predict ---------------------------------------------------------------------------------
@@ -29,7 +29,7 @@ def predict(words: Sequence[str]) -> int:
     Raises:
         UserError: a mistake on the line, in the file, or a run that cannot be used.
     """
-    parser = _Flags("predict")
+    parser = Flags("predict")
     parser.add_argument("run")
     parser.add_argument("words", nargs="*")
     parser.add_argument("--field", action="append", default=[])
@@ -45,10 +45,10 @@ def predict(words: Sequence[str]) -> int:
             raise UserError(f"--field {shlex.quote(word)} is not of the form NAME=TEXT.")
         fields[name] = text
     overrides = [word for word in given.words if "=" in word]
-    _check_out(given.out)
+    check_out(given.out)
     if given.out:
         streams.outlast()
-    with _opened(given.run, overrides) as (folder, state, settings, _):
+    with opened(given.run, overrides) as (folder, state, settings, _):
         from smezo_cli.machine.device import choose_device
         from smezo_cli.run.console import Console
         from smezo_cli.run.loaded import Job
@@ -62,14 +62,14 @@ def predict(words: Sequence[str]) -> int:
         rows = unlabelled(settings.task, prompt, files[0] if files else fields, notes)
         for note in notes:
             console.say(f"  note    {note}")
-        _say_code(settings, console.say)
+        say_code(settings, console.say)
         device = choose_device(settings.device, settings.model["device_map"])
         job = Job(settings, device, lambda line: None, with_rows=False, warn=console.say)
-        _check_model(state, job, overrides, given.run)
-        step = _trained(folder, state, job, None, console.say)
+        check_model(state, job, overrides, given.run)
+        step = trained(folder, state, job, None, console.say)
         encoded = job.encode(rows, prompt)
-        _batch(job, prompt, state.notes.get("batching"), rows, console.say)
-        kept = _kept_beside(Path(given.out) if given.out else folder.path / "predictions", job)
+        batch(job, prompt, state.notes.get("batching"), rows, console.say)
+        kept = kept_beside(Path(given.out) if given.out else folder.path / "predictions", job)
         found = _scored(job, encoded, "predict", console, kept, step, given.run)
         predictions = [
             {"fields": dict(row.fields)}
@@ -77,7 +77,7 @@ def predict(words: Sequence[str]) -> int:
             for row, prediction in zip(rows, found.predictions(), strict=True)
         ]
         if given.out:
-            _write_lines(Path(given.out), predictions)
+            write_lines(Path(given.out), predictions)
             console.say(f"  {given.out}: {len(predictions)} predictions")
         else:
             for prediction in predictions:

@@ -7,24 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from smezo_cli.cli.export import _shown_bytes
-from smezo_cli.cli.flags import _Flags
+from smezo_cli.cli.export import shown_bytes
+from smezo_cli.cli.flags import Flags
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.files.bounded import parse_yaml
 from smezo_cli.machine import streams
 from smezo_cli.run.trained import (
-    _SAME_BITS,
-    _as_prompt,
-    _batch,
+    SAME_BITS,
     _encoded,
-    _kept_beside,
-    _parsed,
-    _read_config,
-    _replayed,
-    _save_model,
-    _say_code,
     _scored,
+    as_prompt,
+    batch,
+    kept_beside,
+    parsed,
+    read_config,
+    replayed,
+    save_model,
+    say_code,
 )
 from smezo_cli.store.schema import is_batching, is_known, is_prompt
 
@@ -44,7 +44,7 @@ def replay(words: Sequence[str]) -> int:
     """
     from smezo_cli.store.delta import is_delta
 
-    parser = _Flags("replay")
+    parser = Flags("replay")
     parser.add_argument("source")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--step", type=int)
@@ -83,13 +83,13 @@ def _replay(
 
     console = Console()
     device = choose_device(settings.device, settings.model["device_map"])
-    _say_code(settings, console.say)
+    say_code(settings, console.say)
     job = Job(settings, device, console.say, with_rows=given.split != "none")
     same_task = not any(word.startswith("task.") for word in given.overrides)
-    method = _replayed(job, records, given.source)
+    method = replayed(job, records, given.source)
     if given.split != "none":  # before the steps, as in the run
         _encoded(job, getattr(job.task, given.split)[:1], prompt, given.source)
-        _batch(job, prompt, known.get("batching") if same_task else None, None, console.say)
+        batch(job, prompt, known.get("batching") if same_task else None, None, console.say)
     start = time.perf_counter()
     apply(method, records, step)
     spent = time.perf_counter() - start
@@ -100,8 +100,8 @@ def _replay(
     what = "none was recorded at this step" if wanted is None else _said(same)
     console.say(f"  weights sha256 {found}: {what}")
     if given.out is not None:
-        size = _save_model(job, Path(given.out), cfg)
-        console.say(f"  {given.out}: {_shown_bytes(size)}")
+        size = save_model(job, Path(given.out), cfg)
+        console.say(f"  {given.out}: {shown_bytes(size)}")
     if given.split == "none":
         return same
     of_run = {given.split: records.header.get("rows", {}).get(given.split, "")}
@@ -113,7 +113,7 @@ def _replay(
     rows = getattr(job.task, given.split)
     encoded = _encoded(job, rows, prompt, given.source)
     beside = Path(given.source) / "replay" if Path(given.source).is_dir() else Path(given.source)
-    kept = _kept_beside(beside, job)
+    kept = kept_beside(beside, job)
     scored = _scored(job, encoded, given.split, console, kept, step, given.source)
     figures = scored.figures()
     kept.remove()
@@ -143,8 +143,8 @@ def _of_delta(name: str, overrides: Sequence[str]) -> _Source:
 
     about, records = read_delta(Path(name))
     # The base may lie elsewhere here; and what somebody else trusted is not trusted for that.
-    with_path = ("model.path", "model.revision", "model.trust_remote_code", *_SAME_BITS)
-    cfg, settings = _parsed(parse_yaml(str(about.get("config")), Path(name)), overrides, with_path)
+    with_path = ("model.path", "model.revision", "model.trust_remote_code", *SAME_BITS)
+    cfg, settings = parsed(parse_yaml(str(about.get("config")), Path(name)), overrides, with_path)
     trusted = "model.trust_remote_code=true"
     if settings.model.get("trust_remote_code") and trusted not in overrides:
         raise UserError(
@@ -162,7 +162,7 @@ def _of_delta(name: str, overrides: Sequence[str]) -> _Source:
         raise Damaged(f"{name} is damaged: get it anew.")
     known = {"step": about["step"], "weights": {noted["step"]: noted["sha256"]}, **figures}
     known["batching"] = about.get("batching")
-    return cfg, settings, records, _as_prompt(about["prompt"]), known
+    return cfg, settings, records, as_prompt(about["prompt"]), known
 
 
 def _of_run(name: str, overrides: Sequence[str]) -> _Source:
@@ -170,7 +170,7 @@ def _of_run(name: str, overrides: Sequence[str]) -> _Source:
     from smezo_cli.store.trajectory import read
 
     path = Path(name)
-    cfg, settings = _read_config(path, overrides, _SAME_BITS)
+    cfg, settings = read_config(path, overrides, SAME_BITS)
     if not (path / "trajectory.bin").exists():
         raise UserError(
             f"{name} has no trajectory.bin, as only the runs of zeroth-order methods have."
@@ -190,4 +190,4 @@ def _of_run(name: str, overrides: Sequence[str]) -> _Source:
         "weights": {note["step"]: note["sha256"] for note in noted},
         **{"test": result.get("test"), "dev": best, "batching": result.get("batching")},
     }
-    return cfg, settings, records, _as_prompt(result["prompt"]), known
+    return cfg, settings, records, as_prompt(result["prompt"]), known

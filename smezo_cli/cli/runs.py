@@ -13,7 +13,7 @@ from rich.table import Table
 
 from smezo_cli.errors import UserError, near
 from smezo_cli.files import strict_json
-from smezo_cli.report.runs import Group, Run, _has, _keys, find, groups, load, paired, select
+from smezo_cli.report.runs import Group, Run, find, groups, has, keys, load, paired, select
 
 USAGE = """\
 smezo runs [KEY=VALUE ...]            the runs below runs/, filtered by results or settings
@@ -102,11 +102,11 @@ def _named(word: str, runs: Sequence[Run]) -> Run:
 
 
 def _sorted(runs: list[Run], key: str) -> list[Run]:
-    if runs and not any(_has(run, key) for run in runs):
-        raise UserError(f"--sort {key}: no run has such a key{near(key, _keys(runs[0]))}.")
+    if runs and not any(has(run, key) for run in runs):
+        raise UserError(f"--sort {key}: no run has such a key{near(key, keys(runs[0]))}.")
 
     def place(run: Run) -> tuple[bool, float, str]:
-        value = run.get(key) if _has(run, key) else None
+        value = run.get(key) if has(run, key) else None
         number = isinstance(value, int | float)
         return value is None, value if number else 0.0, str(value)  # type: ignore[return-value]
 

@@ -6,13 +6,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from smezo_cli.config.fixed import CONF_DIR, _load_yaml
+from smezo_cli.config.fixed import CONF_DIR, load_yaml
 from smezo_cli.config.rules import shown
 from smezo_cli.errors import UserError
 from smezo_cli.kinds import METRICS
 
 
-def _check_counts(task: Mapping[str, Any]) -> None:
+def check_counts(task: Mapping[str, Any]) -> None:
     """Refuse counts that others leave nothing to do."""
     idle = [f"task.{key}" for key in ("num_train", "num_dev") if task[key] is not None]
     if task.get("num_per_class") is not None and idle:
@@ -24,9 +24,7 @@ def _check_counts(task: Mapping[str, Any]) -> None:
         )
 
 
-def _check_sfc(
-    task: Mapping[str, Any], model: Mapping[str, Any], method: Mapping[str, Any]
-) -> None:
+def check_sfc(task: Mapping[str, Any], model: Mapping[str, Any], method: Mapping[str, Any]) -> None:
     """Refuse a calibration that would be ignored, or whose domain-conditional prompt is unknown."""
     given = task.get("sfc_prompt")
     if not task.get("sfc"):
@@ -65,7 +63,7 @@ def _check_sfc(
 def _tasks_with_sfc() -> list[str]:
     """Names of our tasks of which a prompt has a domain-conditional one."""
     files = sorted((CONF_DIR / "task").glob("*.yaml"))
-    loaded = {file.stem: _load_yaml(file) for file in files}
+    loaded = {file.stem: load_yaml(file) for file in files}
     return [
         name
         for name, cfg in loaded.items()
@@ -73,7 +71,7 @@ def _tasks_with_sfc() -> list[str]:
     ]
 
 
-def _check_method(method: Mapping[str, Any], knobs: Mapping[str, float]) -> None:
+def check_method(method: Mapping[str, Any], knobs: Mapping[str, float]) -> None:
     """Refuse what the method would ignore or contradict."""
     for knob, value in knobs.items():
         used = list(_values_of(method, knob))
@@ -103,7 +101,7 @@ def _check_method(method: Mapping[str, Any], knobs: Mapping[str, float]) -> None
         )
 
 
-def _check_quantization(model: Mapping[str, Any], method: Mapping[str, Any], device: str) -> None:
+def check_quantization(model: Mapping[str, Any], method: Mapping[str, Any], device: str) -> None:
     """Refuse 4-bit weights that would be trained, or that cannot be had."""
     if model["quantization"] is None:
         return
@@ -125,7 +123,7 @@ def _check_quantization(model: Mapping[str, Any], method: Mapping[str, Any], dev
         )
 
 
-def _check_device_map(model: Mapping[str, Any], device: str) -> None:
+def check_device_map(model: Mapping[str, Any], device: str) -> None:
     """Refuse weights outside GPUs, and what a map would contradict."""
     device_map = model["device_map"]
     if device_map is None:
@@ -152,7 +150,7 @@ def _check_device_map(model: Mapping[str, Any], device: str) -> None:
         )
 
 
-def _check_objective(objective: str, task: Mapping[str, Any]) -> None:
+def check_objective(objective: str, task: Mapping[str, Any]) -> None:
     """Refuse an objective that the rows of the task have no figure for."""
     metric = METRICS[task["kind"]]
     if objective not in ("loss", metric):
@@ -173,7 +171,7 @@ def _values_of(node: object, name: str) -> Iterator[object]:
 def _methods_with(knob: str) -> list[str]:
     """Names of our methods that have a top-level knob."""
     files = sorted((CONF_DIR / "method").glob("*.yaml"))
-    loaded = {file.stem: _load_yaml(file) for file in files}
+    loaded = {file.stem: load_yaml(file) for file in files}
     # Those with an adapter are variants of the others, and would make the line long.
     return [name for name, cfg in loaded.items() if knob in cfg and not _is_variant(cfg)]
 

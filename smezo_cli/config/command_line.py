@@ -43,7 +43,8 @@ class _Flags(argparse.ArgumentParser):
         raise UserError(f"{message}; smezo train --help shows the flags.")
 
 
-def _read(argv: Sequence[str]) -> Request:
+def read(argv: Sequence[str]) -> Request:
+    """Read the words of `smezo train`; raise UserError for a mistake."""
     parser = _Flags(prog="smezo train", add_help=False, allow_abbrev=False)
     alone = {
         "help": ("--help", "-h"),
@@ -82,7 +83,7 @@ def _read(argv: Sequence[str]) -> Request:
     silent = known.hydra_help or known.version or known.shell_completion
     # --help alone: nothing to check, and Hydra composes once more anyway.
     silent = silent or (known.help and len(argv) == 1)
-    search, overrides = _searched(known.overrides, known.config_dir)
+    search, overrides = searched(known.overrides, known.config_dir)
     return Request(
         flags=tuple(flags),
         overrides=tuple(overrides),
@@ -94,12 +95,12 @@ def _read(argv: Sequence[str]) -> Request:
     )
 
 
-def _searched(words: Sequence[str], config_dir: str | None) -> tuple[SearchPath, list[str]]:
+def searched(words: Sequence[str], config_dir: str | None) -> tuple[SearchPath, list[str]]:
     """The folders that settings are read from, and the words that do not name one."""
     overrides, given = list(map(quoted, words)), list[Any]()
     for word in [w for w in overrides if w.partition("=")[0] == "hydra.searchpath"]:
         try:
-            value = _parsed(word).value()
+            value = parsed(word).value()
         except Exception as error:  # Hydra's, and what its parser lets through
             raise UserError(f"cannot read {shlex.quote(word)}: {sentence(error)}.") from error
         given = value if isinstance(value, list) else [] if value is None else [value]
@@ -107,7 +108,7 @@ def _searched(words: Sequence[str], config_dir: str | None) -> tuple[SearchPath,
     return searchpath.of_line(config_dir, given), overrides
 
 
-def _parsed(text: str, loader: Any = None) -> Any:
+def parsed(text: str, loader: Any = None) -> Any:
     """A word of the line as Hydra's parser reads it.
 
     Raises:

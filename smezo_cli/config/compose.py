@@ -19,9 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from smezo_cli.config import searchpath, sweep
 from smezo_cli.config.combinations import lacks
-from smezo_cli.config.command_line import Request, _parsed, _read, _searched
+from smezo_cli.config.command_line import Request, parsed, read, searched
 from smezo_cli.config.fixed import INSTALL_TENSORBOARD, KNOBS, sentence
-from smezo_cli.config.hydra_guard import _check_hydra, _is_of_launcher, _launcher_of
+from smezo_cli.config.hydra_guard import check_hydra, is_of_launcher, launcher_of
 from smezo_cli.config.rules import shown
 from smezo_cli.config.searchpath import SearchPath
 from smezo_cli.config.settings import Settings, check, check_spelling
@@ -30,7 +30,7 @@ from smezo_cli.words import quoted
 
 _MIN_FREE_BYTES = 256 * 2**20
 
-_VERSION_BASE = "1.3"
+VERSION_BASE = "1.3"
 
 
 def prepare(argv: Sequence[str]) -> Request:
@@ -42,11 +42,11 @@ def prepare(argv: Sequence[str]) -> Request:
     Raises:
         UserError: the first mistake found.
     """
-    request = _read(argv)
+    request = read(argv)
     if not request.composes:
         return request
     folders: set[Path] = set()
-    with _Composer(request.search) as composer:
+    with Composer(request.search) as composer:
         for _, settings in composer.every(request):
             folders.add(Path(settings.runs_dir) / settings.name)
             if request.starts_runs and settings.logger["name"] == "tensorboard":
@@ -69,8 +69,8 @@ def compose_and_say(
     overrides: Sequence[str], config_dir: str | None, say: Callable[[str], object]
 ) -> DictConfig:
     """As :func:`compose`; says whose files are read where the user's replace smezo's own."""
-    search, overrides = _searched(overrides, config_dir)
-    with _Composer(search) as composer:
+    search, overrides = searched(overrides, config_dir)
+    with Composer(search) as composer:
         request = Request(overrides=tuple(overrides), search=search)
         cfg = next(cfg for cfg, _ in composer.every(request))
         for line in composer.replaced:
@@ -84,11 +84,11 @@ def grid(words: Sequence[str]) -> tuple[DictConfig, dict[str, list[Any]]]:
     Raises:
         UserError: a mistake in the words, or a config group that is swept over.
     """
-    with _Composer() as composer:
+    with Composer() as composer:
         return composer.grid(words)
 
 
-class _Composer:
+class Composer:
     """Hydra's composition with our messages; a context, because Hydra keeps one global."""
 
     def __init__(self, search: SearchPath | None = None) -> None:
@@ -96,7 +96,7 @@ class _Composer:
         self.launcher = "basic"  # of the command line that was last checked
         self.replaced: list[str] = []  # whose files it reads
 
-    def __enter__(self) -> "_Composer":
+    def __enter__(self) -> "Composer":
         from hydra.core.global_hydra import GlobalHydra
 
         self._hydra = self.search.initialized()
@@ -162,7 +162,7 @@ class _Composer:
         keys = [override for override in overrides if override not in groups]
         for override in groups:
             self._check_choice(override)
-        of_launcher = [o for o in overrides if _is_of_launcher(o.key_or_group)]
+        of_launcher = [o for o in overrides if is_of_launcher(o.key_or_group)]
         if of_launcher and request.starts_runs and not multirun:
             raise UserError(
                 f"{of_launcher[0].input_line}: a launcher starts the jobs of a sweep; add -m."
@@ -189,8 +189,8 @@ class _Composer:
                 self._check_keys(keys, chosen)  # of an interval, no value was composed
             if touches_hydra:
                 whole = self.compose([*chosen, *first], with_hydra=True)
-                _check_hydra(whole)
-                if _launcher_of(whole) != asked:
+                check_hydra(whole)
+                if launcher_of(whole) != asked:
                     raise UserError(
                         "hydra.launcher is set by a file: launchers start programs, so they are "
                         "chosen on the command line: hydra/launcher=NAME hydra.launcher.KEY=VALUE."
@@ -218,8 +218,8 @@ class _Composer:
         """The launcher as the command line alone has it; None where a file must be its source."""
         self.__exit__()  # of Hydra there is one
         try:
-            with _Composer() as own:
-                return _launcher_of(own.compose([o.input_line for o in given], with_hydra=True))
+            with Composer() as own:
+                return launcher_of(own.compose([o.input_line for o in given], with_hydra=True))
         except UserError:
             return None
         finally:
@@ -269,7 +269,7 @@ class _Composer:
 
     def _parse(self, text: str) -> Any:
         try:
-            override = _parsed(text, self._loader)
+            override = parsed(text, self._loader)
         except UserError:
             raise
         except Exception as error:  # HydraException, and what Hydra's parser lets through

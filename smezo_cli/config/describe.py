@@ -11,7 +11,7 @@ from smezo_cli.config import searchpath
 from smezo_cli.errors import redacted
 
 
-def _is_sweep() -> bool:
+def is_sweep() -> bool:
     """Does the job that runs now belong to a sweep?"""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -19,11 +19,11 @@ def _is_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def _redact_sweep() -> None:
+def redact_sweep() -> None:
     """Take secrets out of the multirun.yaml that Hydra has written of the command line."""
     from hydra.core.hydra_config import HydraConfig
 
-    if not _is_sweep():
+    if not is_sweep():
         return
     file = Path(HydraConfig.get().sweep.dir) / "multirun.yaml"
     if not file.is_file():
@@ -36,7 +36,7 @@ def _redact_sweep() -> None:
 
 
 @contextlib.contextmanager
-def _as_command_line(argv: Sequence[str]) -> Iterator[None]:
+def as_command_line(argv: Sequence[str]) -> Iterator[None]:
     """Hydra reads sys.argv, and swallows errors unless it is told to raise them."""
     old_argv, old_full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [sys.argv[0], *argv]
@@ -51,11 +51,11 @@ def _as_command_line(argv: Sequence[str]) -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = old_full
 
 
-def _which_job() -> str:
+def which_job() -> str:
     """Say "job 2 (seed=1): " in a sweep, nothing in a single run."""
     from hydra.core.hydra_config import HydraConfig
 
-    if not _is_sweep():
+    if not is_sweep():
         return ""
     node = HydraConfig.get()
     return f"job {node.job.num} ({' '.join(node.overrides.task)}): "

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from smezo_cli.config.fixed import FULL_SAVE_EVERY, plain
-from smezo_cli.config.settings import _SETTINGS
+from smezo_cli.config.settings import SETTINGS
 
 # Cannot change a result, hence not part of a run's digest.
 _NOT_IN_DIGEST = (
@@ -86,7 +86,7 @@ def with_later_keys(cfg: DictConfig) -> None:
     And take from them what is refused for its method now, but was ignored then.
     """
     for key, value in (LATER | _LATER_AND_OF_A_MACHINE).items():
-        if key in _SETTINGS and key not in cfg:
+        if key in SETTINGS and key not in cfg:
             cfg[key] = value
     if isinstance(task := cfg.get("task"), DictConfig) and "data" in task and "quoting" not in task:
         task.quoting = LATER["quoting"]

@@ -41,7 +41,8 @@ def is_frozen(method: object) -> bool:
     return isinstance(target, str) and target.startswith("smezo_cli.methods.frozen.")
 
 
-def _load_yaml(file: Path) -> DictConfig:
+def load_yaml(file: Path) -> DictConfig:
+    """Load a YAML file of ours; a file without a mapping gives an empty one."""
     loaded = OmegaConf.load(file)
     return loaded if isinstance(loaded, DictConfig) else OmegaConf.create({})
 

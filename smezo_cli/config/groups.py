@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from smezo_cli.config.rules import (
-    _COUNT,
-    _DTYPE,
-    _FILE,
-    _FOLDER_NAME,
-    _WORD,
+    COUNT,
+    DTYPE,
+    FILE,
+    FOLDER_NAME,
+    WORD,
     Betas,
     Choice,
     DeviceMap,
@@ -28,17 +28,17 @@ from smezo_cli.config.rules import (
 from smezo_cli.errors import UserError, near
 
 # Settings inside the groups, checked where they are present.
-_NODE_RULES: dict[str, Rule] = {
+NODE_RULES: dict[str, Rule] = {
     # Names of run folders are made of these.
-    "task.name": _FOLDER_NAME,
-    "model.name": _FOLDER_NAME,
-    "method.name": _FOLDER_NAME,
-    "task.num_train": _COUNT,
-    "task.num_dev": _COUNT,
-    "task.num_test": _COUNT,
-    "task.num_per_class": _COUNT,
-    "task.max_train_tokens": _COUNT,
-    "task.max_new_tokens": _COUNT,
+    "task.name": FOLDER_NAME,
+    "model.name": FOLDER_NAME,
+    "method.name": FOLDER_NAME,
+    "task.num_train": COUNT,
+    "task.num_dev": COUNT,
+    "task.num_test": COUNT,
+    "task.num_per_class": COUNT,
+    "task.max_train_tokens": COUNT,
+    "task.max_new_tokens": COUNT,
     "model.path": Text(r"(?s).+", "a folder, a GGUF file or a hub id", "facebook/opt-125m"),
     "model.revision": Text(r"\S+", "a branch, a tag or a commit", "main"),
     "model.bos_token": Text(r"(?s).+", "a token", "'<s>'"),
@@ -46,8 +46,8 @@ _NODE_RULES: dict[str, Rule] = {
     "model.trust_remote_code": Choice(True, False),
     "model.quantization": Text("4bit", "4bit", "4bit"),
     "model.device_map": DeviceMap(),
-    "model.dtype": _DTYPE,
-    "model.compute_dtype": _DTYPE,
+    "model.dtype": DTYPE,
+    "model.compute_dtype": DTYPE,
     "model.attention": Choice(
         *("auto", "sdpa", "eager"), *("flash_attention_2", "flash_attention_3", "flex_attention")
     ),
@@ -60,17 +60,17 @@ _NODE_RULES: dict[str, Rule] = {
     "task.sfc_prompt": Text(r"(?s).*", "a template in quotes, which may be empty", '"It was"'),
     "task.data_dir": Text(r"(?s).+", "the path of a folder", "PATH"),
     "task.data": Text(r"(?s).+", "the path of a file or the id of a data set", "my.csv"),
-    "task.test_data": _FILE,
+    "task.test_data": FILE,
     "task.columns": Pairs(),
     "task.quoting": Choice("minimal", "none"),
-    "task.label": _WORD,
-    "task.answer": _WORD,
+    "task.label": WORD,
+    "task.answer": WORD,
     "task.options": NamesOrName(),
-    "task.data_name": _WORD,
-    "task.revision": _WORD,
+    "task.data_name": WORD,
+    "task.revision": WORD,
     "task.splits": Pairs(),
     "model.max_length": Whole(8, example="2048"),
-    "method.num_queries": _COUNT,
+    "method.num_queries": COUNT,
     "method.weight_decay": Number(0, example="0.0"),
     "method.clip_projected_grad": Number(0, above=True, example="100.0"),
     "method.objective": Choice("loss", "accuracy", "f1"),
@@ -94,7 +94,7 @@ _NODE_RULES: dict[str, Rule] = {
 
 # What the groups that build() does not see take: keys without which nothing goes, and the others
 # with the value that leaving them out means.
-_NODE_KEYS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+NODE_KEYS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "model": (
         ("name",),
         {"package": None, "path": None, "tiny": None, "revision": None, "family": "causal"}
@@ -136,7 +136,7 @@ _DATA_KEYS_OF_KIND = {
     "generation": ((), {"answer": "answer"}),
 }
 
-_DATA_EXAMPLES = {
+DATA_EXAMPLES = {
     "data": "task.data=my.csv (.csv, .tsv, .jsonl, .json, .parquet, or the id of a data set)",
     "prompt": "'task.prompt=\"{text} It was\"', with columns of your data in braces",
     "labels": "'task.labels={0: terrible, 1: great}', a word for each value of the label column",
@@ -156,9 +156,9 @@ _ADAPTER_KEYS: dict[str, dict[str, Rule]] = {
 }
 
 
-def _task_keys(task: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
+def task_keys(task: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
     """The keys that a task node needs, and the others with what leaving them out means."""
-    kind = _checked("task.kind", task.get("kind"), _NODE_RULES["task.kind"])
+    kind = _checked("task.kind", task.get("kind"), NODE_RULES["task.kind"])
     optional = _TASK_KEYS | _TASK_KEYS_OF_KIND[kind]
     if "source" in task or "data" not in task:
         for name in ("data", "test_data", "columns"):
@@ -172,7 +172,7 @@ def _task_keys(task: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]
     return ("name", "kind", "data", "prompt", *needed), optional | _DATA_KEYS | more
 
 
-def _checked_adapter(node: object) -> dict[str, Any]:
+def checked_adapter(node: object) -> dict[str, Any]:
     """The node of an adapter with its values in their own types."""
     if not isinstance(node, Mapping):
         raise UserError(

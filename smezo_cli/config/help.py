@@ -7,11 +7,11 @@ import yaml
 from omegaconf import OmegaConf
 
 from smezo_cli.config.command_line import Request
-from smezo_cli.config.compose import _Composer
+from smezo_cli.config.compose import Composer
 from smezo_cli.config.fixed import CONF_DIR
 
 
-def _help(request: Request) -> str:
+def help(request: Request) -> str:
     """The help text: what may be chosen, and conf/train.yaml (with KEY=VALUE: what they give).
 
     From the files, because Hydra takes seconds to list a hundred of them.
@@ -25,7 +25,7 @@ def _help(request: Request) -> str:
             line = f"{group}: {', '.join(names)}"
             groups.append(textwrap.fill(line, 110, subsequent_indent=" " * (len(group) + 2)))
     if request.overrides:
-        with _Composer(request.search) as composer:
+        with Composer(request.search) as composer:
             cfg = next(cfg for cfg, _ in composer.every(request))
         settings = OmegaConf.to_yaml(cfg, resolve="--resolve" in request.flags)
     else:

@@ -25,15 +25,17 @@ _LOG_HANDLERS = ("logging.StreamHandler", "logging.NullHandler")
 _LOG_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 
-def _is_of_launcher(key: str) -> bool:
+def is_of_launcher(key: str) -> bool:
+    """Return whether a key of the command line is about the launcher."""
     return key == "hydra/launcher" or key.startswith("hydra.launcher.")
 
 
-def _launcher_of(cfg: DictConfig) -> Any:
+def launcher_of(cfg: DictConfig) -> Any:
+    """Return the launcher's node as plain values."""
     return OmegaConf.to_container(cfg.hydra.launcher, resolve=False)
 
 
-def _check_hydra(cfg: DictConfig) -> None:
+def check_hydra(cfg: DictConfig) -> None:
     """Refuse what would make Hydra call or write anything but what smezo asks it to.
 
     Raises:

@@ -16,15 +16,15 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from smezo_cli.config import fork, sweep
-from smezo_cli.config.compose import _VERSION_BASE, prepare
+from smezo_cli.config.compose import VERSION_BASE, prepare
 from smezo_cli.config.describe import (
-    _as_command_line,
-    _is_sweep,
-    _redact_sweep,
-    _which_job,
+    as_command_line,
+    is_sweep,
+    redact_sweep,
+    which_job,
 )
 from smezo_cli.config.fixed import CONF_DIR, sentence
-from smezo_cli.config.help import _help
+from smezo_cli.config.help import help
 from smezo_cli.errors import UserError, redacted
 from smezo_cli.machine import process, streams, torchrun
 
@@ -44,7 +44,7 @@ def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
     try:
         request = prepare(argv)
         if "--help" in request.flags:
-            print(_help(request), end="")
+            print(help(request), end="")
             return 0
         torchrun.check_launcher(request.overrides)
     except UserError as error:
@@ -68,17 +68,17 @@ def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
     def attempt(cfg: DictConfig) -> tuple[int, str]:
         """Exit code and what was said."""
         try:
-            _redact_sweep()
+            redact_sweep()
             run(cfg)
         except UserError as error:
-            words = f"{_which_job()}{error}"
+            words = f"{which_job()}{error}"
             _say(words)
             return 2, words
         except Exception as error:  # the boundary of a job: the other jobs of a sweep go on
             sys.stderr.write(traceback.format_exc())
-            _say(f"{_which_job()}crashed; the error is above.")
+            _say(f"{which_job()}crashed; the error is above.")
             name = type(error).__name__
-            return 1, f"{_which_job()}crashed ({name}): see {sweep.log_file()}."
+            return 1, f"{which_job()}crashed ({name}): see {sweep.log_file()}."
         return 0, ""
 
     def job(cfg: DictConfig) -> sweep.Ended | None:
@@ -87,12 +87,12 @@ def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
             streams.outlast()
             code, words = attempt(cfg)
             return sweep.Ended(code, "" if sweep.reader() == reader else words) if code else None
-        if _is_sweep() and fork.can_fork():
+        if is_sweep() and fork.can_fork():
             code = fork.in_own_process(lambda: attempt(cfg)[0])
             if code < 0:
                 name = signal.Signals(-code).name
                 memory = " (is there memory enough?)" if name == "SIGKILL" else ""
-                _say(f"{_which_job()}ended by {name}{memory}; {sweep.GO_ON}")
+                _say(f"{which_job()}ended by {name}{memory}; {sweep.GO_ON}")
                 code = 1
         else:
             code, _ = attempt(cfg)
@@ -101,12 +101,12 @@ def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
 
     try:
         start = hydra.main(
-            config_path=str(CONF_DIR), config_name="train", version_base=_VERSION_BASE
+            config_path=str(CONF_DIR), config_name="train", version_base=VERSION_BASE
         )
         quiet = contextlib.redirect_stderr(said) if request.package else contextlib.nullcontext()
         waiting = sweep.waiting(request.launcher)
         line = [*request.flags, *request.overrides]
-        with _as_command_line(line), quiet, waiting, request.search.used():
+        with as_command_line(line), quiet, waiting, request.search.used():
             start(job)()
     except UserError as error:
         _say(str(error))

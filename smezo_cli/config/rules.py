@@ -226,26 +226,26 @@ class Node:
         return value
 
 
-_COUNT = Whole(1, example="16")
+COUNT = Whole(1, example="16")
 
-_FILE = Text(r"(?s).+", "the path of a file", "my.csv")
+FILE = Text(r"(?s).+", "the path of a file", "my.csv")
 
-_WORD = Text(r"(?s).+", "a name", "label")
+WORD = Text(r"(?s).+", "a name", "label")
 
-_DEVICE = Text(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N", "cpu")
+DEVICE = Text(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N", "cpu")
 
-_DTYPE = Choice("float32", "bfloat16", "float16")
+DTYPE = Choice("float32", "bfloat16", "float16")
 
-_FOLDER_NAME = Text(
+FOLDER_NAME = Text(
     r"[A-Za-z0-9][A-Za-z0-9._-]*",
     "a folder name of letters, digits, dots, - and _, its first a letter or a digit",
     "default",
 )
 
-_SEED = Whole(0, 2**63, example="0")
+SEED = Whole(0, 2**63, example="0")
 
 # null is a value of these ("not limited", "the default").
-_NULLABLE = {
+NULLABLE = {
     "eval_every",
     "stop_if_diverged",
     "patience",
@@ -278,7 +278,7 @@ _NULLABLE = {
 
 
 @dataclass(frozen=True)
-class _Fixed:
+class Fixed:
     """A value that a method which takes no steps would ignore: this one alone."""
 
     key: str
@@ -297,12 +297,12 @@ class _Fixed:
 
 
 def _checked(key: str, value: object, rule: Rule) -> Any:
-    if value is None and key in _NULLABLE and not isinstance(rule, _Fixed):
+    if value is None and key in NULLABLE and not isinstance(rule, Fixed):
         return None
     try:
         return rule(value)
     except ValueError:
-        null = " or null" if key in _NULLABLE else ""
+        null = " or null" if key in NULLABLE else ""
         got = shown(value)
         got = got if len(got) <= 200 else got[:197] + "..."
         raise UserError(

@@ -14,36 +14,36 @@ from typing import Annotated, Any
 from omegaconf import DictConfig, OmegaConf
 
 from smezo_cli.config.combinations import (
-    _check_counts,
-    _check_device_map,
-    _check_method,
-    _check_objective,
-    _check_quantization,
-    _check_sfc,
+    check_counts,
+    check_device_map,
+    check_method,
+    check_objective,
+    check_quantization,
+    check_sfc,
 )
 from smezo_cli.config.fixed import FULL_SAVE_EVERY, KNOBS, WITHOUT_STEPS, is_frozen, plain
 from smezo_cli.config.groups import (
-    _DATA_EXAMPLES,
-    _NODE_KEYS,
-    _NODE_RULES,
-    _checked_adapter,
-    _task_keys,
+    DATA_EXAMPLES,
+    NODE_KEYS,
+    NODE_RULES,
+    checked_adapter,
+    task_keys,
 )
 from smezo_cli.config.rules import (
-    _COUNT,
-    _DEVICE,
-    _DTYPE,
-    _FOLDER_NAME,
-    _NULLABLE,
-    _SEED,
+    COUNT,
+    DEVICE,
+    DTYPE,
+    FOLDER_NAME,
+    NULLABLE,
+    SEED,
     Choice,
+    Fixed,
     Node,
     Number,
     Rule,
     Text,
     Whole,
     _checked,
-    _Fixed,
     shown,
 )
 from smezo_cli.errors import UserError, near, redacted_tree
@@ -56,14 +56,14 @@ class Settings:
     `lr`, `eps` and `sparsity` are the knobs of the chosen method: None where it has none.
     """
 
-    seed: Annotated[int, _SEED]
-    data_seed: Annotated[int, _SEED]
+    seed: Annotated[int, SEED]
+    data_seed: Annotated[int, SEED]
     steps: Annotated[int, Whole(1, example="150")]
-    batch_size: Annotated[int, _COUNT]
+    batch_size: Annotated[int, COUNT]
     eval_every: Annotated[int, Whole(1, example="50")]  # null has become a tenth of the steps
     stop_if_diverged: Annotated[float | None, Number(1, above=True, example="2.0")]
     patience: Annotated[int | None, Whole(1, example="5")]
-    micro_batch_size: Annotated[int | None, _COUNT]
+    micro_batch_size: Annotated[int | None, COUNT]
     query_ranks: Annotated[int, Whole(1, example="2")]
     rank_backend: Annotated[str, Choice("gloo", "nccl")]
     batch_order: Annotated[str, Choice("shuffled", "stratified")]
@@ -72,11 +72,11 @@ class Settings:
     keep: Annotated[str, Choice("best", "last", "all")]
     zero_shot: Annotated[bool, Choice(True, False)]
     full_save_every: Annotated[int, Whole(1, example="500")]
-    device: Annotated[str, _DEVICE]
-    dtype: Annotated[str, _DTYPE]
-    compute_dtype: Annotated[str | None, _DTYPE]
+    device: Annotated[str, DEVICE]
+    dtype: Annotated[str, DTYPE]
+    compute_dtype: Annotated[str | None, DTYPE]
     compile: Annotated[str | bool, Choice("auto", True, False)]
-    name: Annotated[str, _FOLDER_NAME]
+    name: Annotated[str, FOLDER_NAME]
     runs_dir: Annotated[str, Text(r"(?s).+", "the path of a folder", "runs")]
     if_exists: Annotated[str, Choice("resume", "error", "fresh")]
     task: Annotated[dict[str, Any], Node()]
@@ -88,7 +88,7 @@ class Settings:
     sparsity: Annotated[float | None, Number(0, 1, example="0.75")] = None
 
 
-_SETTINGS: dict[str, Rule] = {
+SETTINGS: dict[str, Rule] = {
     key: hint.__metadata__[0]
     for key, hint in typing.get_type_hints(Settings, include_extras=True).items()
 }
@@ -105,14 +105,14 @@ def check(cfg: DictConfig) -> Settings:
     if missing:
         raise UserError(f"{missing[0]} is needed: add {missing[0]}=VALUE.")
     for key in values:
-        if key not in _SETTINGS:
-            raise UserError(f"there is no setting {key}{near(key, _SETTINGS)}.")
+        if key not in SETTINGS:
+            raise UserError(f"there is no setting {key}{near(key, SETTINGS)}.")
     checked = {
         key: _checked(key, values.get(key), rule)
         for key, rule in _rules_for(values.get("method")).items()
         if key in values or key not in KNOBS
     }
-    keys = {"task": _task_keys(checked["task"])} | _NODE_KEYS
+    keys = {"task": task_keys(checked["task"])} | NODE_KEYS
     for group, (needed, optional) in keys.items():
         node = checked[group]
         for name in needed:
@@ -120,13 +120,13 @@ def check(cfg: DictConfig) -> Settings:
                 own = "data" in needed
                 raise UserError(
                     f"{group}.{name} is needed by {group}={node['kind' if own else 'name']}: add "
-                    f"{_DATA_EXAMPLES[name] if own else 'it there'}."
+                    f"{DATA_EXAMPLES[name] if own else 'it there'}."
                 )
         for name in node:
             if name not in needed and name not in optional:
                 raise UserError(f"there is no {group}.{name}{near(name, {*needed, *optional})}.")
         checked[group] = optional | node
-    for key, rule in _NODE_RULES.items():
+    for key, rule in NODE_RULES.items():
         group, _, name = key.partition(".")
         if name in checked[group]:
             checked[group][name] = _checked(key, checked[group][name], rule)
@@ -139,14 +139,14 @@ def check(cfg: DictConfig) -> Settings:
             )
     _check_paths(checked)
     _check_targets(checked["method"], "method")
-    _check_counts(checked["task"])
-    _check_sfc(checked["task"], checked["model"], checked["method"])
-    _check_method(checked["method"], {knob: checked[knob] for knob in KNOBS if knob in checked})
-    _check_objective(checked["method"].get("objective", "loss"), checked["task"])
+    check_counts(checked["task"])
+    check_sfc(checked["task"], checked["model"], checked["method"])
+    check_method(checked["method"], {knob: checked[knob] for knob in KNOBS if knob in checked})
+    check_objective(checked["method"].get("objective", "loss"), checked["task"])
     if "adapter" in checked["method"]:
-        checked["method"]["adapter"] = _checked_adapter(checked["method"]["adapter"])
-    _check_quantization(checked["model"], checked["method"], checked["device"])
-    _check_device_map(checked["model"], checked["device"])
+        checked["method"]["adapter"] = checked_adapter(checked["method"]["adapter"])
+    check_quantization(checked["model"], checked["method"], checked["device"])
+    check_device_map(checked["model"], checked["device"])
     if checked["compute_dtype"] == "float32" != checked["dtype"]:
         raise UserError(
             f"compute_dtype=float32 beside dtype={checked['dtype']}: products are computed in the "
@@ -204,14 +204,14 @@ def check_spelling(key: str, text: str, value: object) -> None:
     Raises:
         UserError: naming the text, and how it is written.
     """
-    rule = (_SETTINGS | _NODE_RULES).get(key)
+    rule = (SETTINGS | NODE_RULES).get(key)
     text = text.strip()
     if not isinstance(rule, Text) or not re.fullmatch(rule.pattern, text):
         return
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if (is_number and str(value) != text) or isinstance(value, bool):
         what = f"the {'number' if is_number else 'truth value'} {shown(value)}"
-    elif value is None and key not in _NULLABLE:
+    elif value is None and key not in NULLABLE:
         what = "no value"
     elif isinstance(value, float):
         what = "a number"
@@ -253,9 +253,9 @@ def check_target(node: Mapping[str, Any], key: str) -> str:
 
 def _rules_for(method: object) -> dict[str, Rule]:
     if not isinstance(method, Mapping) or not is_frozen(method):
-        return _SETTINGS
+        return SETTINGS
     name = method.get("name")
-    return _SETTINGS | {key: _Fixed(key, v, name) for key, v in WITHOUT_STEPS.items()}
+    return SETTINGS | {key: Fixed(key, v, name) for key, v in WITHOUT_STEPS.items()}
 
 
 # A class, or a class in a module; a longer walk would lead into what a module has imported.

@@ -26,7 +26,7 @@ def check_space(folder: Path, needed_bytes: int) -> None:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A name to write to that takes the place of ``path`` at the end, on disk before it does."""
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -45,11 +45,11 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a text file as a whole."""
-    with _replacing(path) as partial:
+    with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file as a whole."""
-    with _replacing(path) as partial:
+    with replacing(path) as partial:
         partial.write_bytes(content)

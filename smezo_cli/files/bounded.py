@@ -21,7 +21,7 @@ _MOST_YAML_NODES = 20_000
 
 _MOST_DEPTH = 50
 
-_MOST_JSON_BYTES = 1 << 26
+MOST_JSON_BYTES = 1 << 26
 
 _MOST_EXPANDED = 1 << 18  # characters and nodes of settings after interpolation
 
@@ -64,7 +64,7 @@ def read_text(path: Path, most_bytes: int) -> str:
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object, or None where the file is missing or not one."""
     try:
-        value = json.loads(read_text(path, _MOST_JSON_BYTES))
+        value = json.loads(read_text(path, MOST_JSON_BYTES))
     except (UserError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
@@ -135,7 +135,7 @@ def parse_yaml(text: str, path: Path) -> DictConfig:
     _check_yaml(text, path)
     try:
         cfg = OmegaConf.create(text)
-    except (OmegaConfBaseException, yaml.YAMLError, *_BAD_VALUES) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, *BAD_VALUES) as error:
         raise UserError(f"{path} cannot be read ({error}).") from error
     except AssertionError as error:  # what OmegaConf makes of a text that is one number
         raise UserError(f"{path} cannot be read (its settings are no mapping).") from error
@@ -145,7 +145,7 @@ def parse_yaml(text: str, path: Path) -> DictConfig:
 
 
 # What constructing hostile YAML raises beside YAML's own errors: 1e99999 years, unhashable keys.
-_BAD_VALUES = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
+BAD_VALUES = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 
 
 def check_folder(
@@ -276,15 +276,18 @@ def check_expansion(tree: Mapping[str, Any]) -> None:
 # --- what a run left behind ------------------------------------------------------------------
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Return whether a value is a finite number, and no bool."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return isinstance(value, float) or abs(value) < 1 << 63
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and _is_number(value) and value >= 0
+def is_count(value: object) -> bool:
+    """Return whether a value is a whole number from 0."""
+    return isinstance(value, int) and is_number(value) and value >= 0
 
 
-def _is_text(value: object) -> bool:
+def is_text(value: object) -> bool:
+    """Return whether a value is a text."""
     return isinstance(value, str)

@@ -5,19 +5,19 @@ from collections.abc import Iterable
 
 from smezo_cli.errors import UserError
 
-_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
 
 
 def local_rank() -> int | None:
     """Number of this process on its machine; None where it is the only one."""
-    if not all(os.environ.get(name) for name in _VARIABLES) or _mistake() is not None:
+    if not all(os.environ.get(name) for name in VARIABLES) or _mistake() is not None:
         return None
     return None if int(os.environ["WORLD_SIZE"]) == 1 else int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def _mistake() -> str | None:
     """What is wrong with the variables of a rank, where all of them are set."""
-    for name in (*(v for v in _VARIABLES if v != "MASTER_ADDR"), "LOCAL_RANK"):
+    for name in (*(v for v in VARIABLES if v != "MASTER_ADDR"), "LOCAL_RANK"):
         value = os.environ.get(name, "0")
         if not (value.isascii() and value.isdecimal()):
             return f"{name}={value} is no whole number"

@@ -43,7 +43,7 @@ WORDS = (  # noqa: SIM905 - a list of 37 strings is no better to read
 
 
 # What reading a damaged safetensors or GGUF file raises.
-_DAMAGED = (SafetensorError, struct.error, LookupError, EOFError)
+DAMAGED = (SafetensorError, struct.error, LookupError, EOFError)
 
 
 def check_quantization(cfg: Mapping[str, Any], device: torch.device) -> None:
@@ -95,10 +95,10 @@ def build_meta(cfg: Mapping[str, Any]) -> PreTrainedModel:
     """
     dtype: torch.dtype = getattr(torch, cfg.get("dtype") or "float32")
     with quiet(), torch.device("meta"):
-        return _from_config(_architecture(cfg), cfg, dtype)
+        return from_config(architecture(cfg), cfg, dtype)
 
 
-def _architecture(cfg: Mapping[str, Any]) -> PretrainedConfig:
+def architecture(cfg: Mapping[str, Any]) -> PretrainedConfig:
     """The configuration object of `cfg.config`."""
     if not cfg.get("config"):
         raise UserError(
@@ -130,9 +130,11 @@ def _auto(cfg: Mapping[str, Any]) -> Any:  # its class methods have no types
     return AutoModelForMaskedLM if cfg.get("family") == "masked" else AutoModelForCausalLM
 
 
-def _from_config(
+def from_config(
     config: PretrainedConfig, cfg: Mapping[str, Any], dtype: torch.dtype
 ) -> PreTrainedModel:
+    """Build a model with random weights from its configuration."""
+
     def build(attention: str) -> PreTrainedModel:
         model: PreTrainedModel = _auto(cfg).from_config(
             config, dtype=dtype, attn_implementation=attention
@@ -140,12 +142,12 @@ def _from_config(
         return model
 
     try:
-        return _attending(cfg, config, build)
+        return attending(cfg, config, build)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(_explain(error, cfg, None, offline=False)) from error
+        raise UserError(explain(error, cfg, None, offline=False)) from error
 
 
-def _attending(
+def attending(
     cfg: Mapping[str, Any],
     config: PretrainedConfig,
     build: Callable[[str], PreTrainedModel],
@@ -178,7 +180,7 @@ def _attending(
 _OF_ATTENTION = ("attn_implementation", "FlashAttention", "Flash Attention", "flash_attn")
 
 
-def _context(model: PreTrainedModel) -> int | None:
+def context(model: PreTrainedModel) -> int | None:
     """Most tokens that the model reads; None where it has no such number."""
     limit: int | None = getattr(model.config, "max_position_embeddings", None)
     if limit is None or limit < 1:  # XLNet's has -1
@@ -190,7 +192,7 @@ def _context(model: PreTrainedModel) -> int | None:
     return limit
 
 
-def _set_up(tokenizer: PreTrainedTokenizerBase, cfg: Mapping[str, Any]) -> None:
+def set_up(tokenizer: PreTrainedTokenizerBase, cfg: Mapping[str, Any]) -> None:
     """Padding, the asked BOS and the length limit."""
     tokenizer.model_max_length = cfg["max_length"]
     if tokenizer.pad_token_id is None:
@@ -215,13 +217,13 @@ def _set_up(tokenizer: PreTrainedTokenizerBase, cfg: Mapping[str, Any]) -> None:
         )
 
 
-_NO_PICKLE = (
+NO_PICKLE = (
     "its weights are a pickle, which is never opened; save the model once by transformers' "
     "save_pretrained, which writes safetensors, and give that folder by model.path=FOLDER"
 )
 
 
-def _explain(
+def explain(
     error: BaseException, cfg: Mapping[str, Any], where: str | Path | None, offline: bool
 ) -> str:
     """One sentence for what transformers or the hub said: what is wrong and the way out."""
@@ -261,7 +263,7 @@ def _explain(
             "reached; connect to the network, or give a copy by model.path=FOLDER."
         )
     if "safetensors" in str(error):
-        return f"{what}: {_NO_PICKLE}."
+        return f"{what}: {NO_PICKLE}."
     return (
         f"{what} could not be loaded ({line}); check the id, the network and your access "
         "(`hf auth login`), or give a copy by model.path=FOLDER."

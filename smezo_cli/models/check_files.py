@@ -9,11 +9,11 @@ from typing import Any
 
 from smezo_cli.errors import UserError
 from smezo_cli.files.bounded import (
-    _BAD_VALUES,
-    _MOST_JSON_BYTES,
-    _is_count,
-    _is_text,
+    BAD_VALUES,
+    MOST_JSON_BYTES,
     check_ordinary,
+    is_count,
+    is_text,
     read_json,
 )
 
@@ -158,7 +158,7 @@ def check_model_folder(folder: Path) -> None:
     elif (folder / "model.safetensors.index.json").exists():
         index = read_json(folder / "model.safetensors.index.json") or {}
         names = index.get("weight_map")
-        if not isinstance(names, dict) or not all(map(_is_text, names.values())):
+        if not isinstance(names, dict) or not all(map(is_text, names.values())):
             raise UserError(
                 f"model.path={folder}: model.safetensors.index.json has no weight_map of files."
             )
@@ -197,19 +197,19 @@ def count_weights(path: Path) -> int:
         size = check_ordinary(path)
         with path.open("rb") as file:
             length = struct.unpack("<Q", file.read(8))[0]
-            if length > min(size - 8, _MOST_JSON_BYTES):
+            if length > min(size - 8, MOST_JSON_BYTES):
                 raise ValueError("it is cut off, or does not begin as a safetensors file")
             header = json.loads(file.read(length))
         ends = [e["data_offsets"][1] for name, e in header.items() if name != "__metadata__"]
-        if any(not _is_count(end) for end in ends) or 8 + length + max(ends, default=0) > size:
+        if any(not is_count(end) for end in ends) or 8 + length + max(ends, default=0) > size:
             raise ValueError(f"it is cut off: it has {size} bytes, and its header speaks of more")
         shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
-        if not all(_is_count(n) for shape in shapes for n in shape):
+        if not all(is_count(n) for shape in shapes for n in shape):
             raise ValueError("a shape is none")
         total = sum(math.prod(shape) for shape in shapes)
         if total > 8 * size:
             raise ValueError(f"{total} weights in {size} bytes")
-    except (OSError, struct.error, *_BAD_VALUES) as error:
+    except (OSError, struct.error, *BAD_VALUES) as error:
         raise UserError(
             f"model.path={path.parent} could not be loaded ({path.name}: {error}); check that it "
             "is whole and of a known kind."

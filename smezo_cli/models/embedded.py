@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smezo_cli.files import fetch
-from smezo_cli.models.pretrained import _from_gguf
+from smezo_cli.models.pretrained import from_gguf
 
 # Raise it when `_convert` writes something else: what an older version wrote is converted anew.
 CONVERSION = 1
 
 
-def _embedded(cfg: Mapping[str, Any], cache: Path) -> Path:
+def embedded(cfg: Mapping[str, Any], cache: Path) -> Path:
     """Return the folder of the converted `cfg.package`; prepared when missing or damaged."""
     package = cfg["package"]
     folder = cache / "models" / f"{cfg['name']}-{package['sha256'][:12]}-v{CONVERSION}"
@@ -52,7 +52,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     """Write the fp32 weights, the config and the tokenizer of a GGUF file to a new `folder`."""
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that has no switch
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = _from_gguf(AutoModelForCausalLM, gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model = from_gguf(AutoModelForCausalLM, gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = model.config
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:

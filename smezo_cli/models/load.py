@@ -17,10 +17,10 @@ from transformers import (
 from smezo_cli.errors import UserError
 from smezo_cli.files import fetch
 from smezo_cli.models import placement
-from smezo_cli.models.architecture import _DAMAGED, _context, _explain, _quantized, _set_up, quiet
-from smezo_cli.models.embedded import _embedded
+from smezo_cli.models.architecture import DAMAGED, _quantized, context, explain, quiet, set_up
+from smezo_cli.models.embedded import embedded
 from smezo_cli.models.output_layer import settle_output_layer
-from smezo_cli.models.pretrained import _found, _pretrained
+from smezo_cli.models.pretrained import _found, pretrained
 from smezo_cli.models.tiny import _tiny
 
 
@@ -62,26 +62,26 @@ def load_model(
             if "tiny" in routes:
                 model, tokenizer = _tiny(cfg, dtype)
             else:
-                model, tokenizer = _pretrained(
-                    where or _embedded(cfg, cache), cfg, dtype, offline, quantized
+                model, tokenizer = pretrained(
+                    where or embedded(cfg, cache), cfg, dtype, offline, quantized
                 )
         # What transformers raises for an absent network, a gated or unknown model, a folder
         # without weights, an attention that is not installed, a file that was cut off.
-        except (OSError, ValueError, ImportError, HTTPError, *_DAMAGED) as error:
-            raise UserError(_explain(error, cfg, where, offline)) from error
+        except (OSError, ValueError, ImportError, HTTPError, *DAMAGED) as error:
+            raise UserError(explain(error, cfg, where, offline)) from error
         except UserError:
             raise
         except Exception as error:  # hostile files: whatever the libraries trip over
             if where is None:
                 raise
-            raise UserError(_explain(error, cfg, where, offline)) from error
-    limit = _context(model)
+            raise UserError(explain(error, cfg, where, offline)) from error
+    limit = context(model)
     if limit is not None and cfg["max_length"] > limit:
         raise UserError(
             f"model.max_length={cfg['max_length']}, but {cfg['name']} reads at most {limit} "
             f"tokens; set model.max_length={limit} or less."
         )
-    _set_up(tokenizer, cfg)
+    set_up(tokenizer, cfg)
     model.config.use_cache = False
     with quiet():
         if not quantized:  # else it is on its device already

@@ -22,7 +22,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from smezo_cli.errors import UserError
 from smezo_cli.files import fetch
 from smezo_cli.models import check_files, placement
-from smezo_cli.models.architecture import _NO_PICKLE, _attending, _auto, _line
+from smezo_cli.models.architecture import NO_PICKLE, _auto, _line, attending
 from smezo_cli.scoring import tokenization
 
 
@@ -40,7 +40,7 @@ def _found(path: str) -> str | Path:
         if not any(name.endswith(".safetensors") for name in names) and any(
             name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names
         ):
-            raise UserError(f"model.path={path}: {_NO_PICKLE}.")
+            raise UserError(f"model.path={path}: {NO_PICKLE}.")
         check_files.check_model_folder(local)
         return local
     if is_file:
@@ -68,13 +68,14 @@ def _not_a_model(folder: Path) -> str:
     return "it is no saved model"
 
 
-def _pretrained(
+def pretrained(
     where: str | Path,
     cfg: Mapping[str, Any],
     dtype: torch.dtype,
     offline: bool,
     quantized: Mapping[str, Any],
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer from a folder, a GGUF file or the hub."""
     common: dict[str, Any] = {
         "local_files_only": isinstance(where, Path) or offline,
         "revision": cfg.get("revision") or "main",
@@ -110,7 +111,7 @@ def _pretrained(
     def build(attention: str) -> PreTrainedModel:
         with_it = loading | {"attn_implementation": attention}
         if "gguf_file" in common:
-            return _from_gguf(_auto(cfg), where, **with_it)
+            return from_gguf(_auto(cfg), where, **with_it)
         if device_map is not None:  # each weight goes to its device at once
             with torch.device("meta"):
                 shapes = _auto(cfg).from_config(
@@ -121,7 +122,7 @@ def _pretrained(
         made: PreTrainedModel = _auto(cfg).from_pretrained(where, use_safetensors=True, **with_it)
         return made
 
-    model = _attending(cfg, config, build, **code)
+    model = attending(cfg, config, build, **code)
     if "gguf_file" in common:
         return model, tokenizer
     if isinstance(where, str):
@@ -166,7 +167,7 @@ def _commit(path: str, revision: str) -> str | None:
     return Path(found).parent.name if isinstance(found, str) else None
 
 
-def _from_gguf(auto: Any, folder: str | Path, **loading: Any) -> PreTrainedModel:
+def from_gguf(auto: Any, folder: str | Path, **loading: Any) -> PreTrainedModel:
     """Model of a GGUF file with ordinary weights, which can be trained and saved."""
     if (config := getattr(transformers, "GgufConfig", None)) is not None:
         # Where its kernels are installed, transformers would leave the weights in 4-bit blocks.

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from smezo_cli.errors import UserError
-from smezo_cli.models.architecture import WORDS, _architecture, _from_config
+from smezo_cli.models.architecture import WORDS, architecture, from_config
 
 
 def _tiny(
@@ -29,7 +29,7 @@ def _tiny(
         add_eos=tiny["add_eos"],
         add_mask=cfg.get("family") == "masked",
     )
-    config = _architecture(cfg)
+    config = architecture(cfg)
     if config.vocab_size < len(tokenizer):
         raise UserError(
             f"model.config.vocab_size={config.vocab_size}: the built-in tokenizer has "
@@ -37,7 +37,7 @@ def _tiny(
         )
     # The constructor draws from the global generator: its state is put back, its draws replaced.
     with torch.random.fork_rng(devices=[]):
-        model = _from_config(config, cfg, torch.float32)
+        model = from_config(config, cfg, torch.float32)
     generator = torch.Generator().manual_seed(tiny["seed"])
     with torch.no_grad():
         for parameter in model.parameters():

@@ -13,20 +13,20 @@ from smezo_cli.config.fixed import is_frozen
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.plan.trace import (
-    _KEPT,
-    _NUM_OPTIONS,
-    _OPTION_TOKENS,
-    _PACKED,
-    _THRESHOLD,
+    KEPT,
+    NUM_OPTIONS,
     NUMBA,
+    OPTION_TOKENS,
+    PACKED,
     RUNTIME_CPU,
     RUNTIME_CUDA,
+    THRESHOLD,
+    Keep,
+    PadOnly,
     _build,
-    _bytes,
-    _Keep,
-    _PadOnly,
-    _trace,
     architecture,
+    bytes_of,
+    trace,
 )
 
 
@@ -208,10 +208,10 @@ class _Planner:
         cuda = self.device == "cuda"
         resident = {
             "CUDA" if cuda else "Python and its libraries": RUNTIME_CUDA if cuda else RUNTIME_CPU,
-            "weights": _bytes(self.model.parameters())
-            - _bytes(self.packed)
-            + math.ceil(_PACKED * sum(p.numel() for p in self.packed)),
-            "buffers": _bytes(self.model.buffers()),
+            "weights": bytes_of(self.model.parameters())
+            - bytes_of(self.packed)
+            + math.ceil(PACKED * sum(p.numel() for p in self.packed)),
+            "buffers": bytes_of(self.model.buffers()),
         }
         phases = self._evaluation()
         if isinstance(method, ZeroOrder):
@@ -225,11 +225,11 @@ class _Planner:
                 f"method={s.method['name']} has no plan: smezo plan knows the methods that are "
                 f"made of {ZeroOrder.__name__} or {FirstOrder.__name__}."
             )
-        trained = _bytes(self.trained.values())
+        trained = bytes_of(self.trained.values())
         # What is held for the method is not there yet.
         phases["loading"] = max(0, self._loading() - sum(more.values()))
         if self.device == "cpu" and self.trained:
-            own["best weights read back"] = max(_bytes([p]) for p in self.trained.values())
+            own["best weights read back"] = max(bytes_of([p]) for p in self.trained.values())
         state = more.get("optimizer state", 0)
         disk, disk_peak = self._disk(trained, state, isinstance(method, ZeroOrder))
         fits = "l2" in s.method  # a probe
@@ -347,23 +347,23 @@ class _Planner:
         # Thresholds chunk by chunk, unless every weight is active; the share of active weights by
         # the mask of one tensor.
         chunk = min(masks._CHUNK, largest) if s.sparsity else 0
-        found["thresholds"] = max(_THRESHOLD * chunk, largest)
+        found["thresholds"] = max(THRESHOLD * chunk, largest)
         if s.method["executor"] == "in_place":
             scorer = self._scorer()
             with torch.no_grad():
                 alone = self._count(lambda: self._objective(scorer, batch))[0] + self._cast()
             # eps m z and the mask of every weight; one tensor in float32, moved and chosen.
-            found["step"] = weights * (_KEPT + 4) + max(alone, 12 * largest)
+            found["step"] = weights * (KEPT + 4) + max(alone, 12 * largest)
             return held, found, 2 * num_queries
         # Plus and minus live at once where both are evaluated module by module.
         twice = 2 if s.method["executor"] in ("lockstep", "auto") else 1
         step, copies = self._probed(batch)
         held["scratch of probes"] = twice * copies
-        found["step"] = twice * step + (_KEPT * weights if keeps else 0)
+        found["step"] = twice * step + (KEPT * weights if keeps else 0)
         pair, _ = self._probed(batch[:2])
         # An exact copy of some tensors is put back after they were perturbed in place.
         saved = self._checked_together()
-        found["self-check"] = saved * (self.dtype.itemsize + (_KEPT if keeps else 0)) + pair
+        found["self-check"] = saved * (self.dtype.itemsize + (KEPT if keeps else 0)) + pair
         return held, found, 2 * num_queries
 
     def _micro_batch(self) -> Sequence[Any]:
@@ -393,7 +393,7 @@ class _Planner:
             compiled = True
         else:
             total = sum(p.numel() for p in self.model.parameters())
-            compiled = total * s.steps >= choose._WORTH_IT and weights >= dense._WORTH_COMPILING
+            compiled = total * s.steps >= choose.WORTH_IT and weights >= dense.WORTH_COMPILING
         plain = num_queries == 1 and s.method.get("rounding") != "stochastic"
         room = self.capacity > 10 * weights
         return compiled, plain and room and not compiled and self.device == "cpu"
@@ -412,7 +412,7 @@ class _Planner:
         scorer = self._scorer()
 
         def measure() -> None:
-            with probe.at(_Keep()):
+            with probe.at(Keep()):
                 self._objective(scorer, batch)
 
         with torch.no_grad():
@@ -462,8 +462,8 @@ class _Planner:
                 group["foreach"] = True  # torch's own choice there
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
-        step, _ = _trace([*parameters, *(p.grad for p in parameters)], optimizer.step)
-        state = _bytes(
+        step, _ = trace([*parameters, *(p.grad for p in parameters)], optimizer.step)
+        state = bytes_of(
             value
             for of_one in optimizer.state.values()
             for value in of_one.values()
@@ -472,10 +472,10 @@ class _Planner:
         held = {"optimizer state": state}
         stages = {
             "forward and backward, gradients included": found,
-            "update, gradients included": step - state + _bytes(parameters),
+            "update, gradients included": step - state + bytes_of(parameters),
             # On a CPU the allocator still holds the freed gradients then, in pieces (measured).
             "checkpoint: a copy of the optimizer state": state
-            + (_bytes(parameters) if self.device == "cpu" else 0),
+            + (bytes_of(parameters) if self.device == "cpu" else 0),
         }
         return held, stages, 1
 
@@ -510,7 +510,7 @@ class _Planner:
     def _scorer(self) -> Any:
         from smezo_cli.scoring.scorer import Scorer
 
-        return Scorer(self.traced, _PadOnly())
+        return Scorer(self.traced, PadOnly())
 
     def _packed(self) -> list[Any]:
         """The weights that are in 4 bits: of linear layers, but for the head and the adapter."""
@@ -535,7 +535,7 @@ class _Planner:
 
     def _count(self, call: Callable[[], Any]) -> tuple[int, int]:
         """Most bytes beside the model's that live during ``call``, and those that stay."""
-        return _trace([*self.traced.parameters(), *self.traced.buffers()], call)
+        return trace([*self.traced.parameters(), *self.traced.buffers()], call)
 
     def _rows(self, count: int, tokens: int) -> list[Any]:
         """Rows of so many tokens as the task's kind has them."""
@@ -548,7 +548,7 @@ class _Planner:
             row = Candidates((ids, (*ids[:-1], 2)), (1, 1), 0, False)
         else:
             generates = self.kind == "generation"
-            option = self.settings.task["max_new_tokens"] if generates else _OPTION_TOKENS
+            option = self.settings.task["max_new_tokens"] if generates else OPTION_TOKENS
             option = max(1, min(option, tokens - 2))
             sequences = [(*ids[: tokens - option], *(k,) * option) for k in range(self._options())]
             row = Candidates(
@@ -570,7 +570,7 @@ class _Planner:
             return 1
         task = self.settings.task
         named = task.get("options") or task.get("source", {}).get("options")
-        return len(named) if isinstance(named, list) else _NUM_OPTIONS
+        return len(named) if isinstance(named, list) else NUM_OPTIONS
 
     def _assumptions(self) -> Iterator[str]:
         s = self.settings
@@ -590,7 +590,7 @@ class _Planner:
                 "forwards; its rows and tokens are not counted"
             )
         if self.kind == "choice":
-            yield f"{self._options()} options of {_OPTION_TOKENS} tokens each"
+            yield f"{self._options()} options of {OPTION_TOKENS} tokens each"
         if self.kind == "generation":
             yield f"answers of task.max_new_tokens={s.task['max_new_tokens']} tokens"
         if s.method.get("objective") == "f1":

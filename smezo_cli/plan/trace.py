@@ -17,22 +17,22 @@ NUMBA = 100_000_000  # Numba, LLVM and the compiled passes, measured likewise
 # Not measured: what CUDA, its libraries and their workspaces usually take on the device.
 RUNTIME_CUDA = 1 << 29
 
-_THRESHOLD = 28  # bytes that masks.kth_magnitude takes for each entry of a chunk
+THRESHOLD = 28  # bytes that masks.kth_magnitude takes for each entry of a chunk
 
-_OPTION_TOKENS = 16  # assumed of a choice task's options
+OPTION_TOKENS = 16  # assumed of a choice task's options
 
-_NUM_OPTIONS = 10  # of a row of ReCoRD; other choice tasks name theirs
+NUM_OPTIONS = 10  # of a row of ReCoRD; other choice tasks name theirs
 
 # Bytes of a weight in NF4: of 64 weights a scale of a byte, of 256 such scales one of float32.
-_PACKED = 0.5 + 1 / 64 + 4 / (64 * 256)
+PACKED = 0.5 + 1 / 64 + 4 / (64 * 256)
 
-_KEPT = 4 + 1  # bytes a weight of noise that is kept: z in float32, the mask
+KEPT = 4 + 1  # bytes a weight of noise that is kept: z in float32, the mask
 
 
 # --- counting ---------------------------------------------------------------------------------
 
 
-def _trace(held: Sequence[Any], call: Callable[[], Any]) -> tuple[int, int]:
+def trace(held: Sequence[Any], call: Callable[[], Any]) -> tuple[int, int]:
     """Most bytes in tensors that live at once while ``call`` runs, and those that live behind it.
 
     Those of ``held`` do not count.
@@ -101,7 +101,7 @@ def _trace(held: Sequence[Any], call: Callable[[], Any]) -> tuple[int, int]:
     return peak, live
 
 
-class _Keep:
+class Keep:
     """A mover that moves nothing, but takes the memory that moving takes."""
 
     def whole(self, parameter: Any, out: Any) -> None:
@@ -118,7 +118,7 @@ class _Keep:
         return moved
 
 
-class _PadOnly:
+class PadOnly:
     """All that a scorer asks of a tokenizer."""
 
     pad_token_id = 0
@@ -171,5 +171,6 @@ def _build(node: Mapping[str, Any], dtype: str, adapter: Mapping[str, Any] | Non
     return model.eval()
 
 
-def _bytes(tensors: Any) -> int:
+def bytes_of(tensors: Any) -> int:
+    """Return the bytes of these tensors together."""
     return sum(t.numel() * t.element_size() for t in tensors)

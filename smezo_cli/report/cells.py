@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 from smezo_cli.config.fixed import plain
 from smezo_cli.errors import UserError
 from smezo_cli.report import collected
-from smezo_cli.report.identity import _NOT_ASKED, _differences, _stripped, _version, flat, identity
+from smezo_cli.report.identity import NOT_ASKED, differences, flat, identity, stripped, version
 from smezo_cli.report.runs import Group, Run, paired
-from smezo_cli.report.table import Line, Printed, Table, _last
+from smezo_cli.report.table import Line, Printed, Table, last
 
 # --- cells -----------------------------------------------------------------------------------
 
@@ -73,7 +73,7 @@ class Reader:
         self._runs = [(run, identity(run.config)) for run in done if run.config]
         finished = [run for run, _ in self._runs if run.result["status"] == "done"]
         newest = max(finished, key=lambda run: str(run.result.get("ended")), default=None)
-        self._version = None if newest is None else _version(newest)
+        self._version = None if newest is None else version(newest)
         self._alike: dict[tuple[object, ...], tuple[object, object]] = {}
         self._asked: list[tuple[str, Mapping[str, Any]]] = []
         self._used: set[Path] = set()
@@ -142,7 +142,7 @@ class Reader:
             elif one is not None:
                 self.notes.append(f"{one.path} diverged and is not in the mean.")
         if lacking:
-            cell.missing = _last((*words, *cell.setting.split(), f"seed={','.join(lacking)}"))
+            cell.missing = last((*words, *cell.setting.split(), f"seed={','.join(lacking)}"))
         return cell
 
     def _could_have(self, words: Sequence[str]) -> bool:
@@ -172,15 +172,15 @@ class Reader:
                 # The same once more, collected or under another name, is no near miss.
                 self._used.update(one.path for one, same in self._runs if same == wanted)
                 chosen = (f"{key}={value}" for key, value in setting.items())
-                self.taken[run.path] = (run, _last((*words, *chosen, f"seed={seed}")))
+                self.taken[run.path] = (run, last((*words, *chosen, f"seed={seed}")))
                 return run
         return None
 
     def _fits(self, run: Run, cell: Cell) -> bool:
         """Numbers of another version, of other rows or another model are not mixed in."""
         self._used.add(run.path)  # it is said here, not as a near miss
-        if _version(run) != self._version:
-            self._refuse(run, f"it is of smezo {_version(run)}, the newest runs of {self._version}")
+        if version(run) != self._version:
+            self._refuse(run, f"it is of smezo {version(run)}, the newest runs of {self._version}")
             return False
         if run.result["status"] != "done":
             return True
@@ -206,7 +206,7 @@ class Reader:
         """
         new = 0
         for run, words in self.taken.values():
-            settings = {k: v for k, v in _stripped(run.config).items() if k not in _NOT_ASKED}
+            settings = {k: v for k, v in stripped(run.config).items() if k not in NOT_ASKED}
             what = "-".join(str(run.result[key]) for key in _NAMES)
             name = f"{what}-s{run.result['seed']}-{identity(settings).replace(' ', '-')}"
             new += collected.write(folder, name, run, settings, words)
@@ -225,7 +225,7 @@ class Reader:
                 keys = [f"{g}.name" for g in _NAMES] + ["seed", "lr", "sparsity", "method.mask"]
                 ours, its = dict(flat(asked)), dict(flat(run.config))
                 if all(ours.get(key) == its.get(key) for key in keys):
-                    near_by.append((_differences(its, ours), where))
+                    near_by.append((differences(its, ours), where))
             if near_by:
                 differing, where = min(near_by, key=lambda item: len(item[0]))
                 words = "; ".join(differing[:4])

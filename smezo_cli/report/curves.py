@@ -10,17 +10,17 @@ from smezo_cli.errors import UserError
 from smezo_cli.files import bounded
 from smezo_cli.report.runs import Run
 from smezo_cli.report.series import (
-    _BINS,
-    _MOST_BYTES,
-    _NAMES,
+    BINS,
+    MOST_BYTES,
+    NAMES,
     Figure,
     Panel,
     Series,
     Source,
     _groups,
-    _one_metric,
     _panels,
     method_name,
+    one_metric,
 )
 
 X_OF_CURVES = {
@@ -40,7 +40,7 @@ def _records(run: Run) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, A
     steps: dict[int, dict[str, Any]] = {}
     looks: dict[int, dict[str, Any]] = {}
     bad = 0
-    for line in bounded.read_text(run.path / "metrics.jsonl", _MOST_BYTES).splitlines():
+    for line in bounded.read_text(run.path / "metrics.jsonl", MOST_BYTES).splitlines():
         try:
             record = json.loads(line)
             step = record["step"]
@@ -107,7 +107,7 @@ def curve(sources: Sequence[Source], y: str = "accuracy", x: str = "steps") -> F
     return figure
 
 
-_BACKWARD = {_NAMES[name] for name in ("adamw", "sgd", "lora", "prefix")}
+_BACKWARD = {NAMES[name] for name in ("adamw", "sgd", "lora", "prefix")}
 
 
 def active(sources: Sequence[Source], x: str = "steps") -> Figure:
@@ -119,13 +119,13 @@ def active(sources: Sequence[Source], x: str = "steps") -> Figure:
 
 def _add_curves(figure: Figure, sources: Sequence[Source], y: str, x: str) -> None:
     for title, members in _panels(sources, lambda _: "").items():
-        metric = _one_metric(members)
+        metric = one_metric(members)
         key, label, every = f"dev.{metric}", f"dev {metric} (%)", 1
         if y == "loss":
             key, label = "dev.loss", "dev loss"
         elif y == "train_loss":
             most = max(int(r.result.get("step") or 0) for s in members for r in s.runs)
-            every = max(1, -(-most // _BINS))
+            every = max(1, -(-most // BINS))
             key, label = y, _train_loss(title, members)
             label += f" (mean of {every} steps)" if every > 1 else ""
         elif y == "active_share":

@@ -40,7 +40,7 @@ _STYLE: dict[str, Any] = {
 # --- drawing ---------------------------------------------------------------------------------
 
 
-def _drawn(figure: Figure, files: Sequence[Path]) -> list[tuple[Path, bytes]]:
+def drawn(figure: Figure, files: Sequence[Path]) -> list[tuple[Path, bytes]]:
     """Each file with its content."""
     import matplotlib.style
 

@@ -11,20 +11,20 @@ from smezo_cli.errors import UserError
 from smezo_cli.report.runs import Run
 from smezo_cli.report.series import (
     Figure,
+    Group,
     Panel,
     Series,
     Source,
-    _check_rows,
     _differing,
     _done,
-    _Group,
     _groups,
-    _natural,
-    _one_metric,
     _panels,
-    _score,
     _sparsity,
+    check_rows,
     method_name,
+    natural,
+    one_metric,
+    score,
 )
 
 
@@ -40,9 +40,9 @@ def sparsity(sources: Sequence[Source]) -> Figure:
     figure = Figure("sparsity", "sparsity (fraction of weights not perturbed)")
     for title, members in _panels(sources, lambda _: "").items():
         runs = [run for source in members for run in _done(source.runs)]
-        _check_rows(title, members)
-        panel = Panel(title, f"test {_one_metric(members)} (%)")
-        points: dict[str, dict[float, list[_Group]]] = {}
+        check_rows(title, members)
+        panel = Panel(title, f"test {one_metric(members)} (%)")
+        points: dict[str, dict[float, list[Group]]] = {}
         for source in members:
             at: dict[tuple[str, float], list[Run]] = {}
             for run in _done(source.runs):
@@ -55,12 +55,12 @@ def sparsity(sources: Sequence[Source]) -> Figure:
             for (name, place), found in at.items():
                 groups = _groups([Source(tuple(found), name, source.chosen)], ())
                 points.setdefault(name, {}).setdefault(place, []).extend(groups)
-        for name in sorted(points, key=_natural):
+        for name in sorted(points, key=natural):
             best = {
                 place: _best(f"{title}, {name} at sparsity {place:g}", groups, figure.notes)
                 for place, groups in sorted(points[name].items())
             }
-            values = tuple(tuple(_score(r) for r in group.runs) for group in best.values())
+            values = tuple(tuple(score(r) for r in group.runs) for group in best.values())
             panel.series.append(Series(name, tuple(best), values))
         zero = {
             100 * float(z[run.metric])
@@ -77,7 +77,7 @@ def sparsity(sources: Sequence[Source]) -> Figure:
     return figure
 
 
-def _best(where: str, groups: Sequence[_Group], notes: list[str]) -> _Group:
+def _best(where: str, groups: Sequence[Group], notes: list[str]) -> Group:
     """The group that dev prefers, of groups that differ in lr."""
     if len(groups) == 1:
         return groups[0]
@@ -102,7 +102,7 @@ def _best(where: str, groups: Sequence[_Group], notes: list[str]) -> _Group:
         )
     seed = min(shared)
 
-    def on_dev(group: _Group) -> tuple[float, float]:
+    def on_dev(group: Group) -> tuple[float, float]:
         run = group.by_seed()[seed]
         best = (run.result.get("dev") or {}).get("best") or {}
         return best.get(run.metric, 0.0), -best.get("loss", 0.0)
@@ -118,8 +118,8 @@ def lr(sources: Sequence[Source]) -> Figure:
     """Test accuracy against the learning rate; where all seeds diverged it is marked."""
     figure = Figure("lr", "learning rate")
     for title, members in _panels(sources, lambda _: "").items():
-        _check_rows(title, members)
-        panel = Panel(title, f"test {_one_metric(members)} (%)")
+        check_rows(title, members)
+        panel = Panel(title, f"test {one_metric(members)} (%)")
         for group in _groups(members, ("lr",)):
             at: dict[float, list[Run]] = {}
             for run in group.runs:
@@ -133,7 +133,7 @@ def lr(sources: Sequence[Source]) -> Figure:
                 Series(
                     group.name,
                     tuple(rate for rate, kept in done.items() if kept),
-                    tuple(tuple(_score(r) for r in kept) for kept in done.values() if kept),
+                    tuple(tuple(score(r) for r in kept) for kept in done.values() if kept),
                     tuple(rate for rate, kept in done.items() if not kept),
                 )
             )

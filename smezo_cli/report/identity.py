@@ -15,7 +15,7 @@ _PLACES = {
 }
 
 # No part of a digest either.
-_NOT_ASKED = (
+NOT_ASKED = (
     *("name", "runs_dir", "logger", "if_exists", "compile", "full_save_every"),
     *("micro_batch_size", "query_ranks", "rank_backend"),
 )
@@ -23,10 +23,11 @@ _NOT_ASKED = (
 
 def identity(values: Mapping[str, Any]) -> str:
     """What runs of one cell and seed have in common: the settings less places and devices."""
-    return digest(_stripped(values)) + f" {values.get('steps')}"
+    return digest(stripped(values)) + f" {values.get('steps')}"
 
 
-def _stripped(values: Mapping[str, Any]) -> dict[str, Any]:
+def stripped(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings without what may differ between equal experiments."""
     kept = {key: value for key, value in values.items() if key != "device"}
     for group, dropped in _PLACES.items():
         given = kept.get(group)
@@ -43,14 +44,15 @@ def _stripped(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
     """Dotted keys and values of what :func:`identity` compares."""
-    for key, value in (node if prefix else without_later_keys(_stripped(node))).items():
+    for key, value in (node if prefix else without_later_keys(stripped(node))).items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{key}.")
-        elif prefix or key not in _NOT_ASKED:
+        elif prefix or key not in NOT_ASKED:
             yield f"{prefix}{key}", value
 
 
-def _differences(its: Mapping[str, object], ours: Mapping[str, object]) -> list[str]:
+def differences(its: Mapping[str, object], ours: Mapping[str, object]) -> list[str]:
+    """Return a line for each setting in which two runs differ."""
     keys = [key for key in {**ours, **its} if its.get(key) != ours.get(key)]
     before = {key: LATER.get(key.rpartition(".")[2]) for key in keys}
     return [
@@ -59,7 +61,7 @@ def _differences(its: Mapping[str, object], ours: Mapping[str, object]) -> list[
     ]
 
 
-def _version(run: Run) -> str:
+def version(run: Run) -> str:
     """Numbers change with the version (CHANGELOG.md), and between versions with the arithmetic."""
     versions = run.result.get("versions") or {}
     numerics = versions.get("numerics")

@@ -151,14 +151,15 @@ def select(runs: Iterable[Run], filters: Sequence[str]) -> list[Run]:
         key, equals, values = text.partition("=")
         if not equals or not key:
             raise UserError(f"{text!r} is not of the form KEY=VALUE, such as task=rte.")
-        if runs and not any(_has(run, key) for run in runs):
-            raise UserError(f"no run has a key {key}{near(key, _keys(runs[0]))}.")
+        if runs and not any(has(run, key) for run in runs):
+            raise UserError(f"no run has a key {key}{near(key, keys(runs[0]))}.")
         wanted = values.split(",")
-        runs = [run for run in runs if _has(run, key) and _is_one_of(run.get(key), wanted)]
+        runs = [run for run in runs if has(run, key) and _is_one_of(run.get(key), wanted)]
     return runs
 
 
-def _has(run: Run, key: str) -> bool:
+def has(run: Run, key: str) -> bool:
+    """Return whether a run has this key."""
     try:
         run.get(key)
     except KeyError:
@@ -180,7 +181,8 @@ def _is_one_of(value: object, words: Sequence[str]) -> bool:
     return False
 
 
-def _keys(run: Run) -> list[str]:
+def keys(run: Run) -> list[str]:
+    """Return the keys that a run can be filtered by."""
     top = {
         key for key, value in {**run.config, **run.result}.items() if not isinstance(value, dict)
     }

@@ -9,15 +9,15 @@ from smezo_cli.errors import UserError
 from smezo_cli.report.identity import flat
 from smezo_cli.report.runs import Run, draw_their_rows
 
-_MOST_BYTES = 1 << 28  # of metrics.jsonl; 20,000 steps have 3 MB
+MOST_BYTES = 1 << 28  # of metrics.jsonl; 20,000 steps have 3 MB
 
 _MOST_LINES = 7  # colours that everybody tells apart
 
 _MOST_PANELS = 6
 
-_BINS = 50  # points of a line of training losses
+BINS = 50  # points of a line of training losses
 
-_NAMES = {
+NAMES = {
     "mezo": "MeZO",
     "mezo_lora": "MeZO-LoRA",
     "mezo_prefix": "MeZO-prefix",
@@ -117,7 +117,7 @@ def method_name(run: Run) -> str:
     node = run.config.get("method")
     node = node if isinstance(node, Mapping) else {}
     if "mask" not in node:
-        return _NAMES.get(method, method)
+        return NAMES.get(method, method)
     name = _MASKS.get(str(node["mask"]), method)
     name += "-LoRA" if node.get("adapter") else ""
     return name + (" refreshed" if node.get("mask_refresh_every") else "")
@@ -137,7 +137,7 @@ def _sparsity(run: Run) -> float | None:
 
 
 @dataclass(frozen=True)
-class _Group:
+class Group:
     """Runs that differ in nothing but the keys that a figure leaves free."""
 
     name: str
@@ -149,12 +149,12 @@ class _Group:
         return {int(run.result["seed"]): run for run in self.runs}
 
 
-def _groups(sources: Iterable[Source], free: Sequence[str]) -> list[_Group]:
+def _groups(sources: Iterable[Source], free: Sequence[str]) -> list[Group]:
     """Runs that differ in the seed and the free keys alone, named so that names differ.
 
     Where the seed draws the rows, too (data_seed=${seed}), these are no difference of their own.
     """
-    buckets: dict[str, list[tuple[Run, _Group]]] = {}
+    buckets: dict[str, list[tuple[Run, Group]]] = {}
     for source in sources:
         for run in source.runs:
             settings = {
@@ -166,8 +166,8 @@ def _groups(sources: Iterable[Source], free: Sequence[str]) -> list[_Group]:
             name = source.name or _full_name(run)
             rest = {k: v for k, v in settings.items() if k not in _OF_SPLIT}
             key = json.dumps([name, source.chosen, rest], sort_keys=True)
-            buckets.setdefault(key, []).append((run, _Group(name, (), settings, source.chosen)))
-    found: dict[str, _Group] = {}
+            buckets.setdefault(key, []).append((run, Group(name, (), settings, source.chosen)))
+    found: dict[str, Group] = {}
     for key, members in buckets.items():
         follows = draw_their_rows([run for run, _ in members])
         for run, group in members:
@@ -181,13 +181,14 @@ def _groups(sources: Iterable[Source], free: Sequence[str]) -> list[_Group]:
         alike = [g.settings for g in groups if g.name == group.name]
         words = _differing(group.settings, alike)
         named.append(replace(group, name=" ".join([group.name, *words])))
-    return sorted(named, key=lambda g: _natural(g.name))
+    return sorted(named, key=lambda g: natural(g.name))
 
 
 _OF_SPLIT = ("data_seed", "train_rows")
 
 
-def _natural(name: str) -> tuple[int, str]:
+def natural(name: str) -> tuple[int, str]:
+    """Return a key that sorts methods as the papers list them."""
     order = ("MeZO", "S-MeZO", "R-MeZO", "Large mask")
     stem = name.split(" ")[0] if not name.startswith("Large mask") else "Large mask"
     return order.index(stem) if stem in order else len(order), name
@@ -234,11 +235,12 @@ def _title(run: Run, more: Callable[[Run], str]) -> str:
     return ", ".join(word for word in words if word)
 
 
-def _one_metric(sources: Sequence[Source]) -> str:
+def one_metric(sources: Sequence[Source]) -> str:
+    """Return the metric of these sources, which all have the same."""
     return next(run.metric for source in sources for run in source.runs)
 
 
-def _check_rows(title: str, sources: Sequence[Source]) -> None:
+def check_rows(title: str, sources: Sequence[Source]) -> None:
     """Refuse runs of other test rows; a table has done so, for each of its splits."""
     rows = {
         str(run.result.get("test_rows"))
@@ -256,7 +258,8 @@ def _check_rows(title: str, sources: Sequence[Source]) -> None:
 # --- scores ----------------------------------------------------------------------------------
 
 
-def _score(run: Run) -> float:
+def score(run: Run) -> float:
+    """Return a run's test score in percent."""
     return 100 * float(run.result["test"][run.metric])
 
 

@@ -61,13 +61,13 @@ class Table:
         if row.command is None or column.command is None or column.name in row.without:
             return None
         also = row.also.get(column.name, ())
-        words = _last((*row.command, *self.common, *column.command, *also, *self.extra))
+        words = last((*row.command, *self.common, *column.command, *also, *self.extra))
         if row.no_steps:
             return tuple(word for word in words if word.partition("=")[0] not in WITHOUT_STEPS)
         return words
 
 
-def _last(words: Sequence[str]) -> tuple[str, ...]:
+def last(words: Sequence[str]) -> tuple[str, ...]:
     """Of settings that are given twice the last."""
     return tuple({word.partition("=")[0]: word for word in words}.values())
 

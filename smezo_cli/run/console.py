@@ -16,7 +16,7 @@ from rich.text import Text
 
 from smezo_cli.errors import UserError, redacted
 from smezo_cli.files import bounded
-from smezo_cli.run.loggers import _open, _removed
+from smezo_cli.run.loggers import open_log, removed
 
 LINE_EVERY_S = 10.0  # between plain progress lines
 
@@ -52,7 +52,7 @@ class Console:
         """
         self._path, self._check = path, check
         self._file = TextIOWrapper(
-            BufferedRandom(_open(path)), encoding="utf-8", errors="backslashreplace"
+            BufferedRandom(open_log(path)), encoding="utf-8", errors="backslashreplace"
         )
 
     def say(self, text: str = "") -> None:
@@ -65,7 +65,7 @@ class Console:
                     bounded.put_back(self._file.fileno(), self._path)
                     self._file.close()
                     self.keep(self._path, self._check)
-                    text = f"{_removed(self._path)}\n{text}"
+                    text = f"{removed(self._path)}\n{text}"
                 self._file.write(text + "\n")
                 self._file.flush()
             # A full disk, or a folder that is gone; what counts is written elsewhere, and says so.

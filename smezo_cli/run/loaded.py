@@ -32,7 +32,7 @@ from smezo_cli.tasks import Prompt, Row, Task, load_task
 from smezo_cli.tasks.base import fingerprint
 from smezo_cli.zo.passes import openmp
 from smezo_cli.zo.passes.by_compiler import NoCompiler
-from smezo_cli.zo.passes.choose import _WORTH_IT
+from smezo_cli.zo.passes.choose import WORTH_IT
 
 if TYPE_CHECKING:
     from smezo_cli.methods.base import Method
@@ -191,7 +191,7 @@ class Job:
             chosen = {"True": "compiled", "False": "eager", "auto": "auto"}
             runtime["backend"] = chosen[str(s.compile)]
             weights = sum(p.numel() for p in self.model.parameters())
-            if s.compile == "auto" and self.device.type == "cpu" and weights * s.steps < _WORTH_IT:
+            if s.compile == "auto" and self.device.type == "cpu" and weights * s.steps < WORTH_IT:
                 runtime["backend"] = "eager"
         elif s.compile != "auto":
             raise UserError(

@@ -22,7 +22,8 @@ from smezo_cli.errors import UserError, redacted, redacted_tree
 from smezo_cli.files import bounded, strict_json
 
 
-def _open(path: Path) -> FileIO:
+def open_log(path: Path) -> FileIO:
+    """Open a log of a run to append to it; raise UserError where it cannot be."""
     try:
         return bounded.open_own_bytes(path)
     except OSError as error:
@@ -41,7 +42,8 @@ class Logger(Protocol):
         """No more records; ``summary`` is result.json's content. Return a line to say, or ''."""
 
 
-def _removed(path: Path) -> str:
+def removed(path: Path) -> str:
+    """Return the line that says that a log was removed during the run."""
     return f"  {path.name} was removed or replaced while the run went on: it is written anew"
 
 
@@ -58,7 +60,7 @@ class JsonlLogger:
         self, path: Path, keep_bytes: int, lost: Callable[[str], None] = lambda line: None
     ) -> None:
         self._path, self._lost = path, lost
-        self._file = _open(path)
+        self._file = open_log(path)
         with self._saying():
             # What lies after the checkpoint is done again; a shorter file must not grow by zeros.
             self._file.truncate(min(keep_bytes, path.stat().st_size))
@@ -101,11 +103,11 @@ class JsonlLogger:
             self._file.seek(0, os.SEEK_END)
         if bounded.is_at(self._file.fileno(), self._path):
             return
-        self._lost(_removed(self._path))
+        self._lost(removed(self._path))
         with self._saying():
             bounded.put_back(self._file.fileno(), self._path)
             self._file.close()
-            self._file = _open(self._path)
+            self._file = open_log(self._path)
 
     @contextlib.contextmanager
     def _saying(self) -> Iterator[None]:

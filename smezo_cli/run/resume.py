@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from smezo_cli.store.folder import RunFolder
 
 
-def _check_done(done: Mapping[str, Any], settings: Settings, path: Path) -> None:
+def check_done(done: Mapping[str, Any], settings: Settings, path: Path) -> None:
     """Refuse to call a run done that asks for more than the finished one has."""
     from smezo_cli.tasks.load import local_fingerprint
 

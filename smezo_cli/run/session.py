@@ -19,7 +19,7 @@ from smezo_cli.files import bounded, strict_json
 from smezo_cli.kinds import METRICS
 from smezo_cli.machine import torchrun
 from smezo_cli.machine.device import all_devices, choose_device
-from smezo_cli.run.resume import _check_done, _damaged
+from smezo_cli.run.resume import _damaged, check_done
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,7 +80,7 @@ def _run(cfg: DictConfig, settings: Settings, team: "Ranks | None") -> dict[str,
                 "run needs a name of its own: add name=NAME."
             )
         elif done is not None and done.get("status") == "done" and done["steps"] == settings.steps:
-            _check_done(done, settings, path)
+            check_done(done, settings, path)
             if damaged := _damaged(folder, done["step"]):
                 console.say(f"{path}: done, but {' and '.join(damaged)} damaged: mended")
                 return finish()

@@ -34,7 +34,7 @@ _MAY_CHANGE = ("task", "device", "dtype", "compute_dtype")
 
 _WHERE = "model.device_map"  # may change, and come where there was none
 
-_SAME_BITS = ("compile",)  # may change where steps are applied again: their bits do not
+SAME_BITS = ("compile",)  # may change where steps are applied again: their bits do not
 
 _OF_THE_TRAINING = (
     *("name", "kind", "source", "prompt", "prompts", "masked", "option_template"),
@@ -43,14 +43,14 @@ _OF_THE_TRAINING = (
 
 
 @contextlib.contextmanager
-def _opened(
+def opened(
     run: str, overrides: Sequence[str] = ()
 ) -> Iterator[tuple["RunFolder", "State", Settings, DictConfig]]:
     """A trained run: its folder (locked), its state, its settings with some changed."""
     from smezo_cli.store.folder import RunFolder
 
     path = Path(run)
-    cfg, settings = _read_config(path, overrides)
+    cfg, settings = read_config(path, overrides)
     folder = RunFolder(path, to_read=True)
     try:
         state = folder.load_state()
@@ -66,7 +66,7 @@ def _opened(
         folder.close()
 
 
-def _say_code(settings: Settings, say: Callable[[str], None]) -> None:
+def say_code(settings: Settings, say: Callable[[str], None]) -> None:
     """Tell before it happens that a model's own code runs; the run was allowed to, and says so."""
     if settings.model.get("trust_remote_code"):
         say(
@@ -75,19 +75,20 @@ def _say_code(settings: Settings, say: Callable[[str], None]) -> None:
         )
 
 
-def _read_config(
+def read_config(
     path: Path, overrides: Sequence[str], may_change: Sequence[str] = ()
 ) -> tuple[DictConfig, Settings]:
     """The settings that a run was trained with, some of them changed."""
     if not (path / "config.yaml").is_file():
         there = "has no config.yaml" if path.is_dir() else "is not there"
         raise UserError(f"{path} {there}: give the folder of a run (smezo runs lists them).")
-    return _parsed(load_yaml(path / "config.yaml"), overrides, may_change)
+    return parsed(load_yaml(path / "config.yaml"), overrides, may_change)
 
 
-def _parsed(
+def parsed(
     cfg: DictConfig, overrides: Sequence[str], may_change: Sequence[str] = ()
 ) -> tuple[DictConfig, Settings]:
+    """Return a run's settings with the changes of a command line, checked."""
     with_later_keys(cfg)
     for word in overrides:
         _change(cfg, word, may_change)
@@ -121,7 +122,7 @@ def _change(cfg: DictConfig, word: str, may_change: Sequence[str]) -> None:
         raise UserError(f"cannot read {shlex.quote(word)}: {sentence(error)}.") from error
 
 
-def _trained(
+def trained(
     folder: "RunFolder",
     state: "State",
     job: "Job",
@@ -133,7 +134,7 @@ def _trained(
     from smezo_cli.store.trajectory import read
 
     chosen = state.best_step if step is None else step
-    assert chosen is not None  # _opened refuses a run without
+    assert chosen is not None  # opened refuses a run without
     if is_frozen(job.settings.method):
         if chosen:
             raise UserError(f"--step {step}: {folder.path} took no steps; leave it out.")
@@ -158,11 +159,11 @@ def _trained(
     records = read(path)
     if not 0 <= chosen <= len(records):
         raise UserError(f"--step {step}: {folder.path} has made {len(records)} steps.")
-    rebuild(job, _replayed(job, records, str(path)), folder, state, records, chosen, say)
+    rebuild(job, replayed(job, records, str(path)), folder, state, records, chosen, say)
     return chosen
 
 
-def _replayed(job: "Job", records: "Trajectory", where: str) -> "ZeroOrder":
+def replayed(job: "Job", records: "Trajectory", where: str) -> "ZeroOrder":
     """The method that made the records, at their start.
 
     Raises:
@@ -190,7 +191,7 @@ def _replayed(job: "Job", records: "Trajectory", where: str) -> "ZeroOrder":
 
 def _prompt(state: "State") -> "Prompt":
     """The prompt that was trained with."""
-    return _as_prompt(state.notes["prompts"][state.notes["prompt"]])
+    return as_prompt(state.notes["prompts"][state.notes["prompt"]])
 
 
 def _encoded(job: "Job", rows: Sequence["Row"], prompt: "Prompt", where: str) -> Any:
@@ -206,7 +207,8 @@ def _encoded(job: "Job", rows: Sequence["Row"], prompt: "Prompt", where: str) ->
     )
 
 
-def _as_prompt(note: Mapping[str, Any]) -> "Prompt":
+def as_prompt(note: Mapping[str, Any]) -> "Prompt":
+    """Rebuild a prompt from what the run noted of it."""
     from smezo_cli.tasks import Prompt
 
     option = note.get("option")
@@ -214,7 +216,7 @@ def _as_prompt(note: Mapping[str, Any]) -> "Prompt":
     return Prompt(note["template"], labels, option or Prompt.option, sfc=note.get("sfc"))
 
 
-def _batch(
+def batch(
     job: "Job",
     prompt: "Prompt",
     noted: Mapping[str, Any] | None,
@@ -240,7 +242,7 @@ def _batch(
         say(found.line)
 
 
-def _kept_beside(path: Path, job: "Job") -> "PartialScores":
+def kept_beside(path: Path, job: "Job") -> "PartialScores":
     """Where the scores are kept of a verb that is stopped: beside the file that it writes."""
     from smezo_cli.store.partial_scores import NAME, PartialScores
 
@@ -296,7 +298,7 @@ def _scored(
             raise KeyboardInterrupt from None
 
 
-def _check_model(state: "State", job: "Job", overrides: Sequence[str], run: str) -> None:
+def check_model(state: "State", job: "Job", overrides: Sequence[str], run: str) -> None:
     """Trained tensors belong on the model that they were trained on, frozen ones included."""
     if any(word.startswith("dtype=") for word in overrides):
         return  # the same weights in another dtype have another fingerprint
@@ -307,7 +309,7 @@ def _check_model(state: "State", job: "Job", overrides: Sequence[str], run: str)
         )
 
 
-def _save_model(job: "Job", target: Path, cfg: DictConfig) -> int:
+def save_model(job: "Job", target: Path, cfg: DictConfig) -> int:
     """Model, tokenizer and settings in a new folder, whole or not at all; its bytes."""
     from smezo_cli.files.atomic import check_space
 

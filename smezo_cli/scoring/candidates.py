@@ -89,7 +89,7 @@ class Candidates:
     @property
     def num_tokens(self) -> int:
         """Tokens that a forward without gradients takes."""
-        if _is_one(self):
+        if is_one(self):
             return self.width
         return self.prefix + (self.width - self.prefix) * len(self.full)
 
@@ -110,7 +110,7 @@ class Candidates:
         if not self.full:
             return 0
         before = min(len(ids) - n for ids, n in zip(self.full, self.num_option, strict=True)) - 1
-        return min(before, _num_common(self.full))
+        return min(before, num_common(self.full))
 
     @property
     def gold(self) -> int:
@@ -223,7 +223,7 @@ def _encode(
             # across the border; then the candidate begins with the first token that differs.
             extra = len(ids) - len(context)
             if ids[: len(context)] != context:
-                extra = len(ids) - _num_common([ids, context])
+                extra = len(ids) - num_common([ids, context])
                 num_merged += extra > 0
             if extra == len(ids) and begins:
                 raise UserError(
@@ -344,7 +344,7 @@ def _encode_masked(
     return encoded
 
 
-def _is_one(row: Candidates) -> bool:
+def is_one(row: Candidates) -> bool:
     """One sequence gives all that is asked of the row."""
     return not row.full or row.shares_prefix
 
@@ -359,7 +359,7 @@ def _label_ids(batch: Sequence[Candidates]) -> tuple[int, ...] | None:
     return labels.pop() if len(labels) == 1 and all(c.shares_prefix for c in batch) else None
 
 
-def _num_common(sequences: Sequence[Any]) -> int:
+def num_common(sequences: Sequence[Any]) -> int:
     """Leading tokens in which all sequences agree."""
     # The first and the last in order differ as early as any two.
     first, last = min(sequences), max(sequences)
@@ -367,7 +367,7 @@ def _num_common(sequences: Sequence[Any]) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(last)))
 
 
-def _split_by_length(batch: Sequence[Candidates]) -> list[Sequence[Candidates]]:
+def split_by_length(batch: Sequence[Candidates]) -> list[Sequence[Candidates]]:
     """One or two parts of like length, where that saves a sixth of the padded tokens.
 
     A CPU's time goes with the tokens; a GPU would rather have one launch.

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 
-class _HeldLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # untyped in transformers
+class HeldLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # untyped in transformers
     """Keys and values of one sequence, behind which any number of others stand; it never grows."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
@@ -28,11 +28,11 @@ class _HeldLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # untyped in t
 
 
 @dataclass(frozen=True)
-class _Held:
+class Held:
     """Tokens with which rows begin, and what the model has made of them."""
 
     ids: tuple[int, ...]
-    layers: Sequence[_HeldLayer]
+    layers: Sequence[HeldLayer]
 
     def cache(self) -> DynamicCache:
         """For a forward over any number of rows behind the tokens."""

@@ -34,13 +34,13 @@ from smezo_cli.scoring import generation
 from smezo_cli.scoring.batching import Batching
 from smezo_cli.scoring.candidates import (
     Candidates,
-    _is_one,
     _label_ids,
-    _num_common,
-    _split_by_length,
+    is_one,
+    num_common,
+    split_by_length,
 )
 from smezo_cli.scoring.objectives import NonFiniteScore, loss_weight, outcomes
-from smezo_cli.scoring.prefix_cache import _Held, _HeldLayer
+from smezo_cli.scoring.prefix_cache import Held, HeldLayer
 from smezo_cli.scoring.tokens import num_rows, padding_id
 from smezo_cli.zo.probe import only_rows
 
@@ -78,7 +78,7 @@ class Scorer:
         self._calls_head = False
         self.places_before = places_before
         self.holds_common = False  # rows begin with the same demonstrations: see holding()
-        self._held: _Held | None = None
+        self._held: Held | None = None
         #: which sequences share a forward, of scores (and losses) and of generated answers
         self.batching = self.batching_of_answers = Batching()
         self.always_caches = False  # where a common prefix saves too little to be worth it, too
@@ -106,7 +106,7 @@ class Scorer:
         lm = batch[0].kind != "classification"
         if lm:
             batch = [c.gold_alone() for c in batch]
-        parts = _split_by_length(batch) if self._device.type == "cpu" else [batch]
+        parts = split_by_length(batch) if self._device.type == "cpu" else [batch]
         total = torch.zeros((), device=self._device)
         for part in parts:
             if lm:
@@ -154,7 +154,7 @@ class Scorer:
             for chosen, of_chosen in self.generate_all(batch):
                 texts |= zip(chosen, of_chosen, strict=True)
             return outcomes(batch, None, [texts[i] for i in range(len(batch))])
-        parts = _split_by_length(batch) if self._device.type == "cpu" else [batch]
+        parts = split_by_length(batch) if self._device.type == "cpu" else [batch]
         return torch.cat([outcomes(part, self.scores(part)) for part in parts])
 
     @contextmanager
@@ -184,7 +184,7 @@ class Scorer:
         if not whole or rows[0].mask is not None:
             return ()
         most = min(c.prefix if c.full else len(c.context) - 1 for c in rows if not c.truncated)
-        return whole[0][: max(0, min(most, _num_common(whole)))]
+        return whole[0][: max(0, min(most, num_common(whole)))]
 
     @torch.no_grad()
     def _keep_keys(self, ids: tuple[int, ...], cache: DynamicCache) -> None:
@@ -198,9 +198,9 @@ class Scorer:
                 use_cache=True,
             )
         filled: list[Any] = cache.layers
-        self._held = _Held(ids, [_HeldLayer(layer.keys, layer.values) for layer in filled])
+        self._held = Held(ids, [HeldLayer(layer.keys, layer.values) for layer in filled])
 
-    def _held_for(self, batch: Sequence[Candidates]) -> _Held | None:
+    def _held_for(self, batch: Sequence[Candidates]) -> Held | None:
         """What all rows of the batch stand behind, where using it takes fewer tokens."""
         if self._held is None or torch.is_grad_enabled():
             return None
@@ -215,9 +215,9 @@ class Scorer:
         if any(ids[:size] != self._held.ids for ids in sequences):
             return row.num_tokens
         each = row.width - size
-        return min(row.num_tokens, each if _is_one(row) else each * len(row.full))
+        return min(row.num_tokens, each if is_one(row) else each * len(row.full))
 
-    def _behind(self, sequences: Sequence[Sequence[int]], held: _Held | None) -> dict[str, Any]:
+    def _behind(self, sequences: Sequence[Sequence[int]], held: Held | None) -> dict[str, Any]:
         """Inputs of a forward over sequences, which begin with what is held, if anything is."""
         if held is None:
             return {"input_ids": self._padded(sequences), "use_cache": False}
@@ -486,7 +486,7 @@ class Scorer:
         return self._in_forwards(sequences, together)
 
     def _apart(
-        self, candidates: Sequence[Sequence[int]], options: Sequence[int], held: _Held | None
+        self, candidates: Sequence[Sequence[int]], options: Sequence[int], held: Held | None
     ) -> Tensor:
         """Logits before each option token, (option tokens, vocabulary); a sequence a candidate."""
         # Logits at position p speak of token p + 1: the last token is never read.

@@ -10,16 +10,16 @@ import numpy as np
 
 from smezo_cli.files import strict_json
 from smezo_cli.store.trajectory import (
-    _DELTA,
-    _START,
-    _VERSION,
+    DELTA,
     MAX_BYTES,
+    START,
+    VERSION,
     Damaged,
     Trajectory,
-    _opened,
     _queries,
-    _read_start,
-    _record_type,
+    opened,
+    read_start,
+    record_type,
 )
 
 # --- deltas ------------------------------------------------------------------------------------
@@ -31,7 +31,7 @@ def delta(trajectory: Trajectory, steps: int, about: Mapping[str, Any]) -> bytes
     columns = np.ascontiguousarray(trajectory.columns(steps), "<f8")
     # Bytes of like significance lie together: those of equal learning rates then take no room.
     by_place = columns.view(np.uint8).reshape(len(columns), steps, 8).transpose(0, 2, 1)
-    content = _START.pack(_DELTA, _VERSION, len(text)) + text + zlib.compress(by_place.tobytes(), 9)
+    content = START.pack(DELTA, VERSION, len(text)) + text + zlib.compress(by_place.tobytes(), 9)
     return content + hashlib.sha256(content).digest()
 
 
@@ -41,8 +41,8 @@ def read_delta(path: Path) -> tuple[dict[str, Any], Trajectory]:
     Raises:
         Damaged: it is not one, or not whole.
     """
-    with _opened(path) as file:
-        about, _ = _read_start(path, file, _DELTA)
+    with opened(path) as file:
+        about, _ = read_start(path, file, DELTA)
         file.seek(0)
         content = file.read(MAX_BYTES + 1)
     damaged = Damaged(f"{path} is damaged: get it anew.")
@@ -51,12 +51,12 @@ def read_delta(path: Path) -> tuple[dict[str, Any], Trajectory]:
     header, steps = about.get("header"), about.get("step")
     if not isinstance(header, dict) or type(steps) is not int or steps < 0:
         raise damaged
-    kind = _record_type(_queries(path, header))
+    kind = record_type(_queries(path, header))
     columns = 1 + kind["projected_grad"].shape[0]
     size = columns * steps * 8
     if size > MAX_BYTES:
         raise damaged
-    packed = content[_START.size + _START.unpack(content[: _START.size])[2] : -32]
+    packed = content[START.size + START.unpack(content[: START.size])[2] : -32]
     unpack = zlib.decompressobj()
     try:
         found = unpack.decompress(packed, size + 1)
@@ -78,6 +78,6 @@ def is_delta(path: Path) -> bool:
     """Does the file begin as a delta does?"""
     if not path.is_file():
         return False
-    with _opened(path) as file:
-        found: bytes = file.read(len(_DELTA))
-    return found == _DELTA
+    with opened(path) as file:
+        found: bytes = file.read(len(DELTA))
+    return found == DELTA

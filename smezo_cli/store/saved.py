@@ -15,7 +15,7 @@ from torch import Tensor
 
 from smezo_cli.errors import UserError
 from smezo_cli.files import bounded, strict_json
-from smezo_cli.files.atomic import _replacing, check_space
+from smezo_cli.files.atomic import check_space, replacing
 
 
 def save_tensors(
@@ -31,7 +31,7 @@ def save_tensors(
     check_space(path.parent, needed)
     digest = tensors_digest(content)
     words = strict_json.dumps({"sha256": digest, **(about or {})})
-    with _replacing(path) as partial:
+    with replacing(path) as partial:
         save_file(content, partial, {"smezo": words})
     return digest
 

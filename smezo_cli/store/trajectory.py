@@ -40,8 +40,8 @@ from smezo_cli.errors import UserError
 from smezo_cli.files import bounded, strict_json
 from smezo_cli.zo.step import StepRecord
 
-_RUN, _DELTA, _VERSION = b"SMEZOTRJ", b"SMEZODLT", 1
-_START = struct.Struct("<8sII")
+_RUN, DELTA, VERSION = b"SMEZOTRJ", b"SMEZODLT", 1
+START = struct.Struct("<8sII")
 _CRC = struct.Struct("<I")
 # A file may be anybody's: what is read of it, and what is made of that, is bounded.
 MAX_BYTES = 1 << 26
@@ -132,9 +132,9 @@ def read(path: Path) -> Trajectory:
     Raises:
         Damaged: the file is missing, or its header is not good.
     """
-    with _opened(path) as file:
-        header, crc = _read_start(path, file, _RUN)
-        kind = _record_type(_queries(path, header))
+    with opened(path) as file:
+        header, crc = read_start(path, file, _RUN)
+        kind = record_type(_queries(path, header))
         stored = _CRC.unpack(_exactly(path, file, _CRC.size))[0]
         if stored != crc:
             raise Damaged(f"{path} is damaged in its header.")
@@ -163,7 +163,8 @@ def read(path: Path) -> Trajectory:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
+    """Open a trajectory or a delta to read; raise Damaged where it cannot be."""
     try:
         # What is no file (a pipe, a device) might never end, nor open.
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
@@ -182,14 +183,15 @@ def _exactly(path: Path, file: Any, count: int) -> bytes:
     return found
 
 
-def _read_start(path: Path, file: Any, magic: bytes) -> tuple[dict[str, Any], int]:
-    start = _exactly(path, file, _START.size)
-    found, version, length = _START.unpack(start)
+def read_start(path: Path, file: Any, magic: bytes) -> tuple[dict[str, Any], int]:
+    """Read the header of a file: its JSON object, and where the records begin."""
+    start = _exactly(path, file, START.size)
+    found, version, length = START.unpack(start)
     if found != magic:
         what = "trajectory" if magic == _RUN else "delta"
         raise Damaged(f"{path} is no {what} of smezo.")
-    if version != _VERSION:
-        raise Damaged(f"{path} has version {version}, this smezo reads {_VERSION}.")
+    if version != VERSION:
+        raise Damaged(f"{path} has version {version}, this smezo reads {VERSION}.")
     if length > _MAX_JSON:
         raise Damaged(f"{path} is damaged in its header.")
     text = _exactly(path, file, length)
@@ -210,7 +212,8 @@ def _queries(path: Path, header: Mapping[str, Any]) -> int:
     return queries
 
 
-def _record_type(queries: int) -> np.dtype[Any]:
+def record_type(queries: int) -> np.dtype[Any]:
+    """Return the dtype of one record with so many projected gradients."""
     return np.dtype(
         [
             *(("step", "<u4"), ("lr", "<f8"), ("loss", "<f8"), ("seconds", "<f4")),
@@ -246,9 +249,9 @@ class Recorder:
     ) -> None:
         self.path, self.method, self._known, self._lost = path, method, known, lost
         self.count = 0 if known is None else len(known)
-        kind = _record_type(method.identity()["num_queries"])
+        kind = record_type(method.identity()["num_queries"])
         self._kind, text = kind, strict_json.dumps(header, sort_keys=True).encode()
-        start = _START.pack(_RUN, _VERSION, len(text)) + text
+        start = START.pack(_RUN, VERSION, len(text)) + text
         start += _CRC.pack(zlib.crc32(start))
         self._crc = zlib.crc32(start[: -_CRC.size])
         if known is not None and self.count:
@@ -343,8 +346,8 @@ def check_length(steps: int, queries: int) -> None:
     Raises:
         UserError: more than `MAX_BYTES`.
     """
-    if queries > _MAX_QUERIES or steps * _record_type(queries).itemsize > MAX_BYTES:
-        most = MAX_BYTES // _record_type(min(queries, _MAX_QUERIES)).itemsize
+    if queries > _MAX_QUERIES or steps * record_type(queries).itemsize > MAX_BYTES:
+        most = MAX_BYTES // record_type(min(queries, _MAX_QUERIES)).itemsize
         raise UserError(
             f"steps={steps} with method.num_queries={queries}: a trajectory holds at most {most} "
             f"steps of so many and {_MAX_QUERIES} queries; take fewer."

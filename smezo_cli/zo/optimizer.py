@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from smezo_cli.zo import dynamo
 from smezo_cli.zo import self_check as reach
-from smezo_cli.zo.directions.dense import _WORTH_COMPILING, Direction, _free_memory_bytes
+from smezo_cli.zo.directions.dense import WORTH_COMPILING, Direction, free_memory_bytes
 from smezo_cli.zo.executors.base import Executor
 from smezo_cli.zo.executors.in_place import InPlace
 from smezo_cli.zo.executors.lockstep import Lockstep
@@ -33,7 +33,7 @@ from smezo_cli.zo.probe import FunctionalProbe
 from smezo_cli.zo.selections import masks
 from smezo_cli.zo.self_check import Base, Losses, Reads, Rounding, Unreached
 from smezo_cli.zo.step import NUMERICS, Closure, NonFiniteLoss, Shared, StepRecord
-from smezo_cli.zo.targets import Target, _check, _number, _one_of, _select
+from smezo_cli.zo.targets import Target, _check, number, one_of, select
 from smezo_cli.zo.turns import NotInLockstep, refuse
 
 
@@ -111,23 +111,23 @@ class ZeroOrder(torch.optim.Optimizer):
         clip = clip_projected_grad
         _check(clip is None or clip > 0, f"clip_projected_grad={clip}: must be above 0")
         _check(0 <= sparsity < 1, f"sparsity={sparsity}: the fraction NOT perturbed, in [0, 1)")
-        _one_of("mask", mask, ("none", *masks.RULES))
+        one_of("mask", mask, ("none", *masks.RULES))
         _check(mask != "none" or sparsity == 0, f"sparsity={sparsity} has no effect with mask=none")
         _check(mask_refresh_every >= 0, f"mask_refresh_every={mask_refresh_every}: 0 or more")
-        _one_of("mask_resample", mask_resample, ("run", "step"))
+        one_of("mask_resample", mask_resample, ("run", "step"))
         _check(
             mask_resample == "run" or mask == "random",
             f"mask_resample={mask_resample} has no effect with mask={mask}",
         )
-        _one_of("constant_tensors", constant_tensors, ("dense", "frozen"))
-        _one_of("noise", noise, KINDS)
-        _one_of("rounding", rounding, ("nearest", "stochastic"))
-        _one_of("executor", executor, ("auto", "sequential", "lockstep", "in_place"))
-        _one_of("keep_noise", keep_noise, ("auto", True, False))
-        _one_of("backend", backend, ("auto", "compiled", "eager"))
+        one_of("constant_tensors", constant_tensors, ("dense", "frozen"))
+        one_of("noise", noise, KINDS)
+        one_of("rounding", rounding, ("nearest", "stochastic"))
+        one_of("executor", executor, ("auto", "sequential", "lockstep", "in_place"))
+        one_of("keep_noise", keep_noise, ("auto", True, False))
+        one_of("backend", backend, ("auto", "compiled", "eager"))
 
         model = dynamo.original(model)
-        self.targets = _select(model, list(freeze), list(dense))
+        self.targets = select(model, list(freeze), list(dense))
         self._by_id = {id(t.parameter): t for t in self.targets}
         super().__init__(
             [t.parameter for t in self.targets],
@@ -152,7 +152,7 @@ class ZeroOrder(torch.optim.Optimizer):
         devices = [t.parameter.device for t in self.targets]
         # Numba's passes are for CPUs alone, torch.compile's for tensors here and there.
         device = next((d for d in devices if d.type != "cpu"), devices[0])
-        if backend == "auto" and device.type == "cpu" and self.num_weights < _WORTH_COMPILING:
+        if backend == "auto" and device.type == "cpu" and self.num_weights < WORTH_COMPILING:
             backend = "eager"
         self.passes, self.why_eager = choose_passes(self._rule, backend, device)
         # Probes round to nearest; only the stored update may round stochastically.
@@ -173,7 +173,7 @@ class ZeroOrder(torch.optim.Optimizer):
             keep_noise = True  # its update uses the mask of before the first write
         elif keep_noise == "auto":
             keep_noise = can_keep and self.passes.name == "eager" and device.type == "cpu"
-            keep_noise = keep_noise and _free_memory_bytes() > 10 * self.num_weights
+            keep_noise = keep_noise and free_memory_bytes() > 10 * self.num_weights
         self.keep_noise = bool(keep_noise)
         self._kept: dict[str, tuple[Tensor, Tensor]] = {}
         self._streams: dict[tuple[str | int, ...], list[tuple[int, int]]] = {}
@@ -366,7 +366,7 @@ class ZeroOrder(torch.optim.Optimizer):
                 for executor in (self._sequential, self._lockstep):
                     start = time.perf_counter()
                     pair = self._measured(executor, closure, plus, minus)
-                    losses = tuple(map(_number, pair))
+                    losses = tuple(map(number, pair))
                     spent = time.perf_counter() - start
                     name = executor.name
                     seconds[name] = min(spent, seconds.get(name, math.inf))
@@ -491,7 +491,7 @@ class ZeroOrder(torch.optim.Optimizer):
         self._kept.clear()
         pair = self._measured(self._sequential, closure, plus, minus)
         self._kept.clear()
-        return _number(pair[0]), _number(pair[1])
+        return number(pair[0]), number(pair[1])
 
     @staticmethod
     def _pass(passes: Passes, target: Target, out: Tensor, direction: Direction) -> None:
@@ -663,7 +663,7 @@ class ZeroOrder(torch.optim.Optimizer):
         """What is read past the probe, and the loss of a probe that moves nothing."""
         reads = Reads([t.parameter for t in self.targets])
         with self._probe.at(reads), reads:
-            reads.loss = _number(closure())
+            reads.loss = number(closure())
         return reads
 
     def _read_past(self, closure: Closure, base: Base) -> tuple[dict[str, str], Base]:
@@ -742,13 +742,13 @@ class ZeroOrder(torch.optim.Optimizer):
         size = scale * max(self.param_groups[0]["eps"], 1e-2)
         direction = self.direction([0], [size])
         with self._probe.at(direction, only={id(t.parameter) for t in targets}):
-            functional = _number(closure())
+            functional = number(closure())
         saved = [t.flat.clone() for t in targets]
         torch.clear_autocast_cache()  # it may hold casts of what is written to
         try:
             for target in targets:
                 direction.whole(target.parameter, target.flat)
-            in_place = _number(closure())
+            in_place = number(closure())
         finally:
             for target, copy in zip(targets, saved, strict=True):
                 target.flat.copy_(copy)
@@ -760,7 +760,7 @@ class ZeroOrder(torch.optim.Optimizer):
         """Name what is not reached; a closure whose losses differ by chance is told apart."""
         if not wrong:
             return
-        losses = [_number(closure()) for _ in range(4)]
+        losses = [number(closure()) for _ in range(4)]
         lowest, highest = min(losses), max(losses)
         if base.rounding.is_random(lowest, highest, base.is_drawn):
             raise ValueError(reach.random_closure(lowest, highest, base.is_drawn))
@@ -773,7 +773,7 @@ class ZeroOrder(torch.optim.Optimizer):
     def _check_lockstep(self, closure: Closure, base: Base) -> None:
         plus, minus = self.direction([0], [1e-2]), self.direction([0], [-1e-2])
         pairs = [
-            map(_number, executor.losses(closure, plus, minus))
+            map(number, executor.losses(closure, plus, minus))
             for executor in (self._sequential, self._lockstep)
         ]
         self._kept.clear()

@@ -32,7 +32,8 @@ class Target:
         return flat
 
 
-def _select(model: nn.Module, freeze: list[str], dense: list[str]) -> list[Target]:
+def select(model: nn.Module, freeze: list[str], dense: list[str]) -> list[Target]:
+    """Return the tensors that are trained; raise ValueError for globs that match none."""
     plain = [(dynamo.plain_name(name), p) for name, p in model.named_parameters()]
     named = [(name, p) for name, p in plain if p.requires_grad]
     if not named:
@@ -56,7 +57,8 @@ def _select(model: nn.Module, freeze: list[str], dense: list[str]) -> list[Targe
     return targets
 
 
-def _number(loss: Tensor) -> float:
+def number(loss: Tensor) -> float:
+    """Return a loss as a Python float."""
     return float(loss.detach())
 
 
@@ -65,5 +67,6 @@ def _check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _one_of(key: str, got: str | bool, allowed: Sequence[str | bool]) -> None:
+def one_of(key: str, got: str | bool, allowed: Sequence[str | bool]) -> None:
+    """Raise ValueError unless the value is one of those allowed."""
     _check(got in allowed, f"{key}={got}: one of {', '.join(map(str, allowed))}")

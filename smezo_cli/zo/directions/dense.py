@@ -56,10 +56,11 @@ class Direction:
         return z * self.draw(target).coefficients[0], mask
 
 
-_WORTH_COMPILING = 1_000_000  # weights; fewer are moved some hundred times while Numba starts
+WORTH_COMPILING = 1_000_000  # weights; fewer are moved some hundred times while Numba starts
 
 
-def _free_memory_bytes() -> int:
+def free_memory_bytes() -> int:
+    """Return the free memory of this machine in bytes; 0 where it is not known."""
     if "SC_AVPHYS_PAGES" not in os.sysconf_names:
         return 0
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -15,11 +15,11 @@ from smezo_cli.zo.passes.eager import (
     EagerPasses,
     Use,
     _directions,
-    _over_chunks,
-    _round_bits,
     move_at,
     move_pairs,
     move_pairs_both,
+    over_chunks,
+    round_bits,
 )
 
 _numbers = itertools.count()  # of what was compiled
@@ -95,14 +95,14 @@ class CompiledPasses:
         def one(part: slice) -> None:
             counter = torch.arange(part.start, part.stop, device=weight.device)
             first, second = self._directions(counter, *draw)
-            bits = _round_bits(counter, self.rule, draw)
+            bits = round_bits(counter, self.rule, draw)
             use(part, first, bits[0])
             use(slice(pairs + part.start, pairs + part.stop), second, bits[1])
 
-        _over_chunks(pairs, weight.device, one)
+        over_chunks(pairs, weight.device, one)
         if weight.numel() % 2:
             counter = torch.tensor([pairs], device=weight.device)
-            bits = _round_bits(counter, self.rule, draw)
+            bits = round_bits(counter, self.rule, draw)
             use(slice(2 * pairs, None), _directions(counter, self.rule, draw)[0], bits[0])
 
     def move_at(self, weight: Tensor, index: Tensor, numel: int, draw: Draw) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from smezo_cli.zo import noise
 from smezo_cli.zo.passes.draw import Draw, Numbers, Rule
-from smezo_cli.zo.passes.eager import Use, _over_chunks
+from smezo_cli.zo.passes.eager import Use, over_chunks
 from smezo_cli.zo.rounding import ROUNDINGS
 
 # Pairs per thread below which another thread costs more than it saves.
@@ -90,7 +90,7 @@ class NumbaPasses:
             if part.start < pairs:
                 use(slice(pairs + part.start, pairs + part.stop), both[1], bits[1])
 
-        _over_chunks(pairs, weight.device, one, _BUFFER)
+        over_chunks(pairs, weight.device, one, _BUFFER)
         if odd:  # the last entry is the first of a pair of its own
             one(slice(pairs, pairs + 1))
 
@@ -109,7 +109,7 @@ class NumbaPasses:
         def one(part: slice) -> None:
             loop(*(x[part] for x in arrays), part.start, *plain)
 
-        _over_chunks(pairs, torch.device("cpu"), one, max(_SHARE, -(-pairs // threads)))
+        over_chunks(pairs, torch.device("cpu"), one, max(_SHARE, -(-pairs // threads)))
 
     def _move_buffered(self, weight: Tensor, out: Tensor, numbers: Numbers) -> None:
         pairs = weight.numel() // 2
@@ -119,7 +119,7 @@ class NumbaPasses:
             halves = weight[part], weight[there], out[part], out[there]
             self._buffered(*halves, part.start, numbers)
 
-        _over_chunks(pairs, weight.device, one, _BUFFER)
+        over_chunks(pairs, weight.device, one, _BUFFER)
         if weight.numel() % 2:
             last = slice(2 * pairs, None)
             self._odd(weight[last], out[last], pairs, numbers)
@@ -167,7 +167,7 @@ class NumbaPasses:
             loop(w[part].float().numpy(), *there, *plain)
             out[part] = moved
 
-        _over_chunks(w.numel(), w.device, one, _BUFFER)
+        over_chunks(w.numel(), w.device, one, _BUFFER)
         return out.view(weight.shape)
 
     @staticmethod

@@ -71,4 +71,4 @@ def _first_line(error: BaseException) -> str:
 
 
 # Weights times steps from which Numba's start, some 4 s, is repaid (eager: some 1e8 a second).
-_WORTH_IT = 5e8
+WORTH_IT = 5e8

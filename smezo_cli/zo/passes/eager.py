@@ -60,7 +60,7 @@ def _masks(
     return is_active(magnitudes[0], draw.h), is_active(magnitudes[1], draw.h)
 
 
-def _round_bits(counter: Tensor, rule: Rule, draw: Draw) -> tuple[Tensor | None, Tensor | None]:
+def round_bits(counter: Tensor, rule: Rule, draw: Draw) -> tuple[Tensor | None, Tensor | None]:
     """31 random bits for both elements of each pair, where rounding is stochastic."""
     if not rule.stochastic:
         return None, None
@@ -79,7 +79,7 @@ def move_pairs(
     """The pass over pairs (i, i + pairs), written to the out tensors (which may be the inputs)."""
     directions = _directions(counter, rule, draw)
     active = _masks(first, second, counter, rule, draw)
-    bits = _round_bits(counter, rule, draw)
+    bits = round_bits(counter, rule, draw)
     dtype = out_first.dtype
     moved = _blend(first, directions[0], active[0], bits[0], draw, dtype)
     out_second.copy_(_blend(second, directions[1], active[1], bits[1], draw, dtype))
@@ -122,7 +122,7 @@ def move_at(weight: Tensor, index: Tensor, numel: int | Tensor, rule: Rule, draw
     counter, is_first = noise.locate(index, numel)
     directions = _directions(counter, rule, draw)
     active = _masks(weight, weight, counter, rule, draw)
-    bits = _round_bits(counter, rule, draw)
+    bits = round_bits(counter, rule, draw)
     own_bits = None
     if bits[0] is not None and bits[1] is not None:
         own_bits = torch.where(is_first, bits[0], bits[1])
@@ -196,7 +196,7 @@ class EagerPasses:
 
         def one(first: slice, second: slice, counter: Tensor) -> None:
             directions = _directions(counter, self.rule, draw)
-            bits = _round_bits(counter, self.rule, draw)
+            bits = round_bits(counter, self.rule, draw)
             use(first, directions[0], bits[0])
             if second != first:  # an odd last entry is both
                 use(second, directions[1], bits[1])
@@ -210,7 +210,7 @@ class EagerPasses:
             direction = z[part] * draw.coefficients[0]
             out[part] = _blend(weight[part], direction, mask[part], None, draw, out.dtype)
 
-        _over_chunks(weight.numel(), weight.device, one)
+        over_chunks(weight.numel(), weight.device, one)
 
     @staticmethod
     def along_kept(z: Tensor, draw: Draw, use: "Use") -> None:
@@ -219,10 +219,10 @@ class EagerPasses:
         def one(part: slice) -> None:
             use(part, z[part] * draw.coefficients[0], None)
 
-        _over_chunks(z.numel(), z.device, one)
+        over_chunks(z.numel(), z.device, one)
 
 
-def _over_chunks(
+def over_chunks(
     length: int, device: torch.device, one: Callable[[slice], None], chunk: int | None = None
 ) -> None:
     """Call ``one`` for slices of [0, length), on a CPU in as many threads as torch has.
@@ -264,7 +264,7 @@ def _over_pairs(weight: Tensor, one: Callable[[slice, slice, Tensor], None]) -> 
         counter = torch.arange(part.start, part.stop, dtype=torch.int64, device=device)
         one(part, slice(pairs + part.start, pairs + part.stop), counter)
 
-    _over_chunks(pairs, device, whole)
+    over_chunks(pairs, device, whole)
     if weight.numel() % 2:
         last = slice(2 * pairs, 2 * pairs + 1)
         one(last, last, torch.tensor([pairs], dtype=torch.int64, device=device))
