@@ -12,7 +12,7 @@ import pytest
 if importlib.util.find_spec("matplotlib") is None:
     pytest.skip("matplotlib is not installed: pip install 'smezo[plots]'", allow_module_level=True)
 
-from smezo_cli.cli import plot, table
+from smezo_cli.cli import plot
 from smezo_cli.cli.verbs import main
 from smezo_cli.errors import UserError
 from smezo_cli.report import cells, curves, draw, figures
@@ -378,7 +378,7 @@ def test_a_table_gives_the_runs_that_it_took(
     """What is drawn is what the table prints; the grid is that of the first seed."""
     (tmp_path / "conf" / "table").mkdir(parents=True)
     (tmp_path / "conf" / "table" / "tiny.yaml").write_text(TINY)
-    monkeypatch.setattr(table, "CONF_DIR", tmp_path / "conf")
+    monkeypatch.setattr(table_module, "CONF_DIR", tmp_path / "conf")
     monkeypatch.chdir(tmp_path)
     assert main(["table", "tiny", "--run"]) == 0
     capsys.readouterr()

@@ -12,7 +12,7 @@ from smezo_cli.config.compose import compose
 from smezo_cli.config.digest import digest
 from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError
-from smezo_cli.models import load as models
+from smezo_cli.models import architecture
 from smezo_cli.models.adapter import attach
 from smezo_cli.models.load import load_model
 from smezo_cli.plan.planner import plan
@@ -45,7 +45,7 @@ def test_nothing_is_loaded_where_it_cannot_be_had(monkeypatch: pytest.MonkeyPatc
     settings = check(compose(QUANTIZED))
     with pytest.raises(UserError, match="needs CUDA, and the device is cpu"):
         Job(settings, "cpu", lambda line: None)
-    monkeypatch.setattr(models, "is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr(architecture, "is_bitsandbytes_available", lambda: False)
     with pytest.raises(UserError, match="pip install -U bitsandbytes"):
         Job(settings, "cuda", lambda line: None)
 
@@ -73,7 +73,7 @@ def test_what_transformers_is_asked_for(
         return load(where, dtype=given["dtype"])
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    monkeypatch.setattr(models, "is_bitsandbytes_available", lambda: True)
+    monkeypatch.setattr(architecture, "is_bitsandbytes_available", lambda: True)
     model, _ = load_model(
         settings.model,
         dtype=torch.float16,

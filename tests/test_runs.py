@@ -130,7 +130,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_the_old_tensors_stay(
         path.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(runs, "save_file", fills_up)
+    monkeypatch.setattr("smezo_cli.store.saved.save_file", fills_up)
     said = message_of(lambda: folder.save_scores({"zero_shot": torch.zeros(3)}))
     assert "No space left on device" in said
     assert "scores.safetensors" in said

@@ -306,7 +306,7 @@ def test_a_loss_in_two_parts_is_the_loss_of_the_whole(
     split = scorer.loss(encoded)
     assert len(widths) == 2
     assert widths[0] > widths[1]
-    monkeypatch.setattr(candidates, "split_by_length", lambda batch: [batch])
+    monkeypatch.setattr(scoring, "split_by_length", lambda batch: [batch])
     whole = scorer.loss(encoded)
     assert len(widths) == 3
     # Sums of 7 losses of size 1 in another order.

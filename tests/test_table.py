@@ -16,7 +16,6 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from smezo_cli import __version__
-from smezo_cli.cli import table
 from smezo_cli.cli.verbs import main
 from smezo_cli.config.compose import Composer
 from smezo_cli.config.fixed import CONF_DIR
@@ -144,7 +143,7 @@ def tiny(
     """A table of tiny runs; call it with further words for its cells by row, and its notes."""
     (tmp_path / "conf" / "table").mkdir(parents=True)
     (tmp_path / "conf" / "table" / "tiny.yaml").write_text(TINY)
-    monkeypatch.setattr(table, "CONF_DIR", tmp_path / "conf")
+    monkeypatch.setattr(table_module, "CONF_DIR", tmp_path / "conf")
     monkeypatch.chdir(tmp_path)
 
     def read(*words: str) -> tuple[dict[str, Any], list[str]]:

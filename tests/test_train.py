@@ -39,8 +39,7 @@ from smezo_cli.scoring.candidates import encode
 from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.store.partial_scores import NAME
 from smezo_cli.tasks import load_task
-from smezo_cli.zo.directions import dense
-from smezo_cli.zo.passes import choose
+from smezo_cli.zo import optimizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["task=toy", "task.num_train=32", "task.num_dev=16", "task.num_test=24", "device=cpu"]
@@ -957,7 +956,7 @@ def test_compiled_passes_change_no_bit(finished: Callable[[str], Path], tmp_path
 
 def always_worth_it() -> None:
     """As if every run were long enough to compile for."""
-    choose.WORTH_IT = dense.WORTH_COMPILING = 0
+    job.WORTH_IT = optimizer.WORTH_COMPILING = 0
 
 
 def numba_is_broken() -> None:
