@@ -1,8 +1,9 @@
-"""A short run of scripts/fuzz.py: every kind of hostile input, no finding."""
+"""A short run of scripts/fuzz: every kind of hostile input, no finding."""
 
-import importlib.util
+import importlib
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -11,15 +12,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def fuzz() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fuzz", ROOT / "scripts" / "fuzz.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fuzz"] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def fuzz(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The harness, with all kinds registered."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    return importlib.import_module("fuzz.harness")
 
 
 # A worker is forked from a process that may have threads, which do nothing then.
@@ -57,7 +54,7 @@ def test_the_harness_sees_what_it_is_there_for(
     def make(case: object) -> None:
         exec(bad, {"Path": Path, "os": os, "case": case, "fuzz": fuzz})
 
-    monkeypatch.setitem(fuzz.KINDS, "bad", fuzz.Kind(make, 1.0))
+    monkeypatch.setitem(fuzz.KINDS, "bad", replace(fuzz.KINDS["data"], make=make))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.setattr(fuzz, "prepare", lambda scratch: fuzz.restore(scratch))
     (record,) = fuzz.fuzz(1, seed=0, kinds=["bad"])
