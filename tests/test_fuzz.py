@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -13,8 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def fuzz(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def fuzz(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     """The harness, with all kinds registered."""
+    monkeypatch.setenv("HYPOTHESIS_STORAGE_DIRECTORY", str(tmp_path))
     monkeypatch.syspath_prepend(ROOT / "scripts")
     return importlib.import_module("fuzz.harness")
 
@@ -61,7 +63,25 @@ def test_the_harness_sees_what_it_is_there_for(
     assert says in record["finding"]
 
 
-def test_a_case_is_keyed_by_seed_kind_and_number(fuzz: ModuleType) -> None:
+def test_a_case_is_made_again_from_its_key(fuzz: ModuleType) -> None:
+    """Whatever was drawn before it."""
+    drawn: list[str] = []
+
+    def test(data: Any) -> None:
+        drawn.append(repr([data.draw(fuzz.VALUES) for _ in range(40)]))
+
+    for key in ("0/data/1", "0/data/2", "0/data/1"):
+        fuzz.once(test, key)
+    assert drawn[0] == drawn[2] != drawn[1]
+
+
+def test_a_case_that_draws_too_much_is_a_finding(fuzz: ModuleType) -> None:
+    """Hypothesis leaves such a case without an error, and what it would have done is not done."""
+    with pytest.raises(fuzz.Finding, match="more choices"):
+        fuzz.once(lambda data: [data.draw(fuzz.VALUES) for _ in range(10_000)], "0/data/1")
+
+
+def test_every_case_of_a_run_has_a_number(fuzz: ModuleType) -> None:
     jobs = fuzz.planned(500, list(fuzz.KINDS))
     assert len(jobs) == len(set(jobs))
     assert abs(len(jobs) - 500) < len(fuzz.KINDS)

@@ -4,8 +4,8 @@ import json
 from typing import Any
 
 from fuzz.cases import Case, kind
+from fuzz.fixtures import settings_of
 from fuzz.hostile import as_json, spoil_bytes, spoil_tree
-from fuzz.product import settings_of
 from fuzz.tables import read_rows
 
 _BENCHMARKS: dict[str, list[dict[str, Any]]] = {
@@ -50,18 +50,17 @@ _BENCHMARKS: dict[str, list[dict[str, Any]]] = {
 @kind(3)
 def benchmarks(case: Case) -> None:
     """The benchmarks' own files below task.data_dir."""
-    rng = case.rng
-    name = rng.choice(list(_BENCHMARKS))
+    name = case.pick(list(_BENCHMARKS))
     node = dict(settings_of(f"task={name}", "model=tiny-llama", "task.data_dir=in").task)
     node |= {"num_train": 4, "num_dev": 2, "num_test": 2, "data_dir": "in"}
     folder = case.folder / "in"
     for split in ("train", "test"):
         rows = json.loads(json.dumps(_BENCHMARKS[name]))
-        if split == "train" or rng.random() < 0.2:
-            rows = spoil_tree(rng, rows)
+        if split == "train" or case.chance(0.2):
+            rows = spoil_tree(case, rows)
         data = b"\n".join(map(as_json, rows if isinstance(rows, list) else [rows]))
-        if rng.random() < 0.4:
-            data = spoil_bytes(rng, data)
+        if case.chance(0.4):
+            data = spoil_bytes(case, data)
         file = folder / node["source"]["files"][split]
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)

@@ -4,10 +4,18 @@ import contextlib
 import io
 import random
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fuzz import product
+
+CHOICE_BYTES = 1 << 15  # Hypothesis gives up where a quarter of it is drawn
 
 
 class Finding(Exception):
@@ -23,26 +31,39 @@ class Case:
     """One hostile input.
 
     Attributes:
-        rng: keyed by seed, kind and number.
         folder: the current folder, empty at first; the case makes its inputs here.
         fixtures: sound files to spoil copies of: `run`, `adamw` (a run, too), `model`,
             `tiny.gguf`, `tiny.delta`.
+        data: draws from Hypothesis' strategies, by the case's key.
+        refused: whether some call was refused in one sentence.
     """
 
-    rng: random.Random
     folder: Path
     fixtures: Path
+    data: st.DataObject = field(init=False)
     refused: bool = False
-    output: str = ""
+
+    def draw(self, values: st.SearchStrategy[Any]) -> Any:
+        """Draw a value of this strategy."""
+        return self.data.draw(values)
+
+    def pick(self, some: Sequence[Any]) -> Any:
+        """Return one of these, each as often."""
+        return self.data.draw(st.sampled_from(some))
+
+    def below(self, end: int) -> int:
+        """Return a whole number from 0 to `end - 1`."""
+        return self.data.draw(st.integers(0, end - 1))
+
+    def chance(self, part: float) -> bool:
+        """Return True in this part of the cases."""
+        return self.below(1000) < 1000 * part
 
     def smezo(self, *words: str, codes: tuple[int, ...] = (0,)) -> None:
         """The command line itself: one of these exit codes, or 2 with one sentence."""
-        from smezo_cli.cli.verbs import main
-
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = main(words)
-        self.output = out.getvalue()
+        err = io.StringIO()
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
+            code = product.main(words)
         said = err.getvalue()
         # What is announced while files are fetched or prepared is no refusal.
         told = re.compile(r"out: \d+ results, \d+ of them new")  # by --collect, of what it wrote
@@ -57,15 +78,35 @@ class Case:
 
     def call(self, function: Callable[..., Any], *words: Any, **more: Any) -> Any:
         """What a verb calls: a value, or None after a UserError of one line."""
-        from smezo_cli.errors import UserError
-
         try:
             return function(*words, **more)
-        except UserError as error:
+        except product.UserError as error:
             self.refused = True
             if "\n" in str(error):
                 raise Finding(f"refused in several lines: {error}") from error
             return None
+
+
+def once(test: Callable[[st.DataObject], None], key: str) -> None:
+    """Call the test once, with choices that follow from the key and Hypothesis' version alone.
+
+    `fuzz_one_input` runs a test on bytes from elsewhere, here from a generator of the key. (To run
+    it as `@seed` does would first try the simplest case, and look into whatever is imported.)
+    """
+    choices = random.Random(key).randbytes(CHOICE_BYTES)
+    depth = sys.getrecursionlimit()
+
+    def shallow(data: st.DataObject) -> None:
+        deeper = sys.getrecursionlimit()
+        sys.setrecursionlimit(depth)  # as it is for a user
+        try:
+            test(data)
+        finally:
+            sys.setrecursionlimit(deeper)
+
+    target = settings(database=None)(given(data=st.data())(shallow)).hypothesis.fuzz_one_input
+    if target(choices) is None:
+        raise Finding("the case makes more choices than Hypothesis keeps: draw smaller values")
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """Kinds `overrides` and `verbs`: words of the command line."""
 
-import random
 import shutil
 
+from fuzz import product
 from fuzz.cases import Case, kind
-from fuzz.hostile import spoil_bytes
+from fuzz.hostile import MEANT, TEXTS, spoil_text
 
 _KEYS = (
     *("steps", "lr", "eps", "sparsity", "seed", "batch_size", "name", "device", "dtype", "task"),
@@ -19,51 +19,35 @@ _KEYS = (
     *("task@x", "task@_global_", "hydra.job.env_set", "model.revision", "task.num_train"),
 )
 _WORDS = (
-    *("", "null", "1", "-1", "1e999", "nan", "inf", "0x10", "1_000", "true", "{}", "[]", "a b"),
-    *("{a: 1}", "[1,2", "'", '"', "\\", "${steps}", "${oc.env:HOME}", "${lr}${lr}", "${.}", "???"),
-    *("range(0,3)", "choice(1,2)", "interval(0,1)", "sort(3,1)", "glob(*)", "1,2,3", "a=b", "=="),
-    *("${oc.decode:'[1]'}", "${model}", "\x00", "\u202e", "é", "\ud800", "x" * 10_000, "(" * 300),
-    *(
-        "[" * 300,
-        "{" * 300,
-        "os.system",
-        "smezo_cli.files.atomic.write_text",
-        "torch.optim.lr_scheduler.os",
-    ),
-    *("torch.optim.Adam", "builtins.eval", "../../outside/keep.txt", "mezo", "toy", "joblib"),
-    *(
-        "smezo_cli.config.compose.shutil.rmtree",
-        "9" * 5000,
-        "${hydra:runtime.cwd}",
-        "${oc.create:{a: 1}}",
-    ),
-    *("100000000000000000000", "['a','b']", "str(1)", "json_str({})", "extend_list(1)", "@", "*"),
+    *MEANT,
+    *product.WRITERS,
+    *("", "-1", "1e999", "nan", "inf", "0x10", "1_000", "{}", "[]", "a b", "@", "*", "toy", "mezo"),
+    *("{a: 1}", "[1,2", "'", '"', "\\", "${lr}${lr}", "${.}", "range(0,3)", "choice(1,2)", "1,2,3"),
+    *("interval(0,1)", "sort(3,1)", "glob(*)", "a=b", "==", "${oc.decode:'[1]'}", "${model}"),
+    *("x" * 10_000, "(" * 300, "[" * 300, "{" * 300, "9" * 5000, "['a','b']", "str(1)"),
+    *("os.system", "torch.optim.lr_scheduler.os", "torch.optim.Adam", "builtins.eval", "joblib"),
+    *("100000000000000000000", "json_str({})", "extend_list(1)", "${oc.create:{a: 1}}"),
 )
-
-
 _ODD_FLAGS = (
     *("--", "-x", "--cfg", "--info", "-m", "--resolve", "--package=x", "--config-dir=."),
     *("--help", "--hydra-help=1", "-c=job", "-mr"),
 )
 
 
-def override(rng: random.Random) -> str:
+def override(case: Case) -> str:
     """A word of the command line."""
-    match rng.randrange(10):
+    match case.below(10):
         case 0:
-            word = "".join(
-                chr(rng.choice((rng.randrange(32, 127), rng.randrange(1, 0x300))))
-                for _ in range(rng.randrange(1, 30))
-            )
+            word = case.draw(TEXTS)
         case 1:
-            word = rng.choice(_WORDS)
+            word = case.pick(_WORDS)
         case 2:
-            word = rng.choice(_ODD_FLAGS)
+            word = case.pick(_ODD_FLAGS)
         case _:
-            word = rng.choice(("", "", "", "+", "++", "~")) + rng.choice(_KEYS)
-            word += rng.choice(("=", "=", "=", "=", "", "==", ":=")) + rng.choice(_WORDS)
-    if rng.random() < 0.15:
-        word = spoil_bytes(rng, word.encode("utf-8", "surrogatepass")).decode("utf-8", "replace")
+            word = case.pick(("", "", "", "+", "++", "~")) + case.pick(_KEYS)
+            word += case.pick(("=", "=", "=", "=", "", "==", ":=")) + case.pick(_WORDS)
+    if case.chance(0.15):
+        word = spoil_text(case, word)
     return word
 
 
@@ -73,10 +57,9 @@ BASE = ("task=toy", "model=tiny-llama")
 @kind(2)
 def overrides(case: Case) -> None:
     """Words on the command line, through the real parser; nothing is trained."""
-    rng = case.rng
-    words = [override(rng) for _ in range(rng.choice((1, 1, 1, 2, 3)))]
+    words = [override(case) for _ in range(case.pick((1, 1, 1, 2, 3)))]
     # A folder of the user's choice is the user's; settings are shown, and a plan is made of some.
-    if rng.random() < 0.2:
+    if case.chance(0.2):
         words = [w for w in words if not w.startswith("-")]
         case.smezo("plan", *BASE, *words)
     else:
@@ -86,13 +69,12 @@ def overrides(case: Case) -> None:
 @kind(0.5)
 def verbs(case: Case) -> None:
     """Words for the other verbs."""
-    rng = case.rng
     shutil.copytree(case.fixtures / "run", case.folder / "runs" / "a")
-    verb = rng.choice(
+    verb = case.pick(
         ("runs", "eval", "predict", "export", "replay", "ls", "show", "completion", "bench")
     )
     odd = ("--sort", "--mean", "--compare", "--json", "--step", "-1", "--out", "no/out.jsonl", "x")
-    words = [rng.choice((*odd, override(rng))) for _ in range(rng.choice((1, 2, 3)))]
+    words = [case.pick((*odd, override(case))) for _ in range(case.pick((1, 2, 3)))]
     if verb == "bench":
         words = ["task=toy", "model=nothing", *words]
     if verb in ("eval", "predict", "export", "replay"):

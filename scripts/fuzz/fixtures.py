@@ -1,13 +1,15 @@
 """Make the sound files that cases spoil copies of."""
 
 import contextlib
+import functools
 import io
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
+from fuzz import product
 from fuzz.cases import Case
-from fuzz.product import tiny_model
 
 QUICK = (
     *("model=tiny-llama", "device=cpu", "steps=1", "batch_size=2", "compile=false"),
@@ -25,12 +27,32 @@ ADAMW = (
 )
 
 
+@functools.cache
+def settings_of(*words: str) -> Any:
+    """Return checked settings, composed once a worker."""
+    return product.check(product.compose(words))
+
+
+@functools.cache
+def tiny_model() -> tuple[Any, Any]:
+    """Return tiny-llama and its tokenizer, loaded once a worker."""
+    return load_cpu(settings_of("task=toy", "model=tiny-llama").model, Path("cache"))
+
+
+def load_cpu(node: Any, cache: Path) -> tuple[Any, Any]:
+    """Load the model of these settings as a run on a CPU does."""
+    import torch
+
+    device = torch.device("cpu")
+    return product.load_model(node, dtype=torch.float32, device=device, cache=cache)
+
+
 def train(case: Case, run: Path, which: str) -> None:
     """The command that trained a fixture, in the folder of a copy."""
     (case.folder / "runs" / "default").mkdir(parents=True)
     name = (case.fixtures / f"{which}.name").read_text()
     shutil.move(run, case.folder / "runs" / "default" / name)
-    longer = ["steps=5"] if which == "adamw" and case.rng.random() < 0.5 else []
+    longer = ["steps=5"] if which == "adamw" and case.chance(0.5) else []
     case.smezo("train", *(RUN if which == "run" else ADAMW), *longer)
 
 
@@ -47,8 +69,6 @@ def prepare(scratch: Path) -> None:
     import gguf as library
     import torch
 
-    from smezo_cli.cli.verbs import main
-
     torch.set_num_threads(1)
     restore(scratch)
     (scratch / "tmp").mkdir()
@@ -57,13 +77,13 @@ def prepare(scratch: Path) -> None:
     os.chdir(fixtures)
     with contextlib.redirect_stdout(io.StringIO()):
         for name, words in (("run", RUN), ("adamw", ADAMW)):
-            if main(["train", *words]) != 0:
+            if product.main(["train", *words]) != 0:
                 raise SystemExit("fuzz: the run to be spoiled cannot be made; see above.")
             (run,) = Path("runs/default").iterdir()
             Path(f"{name}.name").write_text(run.name)
             shutil.move(run, name)
         for words in (("run", "model"), ("run", "tiny.delta", "--delta")):
-            if main(["export", *words]) != 0:
+            if product.main(["export", *words]) != 0:
                 raise SystemExit("fuzz: the model to be spoiled cannot be made; see above.")
     shutil.rmtree("runs")
     net = tiny_model()[0]

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import random
 import resource
 import select
 import shutil
@@ -17,8 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fuzz.cases import KINDS, Case, Finding, TooLong
+from hypothesis import strategies as st
+
+from fuzz.cases import KINDS, Case, Finding, TooLong, once
 from fuzz.fixtures import prepare, restore
+from fuzz.hostile import VALUES
 
 ALARM_S = 5  # of a case, in seconds of its processor
 WAIT_S = 30  # of the clock: a case that waits for something, or a machine that has no time for it
@@ -94,8 +96,13 @@ def run_case(name: str, seed: int, at: int, scratch: Path, watch: Watch) -> dict
     folder.mkdir()
     os.chdir(folder)
     before = snapshot(scratch, folder)
-    case = Case(random.Random(f"{seed}/{name}/{at}"), folder, scratch / "fixtures")
     finding = None
+    case = Case(folder, scratch / "fixtures")
+
+    def make(data: st.DataObject) -> None:
+        case.data = data
+        watch.on = True
+        KINDS[name].make(case)
 
     def alarm(*_: object) -> None:
         raise TooLong
@@ -110,8 +117,7 @@ def run_case(name: str, seed: int, at: int, scratch: Path, watch: Watch) -> dict
         # Anything that a library would print past Python's streams goes nowhere.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            watch.on = True
-            KINDS[name].make(case)
+            once(make, f"{seed}/{name}/{at}")
     except TooLong:
         frames = "".join(traceback.format_exc().splitlines(keepends=True)[-8:])
         finding = f"longer than {ALARM_S} s\n{frames}"
@@ -229,6 +235,7 @@ def fuzz(
     environment = dict(os.environ)
     scratch = Path(tempfile.mkdtemp(prefix="smezo-fuzz-")).resolve()
     names = {"HOME": "home", "SMEZO_CACHE": "cache", "HF_HOME": "home/hf", "TMPDIR": "tmp"}
+    names["HYPOTHESIS_STORAGE_DIRECTORY"] = "home/hypothesis"
     os.environ |= {name: str(scratch / folder) for name, folder in names.items()}
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "offline"}
     found = []
@@ -240,6 +247,7 @@ def fuzz(
         import pyarrow.parquet  # noqa: F401
 
         prepare(scratch)
+        once(lambda data: data.draw(VALUES), "")  # it writes a table of characters the first time
         jobs = planned(cases, kinds) if only is None else [(kinds[0], only)]
         for record in records(jobs, seed, scratch):
             found.append(record)

@@ -1,30 +1,34 @@
-"""The parts of smezo that the fuzzer calls."""
+"""The parts of smezo that cases call, by name: `product.load_model` and so on.
 
-from pathlib import Path
+They are imported when they are first asked for, for then HOME and the caches are the fuzzer's own.
+"""
+
+import importlib
 from typing import Any
 
-_settings: dict[str, Any] = {}
+_MODULES = {
+    "main": "smezo_cli.cli",
+    "check": "smezo_cli.config.settings",
+    "compose": "smezo_cli.config.compose",
+    "grid": "smezo_cli.config.compose",
+    "UserError": "smezo_cli.errors",
+    "sealed": "smezo_cli.files.sealed",
+    "load_model": "smezo_cli.models.load",
+    "tensors_digest": "smezo_cli.store.saved",
+    "encode": "smezo_cli.scoring.candidates",
+    "CONF_DIR": "smezo_cli.config.fixed",
+    "plain": "smezo_cli.config.fixed",
+    "load": "smezo_cli.report.table",
+    "load_task": "smezo_cli.tasks.load",
+    "Prompt": "smezo_cli.tasks.base",
+    "fingerprint": "smezo_cli.tasks.base",
+    "unlabelled": "smezo_cli.tasks.own",
+}
+# Names in it that a file of settings must never reach.
+WRITERS = ("smezo_cli.files.atomic.write_text", "smezo_cli.config.compose.shutil.rmtree")
 
 
-def settings_of(*words: str) -> Any:
-    """Checked settings, composed once a worker."""
-    from smezo_cli.config import compose, settings
-
-    key = repr(words)
-    if key not in _settings:
-        _settings[key] = settings.check(compose.compose(words))
-    return _settings[key]
-
-
-def tiny_model() -> tuple[Any, Any]:
-    """tiny-llama and its tokenizer, loaded once a worker."""
-    import torch
-
-    from smezo_cli.models.load import load_model
-
-    if "model" not in _settings:
-        node = settings_of("task=toy", "model=tiny-llama").model
-        _settings["model"] = load_model(
-            node, dtype=torch.float32, device=torch.device("cpu"), cache=Path("cache")
-        )
-    return _settings["model"]
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"fuzz.product lists no {name}")
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -5,25 +5,24 @@ import io
 import json
 import math
 import os
-import random
 from collections.abc import Callable
 from typing import Any
 
+from fuzz import product
 from fuzz.cases import Case, kind
-from fuzz.fixtures import QUICK
-from fuzz.hostile import BIG, DEEP, as_json, spoil_bytes, spoil_tree
-from fuzz.product import settings_of, tiny_model
+from fuzz.fixtures import QUICK, settings_of, tiny_model
+from fuzz.hostile import BIG, DEEP, as_json, spoil_bytes, spoil_text, spoil_tree
 
-_ROWS = [{"text": f"row {i} is {'good' if i % 2 else 'bad'}", "label": i % 2} for i in range(12)]
-OWN = {
-    "classification": ([], _ROWS, ["task.prompt='{text} It was'", "task.labels={0: bad, 1: good}"]),
+_OWN: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
+    "classification": (
+        [{"text": f"row {i} is {'good' if i % 2 else 'bad'}", "label": i % 2} for i in range(12)],
+        ["task.prompt='{text} It was'", "task.labels={0: bad, 1: good}"],
+    ),
     "choice": (
-        [],
         [{"q": f"q {i}", "a": f"yes {i}", "b": "no", "label": i % 2} for i in range(12)],
         ["task.prompt='{q}'", "task.options=[a,b]"],
     ),
     "generation": (
-        [],
         [{"q": f"q {i}", "answer": f"a {i}"} for i in range(12)],
         ["task.prompt='{q}'", "task.answer=answer"],
     ),
@@ -35,12 +34,11 @@ def write_table(case: Case, rows: list[dict[str, Any]], suffix: str) -> str:
     """Spoiled rows in a file of that kind; its path."""
     import csv
 
-    rng = case.rng
     rows = json.loads(json.dumps(rows))
     file = case.folder / f"data.{suffix}"
-    wrecked = rng.random()
-    if wrecked < 0.6:
-        rows = spoil_tree(rng, rows)
+    wrecked = case.below(10)
+    if wrecked < 6:
+        rows = spoil_tree(case, rows)
     if suffix in ("csv", "tsv"):
         text = io.StringIO(newline="")
         writer = csv.writer(text, delimiter="," if suffix == "csv" else "\t")
@@ -55,12 +53,12 @@ def write_table(case: Case, rows: list[dict[str, Any]], suffix: str) -> str:
     elif suffix == "jsonl":
         data = b"\n".join(as_json(row) for row in (rows if isinstance(rows, list) else [rows]))
     else:
-        data = parquet(rng, rows)
-    if wrecked >= 0.5:
-        data = spoil_bytes(rng, data)
-    if rng.random() < 0.05 and suffix != "parquet":
+        data = parquet(case, rows)
+    if wrecked >= 5:
+        data = spoil_bytes(case, data)
+    if case.chance(0.05) and suffix != "parquet":
         with contextlib.suppress(UnicodeError):
-            data = data.decode().encode(rng.choice(("utf-16", "utf-32", "latin-1", "cp037")))
+            data = data.decode().encode(case.pick(("utf-16", "utf-32", "latin-1", "cp037")))
     file.write_bytes(data)
     return f"./data.{suffix}"
 
@@ -69,7 +67,7 @@ def _short(value: Any) -> Any:
     return "deep" if value is DEEP else value
 
 
-def parquet(rng: random.Random, rows: Any) -> bytes:
+def parquet(case: Case, rows: Any) -> bytes:
     """A Parquet file: of the rows, of strange types, or one that unpacks to very much."""
     import pyarrow as pa
     from pyarrow import parquet as pq
@@ -93,15 +91,15 @@ def parquet(rng: random.Random, rows: Any) -> bytes:
         "uint": lambda: pa.array([2**64 - 1] * n, pa.uint64()),
     }
     try:
-        if rng.random() < 0.4:
-            array = strange[rng.choice(list(strange))]()
+        if case.chance(0.4):
+            array = strange[case.pick(list(strange))]()
             table = pa.table({"text": array, "label": pa.array([0, 1] * (len(array) // 2))})
-            if rng.random() < 0.3:
-                table = table.rename_columns([rng.choice(("label", "q", "", "a.b")), "text"])
+            if case.chance(0.3):
+                table = table.rename_columns([case.pick(("label", "q", "", "a.b")), "text"])
         else:
             table = pa.Table.from_pylist([row for row in rows if isinstance(row, dict)])
-        codec = rng.choice(("none", "snappy", "gzip", "zstd"))
-        pq.write_table(table, sink, compression=codec, use_dictionary=rng.random() < 0.8)
+        codec = case.pick(("none", "snappy", "gzip", "zstd"))
+        pq.write_table(table, sink, compression=codec, use_dictionary=case.chance(0.8))
     except (pa.ArrowException, OverflowError, UnicodeError, TypeError, ValueError, AttributeError):
         pq.write_table(pa.table({"text": ["a"] * n, "label": [0, 1] * (n // 2)}), sink)
     return sink.getvalue()
@@ -109,18 +107,20 @@ def parquet(rng: random.Random, rows: Any) -> bytes:
 
 def read_rows(case: Case, node: dict[str, Any]) -> None:
     """Rows as a run reads them: the task, its fingerprint, its tokens, its lines of output."""
-    from smezo_cli.scoring.candidates import encode
-    from smezo_cli.tasks import load_task
-    from smezo_cli.tasks.base import fingerprint
-
-    task = case.call(load_task, node, data_seed=0, cache=case.folder / "cache")
+    task = case.call(product.load_task, node, data_seed=0, cache=case.folder / "cache")
     if task is None:
         return
-    fingerprint([*task.train, *task.dev, *task.test])
+    product.fingerprint([*task.train, *task.dev, *task.test])
     rows = [*task.train[:4], *task.dev[:2], *task.test[:2]]
     tokenizer = tiny_model()[1]
     case.call(
-        encode, rows, task.prompts[0], tokenizer, 128, task.kind, node.get("max_new_tokens", 0)
+        product.encode,
+        rows,
+        task.prompts[0],
+        tokenizer,
+        128,
+        task.kind,
+        node.get("max_new_tokens", 0),
     )
     lines = [json.dumps({"fields": dict(row.fields)}, ensure_ascii=False) for row in rows]
     (case.folder / "out.jsonl").write_text("\n".join(lines), encoding="utf-8")
@@ -129,22 +129,17 @@ def read_rows(case: Case, node: dict[str, Any]) -> None:
 @kind(6)
 def data(case: Case) -> None:
     """Files of tasks on the user's own data, read as `smezo train` and `smezo predict` do."""
-    from smezo_cli.tasks import own
-
-    rng = case.rng
-    which = rng.choice(list(OWN))
-    suffix = rng.choice(_SUFFIXES)
-    path = write_table(case, OWN[which][1], suffix)
-    words = (f"task={which}", *OWN[which][2], "model=tiny-llama")
+    which = case.pick(list(_OWN))
+    suffix = case.pick(_SUFFIXES)
+    path = write_table(case, _OWN[which][0], suffix)
+    words = (f"task={which}", *_OWN[which][1], "model=tiny-llama")
     node = dict(settings_of(*words, "task.data=x.csv").task) | {"data": path}
-    if rng.random() < 0.04:
+    if case.chance(0.04):
         case.smezo("train", *words[:-1], f"task.data={path}", *QUICK)
         return
-    if rng.random() < 0.1:
-        from smezo_cli.tasks import Prompt
-
+    if case.chance(0.1):
         template = str(node["prompt"])
-        case.call(own.unlabelled, node, Prompt(template, ("a", "b"), "{option}"), path)
+        case.call(product.unlabelled, node, product.Prompt(template, ("a", "b"), "{option}"), path)
         return
     read_rows(case, node)
 
@@ -152,7 +147,6 @@ def data(case: Case) -> None:
 @kind(1)
 def data_names(case: Case) -> None:
     """Names of data files that are no ordinary files, or no names."""
-    rng = case.rng
     folder = case.folder
     (folder / "good.csv").write_text("text,label\n" + "a,0\nb,1\n" * 6)
     (folder / "dir.csv").mkdir()
@@ -170,15 +164,15 @@ def data_names(case: Case) -> None:
         *("https://example.org/x.csv", "file:///etc/passwd", "../case/good.csv", "a/b", "a/b/c"),
         *("hf://x/y.csv", "good.csv\0", "-", "--", "x" * 5000, "/".join("y" * 200) + ".csv"),
     ]
-    name = rng.choice(names)
-    if rng.random() < 0.3:
-        name = spoil_bytes(rng, name.encode("utf-8", "surrogatepass")).decode("utf-8", "replace")
+    name = case.pick(names)
+    if case.chance(0.3):
+        name = spoil_text(case, name)
     node = dict(
         settings_of(
-            "task=classification", *OWN["classification"][2], "model=tiny-llama", "task.data=x.csv"
+            "task=classification", *_OWN["classification"][1], "model=tiny-llama", "task.data=x.csv"
         ).task
     )
     node |= {"data": name}
-    if rng.random() < 0.3:
+    if case.chance(0.3):
         node |= {"data": "good.csv", "test_data": name}
     read_rows(case, node)

@@ -4,27 +4,23 @@ import contextlib
 import json
 import math
 import os
-import random
 import shutil
 import struct
 import zlib
 from collections.abc import Sequence
 
+from hypothesis import strategies as st
+
 from fuzz.cases import Case, kind
 from fuzz.fixtures import train
-from fuzz.hostile import as_json, hostile, number, reseal, spoil_bytes, spoil_tree
-
-_FLOATS = (
-    *(math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, 1e308, -1e308, 5e-324, 1e-320),
-    *(1e38, 3.5e38, 1e30, 1e150, 2.0**53),
-)
+from fuzz.hostile import FLOATS, as_json, hostile, reseal, some_of, spoil_bytes, spoil_tree, whole
 
 
-def floats(rng: random.Random, data: bytearray, form: str, places: Sequence[int]) -> None:
+def floats(case: Case, data: bytearray, form: str, places: Sequence[int]) -> None:
     """Some hostile numbers at some of the places."""
-    for at in rng.sample(list(places), min(len(places), rng.choice((1, 1, 2, 9)))):
-        with contextlib.suppress(OverflowError):
-            struct.pack_into(form, data, at, rng.choice(_FLOATS))
+    for at in case.draw(some_of(places)):
+        with contextlib.suppress(OverflowError):  # of a float of 4 bytes
+            struct.pack_into(form, data, at, case.draw(FLOATS))
 
 
 def rechained(header: bytes, rows: Sequence[bytes], length: int | None = None) -> bytes:
@@ -38,87 +34,86 @@ def rechained(header: bytes, rows: Sequence[bytes], length: int | None = None) -
     return content
 
 
-def spoil_trajectory(rng: random.Random, data: bytes) -> bytes:
+def spoil_trajectory(case: Case, data: bytes) -> bytes:
     """A trajectory.bin that is not what a run has written."""
     (length,) = struct.unpack_from("<I", data, 12)
     header, content = data[16 : 16 + length], data[20 + length :]
     rows = [content[at : at + 32] for at in range(0, len(content), 36)]
-    how = rng.randrange(10)
+    how = case.below(10)
     if how < 2:
-        return spoil_bytes(rng, data)
+        return spoil_bytes(case, data)
     if how == 2:
         spoiled = bytearray(data)
-        struct.pack_into("<I", spoiled, rng.choice((8, 12, 16 + length)), number(rng, 32))
+        struct.pack_into("<I", spoiled, case.pick((8, 12, 16 + length)), case.draw(whole(32)))
         return bytes(spoiled)
     if how in (3, 4):
         tree = json.loads(header)
-        if rng.random() < 0.3:
-            tree["identity"]["num_queries"] = rng.choice((0, -1, 2, 7, 4096, 4097, 2**40, 1.0))
-        elif rng.random() < 0.5:
-            tree[rng.choice(list(tree))] = hostile(rng)
+        if case.chance(0.3):
+            tree["identity"]["num_queries"] = case.pick((0, -1, 2, 7, 4096, 4097, 2**40, 1.0))
+        elif case.chance(0.5):
+            tree[case.pick(list(tree))] = hostile(case)
         else:
-            tree = spoil_tree(rng, tree)
+            tree = spoil_tree(case, tree)
         header = as_json(tree)
     if how == 5:
-        header = spoil_bytes(rng, header)
+        header = spoil_bytes(case, header)
     if how in (6, 7) and rows:
-        for _ in range(rng.choice((1, 4))):
-            at = rng.randrange(len(rows))
+        for _ in range(case.pick((1, 4))):
+            at = case.below(len(rows))
             row = bytearray(rows[at])
-            if rng.random() < 0.2:
-                struct.pack_into("<I", row, 0, number(rng, 32))
-            elif rng.random() < 0.2:
-                struct.pack_into("<f", row, 20, rng.choice((math.nan, math.inf, 3e38, -3e38, -1.0)))
+            if case.chance(0.2):
+                struct.pack_into("<I", row, 0, case.draw(whole(32)))
+            elif case.chance(0.2):
+                struct.pack_into("<f", row, 20, case.pick((math.nan, math.inf, 3e38, -3e38, -1.0)))
             else:
-                floats(rng, row, "<d", (4, 12, 24))
+                floats(case, row, "<d", (4, 12, 24))
             rows[at] = bytes(row)
     if how == 8:
-        count = rng.choice((0, 1, 3, 5, 40, 300))
+        count = case.pick((0, 1, 3, 5, 40, 300))
         rows = [struct.pack("<I", at) + rows[at % len(rows)][4:] for at in range(count)]
     if how == 9:
-        rng.shuffle(rows)
-        rows += rows[: rng.randrange(3)]
+        rows = case.draw(st.permutations(rows))
+        rows += rows[: case.below(3)]
     return rechained(header, rows)
 
 
 @kind(2.5)
 def trajectory(case: Case) -> None:
     """trajectory.bin of a run folder from elsewhere, through all that reads it."""
-    rng = case.rng
     run = case.folder / "runs" / "g" / "r"
     shutil.copytree(case.fixtures / "run", run)
     file, checkpoint = run / "trajectory.bin", run / "checkpoint"
-    if rng.random() < 0.1:
+    if case.chance(0.1):
         file.unlink()
-        match rng.randrange(4):
+        match case.below(4):
             case 0:
                 file.mkdir()
             case 1:
                 os.mkfifo(file)
             case _:
                 file.symlink_to(
-                    rng.choice(("/dev/zero", "../../../../outside/keep.txt", "nowhere", "/"))
+                    case.pick(("/dev/zero", "../../../../outside/keep.txt", "nowhere", "/"))
                 )
     else:
-        file.write_bytes(spoil_trajectory(rng, file.read_bytes()))
+        file.write_bytes(spoil_trajectory(case, file.read_bytes()))
     # The steps are applied where weights, or what was known of later ones, are gone.
-    if rng.random() < 0.5:
+    if case.chance(0.5):
         for weights in checkpoint.glob("*.safetensors"):
-            if rng.random() < 0.6:
+            if case.chance(0.6):
                 weights.unlink()
-    if rng.random() < 0.4:
+    if case.chance(0.4):
         state = json.loads((checkpoint / "state.json").read_text())
-        state["step"] = state["looked"] = rng.choice((0, 1, 2, 3, 4))
-        if rng.random() < 0.7:
-            state["best_step"] = rng.choice((0, 1, 2, state["step"], None))
-        (checkpoint / "state.json").write_bytes(as_json(reseal(rng, state)))
-    if rng.random() < 0.4:
+        state["step"] = state["looked"] = case.pick((0, 1, 2, 3, 4))
+        if case.chance(0.7):
+            state["best_step"] = case.pick((0, 1, 2, state["step"], None))
+        (checkpoint / "state.json").write_bytes(as_json(reseal(case, state)))
+    if case.chance(0.4):
         (run / "result.json").unlink()
-    step = ["--step", str(rng.choice((0, 1, 2, 3, 4, 5, -1, 10**30)))]
-    step = step if rng.random() < 0.7 else []
-    match rng.randrange(8):
+    step = ["--step", str(case.pick((0, 1, 2, 3, 4, 5, -1, 10**30)))]
+    step = step if case.chance(0.7) else []
+    match case.below(8):
         case 0 | 1:
-            split = ["--split", rng.choice(("none", "dev", "test"))]
+            split = ["--split", case.pick(("none", "dev", "test"))]
             case.smezo("replay", "runs/g/r", *step, *split, codes=(0, 1))
         case 2:
             case.smezo("replay", "runs/g/r", *step, "--out", "m", codes=(0, 1))
