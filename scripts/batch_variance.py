@@ -61,14 +61,13 @@ def main() -> None:
     print("| direction | variance over rows | within classes | ratio |\n|---|---|---|---|")
     for k in range(given.directions):
         method.num_steps = k
-        method._streams.clear()
+        method.direction.begin(method.num_steps)
         losses.clear()
         with torch.no_grad():
             for batch in batches:
-                method._executor.losses(
+                method.executors.used.losses(
                     lambda: loss(batch),  # noqa: B023  # called at once
-                    method.direction([0], [EPS]),
-                    method.direction([0], [-EPS]),
+                    [method.mover([0], [EPS]), method.mover([0], [-EPS])],
                 )
         plus, minus = torch.cat(losses[::2]).double(), torch.cat(losses[1::2]).double()
         grads = (plus - minus) / (2 * EPS)

@@ -48,12 +48,11 @@ def projected_grads(
         for step in range(directions):
             batch = [rows[i] for i in batches(step)]
             method.num_steps = step
-            method._streams.clear()
+            method.direction.begin(method.num_steps)
             for e in eps:
-                pair = method._executor.losses(
+                pair = method.executors.used.losses(
                     lambda: job.scorer.loss(batch),  # noqa: B023  # called at once
-                    method.direction([0], [e]),
-                    method.direction([0], [-e]),
+                    [method.mover([0], [e]), method.mover([0], [-e])],
                 )
                 plus, minus = (float(x) for x in pair)
                 found[e].append((plus - minus) / (2 * e))

@@ -129,7 +129,7 @@ def test_both_forwards_share_one_draw_a_tensor() -> None:
         model = mlp()
         opt = sparse(model, executor=executor, keep_noise=False)
         passes: Any = Counting(opt.passes)
-        opt.passes = opt._probe_passes = passes
+        opt.direction.passes = opt.direction.probe_passes = passes
         closure, calls = counted(closure_of(model))
         assert opt.step(closure).num_forwards == len(calls) == 2
         assert passes.draws == draws * len(opt.targets)
@@ -291,7 +291,7 @@ def test_auto_leaves_lockstep_at_a_batch_that_does_not_allow_it() -> None:
     other.load_state_dict(model.state_dict())
     opt, sound = sparse(model, executor="auto"), sparse(other, executor="sequential")
     opt.choose_executor(lambda: model(X).sum())
-    opt._use(opt._lockstep)  # whatever was faster
+    opt.executors.use(opt.executors.lockstep)  # whatever was faster
     records = run(opt, lambda: model(X).sum(), 1)
     records += run(opt, lambda: model(X, cache=Cache()).sum(), 1)
     assert opt.executor == "sequential"

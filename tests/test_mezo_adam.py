@@ -29,7 +29,7 @@ def gradients(opt: MeZOAdam, model: nn.Module, projected: list[float]) -> None:
     for target in opt.targets:
         g = torch.zeros(target.parameter.numel(), dtype=torch.float64)
         for q, p in enumerate(projected):
-            z, _ = opt.direction([q], [1.0]).dense(target)
+            z, _ = opt.mover([q], [1.0]).dense(target)
             g += p * z.double() / len(projected)
         named[target.name].grad = g.view_as(named[target.name]).to(named[target.name].dtype)
 
@@ -87,7 +87,7 @@ def test_steps_are_those_of_torchs_adam_on_the_gradient_written_out(
 def adam_probe(opt: MeZOAdam, model: nn.Module) -> list[float]:
     """Projected gradients of the step to come, measured without making it."""
     with torch.no_grad():
-        pairs = [opt.losses_at(closure_of(model), q) for q in range(opt.num_queries)]
+        pairs = [opt.losses_at(closure_of(model), q) for q in range(opt.num_scalars)]
     return [(plus - minus) / 2e-3 for plus, minus in pairs]
 
 
@@ -177,7 +177,7 @@ def test_the_compiled_directions_of_other_devices_are_the_eager_ones(compiler: N
 
     opt = adam(nn.Sequential(nn.Linear(21, 13)), num_queries=2)
     for target in opt.targets:
-        draw = opt.direction([0, 1], [0.5, -2.0]).draw(target)
+        draw = opt.mover([0, 1], [0.5, -2.0]).draw(target)
         found = []
         for passes in (EagerPasses(Rule()), CompiledPasses(Rule())):
             out = torch.zeros_like(target.flat)

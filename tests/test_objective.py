@@ -121,7 +121,7 @@ def test_a_step_measures_the_figure_at_both_probes(kind: str) -> None:
             for sign in (1, -1):
                 moved = copy.deepcopy(model)
                 named = dict(moved.named_parameters())
-                direction = opt.direction([query], [sign * EPS])
+                direction = opt.mover([query], [sign * EPS])
                 for target in opt.targets:
                     named[target.name].view(-1).add_(direction.dense(target)[0])
                 figures.append(reference(moved, tokenizer))

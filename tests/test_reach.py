@@ -25,7 +25,7 @@ from smezo_cli import train
 from smezo_cli.config.compose import compose
 from smezo_cli.errors import UserError
 from smezo_cli.methods.mezo import MeZO
-from smezo_cli.zo.self_check import Losses, Rounding, Unreached, globs_of, is_reached
+from smezo_cli.zo.reached import Losses, Rounding, Unreached, globs_of, is_reached
 from smezo_cli.zo.step import Closure
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8], [9, 7, 9, 3, 2, 3]])
@@ -65,8 +65,8 @@ def textbook(model: nn.Module, make: Callable[[Any], Closure], **options: Any) -
     model = copy.deepcopy(model)
     closure, opt = make(model), mezo(model, executor="in_place", check=False, **options)
     with torch.no_grad():
-        plus, minus = opt.direction([0], [1e-3]), opt.direction([0], [-1e-3])
-        a, b = opt._executor.losses(closure, plus, minus)
+        plus, minus = opt.mover([0], [1e-3]), opt.mover([0], [-1e-3])
+        a, b = opt.executors.used.losses(closure, [plus, minus])
     return (a.detach().double() - b.detach().double()).item() / 2e-3
 
 

@@ -183,7 +183,7 @@ def test_a_projected_gradient_is_that_of_the_formula(case: str, executor: str) -
         for sign in (1, -1):
             moved = copy.deepcopy(model)
             named = dict(moved.named_parameters())
-            direction = opt.direction([0], [sign * eps])
+            direction = opt.mover([0], [sign * eps])
             for target in opt.targets:
                 named[target.name].view(-1).add_(direction.dense(target)[0])
             losses.append(float(expected_loss(case, moved, tokenizer)))

@@ -25,6 +25,7 @@ from smezo_cli.scoring.candidates import Candidates, encode
 from smezo_cli.scoring.float32 import in_float32
 from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.tasks import load_task
+from smezo_cli.zo.move import Key, Move, Term
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.step import Closure, StepRecord
 
@@ -55,7 +56,8 @@ def test_a_clip_cuts_the_update_and_leaves_the_record_as_measured(queries: int) 
     assert got.clipped == sum(abs(g) > 2.0 for g in got.projected_grad)
     assert record.clipped == 0
     cut = [math.copysign(min(abs(g), 2.0), g) for g in got.projected_grad]
-    by_hand.update([-1e-3 * g / queries for g in cut])
+    terms = [Term(Key(0, q), -1e-3 * g / queries) for q, g in enumerate(cut)]
+    by_hand.direction.apply(0, Move(tuple(terms)))
     assert torch.equal(bits(models[1]), bits(models[2]))
     assert not torch.equal(bits(models[1]), bits(models[0]))
 
@@ -502,7 +504,7 @@ def test_a_probe_in_float32_is_the_float_copy_of_the_moved_weights(
     for sign in (1, -1):
         copy = deepcopy(net)
         named = dict(copy.named_parameters())
-        direction = opt.direction([1], [sign * 1e-2])
+        direction = opt.mover([1], [sign * 1e-2])
         for target in opt.targets:
             out = torch.empty_like(target.flat)
             direction.whole(target.parameter, out)

@@ -17,6 +17,7 @@ from smezo_cli.methods.first_order import FirstOrder
 from smezo_cli.methods.mezo import MeZO
 from smezo_cli.methods.sparse_mezo import SparseMeZO
 from smezo_cli.zo import noise
+from smezo_cli.zo.move import Key, Move, Term
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.selections.masks import threshold
 from smezo_cli.zo.step import NonFiniteLoss, StepRecord
@@ -188,7 +189,7 @@ def test_3_one_key_gives_one_direction_at_any_two_points() -> None:
     b.restore({**b.snapshot()[0], "num_steps": 0}, {})
 
     def z_of(opt: ZeroOrder) -> list[Tensor]:
-        return [opt.direction([0], [1.0]).dense(target)[0] for target in opt.targets]
+        return [opt.mover([0], [1.0]).dense(target)[0] for target in opt.targets]
 
     at_here, at_there = z_of(a), z_of(b)
     assert all(torch.equal(x, y) for x, y in zip(at_here, at_there, strict=True))
@@ -235,9 +236,8 @@ def test_4_the_mean_of_queries_is_the_mean_of_single_probes() -> None:
     alone = []
     with torch.no_grad():
         for q in (2, 0, 1):  # in another order than the step's
-            losses = opt._executor.losses(
-                closure, opt.direction([q], [eps]), opt.direction([q], [-eps])
-            )
+            pair = [opt.mover([q], [eps]), opt.mover([q], [-eps])]
+            losses = opt.executors.used.losses(closure, pair)
             alone.append((q, float(losses[0] - losses[1]) / (2 * eps)))
     assert opt.step(closure).projected_grad == tuple(g for _, g in sorted(alone))
 
@@ -304,7 +304,7 @@ def test_6_freezing_one_tensor_leaves_the_noise_of_the_others() -> None:
     whole, part = mlp(), mlp()
     a = sparse(whole, sparsity=0.0)
     b = sparse(part, sparsity=0.0, freeze=["0.*"])
-    x, y = ({t.name: opt.direction([0], [1.0]).dense(t)[0] for t in opt.targets} for opt in (a, b))
+    x, y = ({t.name: opt.mover([0], [1.0]).dense(t)[0] for t in opt.targets} for opt in (a, b))
     assert y.keys() == {"2.weight", "2.bias", "3.weight", "3.bias"}
     assert all(torch.equal(x[name], y[name]) for name in y)
 
@@ -315,7 +315,7 @@ def test_6_a_probe_of_some_rows_or_of_a_kept_noise_is_the_same_probe() -> None:
     copies = []
     for keep in (False, True):
         opt = sparse(model, mask="random", keep_noise=keep)
-        direction = opt.direction([0], [0.1])
+        direction = opt.mover([0], [0.1])
         weight = model.b.weight
         whole = torch.empty(weight.numel())
         direction.whole(weight, whole)
@@ -441,7 +441,7 @@ def test_a_look_at_a_direction_leaves_no_mask_behind() -> None:
     for keep_noise in (False, True):
         model = watched()
         opt = sparse(model, keep_noise=keep_noise)
-        opt.direction([0], [1.0]).whole(model.w, torch.empty(200))
+        opt.mover([0], [1.0]).whole(model.w, torch.empty(200))
         with torch.no_grad():
             model.w.copy_(model.w.flip(0))
         before = model.w.detach().clone()
@@ -591,9 +591,9 @@ def test_frozen_weights_are_bit_identical_after_200_steps(mask: str, dtype: torc
     outside = {}
     for target in opt.targets:
         probe = torch.empty_like(target.flat)
-        opt.direction([0], [10.0]).whole(target.parameter, probe)
+        opt.mover([0], [10.0]).whole(target.parameter, probe)
         outside[target.name] = (probe == target.flat).view(target.parameter.shape)
-    opt._kept.clear()
+    opt.direction.end()
     assert outside.keys() == {"0.weight", "0.bias", "3.weight", "3.bias"}
     run(opt, closure_of(model), 200)
     after = weights_of(model)
@@ -790,7 +790,8 @@ def test_stochastic_rounding_is_drawn_anew_every_step() -> None:
         opt.restore({**opt.snapshot()[0], "num_steps": step}, {})
         with torch.no_grad():
             model.w.fill_(1.5)
-            opt.update([0.3 * 2.0**-7])
+            move = Move((Term(Key(step), 0.3 * 2.0**-7),))
+            opt.direction.apply(step, move)
         moved.append(model.w.detach() != 1.5)
     for share, mask in ((0.3, moved[0]), (0.3, moved[1]), (0.09, moved[0] & moved[1])):
         assert abs(mask.sum().item() - share * n) < 5 * math.sqrt(n * share * (1 - share))
@@ -937,7 +938,7 @@ def test_a_loss_that_is_not_finite_leaves_the_weights(
     opt, sound = sparse(model, **options), sparse(other, **options)
     before = weights_of(model)
     closure = broken_at(model, {call}, lambda x: x * 0 + bad)
-    if call >= 2 * opt.num_queries:  # in the second step
+    if call >= 2 * opt.num_scalars:  # in the second step
         opt.step(closure)
         sound.step(closure_of(other))
         before = weights_of(model)

@@ -12,7 +12,10 @@ class Method(Protocol):
     """What the loop asks of a method; see :mod:`smezo_cli.methods`."""
 
     mode: str  # "eval" (dropout off) or "train"
-    keeps_state: bool  # tensors that the next step depends on, beside the weights
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether the next step depends on tensors beside the weights."""
 
     @property
     def trained(self) -> Mapping[str, nn.Parameter]:

@@ -1,46 +1,46 @@
 """MeZO: dense two-sided zeroth-order SGD (arXiv 2305.17333, Algorithm 1)."""
 
-from collections.abc import Iterable
+from typing import ClassVar, Unpack
 
 from torch import nn
 
-from smezo_cli.zo.optimizer import ZeroOrder
+from smezo_cli.zo.directions.dense import Dense
+from smezo_cli.zo.estimators.two_sided import TwoSided
+from smezo_cli.zo.optimizer import Common, ZeroOrder
+from smezo_cli.zo.selections.masked import Everything
+from smezo_cli.zo.updates.sgd import SGD
 
 
 class MeZO(ZeroOrder):
-    """Every weight perturbed; see :class:`smezo_cli.zo.optimizer.ZeroOrder` for the arguments."""
+    """Perturb every weight.
+
+    One step, for queries q = 1..Q with directions z_q ~ N(0, I):
+
+        projected_grad_q = [L(theta + eps z_q) - L(theta - eps z_q)] / (2 eps)
+        theta <- theta - lr (1/Q sum_q projected_grad_q z_q + weight_decay theta)
+
+    Args:
+        model: any module; parameters with ``requires_grad`` are trained.
+        num_queries: Q.
+        noise: "gaussian" or "rademacher".
+        common: see :class:`smezo_cli.zo.optimizer.Common`.
+    """
+
+    names_itself: ClassVar = False
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        lr: float,
-        eps: float,
-        seed: int = 0,
         num_queries: int = 1,
-        weight_decay: float = 0.0,
-        clip_projected_grad: float | None = None,
-        freeze: Iterable[str] = (),
         noise: str = "gaussian",
-        rounding: str = "nearest",
-        executor: str = "auto",
-        backend: str = "auto",
-        keep_noise: bool | str = "auto",
-        check: bool = True,
+        **common: Unpack[Common],
     ) -> None:
         super().__init__(
             model,
-            lr=lr,
-            eps=eps,
-            seed=seed,
-            num_queries=num_queries,
-            weight_decay=weight_decay,
-            clip_projected_grad=clip_projected_grad,
-            freeze=freeze,
-            noise=noise,
-            rounding=rounding,
-            executor=executor,
-            backend=backend,
-            keep_noise=keep_noise,
-            check=check,
+            selection=Everything(named="small"),
+            direction=Dense(noise),
+            estimator=TwoSided(num_queries),
+            update=SGD(),
+            **common,
         )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from smezo_cli.zo.probe import FunctionalProbe
-from smezo_cli.zo.self_check import Reads
+from smezo_cli.zo.reached import Reads
 
 
 def freeze_unread(model: nn.Module) -> list[str]:

@@ -215,7 +215,7 @@ class _Planner:
         }
         phases = self._evaluation()
         if isinstance(method, ZeroOrder):
-            more, own, per_step = self._zeroth_order(method.num_queries, method.keeps_state)
+            more, own, per_step = self._zeroth_order(method.num_scalars, method.keeps_state)
         elif isinstance(method, FirstOrder):
             more, own, per_step = self._first_order()
         elif frozen:
@@ -423,7 +423,7 @@ class _Planner:
     def _checked_together(self) -> int:
         """Weights that the self-check moves together, at most."""
         from smezo_cli.zo.probe import FunctionalProbe
-        from smezo_cli.zo.self_check import checked_together, kinds_to_check
+        from smezo_cli.zo.reached import checked_together, kinds_to_check
 
         names = {id(parameter): name for name, parameter in self.trained.items()}
         total = sum(p.numel() for p in self.trained.values())

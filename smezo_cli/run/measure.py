@@ -124,13 +124,13 @@ class SharedBatch(Batch):
         return self._team.queries(num)
 
     def join(
-        self, losses: Mapping[int, tuple[float, float]], num: int
-    ) -> Sequence[tuple[float, float]]:
-        """See :class:`Shared`; two float64 a query are all that goes over the wire."""
-        flat = [loss for query in range(num) for loss in losses.get(query, (0.0, 0.0))]
+        self, losses: Mapping[int, Sequence[float]], sizes: Sequence[int]
+    ) -> list[list[float]]:
+        """See :class:`Shared`; a float64 a loss is all that goes over the wire."""
+        flat = [x for i, size in enumerate(sizes) for x in losses.get(i, [0.0] * size)]
         weight = self._weight if self._team.shares_rows else 1
-        sums = [total / weight for total in self._team.add(flat)]
-        return list(zip(sums[::2], sums[1::2], strict=True))
+        sums = iter([total / weight for total in self._team.add(flat)])
+        return [[next(sums) for _ in range(size)] for size in sizes]
 
 
 class Measure:

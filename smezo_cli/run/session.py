@@ -635,7 +635,7 @@ class _Run:
                 self.job.set_weights(saved, folder.path)
                 restore(method, state.method, folder.load_optimizer(state, state.step), folder)
             return
-        check_length(self.settings.steps, method.num_queries)
+        check_length(self.settings.steps, method.num_scalars)
         path = folder.path / "trajectory.bin"
         header = {
             "identity": method.identity(),
@@ -721,7 +721,7 @@ class _Run:
 
     def _unreached(self, error: ValueError) -> str:
         """The sentence of a self-check that fails, with the words that let the run go."""
-        from smezo_cli.zo.self_check import Unreached
+        from smezo_cli.zo.reached import Unreached
 
         if not isinstance(error, Unreached):
             return f"method: {error}."
@@ -917,7 +917,7 @@ class _Run:
 
     def _lead(self, step: int, until: int) -> None:
         if self.team is not None:
-            queries: int = self.method.num_queries  # type: ignore[attr-defined]  # a ZeroOrder's
+            queries: int = self.method.num_scalars  # type: ignore[attr-defined]  # a ZeroOrder's
             prompt = self.state.notes["prompt"]
             self.team.take_steps(step, until, queries, prompt=prompt)
 

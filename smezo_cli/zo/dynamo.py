@@ -8,10 +8,12 @@ of this package stay compiled.
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+
+T = TypeVar("T")
 
 _PREFIX = "_orig_mod."  # of the names of parameters inside of torch.compile(module)
 _is_kept_out = False
@@ -73,3 +75,51 @@ def kept_out() -> Iterator[None]:
 def allowed() -> AbstractContextManager[Any]:
     """Inside, compiled code is compiled again: for passes, in a :func:`kept_out`."""
     return torch.compiler.set_stance("default") if _is_kept_out else nullcontext()
+
+
+class KeptOut:
+    """Keeps the user's compiler out of probes, of models and closures that have compiled code.
+
+    Args:
+        model: that the probes are of.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.is_needed = is_compiled(model)
+
+    def __call__(self) -> AbstractContextManager[None]:
+        """Return a context in which compiled code runs as it is written, where that is needed."""
+        return kept_out() if self.is_needed else nullcontext()
+
+    def run(self, call: Callable[[], T]) -> T:
+        """Return what the call returns; where the compiler fails it is kept out from then on."""
+        try:
+            with self():
+                return call()
+        except Exception as error:
+            if self.is_needed or not is_its_error(error):
+                raise
+        self.is_needed = True
+        with self():
+            return call()
+
+    def find(self, closure: Callable[[], Any], probe: AbstractContextManager[Any]) -> None:
+        """Find out whether a closure calls compiled code with the model inside.
+
+        Args:
+            closure: computes a loss.
+            probe: a context in which the forwards of the model are replaced.
+        """
+        self.is_needed = self.is_needed or is_compiled(self._model)
+        if self.is_needed or not is_imported():
+            return
+        try:
+            closure()
+        except Exception as error:
+            if not is_its_error(error):
+                raise
+            self.is_needed = True
+            return
+        with probe:
+            self.is_needed = recompiles(closure)

@@ -39,9 +39,9 @@ class Shared(Protocol):
         """Those, of so many, that this process measures."""
 
     def join(
-        self, losses: Mapping[int, tuple[float, float]], num: int
-    ) -> Sequence[tuple[float, float]]:
-        """The losses of all queries, from those of this process's at theta+ and theta-."""
+        self, losses: Mapping[int, Sequence[float]], sizes: Sequence[int]
+    ) -> list[list[float]]:
+        """The losses of all queries, from those of this process; so many losses each."""
 
 
 @dataclass(frozen=True)

@@ -62,11 +62,12 @@ def number(loss: Tensor) -> float:
     return float(loss.detach())
 
 
-def _check(condition: bool, message: str) -> None:
+def check(condition: bool, message: str) -> None:
+    """Raise ValueError with this message unless the condition holds."""
     if not condition:
         raise ValueError(message)
 
 
 def one_of(key: str, got: str | bool, allowed: Sequence[str | bool]) -> None:
     """Raise ValueError unless the value is one of those allowed."""
-    _check(got in allowed, f"{key}={got}: one of {', '.join(map(str, allowed))}")
+    check(got in allowed, f"{key}={got}: one of {', '.join(map(str, allowed))}")

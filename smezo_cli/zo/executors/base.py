@@ -1,17 +1,18 @@
 """What a step asks of an executor."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
 
-from smezo_cli.zo.directions.dense import Direction
+from smezo_cli.zo.directions.base import PointMover
 from smezo_cli.zo.step import Closure
 
 
 class Executor(Protocol):
-    """How a pair of losses is measured; must not change the numbers."""
+    """Measures the losses at some points; how must not change the numbers."""
 
     name: str
 
-    def losses(self, closure: Closure, plus: Direction, minus: Direction) -> tuple[Tensor, Tensor]:
-        """Losses at theta + eps m z and theta - eps m z."""
+    def losses(self, closure: Closure, movers: Sequence[PointMover]) -> list[Tensor]:
+        """Return the loss () with the weights moved by each of the movers."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from smezo_cli.zo.directions.dense import Direction
+from smezo_cli.zo.directions.base import PointMover
 from smezo_cli.zo.step import Closure
 from smezo_cli.zo.targets import Target
 
@@ -13,8 +13,11 @@ from smezo_cli.zo.targets import Target
 class InPlace:
     """The textbook (MeZO, arXiv 2305.17333, Algorithm 1): +eps, -2 eps, +eps, in the weights.
 
-    The mask is taken once, before the first write. Low-precision weights do not come back exactly;
-    this is the reference, not the way to train.
+    For a dense direction, two sides and one query. The mask is taken once, before the first write.
+    Low-precision weights do not come back exactly; this is the reference, not the way to train.
+
+    Args:
+        targets: the trained tensors.
     """
 
     name = "in_place"
@@ -22,8 +25,9 @@ class InPlace:
     def __init__(self, targets: Sequence[Target]) -> None:
         self._targets = targets
 
-    def losses(self, closure: Closure, plus: Direction, minus: Direction) -> tuple[Tensor, Tensor]:
+    def losses(self, closure: Closure, movers: Sequence[PointMover]) -> list[Tensor]:
         """See :class:`Executor`."""
+        plus, _ = movers
         steps = [plus.dense(target) for target in self._targets]  # (eps m z, m)
         standing = 0.0  # multiples of the step that are in the weights
         try:
@@ -35,7 +39,7 @@ class InPlace:
             loss_minus = closure()
         finally:
             self._add(steps, -standing)
-        return loss_plus, loss_minus
+        return [loss_plus, loss_minus]
 
     def _add(self, steps: list[tuple[Tensor, Tensor]], scale: float) -> None:
         for target, (step, mask) in zip(self._targets, steps, strict=True):

@@ -1,24 +1,29 @@
 """Measure the losses of a step one forward after the other."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from smezo_cli.zo.directions.dense import Direction
-from smezo_cli.zo.probe import FunctionalProbe
+from smezo_cli.zo.probe import FunctionalProbe, Mover
 from smezo_cli.zo.step import Closure
 
 
 class Sequential:
-    """Scratch copies, module by module; the weights are only read."""
+    """Runs forwards on scratch copies, module by module; the weights are only read.
+
+    Args:
+        probe: of the model.
+    """
 
     name = "sequential"
 
     def __init__(self, probe: FunctionalProbe) -> None:
         self._probe = probe
 
-    def losses(self, closure: Closure, plus: Direction, minus: Direction) -> tuple[Tensor, Tensor]:
+    def losses(self, closure: Closure, movers: Sequence[Mover]) -> list[Tensor]:
         """See :class:`Executor`."""
-        with self._probe.at(plus):
-            loss_plus = closure()
-        with self._probe.at(minus):
-            loss_minus = closure()
-        return loss_plus, loss_minus
+        found = []
+        for mover in movers:
+            with self._probe.at(mover):
+                found.append(closure())
+        return found

@@ -33,6 +33,7 @@ class CompiledPasses:
     """The same passes, each one fused loop (C++ on a CPU, Triton on a GPU)."""
 
     name = "compiled"
+    reads_numbers = False
 
     def __init__(self, rule: Rule) -> None:
         # Triton contracts a * b + c by default, which eager code does not.

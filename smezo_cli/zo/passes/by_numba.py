@@ -27,6 +27,7 @@ class NumbaPasses:
     """
 
     name = "numba"
+    reads_numbers = True
 
     def __init__(self, rule: Rule) -> None:
         from smezo_cli.zo.passes import kernels  # imports Numba, which takes a second

@@ -135,6 +135,7 @@ class EagerPasses:
     """The passes in plain torch, chunk by chunk."""
 
     name = "eager"
+    reads_numbers = False  # but tensors on the device
 
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
@@ -203,7 +204,8 @@ class EagerPasses:
 
         _over_pairs(weight, one)
 
-    def move_kept(self, weight: Tensor, out: Tensor, z: Tensor, mask: Tensor, draw: Draw) -> None:
+    @staticmethod
+    def move_kept(weight: Tensor, out: Tensor, z: Tensor, mask: Tensor, draw: Draw) -> None:
         """As :meth:`move`, from a kept z (one query, round to nearest)."""
 
         def one(part: slice) -> None:

@@ -1,0 +1,71 @@
+"""Measure the losses that an estimator asks for, alone or with other processes."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from smezo_cli.zo.directions.base import Direction
+from smezo_cli.zo.executors.choose import Executors
+from smezo_cli.zo.move import Key, Move, Term
+from smezo_cli.zo.step import Closure, NonFiniteLoss, Shared
+
+
+class Asked:
+    """The :class:`Ask` of one step.
+
+    Args:
+        closure: computes the loss of the batch.
+        direction: of the method.
+        executors: measure.
+        eps: radius of the probes.
+        step: number of the step.
+        on_equal: called where the two losses of a pair are the same number.
+    """
+
+    def __init__(
+        self,
+        closure: Closure,
+        direction: Direction,
+        executors: Executors,
+        eps: float,
+        step: int,
+        on_equal: Callable[[], None],
+    ) -> None:
+        self._closure, self._direction, self._executors = closure, direction, executors
+        self.eps, self.step, self._on_equal = eps, step, on_equal
+        #: all losses of the step so far
+        self.heard: list[float] = []
+
+    def losses(self, groups: Sequence[Sequence[Move]]) -> list[list[float]]:
+        """See :class:`Ask`."""
+        shared = self._closure if isinstance(self._closure, Shared) else None
+        numbers = range(len(groups)) if shared is None else shared.queries(len(groups))
+        measured: dict[int, list[float]] = {}
+        for i in numbers:
+            movers = [self._direction.mover(self.step, move) for move in groups[i]]
+            found = self._executors.losses(self._closure, movers)
+            losses = torch.stack([x.detach().double() for x in found]).tolist()
+            if shared is None:
+                self._check_finite(losses)
+                if len(losses) == 2 and losses[0] == losses[1]:
+                    self._on_equal()
+            measured[i] = losses
+        joined = list(measured.values())
+        if shared is not None:
+            joined = shared.join(measured, list(map(len, groups)))
+            for losses in joined:  # of all, so that every process raises or none
+                self._check_finite(losses)
+        self.heard += [loss for losses in joined for loss in losses]
+        return joined
+
+    def two_sided(self, keys: Sequence[Key]) -> list[float]:
+        """See :class:`Ask`."""
+        there = [Move((Term(key, self.eps),)) for key in keys]
+        pairs = self.losses([(move, move.negated()) for move in there])
+        return [(plus - minus) / (2 * self.eps) for plus, minus in pairs]
+
+    def _check_finite(self, losses: Sequence[float]) -> None:
+        if not all(map(math.isfinite, losses)):
+            said = " and ".join(map(str, losses))
+            raise NonFiniteLoss(f"loss {said} at step {self.step}")

@@ -1,0 +1,76 @@
+"""What a step asks of a direction: u(key) of each tensor, at the weights as they are."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from smezo_cli.zo.move import Move
+from smezo_cli.zo.probe import PairMover
+from smezo_cli.zo.selections.base import Selection
+from smezo_cli.zo.targets import Target
+
+#: Takes a part of a flat tensor, the sum of its terms there (float32), and returns what is added.
+Change = Callable[[slice, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a direction is made for: the tensors of one optimizer, and how it computes.
+
+    Attributes:
+        targets: the trained tensors.
+        selection: which of their coordinates are perturbed.
+        seed: names the noise.
+        is_stochastic: updates are rounded stochastically where weights are narrower than float32.
+        backend: "auto", "compiled" or "eager".
+        keep_noise: draw once a step and keep it: "auto", True or False.
+        is_in_place: the executor moves the weights themselves.
+    """
+
+    targets: Sequence[Target]
+    selection: Selection
+    seed: int
+    is_stochastic: bool
+    backend: str
+    keep_noise: bool | str
+    is_in_place: bool
+
+
+class PointMover(PairMover, Protocol):
+    """Writes copies of tensors at a point, and knows the move that leads there."""
+
+    move: Move
+
+    def dense(self, target: Target) -> tuple[Tensor, Tensor]:
+        """Return the first term written out (float32, flat), and the mask (bool)."""
+
+
+class Direction(Protocol):
+    """Perturbs tensors along u(key), the same in the probe and in the update."""
+
+    def bind(self, bound: Bound, num_terms: int) -> None:
+        """Get ready for these tensors, and moves of so many terms."""
+
+    def begin(self, step: int) -> None:
+        """Begin a step: forget what was drawn for the one before. May be called again."""
+
+    def end(self) -> None:
+        """Drop what was kept for the step."""
+
+    def mover(self, step: int, move: Move) -> PointMover:
+        """Return what writes copies of tensors moved by ``move``."""
+
+    def apply(self, step: int, move: Move) -> None:
+        """Move the weights themselves, rounded as asked."""
+
+    def change(self, step: int, move: Move, of: Callable[[Target], Change]) -> None:
+        """Add to the weights what ``of(target)`` makes of the sum of the terms, part by part.
+
+        The move's decay is taken off, too. Parts are disjoint, fit the cache, and come in any order
+        and in several threads.
+        """
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the direction follows from, as plain JSON."""

@@ -1,0 +1,1 @@
+"""How the losses of a step become scalars, and scalars the coefficients of a gradient."""

@@ -1,0 +1,47 @@
+"""What a step asks of an estimator, and what an estimator may ask of the weights: losses alone."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from smezo_cli.zo.move import Gradient, Key, Move
+
+
+class Ask(Protocol):
+    """Measures losses for an estimator, and writes nothing."""
+
+    eps: float
+    step: int
+
+    def losses(self, groups: Sequence[Sequence[Move]]) -> list[list[float]]:
+        """Return the loss at each point of each group.
+
+        Points of a group belong together, such as plus and minus of one direction: one process
+        measures them, and an executor may run them at once.
+
+        Raises:
+            NonFiniteLoss: a loss is NaN or infinite.
+        """
+
+    def two_sided(self, keys: Sequence[Key]) -> list[float]:
+        """Return [L(theta + eps u) - L(theta - eps u)] / 2 eps along each direction."""
+
+
+class Estimator(Protocol):
+    """Turns losses into the scalars of a step, which are recorded, and scalars into a gradient."""
+
+    @property
+    def num_scalars(self) -> int:
+        """How many scalars a step records, always."""
+
+    @property
+    def num_terms(self) -> int:
+        """How many directions a move has at most."""
+
+    def forwards(self, step: int) -> int:
+        """Return how many forwards over the batch a step takes."""
+
+    def measure(self, ask: Ask) -> list[float]:
+        """Return the scalars of the present step."""
+
+    def read(self, scalars: Sequence[float], step: int) -> Gradient:
+        """Return the gradient that the scalars of a step stand for: arithmetic alone."""

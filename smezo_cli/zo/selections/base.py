@@ -1,0 +1,32 @@
+"""What a step asks of a selection: which coordinates of each tensor it perturbs and updates."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from smezo_cli.zo.targets import Target
+
+
+class Selection(Protocol):
+    """Says which coordinates are perturbed and updated, by a threshold and a rule."""
+
+    rule: str  # a key of masks.RULES, compiled into the passes
+    dense: tuple[str, ...]  # globs of tensors that are perturbed whole
+
+    def set_thresholds(self, targets: Sequence[Target]) -> None:
+        """Set the threshold of every tensor from its present weights."""
+
+    def is_due(self, step: int) -> bool:
+        """Return whether thresholds are set anew before this step."""
+
+    def stream(self, step: int) -> tuple[str | int, ...] | None:
+        """Return the stream that the mask of a step is drawn from; None: it is not random."""
+
+    def active_at(
+        self, target: Target, picked: Tensor, index: Tensor, step: int, seed: int
+    ) -> Tensor:
+        """Return which of some entries (n,) at flat ``index`` a step perturbs: bool (n,)."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the selection follows from, as plain JSON."""

@@ -1,0 +1,55 @@
+"""What the steps of a method keep beside the weights: float32 tensors, one number a weight each."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from smezo_cli.zo.targets import Target
+
+
+class State:
+    """The tensors that the next step depends on, by slot and by target.
+
+    Args:
+        slots: their names, such as "exp_avg"; in files a tensor is called ``TARGET/SLOT``.
+    """
+
+    def __init__(self, slots: Sequence[str]) -> None:
+        self.slots = tuple(slots)
+        self._tensors: dict[str, tuple[Tensor, ...]] = {}
+
+    def __bool__(self) -> bool:
+        """Return whether anything is kept yet."""
+        return bool(self._tensors)
+
+    def of(self, target: Target) -> tuple[Tensor, ...]:
+        """Return the target's tensors (flat, float32) in the order of the slots; zeros at first."""
+        if target.name not in self._tensors:
+            self._tensors[target.name] = tuple(
+                torch.zeros_like(target.flat, dtype=torch.float32) for _ in self.slots
+            )
+        return self._tensors[target.name]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors by their names in files; not copies."""
+        return {
+            f"{name}/{slot}": tensor
+            for i, slot in enumerate(self.slots)
+            for name, tensors in self._tensors.items()
+            for tensor in [tensors[i]]
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor], targets: Sequence[Target]) -> None:
+        """Undo :meth:`tensors`; of an empty mapping nothing is kept afterwards.
+
+        Raises:
+            LookupError, ValueError: they are not of these targets.
+        """
+        self._tensors.clear()
+        for target in targets if tensors and self.slots else ():
+            flat = target.flat
+            own = [tensors[f"{target.name}/{slot}"] for slot in self.slots]
+            if any(x.shape != flat.shape or x.dtype != torch.float32 for x in own):
+                raise ValueError(f"{target.name} has other moments")
+            self._tensors[target.name] = tuple(x.to(flat.device, copy=True) for x in own)

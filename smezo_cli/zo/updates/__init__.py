@@ -1,0 +1,1 @@
+"""How the coefficients of a gradient move the weights."""

@@ -1,0 +1,63 @@
+"""What a step asks of an update, and what an update may do to the weights."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from smezo_cli.zo.directions.base import Change, Direction
+from smezo_cli.zo.move import Gradient
+from smezo_cli.zo.state import State
+from smezo_cli.zo.targets import Target
+
+
+class Do:
+    """Moves the weights for an update, along the directions that were probed.
+
+    Args:
+        direction: of the method.
+        state: what the method keeps between steps.
+        step: number of the present step, from 0.
+        weight_decay: of the method; its product with the lr is a move's ``decay``.
+    """
+
+    def __init__(self, direction: Direction, state: State, step: int, weight_decay: float) -> None:
+        self._direction, self._state = direction, state
+        self.step, self.weight_decay = step, weight_decay
+
+    def move(self, gradient: Gradient, scale: float, decay: float = 0.0) -> None:
+        """theta <- theta + scale g - decay theta, in one pass, on what is selected."""
+        self._direction.apply(self.step, gradient.move(scale, decay))
+
+    def elementwise(
+        self, gradient: Gradient, change: Callable[..., Tensor], decay: float = 0.0
+    ) -> None:
+        """theta <- theta + change(g, *state) - decay theta, part by part, on what is selected.
+
+        Args:
+            gradient: g; it is drawn again part by part, so that no memory of the model's size is
+                needed but the state.
+            change: takes g (float32) and the same part of each of the state's tensors, in the order
+                of the update's ``slots``; returns what is added to the weights. It may write to the
+                state, and to g. Each torch operation rounds once, so the bits are the same however
+                the tensor is cut.
+            decay: of the weights.
+        """
+
+        def of(target: Target) -> Change:
+            tensors = self._state.of(target)
+            return lambda part, g: change(g, *(tensor[part] for tensor in tensors))
+
+        self._direction.change(self.step, gradient.move(1.0, decay), of)
+
+
+class Update(Protocol):
+    """Moves the weights by the gradient of a step."""
+
+    slots: tuple[str, ...]  # names of what it keeps: float32, one number a weight each
+
+    def apply(self, do: Do, gradient: Gradient, lr: float) -> None:
+        """Move the weights."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the update follows from, beside its arguments, as plain JSON."""

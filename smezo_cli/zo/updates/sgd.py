@@ -1,0 +1,20 @@
+"""Move the weights along the gradient: one fused pass, nothing kept."""
+
+from typing import Any
+
+from smezo_cli.zo.move import Gradient
+from smezo_cli.zo.updates.base import Do
+
+
+class SGD:
+    """theta <- theta - lr (g + weight_decay theta)."""
+
+    slots: tuple[str, ...] = ()
+
+    def apply(self, do: Do, gradient: Gradient, lr: float) -> None:
+        """See :class:`Update`."""
+        do.move(gradient, -lr, decay=lr * do.weight_decay)
+
+    def identity(self) -> dict[str, Any]:
+        """See :class:`Update`."""
+        return {}
