@@ -107,5 +107,16 @@ def _compares_losses(target: Callable[..., Any]) -> bool:
     return inspect.isclass(target) and issubclass(target, ZeroOrder)
 
 
-def _signature(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(target).parameters
+def _signature(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The arguments of a target, with those that ``**common: Unpack[Common]`` stands for."""
+    found: dict[str, inspect.Parameter] = {}
+    for name, parameter in inspect.signature(target).parameters.items():
+        if parameter.kind is not parameter.VAR_KEYWORD:
+            found[name] = parameter
+            continue
+        hints = typing.get_type_hints(target.__init__)
+        for common in typing.get_args(hints.get(name)):
+            for key in common.__annotations__:
+                default = parameter.empty if key in common.__required_keys__ else None
+                found[key] = inspect.Parameter(key, parameter.KEYWORD_ONLY, default=default)
+    return found
