@@ -6,7 +6,8 @@ from torch import nn
 
 from smezo_cli.zo.directions.dense import Dense
 from smezo_cli.zo.estimators.two_sided import TwoSided
-from smezo_cli.zo.optimizer import Common, ZeroOrder
+from smezo_cli.zo.optimizer import ZeroOrder
+from smezo_cli.zo.parts import Common
 from smezo_cli.zo.selections.masked import Everything
 from smezo_cli.zo.updates.sgd import SGD
 
@@ -23,7 +24,7 @@ class MeZO(ZeroOrder):
         model: any module; parameters with ``requires_grad`` are trained.
         num_queries: Q.
         noise: "gaussian" or "rademacher".
-        common: see :class:`smezo_cli.zo.optimizer.Common`.
+        common: see :class:`smezo_cli.zo.parts.Common`.
     """
 
     names_itself: ClassVar = False

@@ -7,7 +7,8 @@ from torch import nn
 
 from smezo_cli.zo.directions.dense import Dense
 from smezo_cli.zo.estimators.two_sided import TwoSided
-from smezo_cli.zo.optimizer import Common, ZeroOrder
+from smezo_cli.zo.optimizer import ZeroOrder
+from smezo_cli.zo.parts import Common
 from smezo_cli.zo.selections.masked import Everything
 from smezo_cli.zo.updates.adam import Adam
 
@@ -25,7 +26,7 @@ class MeZOAdam(ZeroOrder):
         adam_eps: added to the root of the second moment; Adam's own epsilon, not the probe's.
         num_queries: Q.
         noise: "gaussian" or "rademacher".
-        common: see :class:`smezo_cli.zo.optimizer.Common`; lr is about the largest move of a weight
+        common: see :class:`smezo_cli.zo.parts.Common`; lr is about the largest move of a weight
             in a step, weight decay is apart from the moments, as in AdamW, and projected gradients
             are clipped before the moments.
     """

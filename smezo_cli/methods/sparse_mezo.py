@@ -7,7 +7,8 @@ from torch import nn
 
 from smezo_cli.zo.directions.dense import Dense
 from smezo_cli.zo.estimators.two_sided import TwoSided
-from smezo_cli.zo.optimizer import Common, ZeroOrder
+from smezo_cli.zo.optimizer import ZeroOrder
+from smezo_cli.zo.parts import Common
 from smezo_cli.zo.selections.masked import Masked
 from smezo_cli.zo.updates.sgd import SGD
 
@@ -32,7 +33,7 @@ class SparseMeZO(ZeroOrder):
         dense: globs of parameter names perturbed without a mask.
         num_queries: Q.
         noise: "gaussian" or "rademacher".
-        common: see :class:`smezo_cli.zo.optimizer.Common`.
+        common: see :class:`smezo_cli.zo.parts.Common`.
     """
 
     names_itself: ClassVar = False

@@ -6,151 +6,33 @@
 Works on any torch module; knows nothing of Hydra or transformers.
 """
 
-import hashlib
-import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Required, TypedDict, Unpack
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
 
-from smezo_cli.zo import dynamo
 from smezo_cli.zo.asked import Asked
-from smezo_cli.zo.directions.base import Bound
-from smezo_cli.zo.directions.dense import Dense, DenseMover
-from smezo_cli.zo.estimators.base import Estimator
-from smezo_cli.zo.executors.choose import Executors
-from smezo_cli.zo.move import Gradient, Key, Move, Term
-from smezo_cli.zo.passes.choose import Passes
-from smezo_cli.zo.probe import FunctionalProbe
-from smezo_cli.zo.selections.base import Selection
+from smezo_cli.zo.directions.dense import DenseMover
+from smezo_cli.zo.move import Gradient
+from smezo_cli.zo.parts import Parts
 from smezo_cli.zo.self_check import SelfCheck
-from smezo_cli.zo.state import State
-from smezo_cli.zo.step import NUMERICS, Closure, StepRecord
-from smezo_cli.zo.targets import check, number, one_of, select
-from smezo_cli.zo.updates.base import Do, Update
+from smezo_cli.zo.step import Closure, StepRecord
+from smezo_cli.zo.targets import check, number
+from smezo_cli.zo.updates.base import Do
 
 
-class Common(TypedDict, total=False):
-    """Arguments that every zeroth-order method takes.
-
-    lr: step size.
-    eps: radius of the probe.
-    seed: names the noise; z depends on (seed, step, query, tensor name, index) alone.
-    weight_decay: on what is selected only.
-    clip_projected_grad: a projected gradient is cut to it in the update; None never.
-    freeze: globs of parameter names left as they are.
-    rounding: "nearest" or "stochastic": how updates are stored below float32.
-    executor: how the losses of a query are measured. "sequential": one after the other at moved
-        copies of the weights, module by module; "lockstep": in turns, with one draw for both;
-        "in_place": the textbook's, in the weights. "auto" takes the faster of the first two by
-        timing both at the first step, see :meth:`ZeroOrder.choose_executor`.
-    backend: "compiled" (by Numba on a CPU, by torch.compile elsewhere), "eager", or "auto":
-        compiled where that works and the weights are many enough to earn it. The numbers are the
-        same.
-    keep_noise: draw z once a step and keep it (4 bytes a weight and one for the mask). Pays where
-        drawing is slow: "auto" does it for eager passes on a CPU with memory to spare.
-    check: ask :meth:`ZeroOrder.self_check` at the first step; False where that was done already.
-    """
-
-    lr: Required[float]
-    eps: Required[float]
-    seed: int
-    weight_decay: float
-    clip_projected_grad: float | None
-    freeze: Iterable[str]
-    rounding: str
-    executor: str
-    backend: str
-    keep_noise: bool | str
-    check: bool
-
-
-DEFAULTS: Mapping[str, Any] = {
-    "seed": 0,
-    "weight_decay": 0.0,
-    "clip_projected_grad": None,
-    "freeze": (),
-    "rounding": "nearest",
-    "executor": "auto",
-    "backend": "auto",
-    "keep_noise": "auto",
-    "check": True,
-}
-
-
-class ZeroOrder(torch.optim.Optimizer):
-    """A zeroth-order method, made of parts.
+class ZeroOrder(Parts):
+    """A zeroth-order method, made of parts; see :class:`smezo_cli.zo.parts.Parts`.
 
     A step measures losses at moved weights, which become scalars; the update is a function of the
     weights, the state, the seed and these scalars. So a recorded step is made again without a
     forward, by :meth:`replay`.
-
-    Args:
-        model: any module; parameters with ``requires_grad`` are trained.
-        selection: which coordinates are perturbed and updated.
-        direction: what u(key) is.
-        estimator: losses to scalars, scalars to a gradient.
-        update: a gradient to moved weights.
-        common: see :class:`Common`.
-
-    Raises:
-        TypeError: an argument is missing or unknown.
-        ValueError: an argument out of range, a glob that matches nothing, nothing left to train.
     """
 
     takes_steps: ClassVar = True
     replays: ClassVar = True  # its steps can be made again from recorded scalars
     compares_losses: ClassVar = True  # so that losses need no gradient, and may be any objective
     mode = "eval"
-    # Trajectories say which method made them; those of the first three methods have no such key.
-    names_itself: ClassVar = True
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        selection: Selection,
-        direction: Dense,
-        estimator: Estimator,
-        update: Update,
-        **common: Unpack[Common],
-    ) -> None:
-        given: dict[str, Any] = {**DEFAULTS, **common}
-        _check_common(type(self).__name__, given)
-        lr, eps, clip = given["lr"], given["eps"], given["clip_projected_grad"]
-        model = dynamo.original(model)
-        self.targets = select(model, list(given["freeze"]), list(selection.dense))
-        super().__init__(
-            [t.parameter for t in self.targets],
-            {"lr": lr, "eps": eps, "weight_decay": given["weight_decay"]},
-        )
-        self.lr, self.seed = lr, given["seed"]
-        self.clip_projected_grad = math.inf if clip is None else clip
-        self.num_steps = 0
-        self.selection, self.direction, self.estimator = selection, direction, estimator
-        self.update, self.state_of_update = update, State(update.slots)
-        self.set_thresholds()
-        self._probe = FunctionalProbe(model, [t.parameter for t in self.targets])
-        self.executors = Executors(given["executor"], model, self.targets, self._probe)
-        self._rounding = given["rounding"]
-        direction.bind(
-            Bound(
-                targets=self.targets,
-                selection=selection,
-                seed=self.seed,
-                is_stochastic=self._rounding == "stochastic",
-                backend=given["backend"],
-                keep_noise=given["keep_noise"],
-                is_in_place=self.executors.is_in_place,
-            ),
-            estimator.num_terms,
-        )
-        self._model = model
-        self._unchecked = self._asks_again = given["check"]
-
-    # --- the step -----------------------------------------------------------------------------
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -241,12 +123,6 @@ class ZeroOrder(torch.optim.Optimizer):
         clipped = sum(abs(g) > self.clip_projected_grad for g in found)
         return StepRecord(loss, tuple(found), self.estimator.forwards(self.num_steps), clipped)
 
-    def mover(self, queries: Sequence[int], coefficients: Sequence[float]) -> DenseMover:
-        """Return what moves weights along ``sum_q a_q m u_q`` of the next step."""
-        keys = [Key(self.num_steps, query) for query in queries]
-        move = Move(tuple(map(Term, keys, coefficients)))
-        return self.direction.mover(self.num_steps, move)
-
     def _pair(self, query: int, eps: float) -> list[DenseMover]:
         return [self.mover([query], [eps]), self.mover([query], [-eps])]
 
@@ -262,110 +138,6 @@ class ZeroOrder(torch.optim.Optimizer):
         plus, minus = self.executors.by(self.executors.sequential, closure, pair)
         self.direction.end()
         return number(plus), number(minus)
-
-    # --- what is asked about it -----------------------------------------------------------------
-
-    def identity(self) -> dict[str, Any]:
-        """Return what an update follows from, beside weights, lr and scalars; plain JSON."""
-        tensors = [[t.name, list(t.parameter.shape), str(t.parameter.dtype)] for t in self.targets]
-        dense = [t.name for t in self.targets if not t.masked]
-        group = self.param_groups[0]
-        names = {"method": type(self).__name__} if self.names_itself else {}
-        limit = self.clip_projected_grad
-        return {
-            **names,
-            "numerics": NUMERICS,
-            "seed": self.seed,
-            "num_queries": self.estimator.num_scalars,
-            **self.direction.identity(),
-            **self.selection.identity(),
-            "rounding": self._rounding,
-            "weight_decay": group["weight_decay"],
-            "eps": group["eps"],
-            "clip_projected_grad": None if math.isinf(limit) else limit,
-            "in_place": self.executors.is_in_place,
-            "tensors": hashlib.sha256(json.dumps([tensors, dense]).encode()).hexdigest(),
-            **self.update.identity(),
-        }
-
-    @property
-    def num_scalars(self) -> int:
-        """How many scalars a step records."""
-        return self.estimator.num_scalars
-
-    @property
-    def num_weights(self) -> int:
-        """Weights that the method may train."""
-        return sum(t.parameter.numel() for t in self.targets)
-
-    @property
-    def keeps_state(self) -> bool:
-        """Whether the next step depends on tensors beside the weights."""
-        return bool(self.update.slots)
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of these tensors."""
-        return 4 * len(self.update.slots) * self.num_weights
-
-    @property
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The tensors that the method may write to, by name."""
-        return {t.name: t.parameter for t in self.targets}
-
-    @property
-    def passes(self) -> Passes:
-        """What computes a pass over a tensor."""
-        return self.direction.passes
-
-    @property
-    def why_eager(self) -> str:
-        """Why passes are not fused; "" where they are, or that was asked for."""
-        return self.direction.why_eager
-
-    @property
-    def executor(self) -> str:
-        """The name of the executor in use; "auto" until one is chosen."""
-        return self.executors.name
-
-    @torch.no_grad()
-    def active_share(self) -> float:
-        """Return the fraction of the trained weights that the present mask perturbs."""
-        mover = self.mover([0], [0.0])
-        # Not .sum(): it would write the mask out as int64.
-        active = sum(int(self.direction.mask(t, mover).count_nonzero()) for t in self.targets)
-        return active / self.num_weights
-
-    def mask_at(self, parameter: Tensor, picked: Tensor, index: Tensor, step: int) -> Tensor:
-        """Return which of some entries the mask of a step perturbs: bool (n,).
-
-        Args:
-            parameter: one that is trained.
-            picked: (n,), what the entries were when the step began.
-            index: int64 (n,), where they are in the flat parameter.
-            step: from 0; of thresholds that are renewed, the present ones are taken.
-        """
-        target = self.direction.target_of(parameter)
-        return self.selection.active_at(target, picked, index, step, self.seed)
-
-    # --- what changes it ------------------------------------------------------------------------
-
-    def set_lr_factor(self, factor: float) -> None:
-        """Let the next steps use ``factor * lr``."""
-        self.param_groups[0]["lr"] = factor * self.lr
-
-    def set_thresholds(self) -> None:
-        """Set the masks' thresholds from the present weights."""
-        self.selection.set_thresholds(self.targets)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Only the constructor adds groups: what is trained, and its thresholds, are chosen there.
-
-        Raises:
-            ValueError: always, after construction.
-        """
-        check(not self.param_groups, "what is trained is fixed: make a new optimizer")
-        super().add_param_group(param_group)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -386,39 +158,6 @@ class ZeroOrder(torch.optim.Optimizer):
         seconds = self.executors.choose(closure, self._pair(0, self.param_groups[0]["eps"]))
         self.direction.end()
         return seconds
-
-    def snapshot(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return plain numbers and tensors that the next step depends on, beside the weights.
-
-        The tensors are the method's own, not copies.
-        """
-        numbers = {"num_steps": self.num_steps, "h": {t.name: t.h.hex() for t in self.targets}}
-        return numbers, self.state_of_update.tensors()
-
-    def restore(self, numbers: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Undo :meth:`snapshot`; without tensors a method that keeps some can step at step 0 alone.
-
-        Raises:
-            LookupError, ValueError: they are not of these weights.
-        """
-        self.direction.end()
-        self.num_steps = numbers["num_steps"]
-        for target in self.targets:
-            target.h = float.fromhex(numbers["h"][target.name])
-        self.state_of_update.restore(tensors, self.targets)
-
-    def state_dict(self) -> dict[str, Any]:
-        """As :meth:`snapshot`, with copies of the tensors, for users of torch's own protocol."""
-        numbers, tensors = self.snapshot()
-        if not self.keeps_state:
-            return numbers
-        return numbers | {"moments": {name: tensor.clone() for name, tensor in tensors.items()}}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Undo :meth:`state_dict`."""
-        self.restore(state_dict, state_dict.get("moments", {}))
-
-    # --- trust ----------------------------------------------------------------------------------
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -469,21 +208,3 @@ class ZeroOrder(torch.optim.Optimizer):
             self.param_groups[0]["eps"],
             self.num_steps,
         )
-
-
-def _check_common(name: str, given: Mapping[str, Any]) -> None:
-    """Raise TypeError or ValueError for arguments of :class:`Common` that cannot be taken."""
-    for key in ("lr", "eps"):
-        if key not in given:
-            raise TypeError(f"{name} needs {key}=")
-    if unknown := given.keys() - Common.__annotations__.keys():
-        raise TypeError(f"{name} takes no {sorted(unknown)[0]}=")
-    lr, eps, decay = given["lr"], given["eps"], given["weight_decay"]
-    check(lr > 0 and math.isfinite(lr), f"lr={lr}: must be above 0")
-    check(eps > 0 and math.isfinite(eps), f"eps={eps}: must be above 0")
-    check(decay >= 0, f"weight_decay={decay}: must not be negative")
-    clip = given["clip_projected_grad"]
-    check(clip is None or clip > 0, f"clip_projected_grad={clip}: must be above 0")
-    one_of("rounding", given["rounding"], ("nearest", "stochastic"))
-    one_of("keep_noise", given["keep_noise"], ("auto", True, False))
-    one_of("backend", given["backend"], ("auto", "compiled", "eager"))
