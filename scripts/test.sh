@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Usage: scripts/test.sh [words for pytest ...]
-# Sets everything up, then runs the linter, the type checker, the audit of the locked packages (where the network allows it)
+# Sets everything up, then runs the linter, the type checker, the contracts of imports, the audit of the locked packages (where the network allows it)
 # and the tests.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -11,6 +11,7 @@ set -x
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
+PYTHONPATH=$root "$root/.venv/bin/lint-imports" --no-cache
 "$python" scripts/audit.py
 # Two files of tests at a time, on half of the cores each: most tests wait for one core.
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))} "$python" -m pytest -n 2 --dist loadfile "$@"
