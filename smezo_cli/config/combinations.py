@@ -1,12 +1,13 @@
 """Check settings that must agree with each other."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from smezo_cli.config.fixed import CONF_DIR, load_yaml
+from smezo_cli.config.fixed import CONF_DIR, FULL_SAVE_EVERY, load_yaml
 from smezo_cli.config.rules import shown
 from smezo_cli.errors import UserError
 from smezo_cli.kinds import METRICS
@@ -157,6 +158,62 @@ def check_objective(objective: str, task: Mapping[str, Any]) -> None:
         raise UserError(
             f"method.objective={objective}: task {task['name']} is of kind {task['kind']}, whose "
             f"figure is {metric}: add method.objective={metric}, or leave it out."
+        )
+
+
+def check_dtypes(dtype: str, compute_dtype: str | None) -> None:
+    """Refuse products in a higher precision than the weights have."""
+    if compute_dtype == "float32" != dtype:
+        raise UserError(
+            f"compute_dtype=float32 beside dtype={dtype}: products are computed in the "
+            "weights' precision or a lower one; add dtype=float32, or leave compute_dtype out."
+        )
+
+
+def check_frozen(
+    task: Mapping[str, Any], model: Mapping[str, Any], method: Mapping[str, Any]
+) -> None:
+    """Refuse a model or a task that a method without steps is not made for."""
+    if model["family"] == "masked" and "num_demonstrations" in method:
+        raise UserError(
+            f"model={model['name']} fills masks, and method {method['name']} is for models that go "
+            "on from demonstrations: choose a causal model, or method=zero_shot."
+        )
+    if "l2" in method and task["kind"] != "classification":
+        raise UserError(
+            f"task={task['name']} is of kind {task['kind']}, and method {method['name']} tells "
+            "classes apart: choose a task of kind classification, or method=zero_shot."
+        )
+
+
+def check_steps(checked: Mapping[str, Any]) -> None:
+    """Refuse what would be ignored on the way through the steps of a run.
+
+    Args:
+        checked: the settings of a method that takes steps.
+    """
+    task, method, steps = checked["task"], checked["method"], checked["steps"]
+    if checked["batch_order"] == "stratified" and task["kind"] != "classification":
+        raise UserError(
+            f"batch_order=stratified gives a batch its share of each class, and "
+            f"task={task['name']} is of kind {task['kind']}: leave it out."
+        )
+    if checked["full_save_every"] != FULL_SAVE_EVERY and "eps" not in method:
+        raise UserError(
+            f"full_save_every={checked['full_save_every']}: {method['name']} is no "
+            "zeroth-order method, whose steps are recorded: it saves its weights at each look, and "
+            "full_save_every would be ignored: leave it out, and set eval_every."
+        )
+    if checked["warmup_steps"] >= steps:
+        raise UserError(
+            f"warmup_steps={checked['warmup_steps']} leaves nothing of steps={steps}: "
+            "set it below the steps."
+        )
+    looks = math.ceil(steps / checked["eval_every"])
+    if checked["patience"] is not None and checked["patience"] + 1 >= looks:
+        raise UserError(
+            f"patience={checked['patience']} cannot end a run of {looks} looks early (the first is "
+            "always the lowest so far): lower patience or eval_every."
         )
 
 
