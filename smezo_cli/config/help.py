@@ -7,7 +7,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from smezo_cli.config.command_line import Request
-from smezo_cli.config.compose import Composer
+from smezo_cli.config.compose import Composer, every
 from smezo_cli.config.fixed import CONF_DIR
 
 
@@ -26,7 +26,7 @@ def help(request: Request) -> str:
             groups.append(textwrap.fill(line, 110, subsequent_indent=" " * (len(group) + 2)))
     if request.overrides:
         with Composer(request.search) as composer:
-            cfg = next(cfg for cfg, _ in composer.every(request))
+            cfg = next(every(composer, request)).cfg
         settings = OmegaConf.to_yaml(cfg, resolve="--resolve" in request.flags)
     else:
         file = request.search.primary or CONF_DIR / "train.yaml"
