@@ -8,7 +8,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from smezo_cli.cli.verbs import main
-from smezo_cli.config.compose import Composer, grid
+from smezo_cli.config.compose import grid
+from smezo_cli.config.composer import Composer
 from smezo_cli.config.fixed import CONF_DIR, is_frozen, plain
 from smezo_cli.models.architecture import build_meta
 

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
 from smezo_cli.cli.verbs import main
-from smezo_cli.config import compose, sweep
+from smezo_cli.config import compose, composer, sweep
 from smezo_cli.config.launch import launch
 from smezo_cli.scoring.evaluation import Evaluation
 from smezo_cli.store.folder import RunFolder
@@ -372,12 +372,12 @@ def test_a_launcher_that_is_not_installed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """One sentence with the command that installs it, as the extra in pyproject.toml pins it."""
-    listed = compose.Composer.options
+    listed = composer.Composer.options
 
     def without(self: Any, group: str) -> list[str]:
         return ["basic"] if group == "hydra/launcher" else listed(self, group)
 
-    monkeypatch.setattr(compose.Composer, "options", without)
+    monkeypatch.setattr(composer.Composer, "options", without)
     assert main(["train", "-m", "task=toy", f"hydra/launcher={launcher}"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1

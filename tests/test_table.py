@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from smezo_cli import __version__
 from smezo_cli.cli.verbs import main
-from smezo_cli.config.compose import Composer, grid
+from smezo_cli.config.compose import grid
+from smezo_cli.config.composer import Composer
 from smezo_cli.config.fixed import CONF_DIR
 from smezo_cli.files import sealed
 from smezo_cli.report import table as table_module

@@ -7,7 +7,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from smezo_cli.config.command_line import Request
-from smezo_cli.config.compose import Composer, every
+from smezo_cli.config.compose import every
+from smezo_cli.config.composer import Composer
 from smezo_cli.config.fixed import CONF_DIR
 
 
