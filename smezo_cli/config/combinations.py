@@ -8,13 +8,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from smezo_cli.config.fixed import CONF_DIR, FULL_SAVE_EVERY, load_yaml
-from smezo_cli.config.rules import shown
+from smezo_cli.config.types import shown
 from smezo_cli.errors import UserError
 from smezo_cli.kinds import METRICS
 
 
 def check_counts(task: Mapping[str, Any]) -> None:
-    """Refuse counts that others leave nothing to do."""
+    """Refuse counts of rows that would be ignored beside task.num_per_class."""
     idle = [f"task.{key}" for key in ("num_train", "num_dev") if task[key] is not None]
     if task.get("num_per_class") is not None and idle:
         also = " and ".join(f"{key}={task[key.removeprefix('task.')]}" for key in idle)
@@ -62,7 +62,7 @@ def check_sfc(task: Mapping[str, Any], model: Mapping[str, Any], method: Mapping
 
 
 def _tasks_with_sfc() -> list[str]:
-    """Names of our tasks of which a prompt has a domain-conditional one."""
+    """Return the names of our tasks that have a domain-conditional prompt."""
     files = sorted((CONF_DIR / "task").glob("*.yaml"))
     loaded = {file.stem: load_yaml(file) for file in files}
     return [
@@ -72,22 +72,27 @@ def _tasks_with_sfc() -> list[str]:
     ]
 
 
-def check_method(method: Mapping[str, Any], knobs: Mapping[str, float]) -> None:
-    """Refuse what the method would ignore or contradict."""
-    for knob, value in knobs.items():
-        used = list(_values_of(method, knob))
+def check_method(method: Mapping[str, Any], given: Mapping[str, float]) -> None:
+    """Refuse what the method would ignore or contradict.
+
+    Args:
+        method: the node of the method.
+        given: lr, eps and sparsity, where they are given at the top level.
+    """
+    for key, value in given.items():
+        used = list(_values_of(method, key))
         if not used:
-            raise UserError(lacks(knob, method["name"], _methods_with(knob)))
+            raise UserError(lacks(key, method["name"], _methods_with(key)))
         for other in used:
             if other != value:
                 raise UserError(
-                    f"method has {knob}={shown(other)} beside {knob}={value:g}: "
-                    f"set {knob}=VALUE at the top level alone."
+                    f"method has {key}={shown(other)} beside {key}={value:g}: "
+                    f"set {key}=VALUE at the top level alone."
                 )
     mask = method.get("mask")
-    if mask == "none" and knobs.get("sparsity"):
+    if mask == "none" and given.get("sparsity"):
         raise UserError(
-            f"method.mask=none perturbs every weight, so sparsity={knobs['sparsity']:g} would be "
+            f"method.mask=none perturbs every weight, so sparsity={given['sparsity']:g} would be "
             "ignored: add sparsity=0, or choose method.mask=small, large or random."
         )
     if mask is not None and mask != "random" and method.get("mask_resample") == "step":
@@ -152,7 +157,7 @@ def check_device_map(model: Mapping[str, Any], device: str) -> None:
 
 
 def check_objective(objective: str, task: Mapping[str, Any]) -> None:
-    """Refuse an objective that the rows of the task have no figure for."""
+    """Refuse an objective that is not the metric of the task."""
     metric = METRICS[task["kind"]]
     if objective not in ("loss", metric):
         raise UserError(
@@ -225,12 +230,12 @@ def _values_of(node: object, name: str) -> Iterator[object]:
             yield from _values_of(value, name)
 
 
-def _methods_with(knob: str) -> list[str]:
-    """Names of our methods that have a top-level knob."""
+def _methods_with(key: str) -> list[str]:
+    """Return the names of our methods that have a setting at the top level."""
     files = sorted((CONF_DIR / "method").glob("*.yaml"))
     loaded = {file.stem: load_yaml(file) for file in files}
     # Those with an adapter are variants of the others, and would make the line long.
-    return [name for name, cfg in loaded.items() if knob in cfg and not _is_variant(cfg)]
+    return [name for name, cfg in loaded.items() if key in cfg and not _is_variant(cfg)]
 
 
 def _is_variant(cfg: DictConfig) -> bool:
@@ -238,7 +243,7 @@ def _is_variant(cfg: DictConfig) -> bool:
 
 
 def lacks(key: str, method: object, others: Sequence[str]) -> str:
-    """Say that the method has no such setting, and which methods have."""
+    """Return a sentence that the method has no such setting, and which methods have it."""
     have = "has" if len(others) == 1 else "have"
     return f"method {method} has no {key}" + (
         f"; {', '.join(others)} {have}: add method={others[-1]}, or leave {key} out."

@@ -180,7 +180,7 @@ def _every(composer: Composer, request: Request) -> Iterator[Composed]:
 def _run_of(
     composer: Composer, keys: Sequence[Any], chosen: Sequence[str], first: Sequence[str], asked: Any
 ) -> Composed:
-    """Compose and check one run, and say of a mistake what the words have to do with it.
+    """Compose and check one run; for a mistake, name the word that made it.
 
     Args:
         composer: with the files open.
@@ -220,7 +220,7 @@ def _run_of(
 def _others(
     composer: Composer, cfg: DictConfig, chosen: Sequence[str], values: Sequence[Sequence[str]]
 ) -> Iterator[DictConfig]:
-    """Yield the settings with each further value of each setting, the others at their first."""
+    """Yield the settings with each further value of each key, the other keys at their first."""
     first = [lines[0] for lines in values]
     for at, lines in enumerate(values):
         for line in lines[1:]:
@@ -274,7 +274,7 @@ def _check_tensorboard() -> None:
 
 
 def _check_writable(folder: Path) -> None:
-    """Raise UserError unless files can be made in a folder (it is made) and there is room."""
+    """Make a folder; raise UserError unless files can be made in it and the disk has room."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

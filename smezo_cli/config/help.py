@@ -1,4 +1,4 @@
-"""The text of `smezo train --help`: groups, settings and their values."""
+"""Write the text of `smezo train --help`: groups, settings and their values."""
 
 import string
 import textwrap
@@ -13,9 +13,9 @@ from smezo_cli.config.fixed import CONF_DIR
 
 
 def help(request: Request) -> str:
-    """The help text: what may be chosen, and conf/train.yaml (with KEY=VALUE: what they give).
+    """Return the help text: the choices of each group, and conf/train.yaml or what KEY=VALUE give.
 
-    From the files, because Hydra takes seconds to list a hundred of them.
+    Groups are read from the files, because Hydra takes seconds to list a hundred of them.
     """
     roots = request.search.roots
     node = yaml.safe_load((CONF_DIR / "hydra" / "smezo.yaml").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""From a command line to a run: read it, check it before anything heavy loads, let Hydra launch it.
+"""Launch what a command line asks for: check it before anything heavy loads, then call Hydra.
 
 Hydra composes (conf/train.yaml says in which order). The checks are ours, so that every mistake is
 one sentence and exit code 2, in a sweep before its first run.
@@ -73,7 +73,7 @@ def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
 
 
 def _by_hydra(request: Request, job: Callable[[DictConfig], object]) -> int:
-    """Have Hydra call `job`; the exit code, of which those of the jobs are no part."""
+    """Have Hydra call `job`; return an exit code for what fails outside the jobs, else 0."""
     import hydra
 
     said = io.StringIO()
@@ -112,7 +112,7 @@ def _by_hydra(request: Request, job: Callable[[DictConfig], object]) -> int:
 
 
 def _job(run: Callable[[DictConfig], object], codes: list[int]) -> Callable[[DictConfig], object]:
-    """The function that Hydra calls for a job, here or in a process of a launcher.
+    """Return the function that Hydra calls for each job, here or in a process of a launcher.
 
     Args:
         run: what the job does.
@@ -142,7 +142,7 @@ def _job(run: Callable[[DictConfig], object], codes: list[int]) -> Callable[[Dic
 
 
 def _attempt(run: Callable[[DictConfig], object], cfg: DictConfig) -> tuple[int, str]:
-    """Run a job; its exit code, and what was said of its failure."""
+    """Run a job; return its exit code, and what was said if it failed."""
     try:
         redact_sweep()
         run(cfg)

@@ -12,9 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from smezo_cli.config import sweep
 from smezo_cli.config.combinations import lacks
 from smezo_cli.config.composer import Composer
-from smezo_cli.config.fixed import KNOBS, sentence
-from smezo_cli.config.rules import shown
+from smezo_cli.config.fixed import OPTIONAL_SETTINGS, sentence
 from smezo_cli.config.settings import check
+from smezo_cli.config.types import shown
 from smezo_cli.errors import UserError, near
 
 
@@ -84,7 +84,7 @@ def _check_key(composer: Composer, override: Any, base: DictConfig, chosen: Sequ
         return  # what is new at the top is refused later, inside a node by build()
     if _has(base, key):
         return
-    group = "method" if key in KNOBS else key.partition(".")[0]
+    group = "method" if key in OPTIONAL_SETTINGS else key.partition(".")[0]
     if group in base and group in composer.groups() and group != "hydra":
         others = [
             option

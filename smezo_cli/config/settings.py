@@ -1,4 +1,4 @@
-"""The settings of a run: types, ranges, and the digest that names the run.
+"""Check the settings of a run: their types, their ranges, and that none would be ignored.
 
 Types and ranges live here, values and their meaning in conf/. No Hydra and no torch in this module.
 """
@@ -24,15 +24,15 @@ from smezo_cli.config.combinations import (
     check_sfc,
     check_steps,
 )
-from smezo_cli.config.fixed import KNOBS, WITHOUT_STEPS, is_frozen, plain
+from smezo_cli.config.fixed import OPTIONAL_SETTINGS, WITHOUT_STEPS, is_frozen, plain
 from smezo_cli.config.groups import (
     DATA_EXAMPLES,
-    NODE_KEYS,
-    NODE_RULES,
+    GROUP_KEYS,
+    GROUP_TYPES,
     checked_adapter,
     task_keys,
 )
-from smezo_cli.config.rules import (
+from smezo_cli.config.types import (
     COUNT,
     DEVICE,
     DTYPE,
@@ -43,10 +43,10 @@ from smezo_cli.config.rules import (
     Fixed,
     Node,
     Number,
-    Rule,
+    SettingType,
     Text,
     Whole,
-    _checked,
+    checked_value,
     shown,
 )
 from smezo_cli.errors import UserError, near, redacted_tree
@@ -56,7 +56,7 @@ from smezo_cli.errors import UserError, near, redacted_tree
 class Settings:
     """The checked settings of one run; conf/train.yaml and conf/method/ say what they mean.
 
-    `lr`, `eps` and `sparsity` are the knobs of the chosen method: None where it has none.
+    `lr`, `eps` and `sparsity` are None where the chosen method has no such setting.
     """
 
     seed: Annotated[int, SEED]
@@ -91,14 +91,14 @@ class Settings:
     sparsity: Annotated[float | None, Number(0, 1, example="0.75")] = None
 
 
-SETTINGS: dict[str, Rule] = {
+SETTINGS: dict[str, SettingType] = {
     key: hint.__metadata__[0]
     for key, hint in typing.get_type_hints(Settings, include_extras=True).items()
 }
 
 
 def check(cfg: DictConfig) -> Settings:
-    """Check types, ranges and that no setting would be ignored.
+    """Return the checked settings: types, ranges, and that none would be ignored.
 
     Raises:
         UserError: naming the key, what was got, what is allowed and an example.
@@ -109,7 +109,8 @@ def check(cfg: DictConfig) -> Settings:
     _check_targets(checked["method"], "method")
     check_counts(checked["task"])
     check_sfc(checked["task"], checked["model"], checked["method"])
-    check_method(checked["method"], {knob: checked[knob] for knob in KNOBS if knob in checked})
+    given = {key: checked[key] for key in OPTIONAL_SETTINGS if key in checked}
+    check_method(checked["method"], given)
     check_objective(checked["method"].get("objective", "loss"), checked["task"])
     check_quantization(checked["model"], checked["method"], checked["device"])
     check_device_map(checked["model"], checked["device"])
@@ -138,16 +139,16 @@ def _known(cfg: DictConfig) -> dict[str, Any]:
 def _top_level(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings with those outside the groups in their own types."""
     return {
-        key: _checked(key, values.get(key), rule)
-        for key, rule in _rules_for(values.get("method")).items()
-        if key in values or key not in KNOBS
+        key: checked_value(key, values.get(key), type_)
+        for key, type_ in _types_for(values.get("method")).items()
+        if key in values or key not in OPTIONAL_SETTINGS
     }
 
 
 def _groups(checked: Mapping[str, Any]) -> dict[str, Any]:
     """Return the groups with their optional keys filled in and all values in their own types."""
     nodes = {group: checked[group] for group in ("task", "model", "method", "logger")}
-    for group, (needed, optional) in ({"task": task_keys(nodes["task"])} | NODE_KEYS).items():
+    for group, (needed, optional) in ({"task": task_keys(nodes["task"])} | GROUP_KEYS).items():
         node = nodes[group]
         for name in needed:
             if node.get(name) is None:
@@ -160,10 +161,10 @@ def _groups(checked: Mapping[str, Any]) -> dict[str, Any]:
             if name not in needed and name not in optional:
                 raise UserError(f"there is no {group}.{name}{near(name, {*needed, *optional})}.")
         nodes[group] = optional | node
-    for key, rule in NODE_RULES.items():
+    for key, type_ in GROUP_TYPES.items():
         group, _, name = key.partition(".")
         if name in nodes[group]:
-            nodes[group][name] = _checked(key, nodes[group][name], rule)
+            nodes[group][name] = checked_value(key, nodes[group][name], type_)
     if "adapter" in nodes["method"]:
         nodes["method"]["adapter"] = checked_adapter(nodes["method"]["adapter"])
     return nodes
@@ -180,9 +181,9 @@ def check_spelling(key: str, text: str, value: object) -> None:
     Raises:
         UserError: naming the text, and how it is written.
     """
-    rule = (SETTINGS | NODE_RULES).get(key)
+    type_ = (SETTINGS | GROUP_TYPES).get(key)
     text = text.strip()
-    if not isinstance(rule, Text) or not re.fullmatch(rule.pattern, text):
+    if not isinstance(type_, Text) or not re.fullmatch(type_.pattern, text):
         return
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if (is_number and str(value) != text) or isinstance(value, bool):
@@ -194,8 +195,8 @@ def check_spelling(key: str, text: str, value: object) -> None:
     else:
         return
     raise UserError(
-        f"{key}={text}: {text} is read as {what}, and {key} must be {rule.words}: leave it out, or "
-        f"write \"{key}='{text}'\", with both kinds of quotes."
+        f"{key}={text}: {text} is read as {what}, and {key} must be {type_.words}: leave it out, "
+        f"or write \"{key}='{text}'\", with both kinds of quotes."
     )
 
 
@@ -220,10 +221,10 @@ def _check_secrets(checked: Mapping[str, Any]) -> None:
 
 
 def check_target(node: Mapping[str, Any], key: str) -> str:
-    """The `_target_` of a node where it has the form of an allowed one; nothing is imported.
+    """Return the `_target_` of a node if it has the form of an allowed one; nothing is imported.
 
     Raises:
-        UserError: it has not.
+        UserError: it does not.
     """
     name = node.get("_target_")
     if not isinstance(name, str) or not re.fullmatch(_TARGET, name):
@@ -234,7 +235,7 @@ def check_target(node: Mapping[str, Any], key: str) -> str:
     return name
 
 
-def _rules_for(method: object) -> dict[str, Rule]:
+def _types_for(method: object) -> dict[str, SettingType]:
     if not isinstance(method, Mapping) or not is_frozen(method):
         return SETTINGS
     name = method.get("name")
@@ -257,7 +258,7 @@ def _check_targets(node: object, key: str) -> None:
 
 
 def _data_name(data: object, default: str) -> str:
-    """A name for a task on the user's data, fit for a folder: reviews of some/Reviews.csv."""
+    """Return a folder name for a task on the user's data: Reviews for some/Reviews.csv."""
     stem = Path(str(data or default)).stem
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("._-") or default
 
