@@ -208,7 +208,7 @@ class ZeroOrder(torch.optim.Optimizer):
 
         Raises:
             NonFiniteLoss: before anything was written.
-            OutOfRoom: likewise.
+            OutOfMemory: likewise.
             ValueError: at the first step, by :meth:`self_check`.
         """
         if self._unchecked:
