@@ -12,7 +12,11 @@ from smezo_cli.errors import UserError
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name to write to that takes the place of ``path`` at the end, on disk before it does."""
+    """Yield a name to write to; at the end the file is put on disk and takes the place of ``path``.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
         if os.path.lexists(partial):
