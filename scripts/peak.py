@@ -16,7 +16,8 @@ import tempfile
 from pathlib import Path
 
 from smezo_cli.config.compose import compose
-from smezo_cli.config.settings import check, quoted
+from smezo_cli.config.settings import check
+from smezo_cli.words import quoted
 
 
 def inference(template: str, words: list[str]) -> int:

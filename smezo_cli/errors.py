@@ -1,4 +1,4 @@
-"""The one error class for what a user did or the machine lacks."""
+"""Raise errors for people: one sentence, without secrets and control characters."""
 
 import difflib
 import json
@@ -39,7 +39,7 @@ _LONGEST = 4000  # characters of a message
 
 
 def redacted(text: str) -> str:
-    """The text without logins of URLs and without the values of secret environment variables.
+    """Return the text without logins of URLs and values of secret environment variables.
 
     Secret is what the name says: TOKEN, SECRET, PASSWORD, API_KEY and the like.
     """
@@ -50,7 +50,7 @@ def redacted(text: str) -> str:
 
 
 def redacted_tree(value: Any) -> Any:
-    """Mappings and lists with every string in them redacted, the keys too."""
+    """Return mappings and lists with every string in them redacted, keys included."""
     if isinstance(value, Mapping):
         return {redacted_tree(key): redacted_tree(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -59,7 +59,7 @@ def redacted_tree(value: Any) -> Any:
 
 
 def _secrets() -> Iterator[tuple[str, str]]:
-    """Names and values, as they are and as URLs and JSON spell them; the longest first."""
+    """Yield names and values, as they are and as URLs and JSON spell them, the longest first."""
     found = []
     for name, value in os.environ.items():
         if _SECRET_NAME.search(name) and len(value) >= _LEAST and value not in _PLAIN_VALUES:
@@ -69,7 +69,7 @@ def _secrets() -> Iterator[tuple[str, str]]:
 
 
 def sentence(text: str) -> str:
-    """A message in one line: redacted, control characters escaped, a very long one cut inside."""
+    """Return a message in one line: redacted, controls escaped, cut inside if it is very long."""
     text = redacted(text)
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
@@ -88,7 +88,7 @@ def _printable(character: str) -> str:
 
 
 def near(word: str, options: Iterable[str]) -> str:
-    """Say which of the options the word may have meant, and list them all (", " in front)."""
+    """Return the end of a sentence: what the word may have meant, and a list of all options."""
     options = sorted(options)
     close = difflib.get_close_matches(word, options, n=2, cutoff=0.65)
     hint = f", did you mean {' or '.join(close)}?" if close else ""

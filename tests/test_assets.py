@@ -125,10 +125,8 @@ def test_too_little_space_is_said_before_anything_is_fetched(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     total_used_free = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(
-        fetch.shutil, "disk_usage", lambda _: total_used_free._replace(free=3_000_000)
-    )
-    with pytest.raises(UserError, match=r"demo 1\.0 needs 50 MB .* has 3 MB left.*SMEZO_CACHE"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: total_used_free._replace(free=3_000_000))
+    with pytest.raises(UserError, match=r"3 MB free, and demo 1\.0 needs 50 MB .*SMEZO_CACHE"):
         fetch_demo(tmp_path, size_bytes=50_000_000)
     assert registry.downloads == 0
 

@@ -369,7 +369,7 @@ def test_an_experiment_whose_mode_cannot_be_read_is_one_sentence(tmp_path: Path)
 def test_full_disk_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
-    assert "has 1 MiB left" in refusal()
+    assert "has 1 MB free, and a run needs 250 MB" in refusal()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from smezo_cli.cli.verbs import main
-from smezo_cli.config.compose import Composer
+from smezo_cli.config.compose import grid
+from smezo_cli.config.composer import Composer
 from smezo_cli.config.fixed import CONF_DIR, is_frozen, plain
 from smezo_cli.models.architecture import build_meta
 
@@ -48,7 +49,7 @@ def test_an_experiment_composes_fits_its_model_and_runs_two_steps(
     words = line_of(name)
     first = [f"{key}={values[0]}" for key, values in swept_in(name).items()]
     with Composer(None) as composer:
-        cfg, swept = composer.grid([*words, *first])
+        cfg, swept = grid([*words, *first], composer)
     assert not swept or set(swept) == {"seed"}
     node = plain(cfg)["model"]
     net = build_meta(node)
@@ -82,7 +83,7 @@ def test_a_seed_of_k_rows_a_class_draws_the_rows() -> None:
     assert names
     with Composer(None) as composer:
         for name in names:
-            cfg, _ = composer.grid(line_of(name))
+            cfg, _ = grid(line_of(name), composer)
             assert plain(cfg)["data_seed"] == 13
             OmegaConf.update(cfg, "seed", 87)
             assert plain(cfg)["data_seed"] == 87

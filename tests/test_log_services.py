@@ -25,7 +25,7 @@ SMALL = (
 
 KILLED = """
 import itertools, os, signal, sys
-from smezo_cli.config import launch
+from smezo_cli.config.launch import launch
 from smezo_cli.train import run as real
 
 def run(cfg):
@@ -204,7 +204,7 @@ def sent_by(file: Path) -> list[Any]:
 STOPPED = """
 import itertools, os, signal, sys
 from smezo_cli import loop
-from smezo_cli.config import launch
+from smezo_cli.config.launch import launch
 from smezo_cli.train import run
 
 real, count = loop.evaluate, itertools.count(1)

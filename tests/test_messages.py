@@ -616,13 +616,13 @@ MACHINE: list[Mistake] = [
         "a full disk",
         full_disk,
         TOY,
-        ["1 MiB left", "make room", "runs_dir=PATH"],
+        ["1 MB free", "make room", "runs_dir=PATH"],
     ),
     (
         "a disk that fills up",
         disk_that_fills_up,
         f"{TOY} seed=9",
-        ["0.00 GB free", "make room", "runs_dir=PATH"],
+        ["1 MB free", "make room", "runs_dir=PATH"],
     ),
 ]
 
@@ -698,7 +698,7 @@ VERBS: list[Mistake] = [
     ("export into a file", files(out="x"), f"export {RUN} out/model", ["cannot write out/model"]),
     ("export untrained", on_run(unfinished), f"export {RUN} out", ["no trained weights"]),
     ("export a step", None, f"export {RUN} out --step 9", ["--step 9", "has made 2 steps"]),
-    ("export a full disk", full_disk, f"export {RUN} out", ["GB free", "make room"]),
+    ("export a full disk", full_disk, f"export {RUN} out", ["1 MB free", "make room"]),
     ("runs nowhere", None, "runs --runs-dir nowhere", ["--runs-dir nowhere", "no such folder"]),
     ("runs a flag", None, "runs --maen", ["--maen", "smezo runs --help"]),
 ]

@@ -39,7 +39,7 @@ from smezo_cli.config.compose import compose
 from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError
 from smezo_cli.machine import torchrun
-from smezo_cli.machine.out_of_memory import OutOfRoom
+from smezo_cli.machine.out_of_memory import OutOfMemory
 from smezo_cli.run import follower, measure, ranks
 from smezo_cli.scoring import scorer
 from smezo_cli.store.partial_scores import NAME
@@ -146,7 +146,7 @@ def crowded() -> None:
 
     def narrow(self: Any, batch: Any, name: str = "loss") -> Any:
         if os.environ["RANK"] == "1" and len(batch) > 2:
-            raise OutOfRoom("no room")
+            raise OutOfMemory("no room")
         return whole(self, batch, name)
 
     scorer.Scorer.objective_sum = narrow  # type: ignore[method-assign]  # in this process alone

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from smezo_cli.errors import UserError
 from smezo_cli.files import atomic, sealed
+from smezo_cli.files.space import check_space
 from smezo_cli.machine.memory import PeakMemory
 from smezo_cli.machine.stop import StopRequest
 from smezo_cli.store import folder as runs
@@ -144,10 +145,10 @@ def test_a_checkpoint_is_refused_where_there_is_no_room_for_it(
     """The sentence says how much there is and how much is needed; the old checkpoint stays."""
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 10**8, 10**8))
-    atomic.check_space(folder.path, 10**7)
-    said = message_of(lambda: atomic.check_space(folder.path, 3 * 10**9))
-    assert "0.10 GB free" in said
-    assert "3.00 GB are needed" in said
+    check_space(folder.path, 10**7)
+    said = message_of(lambda: check_space(folder.path, 3 * 10**9))
+    assert "100 MB free" in said
+    assert "needs 3.00 GB" in said
     assert "runs_dir=" in said
     folder.save(State(step=1), weights(1), {})
     big = {"w": torch.zeros(1).expand(25_000_000)}  # 100 MB once it is written out

@@ -9,7 +9,7 @@ from test_objective import KINDS, in_the_mood
 from torch import Tensor
 
 from smezo_cli.errors import UserError
-from smezo_cli.machine.out_of_memory import OutOfRoom, in_room
+from smezo_cli.machine.out_of_memory import OutOfMemory, detecting_out_of_memory
 from smezo_cli.methods.first_order import FirstOrder
 from smezo_cli.methods.mezo import MeZO
 from smezo_cli.run.measure import Batch, Measure
@@ -154,7 +154,7 @@ def test_a_row_that_does_not_fit_ends_the_run() -> None:
 
 
 def test_other_errors_are_not_taken_for_memory() -> None:
-    with pytest.raises(RuntimeError, match="shapes"), in_room():
+    with pytest.raises(RuntimeError, match="shapes"), detecting_out_of_memory():
         raise RuntimeError("shapes do not match")
-    with pytest.raises(OutOfRoom, match="can't allocate memory"), in_room():
+    with pytest.raises(OutOfMemory, match="can't allocate memory"), detecting_out_of_memory():
         torch.empty(1 << 50)

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
 from smezo_cli.cli.verbs import main
-from smezo_cli.config import compose, sweep
+from smezo_cli.config import compose, composer, sweep
 from smezo_cli.config.launch import launch
 from smezo_cli.scoring.evaluation import Evaluation
 from smezo_cli.store.folder import RunFolder
@@ -193,7 +193,7 @@ launchers = pytest.mark.parametrize("launcher", LAUNCHERS)
 # What a job does is given by value to the processes, which import nothing of the tests.
 ENDINGS = """
 import os, pathlib, sys
-from smezo_cli.config import launch
+from smezo_cli.config.launch import launch
 from smezo_cli.errors import UserError
 
 def run(cfg):
@@ -208,7 +208,7 @@ sys.exit(launch(sys.argv[1:], run))
 
 STRUCK = """
 import itertools, os, pathlib, signal, sys, time
-from smezo_cli.config import launch
+from smezo_cli.config.launch import launch
 from smezo_cli.train import run as real
 
 def die():
@@ -224,7 +224,7 @@ def wait():
 def run(cfg):
     struck = pathlib.Path(f"{cfg.seed}.struck")
     if cfg.seed in STRIKES and not struck.exists():
-        from smezo_cli.scoring import Scorer
+        from smezo_cli.scoring.scorer import Scorer
 
         loss, count = Scorer.loss, itertools.count(1)
 
@@ -372,12 +372,12 @@ def test_a_launcher_that_is_not_installed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """One sentence with the command that installs it, as the extra in pyproject.toml pins it."""
-    listed = compose.Composer.options
+    listed = composer.Composer.options
 
     def without(self: Any, group: str) -> list[str]:
         return ["basic"] if group == "hydra/launcher" else listed(self, group)
 
-    monkeypatch.setattr(compose.Composer, "options", without)
+    monkeypatch.setattr(composer.Composer, "options", without)
     assert main(["train", "-m", "task=toy", f"hydra/launcher={launcher}"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
@@ -416,7 +416,7 @@ def test_a_launcher_of_a_file_is_refused(
 
 ONE_AFTER_THE_OTHER = """
 import os, pathlib, signal, sys, time
-from smezo_cli.config import launch
+from smezo_cli.config.launch import launch
 
 def run(cfg):
     sys.modules["torch"] = None  # what a job loads; the next must not see it

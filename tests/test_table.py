@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from smezo_cli import __version__
 from smezo_cli.cli.verbs import main
-from smezo_cli.config.compose import Composer
+from smezo_cli.config.compose import grid
+from smezo_cli.config.composer import Composer
 from smezo_cli.config.fixed import CONF_DIR
 from smezo_cli.files import sealed
 from smezo_cli.report import table as table_module
@@ -88,7 +89,7 @@ def test_every_row_composes_and_every_column_names_what_is_there() -> None:
     with Composer(None) as composer:  # one for all is faster than grid()
         for words in _distinct():
             assert any(word.startswith(("experiment=", "method=")) for word in words)
-            composer.grid(words)
+            grid(words, composer)
     for name in table_module.names():
         t = table_module.load(name)
         for row in t.rows:

@@ -14,9 +14,9 @@ from rich.box import SIMPLE
 from rich.console import Console as RichConsole
 from rich.table import Table
 
-from smezo_cli.config.compose import compose_and_say
+from smezo_cli.config.compose import checked_settings
 from smezo_cli.config.searchpath import say
-from smezo_cli.config.settings import Settings, check
+from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError, near
 from smezo_cli.files import strict_json
 from smezo_cli.machine import streams
@@ -123,7 +123,7 @@ def _settings(words: Sequence[str], config_dir: str | None) -> tuple[Settings, i
     # A recipe may freeze weights; here all are trained.
     overrides = [f"{key}={value}" for key, value in given.items()]
     overrides += ["method=sparse_mezo", "~recipe", "~recipe/model"]
-    settings = check(compose_and_say(overrides, config_dir, say))
+    settings = checked_settings(overrides, config_dir, say)
     if settings.model["family"] == "masked":
         raise UserError(
             f"model={settings.model['name']} is masked, and smezo bench measures models that "

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from smezo_cli.config.settings import Settings, check
+from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.files import strict_json
 from smezo_cli.plan.planner import plan
@@ -50,10 +50,10 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--config-dir", "-cd")
     given = parser.parse_intermixed_args(list(words))
     capacity = None if given.memory is None else parse_memory(given.memory)
-    from smezo_cli.config.compose import compose_and_say
+    from smezo_cli.config.compose import checked_settings
     from smezo_cli.config.searchpath import say
 
-    settings = check(compose_and_say(given.overrides, given.config_dir, say))
+    settings = checked_settings(given.overrides, given.config_dir, say)
     tokens = None if given.tokens is None else _parse_tokens(given.tokens, settings)
     seconds = None if given.bench is None else _benched(Path(given.bench), settings)
     found = plan(settings, capacity=capacity, tokens=tokens)

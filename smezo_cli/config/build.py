@@ -1,4 +1,4 @@
-"""Make the object that a node's _target_ names, with the arguments that it takes."""
+"""Build the object that a node's _target_ names, with the arguments that it takes."""
 
 import importlib.util
 import inspect
@@ -16,7 +16,7 @@ from smezo_cli.errors import UserError, near
 
 
 def build(node: Mapping[str, Any], key: str = "method", /, **runtime: Any) -> Any:
-    """Call the `_target_` of a node with its other keys and what it takes of `runtime`.
+    """Return what the `_target_` of a node makes of its other keys and of `runtime`.
 
     A nested node with a `_target_` becomes a `functools.partial` of its target. The key `name` is
     ours unless the target takes it, and so are `method.adapter` and the `method.objective` of a
@@ -42,7 +42,7 @@ def build(node: Mapping[str, Any], key: str = "method", /, **runtime: Any) -> An
 
 
 def target_of(node: Mapping[str, Any], key: str) -> Callable[..., Any]:
-    """The class that the `_target_` of a node names: a method of smezo, an optimizer of torch.
+    """Return the class that the `_target_` of a node names: a method, or an optimizer of torch.
 
     A name leads to a module that is listed in one of the two packages and to a class in it, never
     through what a module has imported, so that settings from elsewhere run no code but these.
@@ -101,7 +101,7 @@ def _keywords(
 
 
 def _compares_losses(target: Callable[..., Any]) -> bool:
-    """Is it a method that asks for no gradient, so that any figure may be its objective?"""
+    """Return whether a method compares losses alone, so that any metric may be its objective."""
     from smezo_cli.zo.optimizer import ZeroOrder
 
     return inspect.isclass(target) and issubclass(target, ZeroOrder)

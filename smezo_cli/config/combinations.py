@@ -1,19 +1,20 @@
 """Check settings that must agree with each other."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from smezo_cli.config.fixed import CONF_DIR, load_yaml
-from smezo_cli.config.rules import shown
+from smezo_cli.config.fixed import CONF_DIR, FULL_SAVE_EVERY, load_yaml
+from smezo_cli.config.types import shown
 from smezo_cli.errors import UserError
 from smezo_cli.kinds import METRICS
 
 
 def check_counts(task: Mapping[str, Any]) -> None:
-    """Refuse counts that others leave nothing to do."""
+    """Refuse counts of rows that would be ignored beside task.num_per_class."""
     idle = [f"task.{key}" for key in ("num_train", "num_dev") if task[key] is not None]
     if task.get("num_per_class") is not None and idle:
         also = " and ".join(f"{key}={task[key.removeprefix('task.')]}" for key in idle)
@@ -61,7 +62,7 @@ def check_sfc(task: Mapping[str, Any], model: Mapping[str, Any], method: Mapping
 
 
 def _tasks_with_sfc() -> list[str]:
-    """Names of our tasks of which a prompt has a domain-conditional one."""
+    """Return the names of our tasks that have a domain-conditional prompt."""
     files = sorted((CONF_DIR / "task").glob("*.yaml"))
     loaded = {file.stem: load_yaml(file) for file in files}
     return [
@@ -71,22 +72,27 @@ def _tasks_with_sfc() -> list[str]:
     ]
 
 
-def check_method(method: Mapping[str, Any], knobs: Mapping[str, float]) -> None:
-    """Refuse what the method would ignore or contradict."""
-    for knob, value in knobs.items():
-        used = list(_values_of(method, knob))
+def check_method(method: Mapping[str, Any], given: Mapping[str, float]) -> None:
+    """Refuse what the method would ignore or contradict.
+
+    Args:
+        method: the node of the method.
+        given: lr, eps and sparsity, where they are given at the top level.
+    """
+    for key, value in given.items():
+        used = list(_values_of(method, key))
         if not used:
-            raise UserError(lacks(knob, method["name"], _methods_with(knob)))
+            raise UserError(lacks(key, method["name"], _methods_with(key)))
         for other in used:
             if other != value:
                 raise UserError(
-                    f"method has {knob}={shown(other)} beside {knob}={value:g}: "
-                    f"set {knob}=VALUE at the top level alone."
+                    f"method has {key}={shown(other)} beside {key}={value:g}: "
+                    f"set {key}=VALUE at the top level alone."
                 )
     mask = method.get("mask")
-    if mask == "none" and knobs.get("sparsity"):
+    if mask == "none" and given.get("sparsity"):
         raise UserError(
-            f"method.mask=none perturbs every weight, so sparsity={knobs['sparsity']:g} would be "
+            f"method.mask=none perturbs every weight, so sparsity={given['sparsity']:g} would be "
             "ignored: add sparsity=0, or choose method.mask=small, large or random."
         )
     if mask is not None and mask != "random" and method.get("mask_resample") == "step":
@@ -151,12 +157,68 @@ def check_device_map(model: Mapping[str, Any], device: str) -> None:
 
 
 def check_objective(objective: str, task: Mapping[str, Any]) -> None:
-    """Refuse an objective that the rows of the task have no figure for."""
+    """Refuse an objective that is not the metric of the task."""
     metric = METRICS[task["kind"]]
     if objective not in ("loss", metric):
         raise UserError(
             f"method.objective={objective}: task {task['name']} is of kind {task['kind']}, whose "
             f"figure is {metric}: add method.objective={metric}, or leave it out."
+        )
+
+
+def check_dtypes(dtype: str, compute_dtype: str | None) -> None:
+    """Refuse products in a higher precision than the weights have."""
+    if compute_dtype == "float32" != dtype:
+        raise UserError(
+            f"compute_dtype=float32 beside dtype={dtype}: products are computed in the "
+            "weights' precision or a lower one; add dtype=float32, or leave compute_dtype out."
+        )
+
+
+def check_frozen(
+    task: Mapping[str, Any], model: Mapping[str, Any], method: Mapping[str, Any]
+) -> None:
+    """Refuse a model or a task that a method without steps is not made for."""
+    if model["family"] == "masked" and "num_demonstrations" in method:
+        raise UserError(
+            f"model={model['name']} fills masks, and method {method['name']} is for models that go "
+            "on from demonstrations: choose a causal model, or method=zero_shot."
+        )
+    if "l2" in method and task["kind"] != "classification":
+        raise UserError(
+            f"task={task['name']} is of kind {task['kind']}, and method {method['name']} tells "
+            "classes apart: choose a task of kind classification, or method=zero_shot."
+        )
+
+
+def check_steps(checked: Mapping[str, Any]) -> None:
+    """Refuse what would be ignored on the way through the steps of a run.
+
+    Args:
+        checked: the settings of a method that takes steps.
+    """
+    task, method, steps = checked["task"], checked["method"], checked["steps"]
+    if checked["batch_order"] == "stratified" and task["kind"] != "classification":
+        raise UserError(
+            f"batch_order=stratified gives a batch its share of each class, and "
+            f"task={task['name']} is of kind {task['kind']}: leave it out."
+        )
+    if checked["full_save_every"] != FULL_SAVE_EVERY and "eps" not in method:
+        raise UserError(
+            f"full_save_every={checked['full_save_every']}: {method['name']} is no "
+            "zeroth-order method, whose steps are recorded: it saves its weights at each look, and "
+            "full_save_every would be ignored: leave it out, and set eval_every."
+        )
+    if checked["warmup_steps"] >= steps:
+        raise UserError(
+            f"warmup_steps={checked['warmup_steps']} leaves nothing of steps={steps}: "
+            "set it below the steps."
+        )
+    looks = math.ceil(steps / checked["eval_every"])
+    if checked["patience"] is not None and checked["patience"] + 1 >= looks:
+        raise UserError(
+            f"patience={checked['patience']} cannot end a run of {looks} looks early (the first is "
+            "always the lowest so far): lower patience or eval_every."
         )
 
 
@@ -168,12 +230,12 @@ def _values_of(node: object, name: str) -> Iterator[object]:
             yield from _values_of(value, name)
 
 
-def _methods_with(knob: str) -> list[str]:
-    """Names of our methods that have a top-level knob."""
+def _methods_with(key: str) -> list[str]:
+    """Return the names of our methods that have a setting at the top level."""
     files = sorted((CONF_DIR / "method").glob("*.yaml"))
     loaded = {file.stem: load_yaml(file) for file in files}
     # Those with an adapter are variants of the others, and would make the line long.
-    return [name for name, cfg in loaded.items() if knob in cfg and not _is_variant(cfg)]
+    return [name for name, cfg in loaded.items() if key in cfg and not _is_variant(cfg)]
 
 
 def _is_variant(cfg: DictConfig) -> bool:
@@ -181,7 +243,7 @@ def _is_variant(cfg: DictConfig) -> bool:
 
 
 def lacks(key: str, method: object, others: Sequence[str]) -> str:
-    """Say that the method has no such setting, and which methods have."""
+    """Return a sentence that the method has no such setting, and which methods have it."""
     have = "has" if len(others) == 1 else "have"
     return f"method {method} has no {key}" + (
         f"; {', '.join(others)} {have}: add method={others[-1]}, or leave {key} out."

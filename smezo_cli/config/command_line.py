@@ -17,9 +17,6 @@ from smezo_cli.words import quoted
 _LONGEST_WORD, _MOST_BRACKETS = 8000, 200
 
 
-# --- the command line ------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Request:
     """A command line that was read: Hydra's flags first, then KEY=VALUE.
@@ -44,7 +41,7 @@ class _Flags(argparse.ArgumentParser):
 
 
 def read(argv: Sequence[str]) -> Request:
-    """Read the words of `smezo train`; raise UserError for a mistake."""
+    """Return what the words of `smezo train` ask for; raise UserError for a mistake."""
     parser = _Flags(prog="smezo train", add_help=False, allow_abbrev=False)
     alone = {
         "help": ("--help", "-h"),
@@ -96,7 +93,7 @@ def read(argv: Sequence[str]) -> Request:
 
 
 def searched(words: Sequence[str], config_dir: str | None) -> tuple[SearchPath, list[str]]:
-    """The folders that settings are read from, and the words that do not name one."""
+    """Return the folders that settings are read from, and the words that do not name one."""
     overrides, given = list(map(quoted, words)), list[Any]()
     for word in [w for w in overrides if w.partition("=")[0] == "hydra.searchpath"]:
         try:
@@ -109,7 +106,7 @@ def searched(words: Sequence[str], config_dir: str | None) -> tuple[SearchPath, 
 
 
 def parsed(text: str, loader: Any = None) -> Any:
-    """A word of the line as Hydra's parser reads it.
+    """Return a word of the line as Hydra's parser reads it.
 
     Raises:
         UserError: it is longer than anybody types.
@@ -126,7 +123,7 @@ def parsed(text: str, loader: Any = None) -> Any:
 
 
 def _with_info(argv: Sequence[str]) -> list[str]:
-    """A bare --info before KEY=VALUE would swallow it."""
+    """Return the words with a bare --info spelt out: it would swallow the KEY=VALUE behind it."""
     words = list(argv)
     for at, word in enumerate(words):
         if word in ("--info", "-i") and "=" in "".join(words[at + 1 : at + 2]):

@@ -12,7 +12,7 @@ from smezo_cli.errors import redacted
 
 
 def is_sweep() -> bool:
-    """Does the job that runs now belong to a sweep?"""
+    """Return whether the job that runs now belongs to a sweep."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -37,7 +37,7 @@ def redact_sweep() -> None:
 
 @contextlib.contextmanager
 def as_command_line(argv: Sequence[str]) -> Iterator[None]:
-    """Hydra reads sys.argv, and swallows errors unless it is told to raise them."""
+    """Let Hydra read these words as its command line, and raise errors rather than print them."""
     old_argv, old_full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [sys.argv[0], *argv]
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -52,7 +52,7 @@ def as_command_line(argv: Sequence[str]) -> Iterator[None]:
 
 
 def which_job() -> str:
-    """Say "job 2 (seed=1): " in a sweep, nothing in a single run."""
+    """Return "job 2 (seed=1): " in a sweep, "" in a single run."""
     from hydra.core.hydra_config import HydraConfig
 
     if not is_sweep():
@@ -62,7 +62,7 @@ def which_job() -> str:
 
 
 def command() -> str:
-    """The command line of the job that runs now (in a sweep: of that job alone), or ""."""
+    """Return the command line of the job that runs now (in a sweep: of that job alone), or ""."""
     from hydra.core.hydra_config import HydraConfig
 
     if not HydraConfig.initialized():
@@ -73,7 +73,7 @@ def command() -> str:
 
 
 def replaced() -> list[str]:
-    """Whose files the job that runs now was read from, where the user's replace smezo's own."""
+    """Return a line for each file of the user that replaces smezo's own in the present job."""
     from hydra.core.hydra_config import HydraConfig
 
     if not HydraConfig.initialized():
@@ -83,7 +83,7 @@ def replaced() -> list[str]:
 
 
 def recipes() -> list[str]:
-    """Names of the recipes in the settings of the job that runs now, as read: the later wins."""
+    """Return the names of the recipes of the job that runs now, in order: the later one wins."""
     from hydra.core.hydra_config import HydraConfig
 
     if not HydraConfig.initialized():

@@ -1,4 +1,4 @@
-"""The digest of settings, which names a run; and settings of runs made before a key existed."""
+"""Compute the digest of settings, which names a run, and fill in settings that came later."""
 
 import hashlib
 import json
@@ -18,8 +18,9 @@ _NOT_IN_DIGEST = (
 
 _NOT_IN_DIGEST_OF_MODEL = ("device_map",)
 
-# Came later; this value is what runs did before there was such a key, and they keep their digest.
-LATER = {
+# Settings that were added after runs had been made, with the value that those runs used implicitly.
+# At this value a setting is no part of the digest, so the runs keep their names.
+ADDED_LATER = {
     **dict.fromkeys(("stop_if_diverged", "patience", "clip_projected_grad", "num_per_class")),
     "quoting": None,
     "quantization": None,
@@ -30,18 +31,18 @@ LATER = {
     "sfc_prompt": None,
 }
 
-_LATER_AND_OF_A_MACHINE = {"micro_batch_size": None, "query_ranks": 1, "rank_backend": "gloo"} | {
+_ADDED_LATER_OF_MACHINES = {"micro_batch_size": None, "query_ranks": 1, "rank_backend": "gloo"} | {
     "full_save_every": FULL_SAVE_EVERY
 }
 
 
 def is_extensible(lr_schedule: object) -> bool:
-    """May a finished run go on to more steps? Only where its lr did not depend on their number."""
+    """Return whether a finished run may be extended: its lr does not depend on the steps."""
     return lr_schedule == "constant"
 
 
 def digest(cfg: DictConfig | Mapping[str, Any]) -> str:
-    """Eight hex digits of the resolved settings, less those that cannot change a result.
+    """Return eight hex digits for the resolved settings that can change a result.
 
     A run that can be extended keeps its name when ``steps`` grows.
     """
@@ -63,11 +64,11 @@ def digest(cfg: DictConfig | Mapping[str, Any]) -> str:
 
 
 def without_later_keys(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings less those that came later and say what runs did before: equal for equal runs."""
+    """Return settings without those that were added later and have the value used before."""
     kept = {
         key: without_later_keys(value) if isinstance(value, Mapping) else value
         for key, value in values.items()
-        if key not in LATER or value != LATER[key]
+        if key not in ADDED_LATER or value != ADDED_LATER[key]
     }
     if isinstance(prompts := values.get("prompts"), list) and not values.get("sfc"):
         # Of a task without calibration nothing asks for these.
@@ -81,21 +82,21 @@ def without_later_keys(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_later_keys(cfg: DictConfig) -> None:
-    """Give the settings of a run that is there what they lack because it came after the run.
+    """Fill in settings that were added after the run was made, with the values it used implicitly.
 
-    And take from them what is refused for its method now, but was ignored then.
+    And reset what is refused for its method now, but was ignored then.
     """
-    for key, value in (LATER | _LATER_AND_OF_A_MACHINE).items():
+    for key, value in (ADDED_LATER | _ADDED_LATER_OF_MACHINES).items():
         if key in SETTINGS and key not in cfg:
             cfg[key] = value
     if isinstance(task := cfg.get("task"), DictConfig) and "data" in task and "quoting" not in task:
-        task.quoting = LATER["quoting"]
+        task.quoting = ADDED_LATER["quoting"]
     if isinstance(method := cfg.get("method"), DictConfig) and "eps" not in method:
         cfg.full_save_every = FULL_SAVE_EVERY
 
 
 def _canonical(value: object) -> object:
-    """1 and 1.0 are one value; the keys of a mapping are strings."""
+    """Return a value in which 1 and 1.0 are equal and the keys of mappings are strings."""
     if isinstance(value, Mapping):
         return {str(key): _canonical(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What is fixed before settings are read: the folder of YAML files, names that the code knows."""
+"""The folder of YAML files, settings that the code knows by name, and how nodes are read."""
 
 import typing
 from collections.abc import Mapping
@@ -20,11 +20,11 @@ CONF_DIR = _PACKAGED if _PACKAGED.is_dir() else _PACKAGED.parent.parent / "conf"
 INSTALL_TENSORBOARD = "python -m pip install 'tensorboard>=2.18,<3'"  # as in pyproject.toml
 
 # Top-level settings that a method has or has not.
-KNOBS = ("lr", "eps", "sparsity")
+OPTIONAL_SETTINGS = ("lr", "eps", "sparsity")
 
 FULL_SAVE_EVERY = 500  # as conf/train.yaml has it
 
-# What these are for methods that take no steps; another value would be ignored.
+# The values of these for methods that take no steps; another value would be ignored.
 WITHOUT_STEPS: dict[str, object] = {
     **{"steps": 0, "batch_size": 0, "eval_every": None, "lr_schedule": "constant"},
     **{"warmup_steps": 0, "stop_if_diverged": None, "patience": None, "keep": "best"},
@@ -36,19 +36,23 @@ WITHOUT_STEPS: dict[str, object] = {
 
 
 def is_frozen(method: object) -> bool:
-    """Is it the node of a method that takes no steps and leaves the model as it is?"""
+    """Return whether this is the node of a method that takes no steps."""
     target = method.get("_target_") if isinstance(method, Mapping) else None
     return isinstance(target, str) and target.startswith("smezo_cli.methods.frozen.")
 
 
 def load_yaml(file: Path) -> DictConfig:
-    """Load a YAML file of ours; a file without a mapping gives an empty one."""
+    """Return the mapping in a YAML file of ours; an empty one if there is none."""
     loaded = OmegaConf.load(file)
     return loaded if isinstance(loaded, DictConfig) else OmegaConf.create({})
 
 
 def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """Containers of plain Python with interpolations resolved."""
+    """Return settings as plain Python values, with interpolations resolved.
+
+    Raises:
+        UserError: an interpolation that cannot be resolved.
+    """
     if not isinstance(cfg, DictConfig):
         return dict(cfg)
     try:
@@ -64,7 +68,7 @@ def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sentence(error: BaseException) -> str:
-    """The first lines of an error of Hydra or OmegaConf as one sentence."""
+    """Return the first lines of an error of Hydra or OmegaConf as one sentence."""
     texts = [str(error), str(error.__cause__ or "")]
     lines = [line.strip() for text in texts for line in text.splitlines()]
     lines = [line for line in lines if line and not line.startswith("See http")]

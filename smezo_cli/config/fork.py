@@ -1,4 +1,4 @@
-"""A job of a sweep in a process of its own, where it finds nothing that an earlier job left.
+"""Run a job of a sweep in a process of its own, where it finds nothing that an earlier job left.
 
 No run can give back the libraries that it loaded: after one that needed Numba, 171 MiB (its code,
 LLVM's, and their objects) stayed and counted as memory of the next, which needed neither. So the
@@ -22,7 +22,7 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 def can_fork() -> bool:
-    """Is this process still as small as a new one?
+    """Return whether this process is still as small as a new one, so that it can be copied.
 
     Not where a program that uses torch calls us: its threads would not be there in a copy; nor for
     a rank, which joins the others once for all jobs.
@@ -31,7 +31,7 @@ def can_fork() -> bool:
 
 
 def in_own_process(work: Callable[[], int]) -> int:
-    """The exit code that `work` returned in a copy of this process; -N where signal N ended it.
+    """Run `work` in a copy of this process; return its exit code, or -N where signal N ended it.
 
     SIGINT and SIGTERM are passed on, and waited for until the job has saved what it has. If this
     process is killed, so is the copy (on Linux).

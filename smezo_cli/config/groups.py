@@ -1,9 +1,9 @@
-"""The keys of each config group, and the rule of each."""
+"""The keys of each config group, and their types."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from smezo_cli.config.rules import (
+from smezo_cli.config.types import (
     COUNT,
     DTYPE,
     FILE,
@@ -16,19 +16,19 @@ from smezo_cli.config.rules import (
     NamesOrName,
     Number,
     Pairs,
-    Rule,
+    SettingType,
     SomeNames,
     Source,
     Template,
     Text,
     Whole,
-    _checked,
+    checked_value,
     shown,
 )
 from smezo_cli.errors import UserError, near
 
 # Settings inside the groups, checked where they are present.
-NODE_RULES: dict[str, Rule] = {
+GROUP_TYPES: dict[str, SettingType] = {
     # Names of run folders are made of these.
     "task.name": FOLDER_NAME,
     "model.name": FOLDER_NAME,
@@ -92,9 +92,9 @@ NODE_RULES: dict[str, Rule] = {
     "logger.mode": Choice("offline", "online"),
 }
 
-# What the groups that build() does not see take: keys without which nothing goes, and the others
-# with the value that leaving them out means.
-NODE_KEYS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+# The keys of the groups that build() does not see: those that are needed, and the others with their
+# defaults.
+GROUP_KEYS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "model": (
         ("name",),
         {"package": None, "path": None, "tiny": None, "revision": None, "family": "causal"}
@@ -146,7 +146,7 @@ DATA_EXAMPLES = {
 # What each kind of `method.adapter` takes, all of it needed.
 _ADAPTER_KINDS = Choice("lora", "prefix")
 
-_ADAPTER_KEYS: dict[str, dict[str, Rule]] = {
+_ADAPTER_KEYS: dict[str, dict[str, SettingType]] = {
     "lora": {
         "r": Whole(1, example="8"),
         "alpha": Number(0, above=True, example="16"),
@@ -157,8 +157,8 @@ _ADAPTER_KEYS: dict[str, dict[str, Rule]] = {
 
 
 def task_keys(task: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """The keys that a task node needs, and the others with what leaving them out means."""
-    kind = _checked("task.kind", task.get("kind"), NODE_RULES["task.kind"])
+    """Return the keys that a task needs, and its other keys with their defaults."""
+    kind = checked_value("task.kind", task.get("kind"), GROUP_TYPES["task.kind"])
     optional = _TASK_KEYS | _TASK_KEYS_OF_KIND[kind]
     if "source" in task or "data" not in task:
         for name in ("data", "test_data", "columns"):
@@ -173,16 +173,18 @@ def task_keys(task: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]
 
 
 def checked_adapter(node: object) -> dict[str, Any]:
-    """The node of an adapter with its values in their own types."""
+    """Return the node of an adapter with its values in their own types."""
     if not isinstance(node, Mapping):
         raise UserError(
             f"method.adapter={shown(node)}: it must be a mapping with a kind; a method without an "
             "adapter is chosen by its name, such as method=mezo."
         )
-    kind = _checked("method.adapter.kind", node.get("kind"), _ADAPTER_KINDS)
-    rules = _ADAPTER_KEYS[kind]
+    kind = checked_value("method.adapter.kind", node.get("kind"), _ADAPTER_KINDS)
+    types = _ADAPTER_KEYS[kind]
     for name in node:
-        if name != "kind" and name not in rules:
-            raise UserError(f"there is no method.adapter.{name} of kind {kind}{near(name, rules)}.")
-    values = {n: _checked(f"method.adapter.{n}", node.get(n), rule) for n, rule in rules.items()}
-    return {"kind": kind} | values
+        if name != "kind" and name not in types:
+            raise UserError(f"there is no method.adapter.{name} of kind {kind}{near(name, types)}.")
+    return {"kind": kind} | {
+        name: checked_value(f"method.adapter.{name}", node.get(name), type_)
+        for name, type_ in types.items()
+    }

@@ -1,4 +1,4 @@
-"""The text of `smezo train --help`: groups, settings and their values."""
+"""Write the text of `smezo train --help`: groups, settings and their values."""
 
 import string
 import textwrap
@@ -7,14 +7,15 @@ import yaml
 from omegaconf import OmegaConf
 
 from smezo_cli.config.command_line import Request
-from smezo_cli.config.compose import Composer
+from smezo_cli.config.compose import every
+from smezo_cli.config.composer import Composer
 from smezo_cli.config.fixed import CONF_DIR
 
 
 def help(request: Request) -> str:
-    """The help text: what may be chosen, and conf/train.yaml (with KEY=VALUE: what they give).
+    """Return the help text: the choices of each group, and conf/train.yaml or what KEY=VALUE give.
 
-    From the files, because Hydra takes seconds to list a hundred of them.
+    Groups are read from the files, because Hydra takes seconds to list a hundred of them.
     """
     roots = request.search.roots
     node = yaml.safe_load((CONF_DIR / "hydra" / "smezo.yaml").read_text(encoding="utf-8"))
@@ -26,7 +27,7 @@ def help(request: Request) -> str:
             groups.append(textwrap.fill(line, 110, subsequent_indent=" " * (len(group) + 2)))
     if request.overrides:
         with Composer(request.search) as composer:
-            cfg = next(cfg for cfg, _ in composer.every(request))
+            cfg = next(every(composer, request)).cfg
         settings = OmegaConf.to_yaml(cfg, resolve="--resolve" in request.flags)
     else:
         file = request.search.primary or CONF_DIR / "train.yaml"

@@ -36,7 +36,7 @@ def launcher_of(cfg: DictConfig) -> Any:
 
 
 def check_hydra(cfg: DictConfig) -> None:
-    """Refuse what would make Hydra call or write anything but what smezo asks it to.
+    """Refuse settings of Hydra that would make it call or write anything of their own.
 
     Raises:
         UserError: naming the key.
@@ -76,7 +76,7 @@ _PLUGIN = r"hydra(\._internal\.core_plugins|_plugins)\.[\w.]+"
 
 
 def _check_plugin(name: object, key: str) -> None:
-    """A launcher or sweeper of Hydra, or of a plugin of Hydra's that is installed."""
+    """Refuse a class that is no launcher or sweeper of Hydra or of an installed plugin of Hydra."""
     from hydra.plugins.plugin import Plugin
 
     plugin: object = None

@@ -1,4 +1,4 @@
-"""From a command line to a run: read it, check it before anything heavy loads, let Hydra launch it.
+"""Launch what a command line asks for: check it before anything heavy loads, then call Hydra.
 
 Hydra composes (conf/train.yaml says in which order). The checks are ours, so that every mistake is
 one sentence and exit code 2, in a sweep before its first run.
@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from smezo_cli.config import fork, sweep
+from smezo_cli.config.command_line import Request
 from smezo_cli.config.compose import VERSION_BASE, prepare
 from smezo_cli.config.describe import (
     as_command_line,
@@ -28,10 +29,7 @@ from smezo_cli.config.help import help
 from smezo_cli.errors import UserError, redacted
 from smezo_cli.machine import process, streams, torchrun
 
-# --- running ---------------------------------------------------------------------------------
-
-
-_BY_SEVERITY = (0, 2, 1)  # done, refused, crashed
+_SEVERITY = {0: 0, 2: 1, 1: 2}  # of an exit code: done, refused, crashed; any other is worse
 
 
 def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
@@ -50,62 +48,42 @@ def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
     except UserError as error:
         _say(str(error))
         return 2
-    if not request.starts_runs:  # else each run says it, in its console.log, too
-        for said_once in request.replaced:
-            _say(said_once)
     if request.starts_runs:
         streams.guard()
         streams.outlast()
+    else:  # a run says these lines itself, in its console.log too
+        for line in request.replaced:
+            _say(line)
     if request.launcher != "basic":
         process.interruptible()  # it has other processes to end
-    import hydra
     from hydra.core.hydra_config import HydraConfig
 
     codes = [0]
+    try:
+        codes.append(_by_hydra(request, _job(run, codes)))
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        HydraConfig.instance().cfg = None  # else a later run in this process would read it
+        for ended in sweep.settle():
+            codes.append(ended.code)
+            if ended.words:
+                _say(ended.words)
+    return max(codes, key=lambda code: _SEVERITY.get(code, 3))
+
+
+def _by_hydra(request: Request, job: Callable[[DictConfig], object]) -> int:
+    """Have Hydra call `job`; return an exit code for what fails outside the jobs, else 0."""
+    import hydra
+
     said = io.StringIO()
-    parent, reader = sweep.here(), sweep.reader()
-
-    def attempt(cfg: DictConfig) -> tuple[int, str]:
-        """Exit code and what was said."""
-        try:
-            redact_sweep()
-            run(cfg)
-        except UserError as error:
-            words = f"{which_job()}{error}"
-            _say(words)
-            return 2, words
-        except Exception as error:  # the boundary of a job: the other jobs of a sweep go on
-            sys.stderr.write(traceback.format_exc())
-            _say(f"{which_job()}crashed; the error is above.")
-            name = type(error).__name__
-            return 1, f"{which_job()}crashed ({name}): see {sweep.log_file()}."
-        return 0, ""
-
-    def job(cfg: DictConfig) -> sweep.Ended | None:
-        if sweep.here() != parent:
-            streams.guard()
-            streams.outlast()
-            code, words = attempt(cfg)
-            return sweep.Ended(code, "" if sweep.reader() == reader else words) if code else None
-        if is_sweep() and fork.can_fork():
-            code = fork.in_own_process(lambda: attempt(cfg)[0])
-            if code < 0:
-                name = signal.Signals(-code).name
-                memory = " (is there memory enough?)" if name == "SIGKILL" else ""
-                _say(f"{which_job()}ended by {name}{memory}; {sweep.GO_ON}")
-                code = 1
-        else:
-            code, _ = attempt(cfg)
-        codes.append(code)
-        return None
-
+    quiet = contextlib.redirect_stderr(said) if request.package else contextlib.nullcontext()
+    waiting = sweep.waiting(request.launcher)
+    line = [*request.flags, *request.overrides]
     try:
         start = hydra.main(
             config_path=str(CONF_DIR), config_name="train", version_base=VERSION_BASE
         )
-        quiet = contextlib.redirect_stderr(said) if request.package else contextlib.nullcontext()
-        waiting = sweep.waiting(request.launcher)
-        line = [*request.flags, *request.overrides]
         with as_command_line(line), quiet, waiting, request.search.used():
             start(job)()
     except UserError as error:
@@ -113,12 +91,10 @@ def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
         return 2
     except BrokenProcessPool:
         _say(f"a worker process was killed, and {request.launcher} ended the others: {sweep.GO_ON}")
-        codes.append(1)
+        return 1
     except (hydra.errors.HydraException, OmegaConfBaseException) as error:
         _say(sentence(error))
         return 2
-    except KeyboardInterrupt:
-        return 130
     except SystemExit as error:
         if said.getvalue():  # by Hydra, of a node that is not there
             _say(
@@ -131,14 +107,55 @@ def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
         if request.launcher == "basic":
             raise
         _say(f"hydra/launcher={request.launcher}: {sentence(error)}")
-        codes.append(2)
-    finally:
-        HydraConfig.instance().cfg = None  # else a later run in this process would read it
-        for ended in sweep.settle():
-            codes.append(ended.code)
-            if ended.words:
-                _say(ended.words)
-    return max(codes, key=_BY_SEVERITY.index)
+        return 2
+    return 0
+
+
+def _job(run: Callable[[DictConfig], object], codes: list[int]) -> Callable[[DictConfig], object]:
+    """Return the function that Hydra calls for each job, here or in a process of a launcher.
+
+    Args:
+        run: what the job does.
+        codes: takes the exit codes of the jobs that run in this process, or in a copy of it.
+    """
+    parent, reader = sweep.here(), sweep.reader()
+
+    def job(cfg: DictConfig) -> sweep.Ended | None:
+        if sweep.here() != parent:
+            streams.guard()
+            streams.outlast()
+            code, words = _attempt(run, cfg)
+            return sweep.Ended(code, "" if sweep.reader() == reader else words) if code else None
+        if is_sweep() and fork.can_fork():
+            code = fork.in_own_process(lambda: _attempt(run, cfg)[0])
+            if code < 0:
+                name = signal.Signals(-code).name
+                memory = " (is there memory enough?)" if name == "SIGKILL" else ""
+                _say(f"{which_job()}ended by {name}{memory}; {sweep.GO_ON}")
+                code = 1
+        else:
+            code, _ = _attempt(run, cfg)
+        codes.append(code)
+        return None
+
+    return job
+
+
+def _attempt(run: Callable[[DictConfig], object], cfg: DictConfig) -> tuple[int, str]:
+    """Run a job; return its exit code, and what was said if it failed."""
+    try:
+        redact_sweep()
+        run(cfg)
+    except UserError as error:
+        words = f"{which_job()}{error}"
+        _say(words)
+        return 2, words
+    except Exception as error:  # the boundary of a job: the other jobs of a sweep go on
+        sys.stderr.write(traceback.format_exc())
+        _say(f"{which_job()}crashed; the error is above.")
+        name = type(error).__name__
+        return 1, f"{which_job()}crashed ({name}): see {sweep.log_file()}."
+    return 0, ""
 
 
 def _say(text: str) -> None:

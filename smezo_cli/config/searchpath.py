@@ -1,7 +1,7 @@
-"""Where settings are read from: folders of the user first, smezo's own files behind them.
+"""Find the folders that settings are read from: those of the user first, then smezo's own.
 
-Hydra takes a file from the first folder that has one of its name. So the user's file wins, a
-`train.yaml` among them, and what stands in for a file of smezo's is said.
+Hydra takes a file from the first folder that has one of its name. So the user's file wins, even
+`train.yaml`, and a line says which files of smezo it replaces.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ class SearchPath:
 
     @property
     def as_typed(self) -> list[str]:
-        """The words of a command line that name these folders."""
+        """Return the words of a command line that name these folders."""
         flag = [folder for folder in self.folders[:1] if not folder.startswith(_PACKAGE)]
         words = ["--config-dir", *flag] if flag else []
         others = self.folders[len(flag) :]
@@ -43,34 +43,34 @@ class SearchPath:
 
     @property
     def roots(self) -> list[Path]:
-        """All folders as paths, smezo's own last."""
+        """Return all folders as paths, smezo's own last."""
         return [*(root for folder in self.folders if (root := _root(folder))), CONF_DIR]
 
     @property
     def primary(self) -> Path | None:
-        """The user's own train.yaml."""
+        """Return the user's own train.yaml, or None."""
         files = [root / f"{PRIMARY}.yaml" for root in self.roots[:-1]]
         return next((file for file in files if file.is_file()), None)
 
     def used(self) -> AbstractContextManager[None]:
-        """Have Hydra read from here, where it is initialised inside of the context."""
+        """Have Hydra read from here if it is initialised inside the context."""
         from smezo_cli.config import user_folders
 
         return user_folders.used(self.folders)
 
     @contextlib.contextmanager
     def initialized(self) -> Iterator[None]:
-        """Initialise Hydra, to read from here as long as the context is open."""
+        """Initialise Hydra to read from here as long as the context is open."""
         from hydra import initialize_config_dir
 
         with self.used(), initialize_config_dir(str(CONF_DIR), "smezo", _VERSION_BASE):
             yield
 
     def check(self, groups: Sequence[str]) -> None:
-        """Check the user's files, before Hydra opens them.
+        """Check the user's files before Hydra opens them.
 
         Raises:
-            UserError: naming the first that is not sound.
+            UserError: naming the first file that is damaged or hostile.
         """
         for root in self.roots[:-1]:
             bounded.check_folder(root, [*groups, ""], only={"": [PRIMARY]})
@@ -82,7 +82,7 @@ class SearchPath:
 
 
 def of_line(config_dir: str | None, given: Sequence[object]) -> SearchPath:
-    """The folders of --config-dir and of hydra.searchpath.
+    """Return the folders of --config-dir and of hydra.searchpath.
 
     Raises:
         UserError: there is no such folder or package.
@@ -106,7 +106,7 @@ def of_line(config_dir: str | None, given: Sequence[object]) -> SearchPath:
 
 
 def of_run(sources: Sequence[Any]) -> SearchPath:
-    """The folders of Hydra's record of a job, hydra.runtime.config_sources."""
+    """Return the folders that Hydra recorded of a job, hydra.runtime.config_sources."""
     return SearchPath(
         tuple(
             f"{_PACKAGE}{source.path}" if source.schema == "pkg" else str(source.path)
@@ -117,7 +117,7 @@ def of_run(sources: Sequence[Any]) -> SearchPath:
 
 
 def replaced(search: SearchPath, choices: Mapping[str, Any]) -> list[str]:
-    """Say of each chosen file that several folders have whose it is.
+    """Return a line for each chosen file that several folders have: which one is read.
 
     Args:
         search: the folders.
@@ -150,7 +150,7 @@ def say(line: str) -> None:
 
 
 def _root(folder: str) -> Path | None:
-    """The folder as a path, where there is one."""
+    """Return the folder as a path, or None if there is none."""
     if not folder.startswith(_PACKAGE):
         return Path(folder) if os.path.isdir(folder) else None
     try:
@@ -162,7 +162,7 @@ def _root(folder: str) -> Path | None:
 
 
 def _quoted(path: str) -> str:
-    """A path in quotes, for Hydra's parser, which halves backslashes before a quote."""
+    """Return a path in quotes for Hydra's parser, which halves backslashes before a quote."""
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", path)
     escaped = re.sub(r"(\\+)\Z", r"\1\1", escaped)
     return f"'{escaped}'"

@@ -1,4 +1,4 @@
-"""The settings of a run: types, ranges, and the digest that names the run.
+"""Check the settings of a run: their types, their ranges, and that none would be ignored.
 
 Types and ranges live here, values and their meaning in conf/. No Hydra and no torch in this module.
 """
@@ -16,20 +16,23 @@ from omegaconf import DictConfig, OmegaConf
 from smezo_cli.config.combinations import (
     check_counts,
     check_device_map,
+    check_dtypes,
+    check_frozen,
     check_method,
     check_objective,
     check_quantization,
     check_sfc,
+    check_steps,
 )
-from smezo_cli.config.fixed import FULL_SAVE_EVERY, KNOBS, WITHOUT_STEPS, is_frozen, plain
+from smezo_cli.config.fixed import OPTIONAL_SETTINGS, WITHOUT_STEPS, is_frozen, plain
 from smezo_cli.config.groups import (
     DATA_EXAMPLES,
-    NODE_KEYS,
-    NODE_RULES,
+    GROUP_KEYS,
+    GROUP_TYPES,
     checked_adapter,
     task_keys,
 )
-from smezo_cli.config.rules import (
+from smezo_cli.config.types import (
     COUNT,
     DEVICE,
     DTYPE,
@@ -40,10 +43,10 @@ from smezo_cli.config.rules import (
     Fixed,
     Node,
     Number,
-    Rule,
+    SettingType,
     Text,
     Whole,
-    _checked,
+    checked_value,
     shown,
 )
 from smezo_cli.errors import UserError, near, redacted_tree
@@ -53,7 +56,7 @@ from smezo_cli.errors import UserError, near, redacted_tree
 class Settings:
     """The checked settings of one run; conf/train.yaml and conf/method/ say what they mean.
 
-    `lr`, `eps` and `sparsity` are the knobs of the chosen method: None where it has none.
+    `lr`, `eps` and `sparsity` are None where the chosen method has no such setting.
     """
 
     seed: Annotated[int, SEED]
@@ -88,18 +91,41 @@ class Settings:
     sparsity: Annotated[float | None, Number(0, 1, example="0.75")] = None
 
 
-SETTINGS: dict[str, Rule] = {
+SETTINGS: dict[str, SettingType] = {
     key: hint.__metadata__[0]
     for key, hint in typing.get_type_hints(Settings, include_extras=True).items()
 }
 
 
 def check(cfg: DictConfig) -> Settings:
-    """Check types, ranges and that no setting would be ignored.
+    """Return the checked settings: types, ranges, and that none would be ignored.
 
     Raises:
         UserError: naming the key, what was got, what is allowed and an example.
     """
+    checked = _top_level(_known(cfg))
+    checked |= _groups(checked)
+    _check_secrets(checked)
+    _check_targets(checked["method"], "method")
+    check_counts(checked["task"])
+    check_sfc(checked["task"], checked["model"], checked["method"])
+    given = {key: checked[key] for key in OPTIONAL_SETTINGS if key in checked}
+    check_method(checked["method"], given)
+    check_objective(checked["method"].get("objective", "loss"), checked["task"])
+    check_quantization(checked["model"], checked["method"], checked["device"])
+    check_device_map(checked["model"], checked["device"])
+    check_dtypes(checked["dtype"], checked["compute_dtype"])
+    if is_frozen(checked["method"]):
+        check_frozen(checked["task"], checked["model"], checked["method"])
+        return Settings(**checked | {"eval_every": 1})
+    if checked["eval_every"] is None:
+        checked["eval_every"] = math.ceil(checked["steps"] / 10)
+    check_steps(checked)
+    return Settings(**checked)
+
+
+def _known(cfg: DictConfig) -> dict[str, Any]:
+    """Return the settings as plain values; refuse keys that are missing or unknown."""
     values = plain(cfg)  # before the next line, which stumbles over a bad interpolation
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
@@ -107,14 +133,23 @@ def check(cfg: DictConfig) -> Settings:
     for key in values:
         if key not in SETTINGS:
             raise UserError(f"there is no setting {key}{near(key, SETTINGS)}.")
-    checked = {
-        key: _checked(key, values.get(key), rule)
-        for key, rule in _rules_for(values.get("method")).items()
-        if key in values or key not in KNOBS
+    return values
+
+
+def _top_level(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings with those outside the groups in their own types."""
+    return {
+        key: checked_value(key, values.get(key), type_)
+        for key, type_ in _types_for(values.get("method")).items()
+        if key in values or key not in OPTIONAL_SETTINGS
     }
-    keys = {"task": task_keys(checked["task"])} | NODE_KEYS
-    for group, (needed, optional) in keys.items():
-        node = checked[group]
+
+
+def _groups(checked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the groups with their optional keys filled in and all values in their own types."""
+    nodes = {group: checked[group] for group in ("task", "model", "method", "logger")}
+    for group, (needed, optional) in ({"task": task_keys(nodes["task"])} | GROUP_KEYS).items():
+        node = nodes[group]
         for name in needed:
             if node.get(name) is None:
                 own = "data" in needed
@@ -125,72 +160,14 @@ def check(cfg: DictConfig) -> Settings:
         for name in node:
             if name not in needed and name not in optional:
                 raise UserError(f"there is no {group}.{name}{near(name, {*needed, *optional})}.")
-        checked[group] = optional | node
-    for key, rule in NODE_RULES.items():
+        nodes[group] = optional | node
+    for key, type_ in GROUP_TYPES.items():
         group, _, name = key.partition(".")
-        if name in checked[group]:
-            checked[group][name] = _checked(key, checked[group][name], rule)
-    for name in ("prompt", "prompts", "labels", "option_template", "sfc_prompt"):
-        text = checked["task"].get(name)
-        if text is not None and redacted_tree(text) != text:
-            raise UserError(
-                f"task.{name} holds a secret (a login, or the value of an environment variable "
-                "that is named like one), and prompts are stored with the run: take it out."
-            )
-    _check_paths(checked)
-    _check_targets(checked["method"], "method")
-    check_counts(checked["task"])
-    check_sfc(checked["task"], checked["model"], checked["method"])
-    check_method(checked["method"], {knob: checked[knob] for knob in KNOBS if knob in checked})
-    check_objective(checked["method"].get("objective", "loss"), checked["task"])
-    if "adapter" in checked["method"]:
-        checked["method"]["adapter"] = checked_adapter(checked["method"]["adapter"])
-    check_quantization(checked["model"], checked["method"], checked["device"])
-    check_device_map(checked["model"], checked["device"])
-    if checked["compute_dtype"] == "float32" != checked["dtype"]:
-        raise UserError(
-            f"compute_dtype=float32 beside dtype={checked['dtype']}: products are computed in the "
-            "weights' precision or a lower one; add dtype=float32, or leave compute_dtype out."
-        )
-    if is_frozen(checked["method"]):
-        if checked["model"]["family"] == "masked" and "num_demonstrations" in checked["method"]:
-            raise UserError(
-                f"model={checked['model']['name']} fills masks, and method "
-                f"{checked['method']['name']} is for models that go on from demonstrations: "
-                "choose a causal model, or method=zero_shot."
-            )
-        if "l2" in checked["method"] and checked["task"]["kind"] != "classification":
-            raise UserError(
-                f"task={checked['task']['name']} is of kind {checked['task']['kind']}, and method "
-                f"{checked['method']['name']} tells classes apart: choose a task of kind "
-                "classification, or method=zero_shot."
-            )
-        return Settings(**checked | {"eval_every": 1})
-    if checked["batch_order"] == "stratified" and checked["task"]["kind"] != "classification":
-        raise UserError(
-            f"batch_order=stratified gives a batch its share of each class, and "
-            f"task={checked['task']['name']} is of kind {checked['task']['kind']}: leave it out."
-        )
-    if checked["full_save_every"] != FULL_SAVE_EVERY and "eps" not in checked["method"]:
-        raise UserError(
-            f"full_save_every={checked['full_save_every']}: {checked['method']['name']} is no "
-            "zeroth-order method, whose steps are recorded: it saves its weights at each look, and "
-            "full_save_every would be ignored: leave it out, and set eval_every."
-        )
-    if checked["warmup_steps"] >= checked["steps"]:
-        raise UserError(
-            f"warmup_steps={checked['warmup_steps']} leaves nothing of steps={checked['steps']}: "
-            "set it below the steps."
-        )
-    if checked["eval_every"] is None:
-        checked["eval_every"] = math.ceil(checked["steps"] / 10)
-    looks = math.ceil(checked["steps"] / checked["eval_every"])
-    if checked["patience"] is not None and checked["patience"] + 1 >= looks:
-        raise UserError(
-            f"patience={checked['patience']} cannot end a run of {looks} looks early (the first is "
-            "always the lowest so far): lower patience or eval_every."
-        )
-    return Settings(**checked)
+        if name in nodes[group]:
+            nodes[group][name] = checked_value(key, nodes[group][name], type_)
+    if "adapter" in nodes["method"]:
+        nodes["method"]["adapter"] = checked_adapter(nodes["method"]["adapter"])
+    return nodes
 
 
 def check_spelling(key: str, text: str, value: object) -> None:
@@ -204,9 +181,9 @@ def check_spelling(key: str, text: str, value: object) -> None:
     Raises:
         UserError: naming the text, and how it is written.
     """
-    rule = (SETTINGS | NODE_RULES).get(key)
+    type_ = (SETTINGS | GROUP_TYPES).get(key)
     text = text.strip()
-    if not isinstance(rule, Text) or not re.fullmatch(rule.pattern, text):
+    if not isinstance(type_, Text) or not re.fullmatch(type_.pattern, text):
         return
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if (is_number and str(value) != text) or isinstance(value, bool):
@@ -218,13 +195,20 @@ def check_spelling(key: str, text: str, value: object) -> None:
     else:
         return
     raise UserError(
-        f"{key}={text}: {text} is read as {what}, and {key} must be {rule.words}: leave it out, or "
-        f"write \"{key}='{text}'\", with both kinds of quotes."
+        f"{key}={text}: {text} is read as {what}, and {key} must be {type_.words}: leave it out, "
+        f"or write \"{key}='{text}'\", with both kinds of quotes."
     )
 
 
-def _check_paths(checked: Mapping[str, Any]) -> None:
-    """Refuse a secret in what paths are made of: they are printed and stored, but secrets not."""
+def _check_secrets(checked: Mapping[str, Any]) -> None:
+    """Refuse a secret in prompts and in what paths are made of: both are printed and stored."""
+    for name in ("prompt", "prompts", "labels", "option_template", "sfc_prompt"):
+        text = checked["task"].get(name)
+        if text is not None and redacted_tree(text) != text:
+            raise UserError(
+                f"task.{name} holds a secret (a login, or the value of an environment variable "
+                "that is named like one), and prompts are stored with the run: take it out."
+            )
     parts = {key: checked[key] for key in ("name", "runs_dir")}
     parts |= {f"{group}.name": checked[group]["name"] for group in ("task", "model", "method")}
     for key, value in parts.items():
@@ -237,10 +221,10 @@ def _check_paths(checked: Mapping[str, Any]) -> None:
 
 
 def check_target(node: Mapping[str, Any], key: str) -> str:
-    """The `_target_` of a node where it has the form of an allowed one; nothing is imported.
+    """Return the `_target_` of a node if it has the form of an allowed one; nothing is imported.
 
     Raises:
-        UserError: it has not.
+        UserError: it does not.
     """
     name = node.get("_target_")
     if not isinstance(name, str) or not re.fullmatch(_TARGET, name):
@@ -251,7 +235,7 @@ def check_target(node: Mapping[str, Any], key: str) -> str:
     return name
 
 
-def _rules_for(method: object) -> dict[str, Rule]:
+def _types_for(method: object) -> dict[str, SettingType]:
     if not isinstance(method, Mapping) or not is_frozen(method):
         return SETTINGS
     name = method.get("name")
@@ -274,7 +258,7 @@ def _check_targets(node: object, key: str) -> None:
 
 
 def _data_name(data: object, default: str) -> str:
-    """A name for a task on the user's data, fit for a folder: reviews of some/Reviews.csv."""
+    """Return a folder name for a task on the user's data: Reviews for some/Reviews.csv."""
     stem = Path(str(data or default)).stem
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("._-") or default
 

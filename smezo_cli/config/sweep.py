@@ -1,4 +1,4 @@
-"""A sweep whose jobs run in other processes: what they came to reaches the one that waits for them.
+"""Pass the results of sweep jobs that ran in other processes back to the launcher.
 
 Hydra's launchers start the jobs, and Hydra drops what they return, or raises the first failure of
 all. So a job returns :class:`Ended`, which says so itself when it is back.
@@ -26,7 +26,7 @@ GO_ON = (
 
 
 class Ended:
-    """How a job ended in a process that is not the one that waits; read there by :func:`settle`.
+    """The outcome of a job in another process, for the process that waits: see :func:`settle`.
 
     Args:
         code: 1 crashed, 2 the user's or the machine's fault.
@@ -50,19 +50,19 @@ def _arrived(code: int, words: str) -> Ended:
 
 
 def settle() -> list[Ended]:
-    """What arrived since the last call."""
+    """Return the outcomes that arrived since the last call."""
     found = list(_ARRIVED)
     _ARRIVED.clear()
     return found
 
 
 def here() -> tuple[str, int]:
-    """This process, also seen from other machines."""
+    """Return what names this process among all machines."""
     return platform.node(), os.getpid()
 
 
 def reader() -> tuple[int, int]:
-    """Where stderr leads: processes for which this is the same speak to the same reader."""
+    """Return what stderr leads to: processes for which this is equal write to the same reader."""
     with contextlib.suppress(OSError, ValueError):
         found = os.fstat(sys.stderr.fileno())
         return found.st_dev, found.st_ino
@@ -70,7 +70,7 @@ def reader() -> tuple[int, int]:
 
 
 def log_file() -> str:
-    """Where stderr is written to, as far as the system tells."""
+    """Return the file that stderr is written to, or "its log" where the system does not tell."""
     with contextlib.suppress(OSError):
         found = os.readlink("/proc/self/fd/2")
         if os.path.isfile(found):
@@ -80,7 +80,7 @@ def log_file() -> str:
 
 @contextlib.contextmanager
 def waiting(launcher: str) -> Iterator[None]:
-    """Have submitit's launchers wait for all jobs; as they are they end at the first that is lost.
+    """Have submitit's launchers wait for all jobs; they would end at the first one that is lost.
 
     Args:
         launcher: its name.

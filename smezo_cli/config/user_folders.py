@@ -1,4 +1,4 @@
-"""The plugin by which Hydra reads folders of the user before smezo's own. Imports Hydra."""
+"""Register the plugin by which Hydra reads folders of the user before smezo's own."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -10,12 +10,12 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 
 class UserFolders(SearchPathPlugin):
-    """Puts the folders that are in use before the main one, where Hydra is initialised."""
+    """Put the folders that are in use before the main one when Hydra is initialised."""
 
     folders: ClassVar[tuple[str, ...]] = ()
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """See Hydra."""
+        """Add the folders; Hydra calls this."""
         main = SearchPathQuery(provider="main")
         for folder in self.folders:
             path = folder if "://" in folder else f"file://{folder}"
@@ -24,7 +24,7 @@ class UserFolders(SearchPathPlugin):
 
 @contextlib.contextmanager
 def used(folders: Sequence[str]) -> Iterator[None]:
-    """Have Hydra read from these folders, where it is initialised inside of the context."""
+    """Have Hydra read from these folders if it is initialised inside the context."""
     Plugins.instance().register(UserFolders)
     before, UserFolders.folders = UserFolders.folders, tuple(folders)
     try:

@@ -1,8 +1,7 @@
-"""Write files whole or not at all, and check first that the disk has room for them."""
+"""Write files whole or not at all."""
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,23 +10,13 @@ from safetensors import SafetensorError
 from smezo_cli.errors import UserError
 
 
-def check_space(folder: Path, needed_bytes: int) -> None:
-    """Is there room for so many bytes (and a little more)?
-
-    Raises:
-        UserError: there is not.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes + (1 << 24):
-        raise UserError(
-            f"runs_dir: {folder} has {free / 1e9:.2f} GB free and {needed_bytes / 1e9:.2f} GB are "
-            "needed; make room, or choose another disk with runs_dir=PATH."
-        )
-
-
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name to write to that takes the place of ``path`` at the end, on disk before it does."""
+    """Yield a name to write to; at the end the file is put on disk and takes the place of ``path``.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
         if os.path.lexists(partial):

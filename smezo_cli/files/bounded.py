@@ -30,7 +30,7 @@ _MOST_EXPANDED = 1 << 18  # characters and nodes of settings after interpolation
 
 
 def check_ordinary(path: Path) -> int:
-    """Bytes of an ordinary file: a device or a pipe may have no end, or wait for ever.
+    """Return the size of an ordinary file: a device or a pipe may have no end, or wait for ever.
 
     Raises:
         UserError: it is something else.
@@ -45,7 +45,7 @@ def check_ordinary(path: Path) -> int:
 
 
 def read_text(path: Path, most_bytes: int) -> str:
-    """The text of a small ordinary file.
+    """Return the text of a small ordinary file.
 
     Raises:
         UserError: it cannot be read, is larger, or is not UTF-8.
@@ -62,7 +62,7 @@ def read_text(path: Path, most_bytes: int) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None where the file is missing or not one."""
+    """Return the JSON object in a file, or None if the file is missing or holds no object."""
     try:
         value = json.loads(read_text(path, MOST_JSON_BYTES))
     except (UserError, ValueError, RecursionError):
@@ -71,7 +71,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def open_own(path: Path) -> TextIO:
-    """As :func:`open_own_bytes`, for text."""
+    """Open a text file of a run folder to read and append; see :func:`open_own_bytes`."""
     return TextIOWrapper(BufferedRandom(open_own_bytes(path)), encoding="utf-8")
 
 
@@ -90,7 +90,7 @@ def open_own_bytes(path: Path) -> FileIO:
 
 
 def is_at(handle: int, path: Path) -> bool:
-    """Does the name lead to the open file, and not to another or to none?"""
+    """Return whether the name leads to the open file, and not to another one or to none."""
     try:
         return os.path.samestat(os.lstat(path), os.fstat(handle))
     except FileNotFoundError:
@@ -98,7 +98,7 @@ def is_at(handle: int, path: Path) -> bool:
 
 
 def put_back(handle: int, path: Path) -> None:
-    """Write an open file anew under a name that leads to it no more; it is to be opened again.
+    """Write an open file again under its name, which no longer leads to it; then open it again.
 
     Raises:
         OSError: it cannot be written.
@@ -116,7 +116,7 @@ def put_back(handle: int, path: Path) -> None:
 
 
 def load_yaml(path: Path) -> DictConfig:
-    """The settings in a YAML file.
+    """Return the settings in a YAML file.
 
     Raises:
         UserError: it cannot be read, is no mapping, or unpacks to far more than it is.
@@ -125,7 +125,7 @@ def load_yaml(path: Path) -> DictConfig:
 
 
 def parse_yaml(text: str, path: Path) -> DictConfig:
-    """The settings in a text of YAML, which comes from this file.
+    """Return the settings in YAML text; `path` is where it comes from, for messages.
 
     Raises:
         UserError: it is no mapping, or unpacks to far more than it is.
@@ -144,14 +144,14 @@ def parse_yaml(text: str, path: Path) -> DictConfig:
     return cfg
 
 
-# What constructing hostile YAML raises beside YAML's own errors: 1e99999 years, unhashable keys.
+# What hostile YAML raises besides YAML's own errors: 1e99999 years, unhashable keys.
 BAD_VALUES = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 
 
 def check_folder(
     folder: Path, groups: Sequence[str], only: Mapping[str, Sequence[str]] | None = None
 ) -> None:
-    """Check the YAML files of some config groups, before Hydra opens them.
+    """Check the YAML files of some config groups before Hydra opens them.
 
     Args:
         folder: that the groups are in.
@@ -159,7 +159,7 @@ def check_folder(
         only: of a group the names of the files that matter; of others all do.
 
     Raises:
-        UserError: naming the first that is not sound.
+        UserError: naming the first file that is damaged or hostile.
     """
     for group in groups:
         for file in sorted((folder / group).glob("*.yaml")):
@@ -168,7 +168,7 @@ def check_folder(
 
 
 def _check_yaml(text: str, path: Path) -> None:
-    """Count what the text unpacks to, alias by alias, from the parser's events alone."""
+    """Refuse YAML that unpacks to too many values, counting aliases from the parser's events."""
     sizes: dict[str, int] = {}
     opened: list[tuple[str | None, int]] = [(None, 0)]
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -217,7 +217,7 @@ def check_expansion(tree: Mapping[str, Any]) -> None:
     sizes: dict[str, float] = {}
     under_way: set[str] = set()
 
-    def look(path: str) -> Any:
+    def node_at(path: str) -> Any:
         node: Any = tree
         for part in filter(None, path.split(".")):
             node = node.get(part) if isinstance(node, Mapping) else None
@@ -264,7 +264,7 @@ def check_expansion(tree: Mapping[str, Any]) -> None:
                 dots = len(name) - len(name.lstrip("."))
                 base = path.split(".")[:-dots] if dots else []
                 full = ".".join([*base, name.lstrip(".")]).strip(".")
-                node = look(full)
+                node = node_at(full)
                 if node is not None:
                     total += size(node, full)
         return total
@@ -273,7 +273,7 @@ def check_expansion(tree: Mapping[str, Any]) -> None:
         size(item, str(name))
 
 
-# --- what a run left behind ------------------------------------------------------------------
+# --- single values ---------------------------------------------------------------------------
 
 
 def is_number(value: object) -> bool:

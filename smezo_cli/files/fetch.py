@@ -20,10 +20,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from smezo_cli.errors import UserError
+from smezo_cli.files.space import check_space
+
+OTHER_CACHE = "set SMEZO_CACHE to a folder on another disk"
 
 
 def cache_dir() -> Path:
-    """`SMEZO_CACHE`, else `smezo` in the user's cache folder (`XDG_CACHE_HOME`, `~/.cache`)."""
+    """Return `SMEZO_CACHE`, else `smezo` in `XDG_CACHE_HOME` or `~/.cache`."""
     if chosen := os.environ.get("SMEZO_CACHE"):
         return Path(chosen).expanduser().absolute()
     # The XDG standard says that a relative path here is to be ignored.
@@ -41,7 +44,7 @@ def fetch(
     size_bytes: int = 0,
     cache: Path,
 ) -> Path:
-    """Path of the verified file of `package==version`; downloaded when missing or damaged.
+    """Return the verified file of `package==version`; download it if it is missing or damaged.
 
     `size_bytes` is for the disk check and the line that announces the download. Raises `UserError`
     when the file cannot be had: no network, no pip, no space, another file served.
@@ -58,7 +61,7 @@ def fetch(
         else:
             size = f" ({size_bytes / 1e6:.1f} MB)" if size_bytes else ""
             say(f"fetching {what}{size} into {target.parent}, once")
-        need_space(scratch, size_bytes, what=what)
+        check_space(target.parent, size_bytes, what, OTHER_CACHE)
         _pip_download(package, version, sha256, sdist=sdist, into=scratch, cache=cache)
         if not _is_intact(scratch / filename, sha256):
             raise UserError(
@@ -70,7 +73,7 @@ def fetch(
 
 
 def fetch_package(node: Mapping[str, Any], *, cache: Path) -> Path:
-    """`fetch` for a package node of a YAML: `name version file sha256`, optional `bytes sdist`."""
+    """Fetch what a YAML node names: `name version file sha256`, optional `bytes sdist`."""
     return fetch(
         node["name"],
         str(node["version"]),
@@ -114,7 +117,7 @@ def _pip_download(
 
 @contextlib.contextmanager
 def preparing(target: Path, *, what: str) -> Iterator[Path]:
-    """Give a scratch folder beside `target`, to one process at a time; it is removed at the end."""
+    """Yield a scratch folder beside `target` to one process at a time; remove it at the end."""
     parent = target.parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +140,7 @@ def preparing(target: Path, *, what: str) -> Iterator[Path]:
 
 
 def hub_answers() -> bool:
-    """Whether the model hub can be reached; asked first because its clients retry for a minute."""
+    """Return whether the model hub can be reached: its clients would retry for a minute."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -153,24 +156,14 @@ def hub_answers() -> bool:
         return isinstance(getattr(error, "reason", None), ssl.SSLError)
 
 
-def need_space(folder: Path, size_bytes: int, *, what: str) -> None:
-    """Raise `UserError` unless `size_bytes` are free where `folder` lies."""
-    free = shutil.disk_usage(folder).free
-    if free < size_bytes:
-        raise UserError(
-            f"{what} needs {size_bytes / 1e6:.0f} MB on the disk of {folder.parent}, which has "
-            f"{free / 1e6:.0f} MB left; make room or set SMEZO_CACHE to a folder on another disk."
-        )
-
-
 def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file."""
+    """Return the hex SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def say(line: str) -> None:
-    """One line for the person who waits."""
+    """Print a line for the person who waits."""
     print(f"smezo: {line}", file=sys.stderr, flush=True)
 
 

@@ -9,13 +9,13 @@ from smezo_cli.files import strict_json
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content, its numbers that are not finite as None, with a SHA-256 of itself."""
+    """Return the content with a SHA-256 of itself; numbers that are not finite become None."""
     plain: dict[str, Any] = strict_json.finite(_without_seal(content))
     return plain | {"sha256": _seal(plain)}
 
 
 def unsealed(content: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Undo :func:`sealed`; None where it is not the content that was sealed."""
+    """Return sealed content without its seal, or None if it is not what was sealed."""
     plain = _without_seal(content)
     return plain if _seal(plain) == content.get("sha256") else None
 
@@ -25,5 +25,5 @@ def _without_seal(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _seal(plain: Mapping[str, Any]) -> str:
-    # Files of before have NaN in them, and seals of that.
+    # Older files hold NaN, and are sealed with it.
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""JSON as its standard has it: no NaN and no Infinity, which other readers refuse."""
+"""Write JSON as its standard has it: without NaN and Infinity, which other readers refuse."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def dumps(value: Any, **how: Any) -> str:
-    """JSON text, in which a number that is not finite is null.
+    """Return JSON text in which a number that is not finite is null.
 
     Args:
         value: plain values.
@@ -20,7 +20,7 @@ def dumps(value: Any, **how: Any) -> str:
 
 
 def finite(value: Any) -> Any:
-    """Plain values with None in place of every number that is not finite."""
+    """Return plain values with None in place of every number that is not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

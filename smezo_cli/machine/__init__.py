@@ -1,1 +1,1 @@
-"""Ask and tell the machine: devices, memory, threads, signals, streams, launchers."""
+"""Use the machine: devices, memory, signals, standard streams, launchers."""

@@ -1,4 +1,4 @@
-"""What the C library does with memory that was freed; says nothing where that is not GNU's.
+"""Tell the C library (GNU's; others are left alone) what to do with memory that is freed.
 
 By default it gives the memory of every large tensor back to the system as soon as the tensor is
 gone, and the next one of that size is paid for anew, page by page: 145,000 page faults in a forward

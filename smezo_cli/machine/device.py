@@ -1,4 +1,4 @@
-"""Which device a run uses."""
+"""Choose the devices that a run uses."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ def choose_device(
     device_map: str | Mapping[str, str] | None = None,
     local_rank: int | None = None,
 ) -> str:
-    """The device to use; torch is imported only where the answer needs it.
+    """Return the device to use; torch is imported only where the answer needs it.
 
     Args:
         name: "auto", "cpu", "cuda" or "cuda:N".
@@ -45,7 +45,7 @@ def choose_device(
 
 
 def all_devices(device_map: str | Mapping[str, str]) -> list[str]:
-    """Every device that a checked ``model.device_map`` may use, in order.
+    """Return every device that a checked ``model.device_map`` may use, in order.
 
     Raises:
         UserError: a GPU that is not there.

@@ -10,11 +10,9 @@ import torch
 
 from smezo_cli.machine import allocator
 
-# --- what a reader of a result must know ------------------------------------------------------
-
 
 class PeakMemory:
-    """Peak bytes of this run alone: allocator statistics on CUDA, resident memory elsewhere.
+    """Measure the peak bytes of this run alone: allocator statistics on CUDA, else resident memory.
 
     In a process that held another run, resident memory includes the libraries which that one
     loaded; nothing gives them back. So a sweep's jobs have processes of their own (fork.py).
@@ -38,7 +36,7 @@ class PeakMemory:
                 Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
     def read(self) -> int:
-        """Bytes."""
+        """Return the peak so far, in bytes."""
         if self._devices[0].type == "cuda":
             return sum(torch.cuda.max_memory_allocated(device) for device in self._devices)
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""A computation that the memory is too small for is told apart, and can be tried again."""
+"""Recognise out-of-memory errors, so that a step can be retried with a smaller micro-batch."""
 
 import gc
 from collections.abc import Iterator
@@ -12,27 +12,27 @@ from smezo_cli.machine.allocator import give_back
 _WORDS = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 
 
-class OutOfRoom(MemoryError):
-    """The memory was too small for a loss; the weights are those before the step."""
+class OutOfMemory(MemoryError):
+    """The memory was too small to compute a loss; the weights are those before the step."""
 
 
 @contextmanager
-def in_room() -> Iterator[None]:
-    """Inside, an allocation that fails becomes an :class:`OutOfRoom`, which holds no tensors."""
+def detecting_out_of_memory() -> Iterator[None]:
+    """Raise :class:`OutOfMemory`, which holds no tensors, where an allocation inside fails."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if isinstance(error, OutOfRoom) or not (known or any(w in str(error) for w in _WORDS)):
+        if isinstance(error, OutOfMemory) or not (known or any(w in str(error) for w in _WORDS)):
             raise
         line = str(error).partition("\n")[0]
     else:
         return
-    raise OutOfRoom(line)
+    raise OutOfMemory(line)
 
 
-def make_room() -> None:
-    """Let go of what a computation that failed has left."""
+def release_memory() -> None:
+    """Free the memory that a failed computation has left behind."""
     gc.collect()
     give_back()
     if torch.cuda.is_available():

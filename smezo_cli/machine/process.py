@@ -1,4 +1,4 @@
-"""The process of a command, made ready before anything else is imported: `begin` and `end`."""
+"""Prepare the process of a command before anything else is imported, and end it."""
 
 import _signal as signal  # is loaded already; the other takes a while to import
 import os
@@ -22,13 +22,13 @@ def begin() -> None:
 
 
 def interruptible() -> None:
-    """Let Ctrl-C raise KeyboardInterrupt from now on: there may be something to put in order."""
+    """Let Ctrl-C raise KeyboardInterrupt from now on: there may be something to save."""
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def end(code: int) -> int:
-    """Say what of the output was lost; returns the exit code."""
+    """Say which output was lost; return the exit code."""
     from smezo_cli.machine import streams
 
     code = streams.settle(code)
@@ -41,7 +41,7 @@ def _leave(*_: object) -> None:
 
 
 def _unraisable(found: "sys.UnraisableHookArgs", /) -> None:
-    """Say nothing of a Ctrl-C that came in the middle of a finalizer; it is noted elsewhere."""
+    """Print nothing for a Ctrl-C that came in the middle of a finalizer; it is noted elsewhere."""
     if found.exc_type is not KeyboardInterrupt:
         sys.__unraisablehook__(found)
 

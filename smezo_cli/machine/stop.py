@@ -1,10 +1,8 @@
-"""Turn a signal to stop into an exception at the next place where nothing is lost."""
+"""Turn a signal to stop into a request that the run honours where nothing is lost."""
 
 import signal
 from collections.abc import Callable
 from types import FrameType
-
-# --- signals ----------------------------------------------------------------------------------
 
 
 class Stopped(Exception):
@@ -12,7 +10,7 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Turns SIGINT and SIGTERM into a wish that the loop honours between steps."""
+    """Turn SIGINT and SIGTERM into a request that the loop honours between steps."""
 
     def __init__(self, say: Callable[[str], None], patient: bool = True) -> None:
         self._say = say

@@ -1,6 +1,6 @@
-"""Standard streams that are closed, full, or read by nobody any more.
+"""Keep a run going when standard streams are closed, full, or read by nobody.
 
-A run goes on without them; what only prints ends with a sentence. Nothing heavy is imported here.
+A command that only prints ends with a sentence then. Nothing heavy is imported here.
 """
 
 import codecs
@@ -19,7 +19,7 @@ _ERRORS = "smezo.shown"
 
 
 class _Outlet(io.FileIO):
-    """Writes to standard output or error, and takes what cannot be written, too.
+    """Write to standard output or error, and drop what cannot be written.
 
     Args:
         number: 1 or 2.
@@ -37,7 +37,7 @@ class _Outlet(io.FileIO):
         self.is_spare = False
 
     def write(self, data: "ReadableBuffer", /) -> int:
-        """Write some of the bytes; of those that nobody takes, all."""
+        """Write some of the bytes; return all as written if nobody takes them."""
         try:
             if self.is_closed:
                 raise OSError(errno.EBADF, "it is closed")
@@ -53,9 +53,9 @@ _OUTLETS: dict[str, _Outlet] = {}
 
 
 def reopen_closed() -> set[int]:
-    """Open the standard streams that were closed on /dev/null; returns their numbers.
+    """Open standard streams that were closed, on /dev/null; return their numbers.
 
-    Else the next file that is opened would take the place of one, and what is printed go there.
+    Otherwise the next file that is opened would take the place of one, and receive what is printed.
     """
     closed = set[int]()
     for number in (0, 1, 2):
@@ -73,8 +73,8 @@ def reopen_closed() -> set[int]:
 def guard(closed: set[int] | None = None) -> None:
     """Let no failure to write to standard output or error end the process, and print any text.
 
-    What the encoding lacks is escaped; bytes of a file name that are no text are written as they
-    are.
+    Characters that the encoding lacks are escaped; bytes of a file name that are no text are
+    written as they are.
 
     Args:
         closed: what :func:`reopen_closed` returned.
@@ -102,13 +102,13 @@ def guard(closed: set[int] | None = None) -> None:
 
 
 def outlast() -> None:
-    """Let what is printed be lost without harm: what counts is written elsewhere."""
+    """Allow printed output to be lost: what counts is written to files."""
     if "stdout" in _OUTLETS:
         _OUTLETS["stdout"].is_spare = True
 
 
 def settle(code: int) -> int:
-    """Write what is left; say on standard error that some of the output is lost.
+    """Flush the output; say on standard error if some of it was lost.
 
     A reader that has seen enough (``smezo runs | head``) is no mistake, and it is none to close the
     standard output of what does more than print.

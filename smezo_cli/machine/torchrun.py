@@ -1,4 +1,4 @@
-"""Read what torchrun tells a process of itself: its rank, and whether another speaks for it."""
+"""Read what torchrun tells a process: its rank, and so whether it prints messages."""
 
 import os
 from collections.abc import Iterable
@@ -9,14 +9,14 @@ VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torchru
 
 
 def local_rank() -> int | None:
-    """Number of this process on its machine; None where it is the only one."""
+    """Return the number of this process on its machine; None if it is the only one."""
     if not all(os.environ.get(name) for name in VARIABLES) or _mistake() is not None:
         return None
     return None if int(os.environ["WORLD_SIZE"]) == 1 else int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def _mistake() -> str | None:
-    """What is wrong with the variables of a rank, where all of them are set."""
+    """Return what is wrong with the variables of a rank, which are all set; None if nothing is."""
     for name in (*(v for v in VARIABLES if v != "MASTER_ADDR"), "LOCAL_RANK"):
         value = os.environ.get(name, "0")
         if not (value.isascii() and value.isdecimal()):
@@ -34,7 +34,7 @@ joined_rank: int | None = None
 
 
 def speaker() -> str | None:
-    """What this process puts before a message; None: it is silent, for rank 0 says the same."""
+    """Return the prefix of messages; None: this process is silent, as rank 0 says the same."""
     if local_rank() is None or os.environ["RANK"] == "0":
         return ""
     return None if joined_rank is None else f"rank {joined_rank}: "

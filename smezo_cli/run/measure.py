@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from smezo_cli.errors import UserError
-from smezo_cli.machine.out_of_memory import OutOfRoom, in_room, make_room
+from smezo_cli.machine.out_of_memory import OutOfMemory, detecting_out_of_memory, release_memory
 from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.scoring.objectives import loss_weight
 from smezo_cli.scoring.scorer import Scorer
@@ -71,10 +71,10 @@ class Batch:
         """The objective of the rows, ().
 
         Raises:
-            OutOfRoom: the memory is too small for a part.
+            OutOfMemory: the memory is too small for a part.
         """
         if self._is_whole:
-            with in_room():
+            with detecting_out_of_memory():
                 return self._scorer.objective(self._rows, self._objective)
         return self._sum() / self._weight
 
@@ -82,7 +82,7 @@ class Batch:
         """Of the parts: float64 (), a multiple of 2^-32."""
         sums = []
         for part in self._parts:
-            with in_room():
+            with detecting_out_of_memory():
                 found = self._scorer.objective_sum(part, self._objective)
                 sums.append((found.detach().double() * _GRID).round() / _GRID)
         return torch.stack(sums).sum()  # where the model is: nothing waits between the parts
@@ -177,7 +177,7 @@ class Measure:
             batch = self.batch(rows)
             try:
                 return use(batch)
-            except OutOfRoom as error:
+            except OutOfMemory as error:
                 if batch.largest == 1:
                     raise UserError(
                         f"the memory is too small for a forward over one row ({error}): lower "
@@ -185,7 +185,7 @@ class Measure:
                     ) from error
             # Only here are the tensors free that the error held.
             self.size = batch.largest // 2
-            make_room()
+            release_memory()
             self._halved(
                 f"  out of memory with {batch.largest} rows at once: "
                 f"goes on with micro_batch_size={self.size}",

@@ -754,7 +754,7 @@ class _Run:
 
     def _prepare(self, method: "Method") -> None:
         """Choose the executor, see to the space, record the realised sparsity."""
-        from smezo_cli.files.atomic import check_space
+        from smezo_cli.files.space import check_space
 
         self._choose_executor(method)
         weights = method.trained.values()

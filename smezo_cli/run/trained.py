@@ -311,14 +311,14 @@ def check_model(state: "State", job: "Job", overrides: Sequence[str], run: str) 
 
 def save_model(job: "Job", target: Path, cfg: DictConfig) -> int:
     """Model, tokenizer and settings in a new folder, whole or not at all; its bytes."""
-    from smezo_cli.files.atomic import check_space
+    from smezo_cli.files.space import check_space
 
     size = job.saved_bytes
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        check_space(target.parent, size)
+        check_space(target.parent, size, "the model", "choose a folder on another disk")
         job.save(partial)
         (partial / "smezo.yaml").write_text(redacted(OmegaConf.to_yaml(cfg)), encoding="utf-8")
         os.replace(partial, target)

@@ -1,4 +1,4 @@
-"""A fine-tune as a file of kilobytes: the steps that lead from a base model to it."""
+"""Write and read deltas: a fine-tune as a file of kilobytes, the steps from its base model."""
 
 import hashlib
 import zlib
@@ -22,11 +22,9 @@ from smezo_cli.store.trajectory import (
     record_type,
 )
 
-# --- deltas ------------------------------------------------------------------------------------
-
 
 def delta(trajectory: Trajectory, steps: int, about: Mapping[str, Any]) -> bytes:
-    """The content of a delta of the first ``steps`` steps; ``about`` is plain JSON."""
+    """Return the content of a delta of the first ``steps`` steps; ``about`` is plain JSON."""
     text = strict_json.dumps({"header": trajectory.header, "step": steps, **about}).encode()
     columns = np.ascontiguousarray(trajectory.columns(steps), "<f8")
     # Bytes of like significance lie together: those of equal learning rates then take no room.
@@ -36,7 +34,7 @@ def delta(trajectory: Trajectory, steps: int, about: Mapping[str, Any]) -> bytes
 
 
 def read_delta(path: Path) -> tuple[dict[str, Any], Trajectory]:
-    """Undo :func:`delta`: what it says about itself, and the steps (loss and seconds are 0).
+    """Return what a delta says about itself, and its steps (loss and seconds are 0).
 
     Raises:
         Damaged: it is not one, or not whole.
@@ -75,7 +73,7 @@ def read_delta(path: Path) -> tuple[dict[str, Any], Trajectory]:
 
 
 def is_delta(path: Path) -> bool:
-    """Does the file begin as a delta does?"""
+    """Return whether a file begins as a delta does."""
     if not path.is_file():
         return False
     with opened(path) as file:

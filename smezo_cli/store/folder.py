@@ -1,4 +1,4 @@
-"""The run folder: its name, its lock, its checkpoints, its result.
+"""Read and write a run folder: its lock, its checkpoints, its result.
 
     RUNS_DIR/NAME/TASK-MODEL-METHOD-sSEED-DIGEST/
         config.yaml  metrics.jsonl  console.log  result.json  scores.safetensors  trajectory.bin
@@ -35,21 +35,22 @@ UNSETTLED = "unsettled"  # note of a run that has its result, and has not remove
 
 @dataclass
 class State:
-    """Where a run stands; everything but tensors.
+    """How far a run is; everything but tensors.
 
     Attributes:
         step: updates done, and the number in the names of the tensor files.
-        looked: the last step at which dev was looked at.
-        best_step: that of the best look at dev so far, None before the first.
+        looked: the step of the last evaluation on dev.
+        best_step: that of the best evaluation on dev so far, None before the first.
         best_loss: its dev loss.
         method: the method's own numbers.
-        notes: found before training: zero-shot figures, the prompt, the realised sparsity.
+        notes: what was found on the way, such as the prompt and zero-shot metrics; their types
+            are in :class:`smezo_cli.store.schema.Notes`.
         train_seconds: spent in steps, evaluation apart.
         num_forwards: forward passes of steps.
         peak_memory_bytes: of the process so far.
         metrics_bytes: length of metrics.jsonl at this step.
-        metrics_sha256: of so much of it.
-        files: the tensor files that it may need, each with the digest of what is in it.
+        metrics_sha256: of these bytes.
+        files: the tensor files that it may need, each with the digest of its tensors.
     """
 
     step: int = 0
@@ -66,25 +67,25 @@ class State:
     files: dict[str, str] = field(default_factory=dict)
 
     def weights(self, most: float = math.inf) -> list[int]:
-        """Steps whose weights are saved, up to one, in order."""
+        """Return the steps whose weights are saved, up to `most`, in order."""
         names = [Path(name).stem for name in self.files if name.startswith("weights-")]
         return sorted(n for name in names if (n := int(name.removeprefix("weights-"))) <= most)
 
     def start_over(self) -> None:
-        """Forget the training, but not what was found before it."""
-        for name in _OF_LOOKS:
+        """Reset to before the first step; keep what was found before training."""
+        for name in _OF_TRAINING:
             self.notes.pop(name, None)
         self.__dict__.update(State(notes=self.notes).__dict__)
 
 
-_OF_LOOKS = (
+_OF_TRAINING = (
     *("lowest_loss", "highest_metric", "best_look", "final_share"),
     *("watch", "numerics", "stopped_early"),
 )
 
 
 class RunFolder:
-    """One run on disk. Holds a lock as long as it is open.
+    """Hold a run on disk, locked as long as it is open.
 
     Args:
         path: the folder; made where it is not there.
@@ -136,7 +137,7 @@ class RunFolder:
             raise UserError(f"cannot write {self.path}/.lock: {error.strerror}.") from error
 
     def check_mine(self) -> None:
-        """See that the folder is the one that was opened, before something is written to it.
+        """Check before a write that the folder is still the one that was opened.
 
         Raises:
             UserError: it was removed or moved, or another process has begun the run anew.
@@ -176,19 +177,19 @@ class RunFolder:
             ) from error
 
     def close(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         if self._lock is not None:
             self._lock.close()
 
     def result(self) -> dict[str, Any] | None:
-        """result.json, or None where there is none (or it is damaged)."""
+        """Return result.json, or None if it is missing or damaged."""
         found = bounded.read_json(self.path / "result.json")
         if found is not None and found.get("schema") != 1:
             found = sealed.unsealed(found)
         return found if found is not None and schema.is_sound_result(found) else None
 
     def write_result(self, result: Mapping[str, Any], name: str = "result.json") -> None:
-        """Replace result.json, or the record of a shorter run beside it."""
+        """Write result.json, or under another name the result of a shorter run beside it."""
         self.check_mine()
         write_text(
             self.path / name,
@@ -196,7 +197,7 @@ class RunFolder:
         )
 
     def damaged(self) -> list[str]:
-        """Names of the files that are there and not what was written; weights are not read."""
+        """Return the names of files that are not what was written; weights are not read."""
         found = []
         state, of_state = self.load_state(), self.checkpoint / "state.json"
         if state is None and of_state.exists():
@@ -209,9 +210,9 @@ class RunFolder:
         return found
 
     def damaged_weights(self, state: State) -> list[str]:
-        """Names of weights, and of a method's tensors beside them, that are not what was written.
+        """Return the names of tensor files that are not what was written.
 
-        Reads all that the state names.
+        Reads every file that the state names.
         """
         found = []
         for step in state.weights():
@@ -226,7 +227,7 @@ class RunFolder:
         return found
 
     def has_metrics(self, state: State) -> bool:
-        """Does metrics.jsonl begin with what the state knows of it?"""
+        """Return whether metrics.jsonl begins with the bytes that the state has the digest of."""
         content, path = b"", self.path / "metrics.jsonl"
         with contextlib.suppress(OSError, UserError):
             if bounded.check_ordinary(path) < state.metrics_bytes:
@@ -236,7 +237,7 @@ class RunFolder:
         return hashlib.sha256(content).hexdigest() == state.metrics_sha256
 
     def clear(self) -> None:
-        """Start over: remove all but the lock."""
+        """Remove all but the lock, to start over."""
         for entry in self.path.iterdir():
             if entry.name != ".lock":
                 _remove(entry)
@@ -251,9 +252,9 @@ class RunFolder:
         optimizer: Mapping[str, Tensor],
         keep: str = "best",
     ) -> None:
-        """Weights first, then the state that names them, then what nothing names is removed.
+        """Save weights, then the state that names them; then remove what nothing names.
 
-        With ``keep="all"`` the weights of every look at dev stay.
+        With ``keep="all"`` the weights of every evaluation on dev stay.
         """
         self.save_weights(state, state.step, weights, state.method)
         if optimizer:
@@ -264,19 +265,19 @@ class RunFolder:
     def save_weights(
         self, state: State, step: int, weights: Mapping[str, Tensor], method: Mapping[str, Any]
     ) -> None:
-        """Weights of any step, with the method's numbers at it; named when the state is saved."""
+        """Save the weights of a step and the method's numbers; the next saved state names them."""
         path = self.weights_path(step)
         state.files[path.name] = self._save_tensors(path, weights, {"method": method})
 
     def save_state(self, state: State) -> None:
-        """The state alone: the tensors that it names are there already."""
+        """Write state.json only; the tensors that it names are already on disk."""
         self.check_mine()
         self.checkpoint.mkdir(exist_ok=True)
         content = sealed.sealed({"schema": _STATE, **asdict(state)})
         write_text(self.checkpoint / "state.json", strict_json.dumps(content, indent=1) + "\n")
 
     def settle(self, state: State, keep: str, go_on: bool = True) -> None:
-        """Save the state; of the tensors what is needed stays, with ``keep="all"`` all weights.
+        """Save the state and remove tensors that are not needed; ``keep="all"`` keeps all weights.
 
         Needed are the nearest weights up to the best step and, to go on, up to the present one
         (where a method has tensors of its own, with them): those of a run without a trajectory are
@@ -301,7 +302,7 @@ class RunFolder:
                 _remove(entry)
 
     def load_state(self) -> State | None:
-        """The state to go on from, or None."""
+        """Return the state to go on from, or None if there is none or it is damaged."""
         saved = bounded.read_json(self.checkpoint / "state.json")
         saved = None if saved is None else sealed.unsealed(saved)
         if saved is None or saved.pop("schema", None) != _STATE:
@@ -309,7 +310,7 @@ class RunFolder:
         return State(**saved) if schema.is_sound_state(saved) else None
 
     def load_weights(self, state: State, step: int) -> "Saved":
-        """Tensors by name, on the CPU, each read when it is asked for.
+        """Return the weights of a step by name, on the CPU, each read when it is asked for.
 
         Raises:
             UserError: the file is missing or damaged.
@@ -320,7 +321,7 @@ class RunFolder:
     def nearest(
         self, state: State, step: int, say: Callable[[str], None]
     ) -> "tuple[int, Saved] | None":
-        """The last good weights up to a step; what is damaged on the way is said and left out."""
+        """Return the last good weights up to a step; say which are damaged, and forget them."""
         for found in reversed(state.weights(step)):
             try:
                 return found, self.load_weights(state, found)
@@ -341,7 +342,7 @@ class RunFolder:
         return saved
 
     def load_optimizer(self, state: State, step: int) -> Mapping[str, Tensor]:
-        """Tensors of the method at a step by name, each read when asked for; none where none are.
+        """Return the method's own tensors at a step by name, each read when it is asked for.
 
         Raises:
             UserError: the file is missing or damaged.
@@ -352,12 +353,12 @@ class RunFolder:
         return self._verified(path, state.files[path.name])
 
     def save_scores(self, scores: Mapping[str, Tensor]) -> None:
-        """scores.safetensors: candidate scores and labels, row by row."""
+        """Save candidate scores and labels, row by row, as scores.safetensors."""
         self._scores = dict(scores)
         self._save_tensors(self.path / "scores.safetensors", scores)
 
     def load_scores(self) -> dict[str, Tensor]:
-        """Undo :meth:`save_scores`; empty where there is no such file, or it is damaged."""
+        """Load scores.safetensors. Return an empty dict if the file is missing or damaged."""
         try:
             saved = Saved(self.path / "scores.safetensors")
             return dict(saved) if saved.is_whole() else {}
@@ -365,11 +366,11 @@ class RunFolder:
             return {}
 
     def scores_so_far(self) -> dict[str, Tensor]:
-        """As :meth:`load_scores`; where the file was taken away meanwhile, what this run saved."""
+        """Load scores.safetensors, or return what this run saved if the file was taken away."""
         return self.load_scores() or dict(self._scores)
 
     def weights_path(self, step: int) -> Path:
-        """Where the weights of a step are, if they are saved."""
+        """Return where the weights of a step are, if they are saved."""
         return self.checkpoint / f"weights-{step}.safetensors"
 
     def _optimizer(self, step: int) -> Path:
@@ -384,7 +385,7 @@ class RunFolder:
 
 
 def _remove(path: Path) -> None:
-    """A file, a link (not what it leads to) or a folder."""
+    """Remove a file, a link (not what it leads to) or a folder."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -1,4 +1,4 @@
-"""Scores of evaluations that were stopped between two batches, kept until the run has used them.
+"""Keep the scores of evaluations that were stopped between two batches, until they are used.
 
     RUN/scores-partial.safetensors
 
@@ -29,7 +29,7 @@ NAME = "scores-partial.safetensors"
 
 
 class Part:
-    """What is known of the rows of one evaluation.
+    """Hold what is known of the rows of one evaluation.
 
     Args:
         num_rows: of the evaluation.
@@ -64,7 +64,7 @@ class Part:
 
 
 class PartialScores:
-    """The parts of the evaluations that a run, or a verb, has made since it last saved its results.
+    """Hold the parts of the evaluations that were made since results were last saved.
 
     Args:
         path: of the file; nothing is written before :meth:`keep`.
@@ -98,11 +98,11 @@ class PartialScores:
         return self._parts[name][0]
 
     def forget(self) -> None:
-        """Keep nothing of the evaluations so far: their results are saved, or soon will be."""
+        """Drop the evaluations so far: their results are saved, or soon will be."""
         self._parts = {}
 
     def keep(self) -> int:
-        """Write what is known; return of how many rows that is.
+        """Write what is known; return the number of rows.
 
         Raises:
             UserError: the file cannot be written.
@@ -142,7 +142,7 @@ class PartialScores:
         return tensors_digest(dict(self._model.named_parameters()))
 
     def _load(self) -> dict[str, Any] | None:
-        """What the file holds, None where it is of something else, damaged or not there."""
+        """Return what the file holds; None if it is of something else, damaged or missing."""
         if not self.path.is_file():
             return None
         try:
@@ -179,7 +179,7 @@ class PartialScores:
 
 
 def _keys(split: str, rows: Sequence[Candidates]) -> list[str]:
-    """A digest of each row: of its split, its id, its tokens, and how often it came before."""
+    """Return a digest of each row: its split, its id, its tokens, how often it came before."""
     seen, keys = Counter[str](), []
     for row in rows:
         text = f"{split} {row!r}"

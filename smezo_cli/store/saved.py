@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, read back without a second copy and checked by digest."""
+"""Save tensors as safetensors, and read them back without a second copy, checked by digest."""
 
 import contextlib
 import hashlib
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from smezo_cli.errors import UserError
 from smezo_cli.files import bounded, strict_json
-from smezo_cli.files.atomic import check_space, replacing
+from smezo_cli.files.atomic import replacing
+from smezo_cli.files.space import check_space
 
 
 def save_tensors(
@@ -40,7 +41,7 @@ _PIECE = 1 << 22  # entries of a saved tensor that are read at a time
 
 
 class Saved(Mapping[str, Tensor]):
-    """A safetensors file. Every tensor has a mapping of its own, so that no two lie in memory.
+    """Read a safetensors file. Each tensor is mapped on its own, so that no two lie in memory.
 
     Attributes:
         about: what was saved beside the tensors: their digest, the method's numbers.
@@ -60,7 +61,7 @@ class Saved(Mapping[str, Tensor]):
         self.about: dict[str, Any] = about if isinstance(about, dict) else {}
 
     def is_whole(self) -> bool:
-        """Are the tensors those that were saved?"""
+        """Return whether the tensors are those that were saved."""
         return self.about.get("sha256") == tensors_digest(self)
 
     @contextlib.contextmanager
@@ -80,7 +81,7 @@ class Saved(Mapping[str, Tensor]):
         return tensor
 
     def in_pieces(self, name: str) -> tuple[torch.dtype, Sequence[int], Iterator[Tensor]]:
-        """Dtype, shape and some rows of a tensor after the other: mapped pages count as memory."""
+        """Return dtype, shape and rows of a tensor, some at a time: mapped pages take memory."""
         with self._open() as file:
             shape: list[int] = file.get_slice(name).get_shape()
         if not shape or 0 in shape:
@@ -102,7 +103,7 @@ class Saved(Mapping[str, Tensor]):
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes, in the order of the names; one copy at a time."""
+    """Return the SHA-256 of names, dtypes, shapes and bytes, sorted by name; one copy at a time."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         dtype, shape, pieces = _in_pieces(tensors, name)
@@ -116,7 +117,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 def _in_pieces(
     tensors: Mapping[str, Tensor], name: str
 ) -> tuple[torch.dtype, Sequence[int], Iterator[Tensor]]:
-    """Dtype, shape and contents of a tensor; of a file some rows at a time, which are let go."""
+    """Return dtype, shape and contents of a tensor; those of a file some rows at a time."""
     if not isinstance(tensors, Saved):
         tensor = tensors[name].detach()
         return tensor.dtype, tensor.shape, iter([tensor])

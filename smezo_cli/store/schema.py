@@ -1,290 +1,348 @@
-"""What is checked of a file of unknown origin before a library reads it.
+"""The contents of state.json and result.json: every key, what it holds, and how it is checked.
 
-Libraries trust a file's own numbers (lengths, counts, sizes of a model), follow links and wait for
-pipes. Here each claim is compared with the bytes that are there. No torch in this module.
+A file may come from anywhere and be read long after it was written. So a key that is unknown here
+is passed over (a newer version wrote it), a key may be missing (the file is older than the key),
+and a value that no run writes makes the whole file unsound: it is then treated as damaged.
+
+:class:`Result` is the one description of result.json; docs/result-json.md is made from it. The
+mappings are TypedDicts, so that what is written and what is read are plain dictionaries.
 """
 
-import math
-import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Required
 
-from smezo_cli.files.bounded import (
-    is_count,
-    is_number,
-    is_text,
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from smezo_cli.files.bounded import is_count, is_text
+from smezo_cli.store.values import (
+    Anything,
+    Batching,
+    ComparedMetrics,
+    Count,
+    Dev,
+    FiniteSize,
+    Flag,
+    MetricsOfRows,
+    MetricsOfTest,
+    Number,
+    Prompt,
+    SavedWeights,
+    Size,
+    TensorFile,
+    Text,
+    also,
+    no_others,
+    says,
 )
 
+# pydantic keeps an error for every value that is wrong; files of runs have a few hundred values.
+_MOST_VALUES = 1 << 16
 
-def _or_none(rule: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: value is None or rule(value)
-
-
-def _is_figures(value: object) -> bool:
-    """Figures of an evaluation by name: numbers, and mappings or lists of numbers."""
-    if isinstance(value, dict):
-        return all(item is None or is_text(item) or _is_figures(item) for item in value.values())
-    if isinstance(value, list):
-        return all(map(is_number, value))
-    return is_number(value) or isinstance(value, bool)
+# --- state.json ------------------------------------------------------------------------------
 
 
-def _is_tested(value: object) -> bool:
-    """Figures with the value of the metric that they are of."""
-    return isinstance(value, dict) and _is_figures(value) and is_number(value.get("loss", 0.0))
+class Spike(TypedDict):
+    """The largest projected gradient."""
+
+    step: Count
+    value: Number
+    times_median: Number
 
 
-def _is_scored(value: object) -> bool:
-    """Figures of an evaluation that is compared with others."""
-    return (
-        isinstance(value, dict)
-        and _is_tested(value)
-        and any(is_number(value.get(name)) for name in ("accuracy", "f1"))
-        and is_number(value.get("standard_error", 0.0))
-    )
+class _WatchCounts(TypedDict, total=False):
+    unmoved: Count  # a run may be older than this count
 
 
-def _is_prompts(value: object) -> bool:
-    return isinstance(value, list) and all(map(_is_prompt, value))
+class Watch(_WatchCounts):
+    """What :class:`smezo_cli.run.watch.Watch` has counted so far."""
+
+    recent: list[FiniteSize]
+    num: Count
+    squares: Size
+    clipped: Count
+    spikes: Count
+    largest_spike: Spike | None
+    losses: Number
+    num_losses: Count
+    looks_since: Count
+    why: Text | None
 
 
-def _is_prompt(value: object) -> bool:
-    return (
-        isinstance(value, dict)
-        and is_text(value.get("template"))
-        and isinstance(labels := value.get("labels"), list)
-        and all(map(is_text, labels))
-        and _or_none(is_text)(value.get("option"))
-        and _or_none(is_text)(value.get("sfc"))
-        and _or_none(_is_figures)(value.get("dev"))
-        and _or_none(_is_figures)(value.get("dev_calibrated"))
-        and isinstance(offsets := value.get("offsets", []), list)
-        and all(map(is_number, offsets))
-    )
+def _agrees(watch: Watch) -> bool:
+    has_recent, has_spike = bool(watch["recent"]), watch["largest_spike"] is not None
+    return (watch["num"] > 0) is has_recent and (watch["spikes"] > 0) is has_spike
 
 
-def _is_digests(value: object) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.keys() >= {"train", "dev", "test"}
-        and all(map(is_text, value.values()))
-    )
+class Demonstrations(TypedDict):
+    """The demonstrations before every row."""
+
+    asked: Count
+    used: Count
+    tokens: Count
+    text: Text
 
 
-def _is_noted_weights(value: object) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(note, dict) and is_count(note.get("step")) and is_text(note.get("sha256"))
-        for note in value.values()
-    )
+class Unsettled(TypedDict):
+    """A run that has its result, and has not removed yet what it no longer needs."""
+
+    goes_on: Flag
 
 
-def _is_watch(value: object) -> bool:
-    """What the watchdogs have counted, whole."""
-    if not isinstance(value, dict) or not value.keys() >= _WATCH.keys() or not _fit(value, _WATCH):
+def _moves_come_together(numerics: Mapping[str, Any]) -> bool:
+    return ("moved_share" in numerics) == ("rms_move" in numerics)
+
+
+class Notes(TypedDict, total=False):
+    """What a run notes on its way, beside its numbers."""
+
+    batching: Batching
+    prompts: list[Prompt]
+    prompt: Count  # the chosen one
+    rows: Annotated[dict[Text, Text], also(lambda rows: rows.keys() >= {"train", "dev", "test"})]
+    model: Text  # fingerprint
+    zero_shot: ComparedMetrics
+    zero_shot_calibrated: ComparedMetrics
+    truncated: Count
+    active_share: Number | None
+    final_share: Number | None
+    num_trained: Count
+    executor: Text | None
+    micro_batch_size: Annotated[Count, also(bool)]
+    best_look: ComparedMetrics
+    lowest_loss: Number | None
+    highest_metric: Number
+    watch: Annotated[Watch, also(_agrees)]
+    numerics: Annotated[dict[Text, Number | None], also(_moves_come_together)]
+    weights: dict[Text, SavedWeights]
+    dev_loss_before: Number
+    stopped_early: Anything
+    unsettled: Annotated[Unsettled, no_others(Unsettled)]
+    demonstrations: Demonstrations
+
+
+class _MethodNumbers(TypedDict, total=False):
+    num_steps: Count  # the rest is for the method to check
+
+
+class SavedState(TypedDict):
+    """The content of state.json; see :class:`smezo_cli.store.folder.State`."""
+
+    step: Count
+    looked: Count
+    best_step: Count | None
+    best_loss: Number | None
+    method: _MethodNumbers
+    notes: Notes
+    train_seconds: Number
+    num_forwards: Count
+    peak_memory_bytes: Count
+    metrics_bytes: Count
+    metrics_sha256: Text
+    files: dict[TensorFile, Text]
+
+
+def _hangs_together(state: SavedState) -> bool:
+    if max(state["best_step"] or 0, state["looked"]) > state["step"]:
         return False
-    if (value["num"] == 0) is not (value["recent"] == []):
+    if state["looked"] and state["best_step"] is None:  # the first evaluation is the best so far
         return False
-    if not is_count(value.get("unmoved", 0)):  # a run may be older than it
-        return False
-    return (value["spikes"] == 0) is (value["largest_spike"] is None)
-
-
-def _is_spike(value: object) -> bool:
-    return (
-        isinstance(value, dict)
-        and is_count(value.get("step"))
-        and all(is_number(value.get(name)) for name in ("value", "times_median"))
-    )
-
-
-def _is_best(value: object) -> bool:
-    """The best look at dev: its step and its figures."""
-    return (
-        isinstance(value, dict)
-        and _or_none(is_count)(value.get("step"))
-        and _is_figures({name: item for name, item in value.items() if name != "step"})
-    )
-
-
-def _is_numerics(value: object) -> bool:
-    if not isinstance(value, dict) or not all(map(_or_none(is_number), value.values())):
-        return False
-    return ("moved_share" in value) == ("rms_move" in value)
-
-
-def _is_method(value: object) -> bool:
-    """A method's own numbers; what they are named after is for the method to say."""
-    return isinstance(value, dict) and is_count(value.get("num_steps", 0))
-
-
-def is_prompt(value: object) -> bool:
-    """Could a run have noted this prompt?"""
-    return _is_prompt(value)
-
-
-def is_known(step: object, sha256: object, figures: Sequence[object]) -> bool:
-    """Could these be a step, the digest of its weights, and figures of it (None: none known)?"""
-    return is_count(step) and is_text(sha256) and all(f is None or _is_tested(f) for f in figures)
-
-
-_SAVED_NAME = re.compile(r"(weights|optimizer)-[0-9]{1,12}\.safetensors")
-
-
-def _is_saved(item: tuple[object, object]) -> bool:
-    """Name and digest of a tensor file; it lies where the state does, and nowhere else."""
-    name, digest = item
-    return isinstance(name, str) and _SAVED_NAME.fullmatch(name) is not None and is_text(digest)
-
-
-Rules = Mapping[str, Callable[[object], bool]]
-_WATCH: Rules = {
-    "recent": lambda value: (
-        isinstance(value, list) and all(isinstance(g, float) and 0 <= g < math.inf for g in value)
-    ),
-    "num": is_count,
-    "squares": lambda value: is_number(value) and isinstance(value, float) and value >= 0,
-    "clipped": is_count,
-    "spikes": is_count,
-    "largest_spike": _or_none(_is_spike),
-    "losses": is_number,
-    "num_losses": is_count,
-    "looks_since": is_count,
-    "why": _or_none(is_text),
-}
-_STATE: Rules = {
-    "step": is_count,
-    "looked": is_count,
-    "best_step": _or_none(is_count),
-    "best_loss": _or_none(is_number),
-    "method": _is_method,
-    "notes": lambda value: isinstance(value, dict),
-    "train_seconds": is_number,
-    "num_forwards": is_count,
-    "peak_memory_bytes": is_count,
-    "metrics_bytes": is_count,
-    "metrics_sha256": is_text,
-    "files": lambda value: isinstance(value, dict) and all(map(_is_saved, value.items())),
-}
-
-
-def is_batching(value: object) -> bool:
-    """Say whether this is a :class:`smezo_cli.scoring.batching.Found` in plain values, or None."""
-    if value is None:
-        return True
-    if not isinstance(value, dict) or value.keys() != {"scores", "answers", "difference"}:
-        return False
-    each = value["scores"], value["answers"]
-    return _or_none(is_number)(value["difference"]) and all(
-        isinstance(of, dict)
-        and of.keys() == {"pads", "caches", "together"}
-        and all(isinstance(flag, bool) for flag in of.values())
-        for of in each
-    )
-
-
-_NOTES: Rules = {
-    "batching": lambda value: value is not None and is_batching(value),
-    "prompts": _is_prompts,
-    "prompt": is_count,
-    "rows": _is_digests,
-    "model": is_text,
-    "zero_shot": _is_scored,
-    "zero_shot_calibrated": _is_scored,
-    "truncated": is_count,
-    "active_share": _or_none(is_number),
-    "final_share": _or_none(is_number),
-    "num_trained": is_count,
-    "executor": _or_none(is_text),
-    "micro_batch_size": lambda value: is_count(value) and value != 0,
-    "best_look": _is_scored,
-    "lowest_loss": _or_none(is_number),
-    "highest_metric": is_number,
-    "watch": _is_watch,
-    "numerics": _is_numerics,
-    "weights": _is_noted_weights,
-    "dev_loss_before": is_number,
-    "stopped_early": lambda value: isinstance(value, dict),
-    "unsettled": lambda value: (
-        isinstance(value, dict) and isinstance(value.get("goes_on"), bool) and len(value) == 1
-    ),
-    "demonstrations": lambda value: (
-        isinstance(value, dict)
-        and all(is_count(value.get(name)) for name in ("asked", "used", "tokens"))
-        and is_text(value.get("text"))
-    ),
-}
-_RESULT: Rules = {
-    "batching": is_batching,
-    "status": is_text,
-    "task": is_text,
-    "model": is_text,
-    "method": is_text,
-    "metric": lambda value: value in ("accuracy", "f1"),
-    "test": _or_none(_is_tested),
-    "zero_shot": _or_none(_is_tested),
-    "zero_shot_calibrated": _or_none(_is_tested),
-    "sparsity": lambda value: (
-        isinstance(value, dict) and all(_or_none(is_number)(share) for share in value.values())
-    ),
-    "lr": _or_none(is_number),
-    "eps": _or_none(is_number),
-    "steps": is_count,
-    "step": is_count,
-    "seed": is_count,
-    "train_seconds": is_number,
-    "peak_memory_bytes": is_count,
-    "keep": is_text,
-    "prompt": _or_none(_is_prompt),
-    "weights": _or_none(_is_noted_weights),
-    "model_commit": _or_none(is_text),
-    "dev": _or_none(
-        lambda value: isinstance(value, dict) and _or_none(_is_best)(value.get("best"))
-    ),
-    "versions": lambda value: isinstance(value, dict),
-}
-# Of a finished run, what is computed with.
-_DONE = ("task", "model", "method", "test", "steps", "seed", "train_seconds", "peak_memory_bytes")
-
-
-def _fit(values: Mapping[str, Any], rules: Rules) -> bool:
-    return all(rule(values[name]) for name, rule in rules.items() if name in values)
-
-
-def is_sound_state(saved: Mapping[str, Any]) -> bool:
-    """Could a run have written this state.json? Its numbers are names of files later."""
-    if not _fit(saved, _STATE) or saved.keys() != _STATE.keys():
-        return False
-    notes = saved["notes"]
-    if not _fit(notes, _NOTES):
-        return False
-    if max(saved["best_step"] or 0, saved["looked"]) > saved["step"]:
-        return False
-    if saved["looked"] and saved["best_step"] is None:  # the first look is the best so far
-        return False
+    notes = state["notes"]
     return "prompt" not in notes or notes["prompt"] < len(notes.get("prompts", ()))
 
 
-def is_looks(value: object) -> bool:
-    """Steps and the figure on dev at each, as pairs?"""
-    return isinstance(value, list) and all(
-        isinstance(look, list) and len(look) == 2 and is_count(look[0]) and is_number(look[1])
-        for look in value
-    )
+# --- result.json -----------------------------------------------------------------------------
+
+
+class Sparsity(TypedDict, total=False):
+    """Shares of the trained weights that are not perturbed."""
+
+    requested: Annotated[Number | None, says("The setting. null where the method has none.")]
+    realised: Annotated[Number | None, says("At the start.")]
+    final: Annotated[Number | None, says("After the last step.")]
+
+
+_Shares = Annotated[
+    Sparsity, BeforeValidator(TypeAdapter(dict[Text, Number | None]).validate_python)
+]
+
+
+class Result(TypedDict, total=False):
+    """The content of result.json, in the order in which it is written."""
+
+    schema: Annotated[Any, says("Version of this format: 2. Files of version 1 have no sha256.")]
+    status: Required[
+        Annotated[Text, says("running, done, stopped, failed or diverged (a loss was not finite).")]
+    ]
+    error: Annotated[Any, says("Why the run ended without a result. null where it has one.")]
+    task: Annotated[Text, says("Name of the task.")]
+    model: Annotated[Text, says("Name of the model.")]
+    method: Annotated[Text, says("Name of the method.")]
+    recipes: Annotated[Any, says("Names of the recipes that set values; the later one wins.")]
+    test: Annotated[
+        MetricsOfTest | None, says("The tested weights on the test rows. null until then.")
+    ]
+    zero_shot: Annotated[MetricsOfRows | None, says("The model before training, on the test rows.")]
+    zero_shot_calibrated: Annotated[
+        MetricsOfRows | None, says("The same with label offsets that were fitted on dev.")
+    ]
+    metric: Annotated[Literal["accuracy", "f1"], says("The metric that counts: accuracy or f1.")]
+    objective: Annotated[
+        Any, says("What the steps lower: loss, or 1 less accuracy or f1. null without steps.")
+    ]
+    demonstrations: Annotated[
+        Any,
+        says("Of method=icl: asked, used (their numbers) and tokens (their length)."),
+    ]
+    dev: Annotated[Dev | None, says("Evaluations on dev.")]
+    weights: Annotated[
+        dict[Text, SavedWeights] | None, says("The best (tested) and the last weights.")
+    ]
+    prompt: Annotated[Prompt | None, says("The prompt that was chosen on dev.")]
+    truncated_prompts: Annotated[Any, says("How many prompts were too long and cut on the left.")]
+    batching: Annotated[Batching | None, says("Which rows share a forward.")]
+    data_fingerprint: Annotated[Any, says("SHA-256 of the data files of the user.")]
+    data_notes: Annotated[Any, says("What a reader of the metrics must know of the rows.")]
+    model_fingerprint: Annotated[Any, says("SHA-256 of the base model's weights.")]
+    model_commit: Annotated[
+        Text | None, says("Of a model from the hub: the commit that its revision stood for.")
+    ]
+    trust_remote_code: Annotated[Any, says("Whether Python files of the model were executed.")]
+    train_rows: Annotated[Any, says("SHA-256 of the training rows.")]
+    test_rows: Annotated[Any, says("SHA-256 of the test rows.")]
+    sparsity: Annotated[_Shares, says("Shares of the trained weights that are not perturbed.")]
+    num_trained: Annotated[Any, says("Number of trained weights.")]
+    frozen_unread: Annotated[
+        Any, says("Parts of the model that text never reads (images, sound); they are frozen.")
+    ]
+    lr: Annotated[Number | None, says("Learning rate. null where the method has none.")]
+    lr_schedule: Annotated[Any, says("constant, linear or cosine.")]
+    warmup_steps: Annotated[Any, says("Steps over which the learning rate rises.")]
+    keep: Annotated[Text, says("Which weights are tested and kept: best, last or all.")]
+    eps: Annotated[Number | None, says("Size of the perturbation. null where there is none.")]
+    batch_size: Annotated[Any, says("Rows of a step.")]
+    batch_order: Annotated[Any, says("shuffled or stratified.")]
+    micro_batch_size: Annotated[Any, says("Rows of a forward. null: all rows of a step.")]
+    rank: Annotated[Any, says("The rank that wrote the file: 0.")]
+    world_size: Annotated[Any, says("Number of ranks.")]
+    query_ranks: Annotated[Any, says("Ranks among which the queries of a step are divided.")]
+    rank_peak_memory_bytes: Annotated[Any, says("Peak memory of each rank.")]
+    rank_micro_batch_sizes: Annotated[Any, says("Micro-batch size of each rank at the end.")]
+    steps: Annotated[Count, says("Steps that were asked for.")]
+    step: Annotated[Count, says("Steps that were made.")]
+    stopped_early: Annotated[
+        Any, says("step and why, where stop_if_diverged or patience ended the run. Else null.")
+    ]
+    num_forwards: Annotated[Any, says("Forwards of steps; evaluations are not counted.")]
+    train_seconds: Annotated[Number, says("Seconds spent in steps; evaluations are not counted.")]
+    watch: Annotated[
+        Any,
+        says(
+            "projected_grads: how many were measured. projected_grad_rms: their root mean square. "
+            "clipped, spikes, unmoved: how many of them were clipped, were above 10 times the "
+            "running median, were 0. largest_spike: its step, value and times_median. null "
+            "without projected gradients."
+        ),
+    ]
+    numerics: Annotated[
+        Any,
+        says(
+            "moved_share, rms_move: which share of the weights differs from the base model, and by "
+            "how much. underflow: the share of active weights that the last update left as they "
+            "were. sampled: entries these follow from. In low precision also loss_error_rms, "
+            "loss_error_mean, loss_noise, projected_grad_noise and noise_forwards; see "
+            "docs/precision.md."
+        ),
+    ]
+    peak_memory_bytes: Annotated[Count, says("Peak memory; of several GPUs the sum.")]
+    seed: Annotated[Count, says("Seed of perturbations, batches and initialisation.")]
+    data_seed: Annotated[Any, says("Seed by which rows are drawn.")]
+    dtype: Annotated[Any, says("Number format of the weights.")]
+    compute_dtype: Annotated[Any, says("Number format of matrix products.")]
+    device: Annotated[Any, says("cpu, cuda or cuda:N.")]
+    device_map: Annotated[Any, says("Device of each module, where the model is spread.")]
+    attention: Annotated[Any, says("Implementation of attention.")]
+    noise: Annotated[Any, says("Distribution of perturbations: gaussian or rademacher.")]
+    passes: Annotated[Any, says("What computes noise and updates: numba, compiled or eager.")]
+    executor: Annotated[Any, says("How losses are measured; see method.executor.")]
+    onednn_layers: Annotated[Any, says("Linear layers that oneDNN computed.")]
+    digest: Annotated[Any, says("Digest of the settings, as in the name of the folder.")]
+    started: Annotated[Any, says("When this process started, UTC.")]
+    ended: Annotated[Any, says("When the run ended, UTC. null while it runs.")]
+    versions: Annotated[
+        Anything, says("Versions of smezo and of libraries; commit, machine and threads.")
+    ]
+    command: Annotated[Any, says("The command that makes this run.")]
+    sha256: Annotated[Any, says("SHA-256 of all other keys, as sorted JSON.")]
+
+
+# Of a finished run, what is computed with.
+_NEEDED = ("task", "model", "method", "test", "steps", "seed", "train_seconds", "peak_memory_bytes")
+
+
+def _is_complete(result: Mapping[str, Any]) -> bool:
+    """Return whether a result that calls itself done has what tables are made of."""
+    if result["status"] != "done":
+        return True
+    if any(result.get(name) is None for name in _NEEDED):
+        return False
+    test = result["test"]
+    gains = [value for name, value in test.items() if name.startswith("over_")]
+    return result.get("metric", "accuracy") in test and all(isinstance(g, dict) for g in gains)
+
+
+# --- checks ----------------------------------------------------------------------------------
+
+_state = TypeAdapter[Any](Annotated[SavedState, no_others(SavedState), also(_hangs_together)])
+_result = TypeAdapter[Any](Result)
+_prompt = TypeAdapter[Any](Prompt)
+_batching = TypeAdapter[Any](Batching | None)
+_metrics = TypeAdapter[Any](MetricsOfTest | None)
+_evaluations = TypeAdapter[Any](list[tuple[Count, Number]])
+
+
+def _fits(type_: TypeAdapter[Any], value: object) -> bool:
+    """Return whether a value is of a type, and small enough to be looked at."""
+    waiting, count = [value], 0
+    while waiting:
+        node = waiting.pop()
+        inside = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+        count += len(inside)
+        if count > _MOST_VALUES:
+            return False
+        waiting += inside
+    try:
+        type_.validate_python(value)
+    except ValidationError:
+        return False
+    return True
+
+
+def is_sound_state(saved: Mapping[str, Any]) -> bool:
+    """Return whether a run could have written this state.json; its numbers name files later."""
+    return _fits(_state, saved)
 
 
 def is_sound_result(result: Mapping[str, Any]) -> bool:
-    """Could a run have written this result.json?"""
-    if "status" not in result or not _fit(result, _RESULT):
-        return False
-    if result["status"] != "done":
-        return True
-    if any(result.get(name) is None for name in _DONE):
-        return False
-    test = result["test"]
-    metric = result.get("metric", "accuracy")
-    gains = [value for name, value in test.items() if name.startswith("over_")]
-    return (
-        is_number(test.get(metric))
-        and all(_or_none(is_number)(test.get(name)) for name in ("standard_error", "auc"))
-        and all(isinstance(gain, dict) for gain in gains)
-    )
+    """Return whether a run could have written this result.json."""
+    return _fits(_result, result) and _is_complete(result)
+
+
+def is_prompt(value: object) -> bool:
+    """Return whether a run could have noted this prompt."""
+    return _fits(_prompt, value)
+
+
+def is_batching(value: object) -> bool:
+    """Return whether this is a :class:`Batching` in plain values, or None."""
+    return _fits(_batching, value)
+
+
+def is_known(step: object, sha256: object, figures: Sequence[object]) -> bool:
+    """Return whether these are a step, the digest of its weights, and metrics of it (or None)."""
+    return is_count(step) and is_text(sha256) and all(_fits(_metrics, of) for of in figures)
+
+
+def is_looks(value: object) -> bool:
+    """Return whether these are steps and the metric on dev at each, as pairs."""
+    return _fits(_evaluations, value)

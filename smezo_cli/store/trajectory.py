@@ -1,4 +1,4 @@
-"""The trajectory of a zeroth-order run: what its weights follow from, a few bytes a step.
+"""Record and replay the trajectory of a zeroth-order run: its steps in a few bytes each.
 
 The noise, the masks and the rounding of a step are functions of (seed, step, query, tensor name)
 alone (:mod:`smezo_cli.zo.noise`), so seed and step number are the keys, and a step is its learning
@@ -14,7 +14,7 @@ A record's CRC-32 goes on from that of the record before it, so a record that is
 repeated or moved ends the good part of the file. 36 bytes a step with one query.
 
 A delta (``smezo export RUN FILE --delta``) is the same for other users: a JSON of the header, the
-settings, the prompt, the figures and the digest of the weights, then lr and projected gradients
+settings, the prompt, the metrics and the digest of the weights, then lr and projected gradients
 alone, compressed, and a SHA-256 of all of it::
 
     "SMEZODLT"  version u32  length u32  JSON  zlib of the columns' bytes by significance  sha256
@@ -55,24 +55,24 @@ class Damaged(UserError):
 
 @runtime_checkable
 class Replayable(Protocol):
-    """What replaying asks of a method; see :class:`smezo_cli.zo.optimizer.ZeroOrder`."""
+    """A method whose steps can be replayed; see :class:`smezo_cli.zo.optimizer.ZeroOrder`."""
 
     num_steps: int
     param_groups: list[dict[str, Any]]
 
     def identity(self) -> dict[str, Any]:
-        """What its updates follow from, beside the base model and the records."""
+        """Return what its updates follow from, besides the base model and the records."""
 
     def replay(self, lr: float, projected_grad: Sequence[float]) -> None:
         """Apply a step that was made before."""
 
     def record(self, loss: float, projected_grad: Sequence[float]) -> StepRecord:
-        """What the step told of itself."""
+        """Return what the step told of itself."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One record: what was applied in a step (from 0), and what the metrics say of it."""
+    """What was applied in a step (from 0), and what metrics.jsonl says of it."""
 
     step: int
     lr: float
@@ -103,7 +103,7 @@ class Trajectory:
         return Step(number, lr, loss, seconds, tuple(found["projected_grad"].tolist()))
 
     def columns(self, steps: int) -> npt.NDArray[np.float64]:
-        """Learning rates and projected gradients of the first steps, (1 + queries, steps)."""
+        """Return learning rates and projected gradients of steps, (1 + queries, steps)."""
         some = self._records[:steps]
         return np.concatenate([some["lr"][None], some["projected_grad"].T])
 
@@ -116,7 +116,7 @@ def replay(method: Replayable, trajectory: Trajectory, step: int) -> None:
 
 
 def differences(header: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Names of what two headers disagree in; those that only the first has are not repeated."""
+    """Return the names of what two headers disagree in."""
     flat = [{**h, **h.get("identity", {})} for h in (header, other)]
     names = flat[1].keys() - {"identity"}
     found = sorted(name for name in names if flat[0].get(name) != flat[1].get(name))
@@ -127,7 +127,7 @@ def differences(header: Mapping[str, Any], other: Mapping[str, Any]) -> list[str
 
 
 def read(path: Path) -> Trajectory:
-    """The trajectory of a run as far as it is good; nothing in the file can do more than end it.
+    """Return the trajectory of a run up to the first damage, if there is any.
 
     Raises:
         Damaged: the file is missing, or its header is not good.
@@ -226,7 +226,7 @@ def record_type(queries: int) -> np.dtype[Any]:
 
 
 class Recorder:
-    """The trajectory of a run under way: applies what it holds, records what is new.
+    """Apply the recorded steps of a run under way, and record new ones.
 
     Args:
         path: of trajectory.bin; cut to its good part, made anew where that has no header.
@@ -266,7 +266,7 @@ class Recorder:
             os.fsync(self._file)
 
     def apply(self, step: int) -> Step | None:
-        """Apply the recorded step, or None: it is to be made."""
+        """Apply a recorded step and return it; None if it is not recorded and must be made."""
         if self._known is None or step >= len(self._known):
             return None
         made = self._known[step]
@@ -274,7 +274,7 @@ class Recorder:
         return made
 
     def append(self, step: int, record: StepRecord, seconds: float) -> float:
-        """Record a step that the method has just made; the seconds as they are recorded."""
+        """Record a step that the method has just made; return its seconds as they are recorded."""
         assert step == self.count
         row = np.zeros(1, self._kind)
         row["step"], row["lr"] = step, self.method.param_groups[0]["lr"]
@@ -290,7 +290,7 @@ class Recorder:
         return float(row["seconds"][0])
 
     def trajectory(self) -> Trajectory:
-        """All that is recorded now."""
+        """Return all that is recorded now."""
         self._stay()
         return read(self.path)
 
@@ -300,7 +300,7 @@ class Recorder:
             os.fsync(self._file)
 
     def close(self) -> None:
-        """No more records."""
+        """Close the file."""
         os.close(self._file)
 
     def _open(self) -> int:
@@ -309,7 +309,7 @@ class Recorder:
         return os.open(self.path, flags, 0o666)
 
     def _stay(self) -> None:
-        """See that the file is where it was, with what was in it."""
+        """Check that the file is unchanged; put it back if its name was taken from it."""
         with self._saying():
             if os.fstat(self._file).st_size != self._end:
                 raise OSError(
@@ -355,6 +355,6 @@ def check_length(steps: int, queries: int) -> None:
 
 
 def seconds_between(start: float, end: float) -> float:
-    """What a clock measured; 0 where it jumped back, and never more than a float32 holds."""
+    """Return the time between two readings of a clock; 0 if it jumped back, at most 3e38."""
     spent = end - start
     return min(max(spent, 0.0), 3e38) if math.isfinite(spent) else 0.0

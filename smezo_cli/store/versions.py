@@ -1,4 +1,4 @@
-"""The versions of libraries and the commit that a run is made with."""
+"""Find the versions of libraries and the commit that a run is made with."""
 
 import contextlib
 import platform
@@ -15,7 +15,7 @@ from smezo_cli.zo.step import NUMERICS
 
 
 def versions() -> dict[str, Any]:
-    """Versions, commit and machine."""
+    """Return versions, commit and machine, for result.json."""
     found: dict[str, Any] = {"smezo": __version__, "numerics": NUMERICS}
     found["python"] = platform.python_version()
     for package in ("torch", "transformers", "datasets", "safetensors"):
@@ -27,7 +27,7 @@ def versions() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Commit of a checkout, "+" behind it where files differ; None for an installed package."""
+    """Return the commit of a checkout, with "+" if files differ; None for an installed package."""
     root = Path(__file__).resolve().parent.parent.parent
     if not (root / ".git").exists():
         return None
@@ -45,5 +45,5 @@ def _commit() -> str | None:
 
 
 def now() -> str:
-    """UTC, ISO 8601, to the second."""
+    """Return the time in UTC as ISO 8601, to the second."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

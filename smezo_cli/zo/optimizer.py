@@ -48,7 +48,7 @@ class ZeroOrder(Parts):
 
         Raises:
             NonFiniteLoss: before anything was written.
-            OutOfRoom: likewise.
+            OutOfMemory: likewise.
             ValueError: at the first step, by :meth:`self_check`.
         """
         if self._unchecked:

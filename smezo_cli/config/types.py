@@ -9,14 +9,14 @@ from smezo_cli.errors import UserError
 
 
 def shown(value: object) -> str:
-    """A value as it is written on the command line."""
+    """Return a value as it is written on the command line."""
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-class Rule(Protocol):
-    """What a value must be."""
+class SettingType(Protocol):
+    """The type of a setting: its range, and the words for it."""
 
     @property
     def words(self) -> str:
@@ -191,7 +191,7 @@ class DeviceMap:
 
 
 class Source:
-    """How rows are read: by whom, and what that reader needs."""
+    """The name of the reader of the rows, and what that reader needs."""
 
     words = "a mapping that names its reader"
     example = "{reader: records}"
@@ -296,15 +296,16 @@ class Fixed:
         return value
 
 
-def _checked(key: str, value: object, rule: Rule) -> Any:
-    if value is None and key in NULLABLE and not isinstance(rule, Fixed):
+def checked_value(key: str, value: object, type_: SettingType) -> Any:
+    """Return a value in its own type, or raise UserError with what is allowed."""
+    if value is None and key in NULLABLE and not isinstance(type_, Fixed):
         return None
     try:
-        return rule(value)
+        return type_(value)
     except ValueError:
         null = " or null" if key in NULLABLE else ""
         got = shown(value)
         got = got if len(got) <= 200 else got[:197] + "..."
         raise UserError(
-            f"{key}={got}: {key} must be {rule.words}{null}, for example {key}={rule.example}."
+            f"{key}={got}: {key} must be {type_.words}{null}, for example {key}={type_.example}."
         ) from None
