@@ -20,9 +20,10 @@ from smezo_cli.methods.mezo import MeZO
 from smezo_cli.models.adapter import attach
 from smezo_cli.models.tiny import byte_tokenizer
 from smezo_cli.run.follower import Follower
-from smezo_cli.scoring import batching
-from smezo_cli.scoring.batching import ALONE, Batching, Found, measure, pick
+from smezo_cli.scoring import measured_batching
+from smezo_cli.scoring.batching import ALONE, Batching, Found
 from smezo_cli.scoring.candidates import Candidates, encode
+from smezo_cli.scoring.measured_batching import measure, pick
 from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.store.schema import is_sound_result
 from smezo_cli.tasks import Prompt, Row
@@ -251,7 +252,7 @@ def test_the_rows_that_are_measured_are_of_unlike_length_and_few() -> None:
     rows = rows_of("choice")
     widths = [row.width for row in pick(rows, 2000)]
     assert {min(r.width for r in rows), max(r.width for r in rows)} < set(widths)
-    assert len(widths) == batching.MOST_ROWS
+    assert len(widths) == measured_batching.MOST_ROWS
     longest = max(row.width * len(row.full) for row in rows)
     assert len(pick(rows, 2 * longest)) == 2
     assert len(pick(rows[:1], 2000)) == 1
