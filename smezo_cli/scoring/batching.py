@@ -7,9 +7,12 @@ few rows of the run are scored together and alone, and what differs by more than
 apart.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,17 @@ class Batching:
         for i, length in enumerate(lengths):
             of_length.setdefault(length, []).append(i)
         return list(of_length.values())
+
+    def in_forwards(
+        self, sequences: Sequence[Sequence[int]], compute: Callable[[list[int]], Tensor]
+    ) -> Tensor:
+        """Return what ``compute`` gives for sequences (by number), forward by forward, in order."""
+        groups = self.groups(list(map(len, sequences)))
+        if len(groups) == 1:
+            return compute(groups[0])
+        found = torch.cat([compute(chosen) for chosen in groups])
+        order = torch.tensor([i for chosen in groups for i in chosen], device=found.device)
+        return found[order.argsort()]
 
     @property
     def words(self) -> str:
@@ -116,3 +130,33 @@ class Found:
 
 def _stricter(a: Batching, b: Batching) -> Batching:
     return Batching(a.pads and b.pads, a.caches and b.caches, a.together and b.together)
+
+
+def batches_of_like_length(
+    tokens: Sequence[int],
+    most_tokens: int,
+    first: int = 0,
+    every: int = 1,
+    done: Collection[int] = (),
+) -> Iterator[list[int]]:
+    """Yield the indices of the rows of each batch, the longest rows first.
+
+    Args:
+        tokens: that a forward takes for each row.
+        most_tokens: padded, in a batch, unless one row has more.
+        first: number of the first batch that is wanted.
+        every: of how many batches one is.
+        done: indices of rows that are not needed; a batch of such alone does not count.
+    """
+    finished = frozenset(done)
+    order = sorted(range(len(tokens)), key=lambda i: -tokens[i])
+    start = number = 0
+    while start < len(order):
+        size = max(1, most_tokens // tokens[order[start]])
+        chosen = order[start : start + size]
+        start += size
+        if finished.issuperset(chosen):
+            continue
+        if number % every == first:
+            yield chosen
+        number += 1

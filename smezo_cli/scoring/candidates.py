@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
+from torch import nn
+
 from smezo_cli.errors import UserError
 from smezo_cli.scoring import tokenization
 from smezo_cli.scoring.tokens import token_ids
@@ -349,8 +351,8 @@ def is_one(row: Candidates) -> bool:
     return not row.full or row.shares_prefix
 
 
-def _label_ids(batch: Sequence[Candidates]) -> tuple[int, ...] | None:
-    """Last tokens of the labels, where they are the same for all rows and all that is read."""
+def shared_label_ids(batch: Sequence[Candidates]) -> tuple[int, ...] | None:
+    """Return the labels' last tokens where all rows share them and need no other; else None."""
     if batch[0].kind != "classification":
         return None
     if batch[0].mask is not None:
@@ -365,6 +367,22 @@ def num_common(sequences: Sequence[Any]) -> int:
     first, last = min(sequences), max(sequences)
     pairs = enumerate(zip(first, last, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(last)))
+
+
+def check_family(row: Candidates, model: nn.Module) -> None:
+    """Raise UserError for a prompt that the model would take in and answer with nonsense."""
+    name = type(model).__name__
+    if name.endswith("ForMaskedLM") == (row.mask is not None):
+        return
+    if row.mask is None:
+        raise UserError(
+            f"task.prompt has no {{mask}}, and {name} fills masks only: choose a prompt such "
+            'as task.prompt="{text} It was {mask} .", or a causal model.'
+        )
+    raise UserError(
+        f"task.prompt has a {{mask}}, and {name} fills none: choose a prompt that ends where "
+        "the label word follows, or a masked model such as model=roberta-large."
+    )
 
 
 def split_by_length(batch: Sequence[Candidates]) -> list[Sequence[Candidates]]:

@@ -12,8 +12,47 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smezo_cli.scoring.batching import Batching
+from smezo_cli.scoring.forward import Forward
+from smezo_cli.scoring.prefix_cache import Held
 from smezo_cli.scoring.tokenization import decoded
 from smezo_cli.scoring.tokens import padding_id
+
+
+@torch.no_grad()
+def answers(
+    forward: Forward,
+    tokenizer: Any,
+    contexts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batching: Batching,
+    held: Held | None,
+) -> list[str | None]:
+    """Return one :func:`greedy` answer for each context, those that may be continued together.
+
+    Args:
+        forward: of a causal language model.
+        tokenizer: its own.
+        contexts: token ids; all begin with what is held.
+        max_new_tokens: at most so many tokens a context.
+        batching: which contexts share a forward.
+        held: keys and values of what all contexts begin with, if anything is held.
+    """
+    size = 0 if held is None else len(held.ids)
+    texts: dict[int, str | None] = {}
+    with forward.computing():
+        for chosen in batching.groups(list(map(len, contexts))):
+            found = greedy(
+                forward.model,
+                tokenizer,
+                [contexts[i][size:] for i in chosen],
+                max_new_tokens,
+                past=None if held is None else held.growing(len(chosen)),
+                num_past=size,
+                caches=batching.caches,
+            )
+            texts |= zip(chosen, found, strict=True)
+    return [texts[i] for i in range(len(contexts))]
 
 
 @torch.no_grad()

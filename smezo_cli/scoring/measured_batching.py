@@ -3,13 +3,17 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from smezo_cli.scoring.batching import ALONE, ONE_LENGTH, Batching, Found
 from smezo_cli.scoring.candidates import Candidates
+from smezo_cli.scoring.forward import Forward
+from smezo_cli.scoring.generation import next_tokens
 from smezo_cli.scoring.scorer import Scorer
+from smezo_cli.scoring.tokens import num_rows
 
 MOST_ROWS = 4  # that are measured; a forward each alone, and one or two together
 # Largest difference that is put down to rounding, as a part of the largest score: some ten times
@@ -124,21 +128,74 @@ def _scores(scorer: Scorer, rows: Sequence[Candidates]) -> tuple[Batching, float
 def _answers(scorer: Scorer, rows: Sequence[Candidates]) -> tuple[Batching, float]:
     contexts = [row.context for row in rows]
     num = max(row.max_new_tokens for row in rows)
-    columns = scorer.some_of_vocabulary(COLUMNS)
+    columns = _some_of_vocabulary(scorer.model)
     largest = 0.0
     for batching in (Batching(), Batching(pads=False), ONE_LENGTH):
         differs = False
-        for chosen, logits, tokens in scorer.continued(contexts, batching, num, columns):
+        for chosen, logits, tokens in _continued(scorer.forward, contexts, batching, num, columns):
             for k, i in enumerate(chosen):
                 ids = (*contexts[i], *tokens[k].tolist()[:-1])
-                wanted = scorer.logits_alone(ids, num, columns)
-                copies = scorer.logits_alone(ids, num, columns, copies=2) if k == 0 else wanted
+                wanted = copies = _logits_alone(scorer.forward, ids, num, columns)
+                if k == 0:
+                    copies = _logits_alone(scorer.forward, ids, num, columns, copies=2)
                 limit = _limit(scorer, wanted, _difference(copies, wanted))
                 difference = _difference(logits[k], wanted)
                 largest, differs = max(largest, difference), differs or difference > limit
         if not differs:
             return batching, largest
     return ALONE, largest
+
+
+def _continued(
+    forward: Forward,
+    contexts: Sequence[Sequence[int]],
+    batching: Batching,
+    num: int,
+    columns: Sequence[int],
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Continue contexts by the most probable token, so many times, whatever it is.
+
+    Yields:
+        Of the contexts that share a forward their numbers; logits (contexts, num, columns);
+        and tokens (contexts, num).
+    """
+    for chosen in batching.groups(list(map(len, contexts))):
+        with forward.computing():
+            steps = next_tokens(
+                forward.model,
+                forward.pad_id,
+                [contexts[i] for i in chosen],
+                caches=batching.caches,
+            )
+            found = [(logits[:, columns].float(), best) for logits, best in islice(steps, num)]
+        logits, tokens = (torch.stack(of, dim=1) for of in zip(*found, strict=True))
+        yield chosen, logits, tokens
+
+
+def _logits_alone(
+    forward: Forward, ids: Sequence[int], num: int, columns: Sequence[int], copies: int = 1
+) -> Tensor:
+    """Return logits (num, columns) at the last places of one sequence, by one forward over it.
+
+    Args:
+        forward: of the model.
+        ids: of the sequence.
+        num: of places.
+        columns: of the vocabulary.
+        copies: of the sequence, side by side; what the first gives is returned.
+    """
+    places = [(0, p) for p in range(len(ids) - num, len(ids))]
+    with forward.computing():
+        found = forward.logits_at(
+            places, columns, input_ids=forward.padded([ids] * copies), use_cache=False
+        )
+    return found.float()
+
+
+def _some_of_vocabulary(model: nn.Module) -> list[int]:
+    """Return at most `COLUMNS` numbers of tokens, evenly spread."""
+    size = num_rows(model) or 1
+    return list(range(0, size, -(-size // COLUMNS)))
 
 
 def _limit(scorer: Scorer, wanted: Tensor, noise: float) -> float:
