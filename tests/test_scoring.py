@@ -1,6 +1,7 @@
 """Scores and losses against MeZO's own way of computing them, written out here a second time."""
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,9 +30,10 @@ from smezo_cli.models.load import load_model
 from smezo_cli.models.tiny import byte_tokenizer
 from smezo_cli.scoring import candidates, prefix_cache
 from smezo_cli.scoring import scorer as scoring
-from smezo_cli.scoring.candidates import Candidates, encode
+from smezo_cli.scoring.candidates import Candidates, PromptLike, RowLike, encode
 from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.tasks import Prompt, Row, load_task
+from smezo_cli.tasks.base import BasePrompt
 from smezo_cli.tasks.templates import fields_of
 from smezo_cli.zo.probe import FunctionalProbe
 
@@ -73,6 +75,21 @@ def rows_of(lengths: Sequence[int]) -> list[Row]:
 
 MIXED = rows_of([1, 12, 3, 30, 7, 2, 19])
 BATCHES = {"mixed": MIXED, "equal": rows_of([5] * 4), "one": rows_of([9])}
+
+
+@pytest.mark.parametrize(
+    ("protocol", "made"),
+    [(RowLike, Row({}, 0, "")), (PromptLike, Prompt("")), (PromptLike, BasePrompt(""))],
+)
+def test_rows_and_prompts_of_tasks_are_what_scoring_asks_for(protocol: type, made: object) -> None:
+    """mypy says so of their types; here that no name is missing, and what methods take."""
+    asked = {name: value for name, value in vars(protocol).items() if name[0] != "_"}
+    assert len(asked) > 5
+    for name, value in asked.items():
+        assert hasattr(made, name)
+        if not isinstance(value, property):
+            of_task = inspect.signature(getattr(type(made), name))
+            assert of_task.parameters.keys() == inspect.signature(value).parameters.keys()
 
 
 def mezo_log_p(

@@ -203,15 +203,8 @@ def _encode(
     context_ids = token_ids(tokenizer, contexts)
     text_ids = iter(token_ids(tokenizer, list(itertools.chain(*texts))))
     # Where a tokenizer puts nothing before a text, the token that parts texts stands there.
-    start = tokenizer.bos_token_id if begins else None
-    start = tokenizer.eos_token_id if begins and start is None else start
-
-    def fitted(ids: list[int]) -> tuple[int, ...]:
-        if len(ids) <= limit:
-            return tuple(ids)
-        keeps_bos = tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
-        return tuple([ids[0], *ids[1 - limit :]] if keeps_bos else ids[-limit:])
-
+    bos = tokenizer.bos_token_id
+    start = (tokenizer.eos_token_id if bos is None else bos) if begins else None
     encoded = []
     for i, row in enumerate(rows):
         context = context_ids[i]
@@ -221,26 +214,14 @@ def _encode(
             ids = next(text_ids)
             if start is not None and not context_ids[i]:
                 context, ids = [start], [start, *ids]
-            # As MeZO: what the candidate adds to the tokens of the context. A tokenizer may merge
-            # across the border; then the candidate begins with the first token that differs.
-            extra = len(ids) - len(context)
-            if ids[: len(context)] != context:
-                extra = len(ids) - num_common([ids, context])
-                num_merged += extra > 0
-            if extra == len(ids) and begins:
-                raise UserError(
-                    f"task.sfc_prompt={prompt.template!r} is no token of the model's tokenizer, "
-                    "which has none for the begin of a text either: give a template with a text."
-                )
+            extra, is_merged = _added(ids, context)
             if extra == len(ids):
-                raise UserError(
-                    f"row {row.id}: no token stands before {text!r}; choose a task.prompt that "
-                    "shows more than what may be empty."
-                )
+                raise UserError(_nothing_before(text, prompt, row.id, begins=begins))
             if not 0 < extra < limit:
                 raise UserError(_unscorable(text[len(contexts[i]) :], extra, limit, kind, row.id))
+            num_merged += is_merged
             longest = max(longest, len(ids))
-            full.append(fitted(ids))
+            full.append(_fitted(ids, limit, bos))
             num_option.append(extra)
         if kind == "classification" and len(set(full)) < len(full):
             raise UserError(
@@ -257,13 +238,45 @@ def _encode(
                 right=row.right,
                 words=row.options if kind == "choice" else prompt.labels,
                 answers=row.answers,
-                context=fitted(context) if kind == "generation" else (),
+                context=_fitted(context, limit, bos) if kind == "generation" else (),
                 max_new_tokens=max_new_tokens if kind == "generation" else 0,
                 num_merged=num_merged,
                 id=row.id,
             )
         )
     return encoded
+
+
+def _added(ids: list[int], context: list[int]) -> tuple[int, bool]:
+    """Return how many tokens a candidate adds to its context, and whether one is merged with it.
+
+    As in MeZO. A tokenizer may merge across the border; then the candidate begins with the first
+    token that differs.
+    """
+    if ids[: len(context)] == context:
+        return len(ids) - len(context), False
+    extra = len(ids) - num_common([ids, context])
+    return extra, extra > 0
+
+
+def _fitted(ids: list[int], limit: int, bos: int | None) -> tuple[int, ...]:
+    """Cut tokens on the left down to the limit; a BOS in front stays."""
+    if len(ids) <= limit:
+        return tuple(ids)
+    keeps_bos = bos is not None and ids[0] == bos
+    return tuple([ids[0], *ids[1 - limit :]] if keeps_bos else ids[-limit:])
+
+
+def _nothing_before(text: str, prompt: PromptLike, row: str, *, begins: bool) -> str:
+    if begins:
+        return (
+            f"task.sfc_prompt={prompt.template!r} is no token of the model's tokenizer, "
+            "which has none for the begin of a text either: give a template with a text."
+        )
+    return (
+        f"row {row}: no token stands before {text!r}; choose a task.prompt that shows more than "
+        "what may be empty."
+    )
 
 
 def _unscorable(option: str, extra: int, limit: int, kind: str, row: str) -> str:
