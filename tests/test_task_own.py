@@ -19,7 +19,7 @@ from smezo_cli.config.fixed import CONF_DIR
 from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError
 from smezo_cli.tasks import Task, hub, load_task
-from smezo_cli.tasks.own import _labels
+from smezo_cli.tasks.labels import _labels
 from smezo_cli.words import quoted
 
 NO_CACHE = Path("/nowhere")
