@@ -19,7 +19,7 @@ from smezo_cli.config.fixed import CONF_DIR
 from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError
 from smezo_cli.tasks import Task, hub, load_task
-from smezo_cli.tasks.labels import _labels
+from smezo_cli.tasks.labels import label_words
 from smezo_cli.words import quoted
 
 NO_CACHE = Path("/nowhere")
@@ -226,7 +226,7 @@ def test_labels_are_matched_to_the_values_of_their_column(
 
 def test_one_value_with_two_words_is_refused() -> None:
     """In a YAML file 0 and "0" are two keys."""
-    message = message_of(lambda: _labels({0: "bad", "0": "good"}))
+    message = message_of(lambda: label_words({0: "bad", "0": "good"}))
     assert "gives one value of the label column two words" in message
 
 

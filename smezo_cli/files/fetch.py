@@ -4,7 +4,6 @@ Names, versions and sha256 of the files live in `conf/model` and `conf/task`, no
 """
 
 import contextlib
-import hashlib
 import os
 import shutil
 import ssl
@@ -20,6 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from smezo_cli.errors import UserError
+from smezo_cli.files.bounded import sha256_of
 
 
 def cache_dir() -> Path:
@@ -161,12 +161,6 @@ def need_space(folder: Path, size_bytes: int, *, what: str) -> None:
             f"{what} needs {size_bytes / 1e6:.0f} MB on the disk of {folder.parent}, which has "
             f"{free / 1e6:.0f} MB left; make room or set SMEZO_CACHE to a folder on another disk."
         )
-
-
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def say(line: str) -> None:

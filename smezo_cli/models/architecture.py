@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.utils.import_utils import is_bitsandbytes_available
 
-from smezo_cli.errors import UserError
+from smezo_cli.errors import UserError, first_line
 from smezo_cli.scoring import tokenization
 
 # One token each in the built-in tokenizer, with and without a blank before: the label words of
@@ -65,10 +65,13 @@ def check_quantization(cfg: Mapping[str, Any], device: torch.device) -> None:
         )
 
 
-def _quantized(
+def quantization_arguments(
     cfg: Mapping[str, Any], device: torch.device, compute: torch.dtype
 ) -> dict[str, Any]:
-    """What transformers loads a 4-bit model by, QLoRA's NF4 (arXiv 2305.14314); {} without."""
+    """Return what makes transformers load a model in 4 bits, as QLoRA's NF4; {} without.
+
+    NF4: arXiv 2305.14314.
+    """
     if cfg.get("quantization") is None:
         return {}
     check_quantization(cfg, device)
@@ -123,10 +126,11 @@ def architecture(cfg: Mapping[str, Any]) -> PretrainedConfig:
     try:
         return AutoConfig.for_model(kind, **numbers)
     except (ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"model.config: {kind} does not take it ({_line(error)}).") from error
+        raise UserError(f"model.config: {kind} does not take it ({first_line(error)}).") from error
 
 
-def _auto(cfg: Mapping[str, Any]) -> Any:  # its class methods have no types
+def auto_class(cfg: Mapping[str, Any]) -> Any:  # its class methods have no types
+    """Return the class of transformers that loads the model's family, causal or masked."""
     return AutoModelForMaskedLM if cfg.get("family") == "masked" else AutoModelForCausalLM
 
 
@@ -136,7 +140,7 @@ def from_config(
     """Build a model with random weights from its configuration."""
 
     def build(attention: str) -> PreTrainedModel:
-        model: PreTrainedModel = _auto(cfg).from_config(
+        model: PreTrainedModel = auto_class(cfg).from_config(
             config, dtype=dtype, attn_implementation=attention
         )
         return model
@@ -168,11 +172,11 @@ def attending(
             return build("eager")
         other = "eager"
         with contextlib.suppress(ValueError, ImportError), torch.device("meta"):
-            _auto(cfg).from_config(config, attn_implementation="sdpa", **code)
+            auto_class(cfg).from_config(config, attn_implementation="sdpa", **code)
             other = "sdpa"
         raise UserError(
             f"model.attention={asked} cannot be used with {cfg['name']} here "
-            f"({_line(error).partition('. ')[0]}); set model.attention={other}."
+            f"({first_line(error).partition('. ')[0]}); set model.attention={other}."
         ) from error
 
 
@@ -227,7 +231,7 @@ def explain(
     error: BaseException, cfg: Mapping[str, Any], where: str | Path | None, offline: bool
 ) -> str:
     """One sentence for what transformers or the hub said: what is wrong and the way out."""
-    line = _line(error)
+    line = first_line(error)
     if "trust_remote_code" in str(error):
         return (
             f"model.path={where} brings Python code of its own, which is not executed: read that "
@@ -274,11 +278,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".: ")[:200]
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smezo_cli.errors import UserError
+from smezo_cli.errors import UserError, first_line
 from smezo_cli.zo.probe import only_rows
 
 _NUM_TOKENS = 4
@@ -47,10 +47,9 @@ def settle_output_layer(model: nn.Module) -> None:
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:  # whatever a model trips over that was never run here
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise UserError(
-                f"{type(model).__name__} cannot read a text of {_NUM_TOKENS} tokens here ({line}): "
-                "choose another model, or another model.attention."
+                f"{type(model).__name__} cannot read a text of {_NUM_TOKENS} tokens here "
+                f"({first_line(error)}): choose another model, or another model.attention."
             ) from error
         if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
             rows = torch.tensor([1, whole.shape[-1] - 1], device=device)

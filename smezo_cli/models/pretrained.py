@@ -19,14 +19,14 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from smezo_cli.errors import UserError
+from smezo_cli.errors import UserError, first_line
 from smezo_cli.files import fetch
 from smezo_cli.models import check_files, placement
-from smezo_cli.models.architecture import NO_PICKLE, _auto, _line, attending
+from smezo_cli.models.architecture import NO_PICKLE, attending, auto_class
 from smezo_cli.scoring import tokenization
 
 
-def _found(path: str) -> str | Path:
+def local_or_hub_id(path: str) -> str | Path:
     """Return the local folder or GGUF file that `path` names, else `path` itself as a hub id."""
     try:
         local = Path(path).expanduser()
@@ -111,15 +111,17 @@ def pretrained(
     def build(attention: str) -> PreTrainedModel:
         with_it = loading | {"attn_implementation": attention}
         if "gguf_file" in common:
-            return from_gguf(_auto(cfg), where, **with_it)
+            return from_gguf(auto_class(cfg), where, **with_it)
         if device_map is not None:  # each weight goes to its device at once
             with torch.device("meta"):
-                shapes = _auto(cfg).from_config(
+                shapes = auto_class(cfg).from_config(
                     config, dtype=dtype, attn_implementation=attention, **code
                 )
             with_it["device_map"] = placement.devices_of_modules(shapes, device_map)
         # From safetensors alone, never from a pickle.
-        made: PreTrainedModel = _auto(cfg).from_pretrained(where, use_safetensors=True, **with_it)
+        made: PreTrainedModel = auto_class(cfg).from_pretrained(
+            where, use_safetensors=True, **with_it
+        )
         return made
 
     model = attending(cfg, config, build, **code)
@@ -151,7 +153,7 @@ def _tokenizer(where: str | Path, common: Mapping[str, Any]) -> PreTrainedTokeni
     except Exception as error:
         if "trust_remote_code" in str(error) or not isinstance(where, Path):
             raise
-        line = _line(error)
+        line = first_line(error)
         if "instantiate the backend tokenizer" in line:
             line = "no tokenizer.json or tokenizer.model in it"
         raise UserError(

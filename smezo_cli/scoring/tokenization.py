@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from smezo_cli.errors import UserError
+from smezo_cli.errors import UserError, first_line
 
 
 @contextmanager
@@ -57,8 +57,7 @@ def _caught() -> Iterator[None]:
         # The library raises Exception itself, and pyo3's class of panics cannot be imported.
         if type(error) is not Exception and type(error).__module__ != "pyo3_runtime":
             raise
-        line = (str(error).strip().splitlines() or ["it panicked"])[0][:200]
-        raise _Panic(line.rstrip(". ")) from None
+        raise _Panic(first_line(error)) from None
 
 
 def encoded(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[list[int]]:

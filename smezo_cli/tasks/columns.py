@@ -16,7 +16,9 @@ from smezo_cli.words import mapping_of, value_of
 
 
 @dataclass(frozen=True)
-class _Split:
+class Split:
+    """The records of one split, and where they come from."""
+
     name: str  # train or test
     shown: str  # the file or data set
     records: list[Record]
@@ -24,28 +26,28 @@ class _Split:
 
 
 def _columns_of(records: Sequence[Record]) -> list[str]:
-    """Every column of the records, in the order in which they come."""
+    """Return every column of the records, in the order in which they come."""
     return list(dict.fromkeys(chain.from_iterable(record.value for record in records)))
 
 
-class _Columns:
-    """Columns by the names that the task node uses; `task.columns` maps names to columns."""
+class Columns:
+    """Read cells by the names that the task node uses; `task.columns` maps names to columns."""
 
-    def __init__(self, cfg: Mapping[str, Any], first: _Split) -> None:
+    def __init__(self, cfg: Mapping[str, Any], first: Split) -> None:
         self.cfg = cfg
         self.map: dict[str, str] = dict(mapping_of(cfg.get("columns"), "task.columns") or {})
         self.there = _columns_of(first.records)
         self.shown = first.shown
         self.used: set[str] = set()
-        self.option_names = _listed(cfg.get("options"))
+        self.option_names = as_list(cfg.get("options"))
 
     def column(self, name: str) -> str:
-        """The column that a name stands for."""
+        """Return the column that a name stands for."""
         self.used.add(name)
         return self.map.get(name, name)
 
     def need(self, name: str, key: str) -> str:
-        """The column, or a refusal that names the key that asks for it."""
+        """Return the column; UserError, naming the key that asks for it, if the rows have none."""
         column = self.column(name)
         if column not in self.there:
             mapped = f" (of {name})" if column != name else ""
@@ -61,7 +63,7 @@ class _Columns:
         templates: Sequence[str],
         keys: Sequence[str] = ("task.prompt", "task.option_template"),
     ) -> list[str]:
-        """The fields that the templates show; all must be columns."""
+        """Return the fields that the templates show; UserError if one is no column."""
         names: list[str] = []
         for number, template in enumerate(templates):
             key = keys[number]
@@ -77,8 +79,8 @@ class _Columns:
             names += shown
         return list(dict.fromkeys(names))
 
-    def check(self, split: _Split, fields: Sequence[str]) -> None:
-        """The second file has the columns too."""
+    def check(self, split: Split, fields: Sequence[str]) -> None:
+        """Raise UserError if a split lacks a column that is used."""
         there = _columns_of(split.records)
         kind = self.cfg["kind"]
         more = {
@@ -96,7 +98,7 @@ class _Columns:
                 )
 
     def refuse_unused(self) -> None:
-        """A name in `task.columns` that nothing asked for is a mistake."""
+        """Raise UserError for a name in `task.columns` that nothing asked for."""
         for name in self.map:
             if name not in self.used:
                 raise UserError(
@@ -105,16 +107,16 @@ class _Columns:
                 )
 
     def texts(self, records: Sequence[Record], fields: Sequence[str]) -> list[dict[str, str]]:
-        """The texts of the fields of each row."""
+        """Return the texts of the fields of each row."""
         columns = [(name, self.column(name)) for name in fields]
         return [{name: self.text(record, column) for name, column in columns} for record in records]
 
     def text(self, record: Record, column: str) -> str:
-        """One cell as a text; a number is one too."""
+        """Return one cell as a text, a number as its digits; UserError for anything else."""
         value = record.value.get(column)
         if isinstance(value, str) and value and not value.isspace():
             return value
-        if _is_empty(value):
+        if is_empty(value):
             raise UserError(
                 f"{record.where}, column {column!r}: the cell is empty; fill it, or take the row "
                 "out."
@@ -123,13 +125,13 @@ class _Columns:
             return str(value)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(
-                f"{record.where}, column {column!r}: a text is needed and {_brief(value)} stands "
-                "there."
+                f"{record.where}, column {column!r}: a text is needed and {shortened(value)} "
+                "stands there."
             )
         return _plain(value)
 
     def _list(self, record: Record, column: str) -> list[str] | None:
-        """The texts of a cell that holds a list (in a CSV: a JSON list), else None."""
+        """Return the texts of a cell that holds a list (in a CSV: a JSON list), else None."""
         value = record.value.get(column)
         if isinstance(value, str) and value.lstrip().startswith("["):
             try:
@@ -141,7 +143,7 @@ class _Columns:
         return [self.text(Record(record.where, 0, {column: item}), column) for item in value]
 
     def options(self, record: Record) -> tuple[str, ...]:
-        """The options of a row: one from each column, or all from the one that holds a list."""
+        """Return the options of a row: one from each column, or all from one column of lists."""
         columns = [self.column(name) for name in self.option_names]
         if len(columns) == 1:
             texts = self._list(record, columns[0])
@@ -149,7 +151,7 @@ class _Columns:
                 raise UserError(
                     f"{record.where}, column {columns[0]!r}: with one column in task.options it "
                     'must hold a list of texts, such as ["yes", "no"], and '
-                    f"{_brief(record.value.get(columns[0]))} stands there."
+                    f"{shortened(record.value.get(columns[0]))} stands there."
                 )
         else:
             texts = [self.text(record, column) for column in columns]
@@ -161,7 +163,7 @@ class _Columns:
         return tuple(texts)
 
     def answers(self, record: Record) -> tuple[str, ...]:
-        """The reference answers of a row; the first is trained on."""
+        """Return the reference answers of a row; the first is trained on."""
         column = self.column(str(self.cfg["answer"]))
         value = record.value.get(column)
         if isinstance(value, list):
@@ -175,19 +177,20 @@ class _Columns:
         return tuple(text.strip() for text in texts)
 
 
-def _listed(given: Any) -> list[str]:
+def as_list(given: Any) -> list[str]:
+    """Return the names that a setting gives: one, several or none."""
     return [given] if isinstance(given, str) else list(given or ())
 
 
-def _is_empty(value: object) -> bool:
-    """Is it null, a text of blanks, or the NaN that data frames write for what is missing?"""
+def is_empty(value: object) -> bool:
+    """Say whether it is null, blank, or the NaN that data frames write for what is missing."""
     if isinstance(value, str):
         return not value or value.isspace()
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _key(value: object) -> str:
-    """A label in one spelling, whatever wrote it: 1, 1.0, "+1" and "1.0" are one label.
+def one_spelling(value: object) -> str:
+    """Return a label in one spelling, whatever wrote it: 1, 1.0, "+1" and "1.0" are one label.
 
     So are true, "True" and "TRUE", nan and "NaN", null and "null": as Hydra reads words.
     """
@@ -204,6 +207,7 @@ def _plain(value: object) -> str:
     return str(value)
 
 
-def _brief(value: object) -> str:
+def shortened(value: object) -> str:
+    """Return a value as Python writes it, cut to 40 characters for a message."""
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "..."

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from smezo_cli.errors import UserError
-from smezo_cli.files.bounded import check_ordinary
+from smezo_cli.errors import UserError, first_line
+from smezo_cli.files.bounded import check_ordinary, sha256_of
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
@@ -38,14 +38,12 @@ class Record(NamedTuple):
 _Found = tuple[str, int, Any]  # a record's place, its line or row, and its value
 
 
-def sha256_of(*paths: Path) -> str:
-    """Hex digest of one file, or of the digests of several; UserError if one cannot be read."""
+def digest_of(*paths: Path) -> str:
+    """Return the SHA-256 of one file, or of several digests; UserError where one is unreadable."""
     digests = []
     for path in paths:
         try:
-            check_ordinary(path)
-            with path.open("rb") as file:
-                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+            digests.append(sha256_of(path))
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     return (
@@ -443,7 +441,7 @@ def _parquet(path: Path) -> Iterator[_Found]:
         raise
     # Arrow's own, and what Python makes of a cell: a day beyond the calendar, bytes for text.
     except (pyarrow.ArrowException, ValueError, TypeError, ArithmeticError, MemoryError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
+        reason = first_line(error)
         raise UserError(f"{path} is no Parquet file that can be read ({reason}).") from error
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from smezo_cli.errors import UserError
+from smezo_cli.errors import UserError, first_line
 from smezo_cli.files.fetch import hub_answers
 from smezo_cli.tasks.files import Record
 
@@ -62,8 +62,9 @@ def load_hub(
         datasets.exceptions.DatasetsError,
     ) as error:
         # RuntimeError: a data set that is a script; HTTPError: the connection broke.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
-        raise UserError(f"task {task}: {path} could not be loaded ({reason}); {cure}.") from error
+        raise UserError(
+            f"task {task}: {path} could not be loaded ({first_line(error)}); {cure}."
+        ) from error
     names = {
         column: feature.names
         for column, feature in table.features.items()

@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from smezo_cli.errors import UserError
-from smezo_cli.tasks.columns import _brief, _Columns, _is_empty, _key, _Split
+from smezo_cli.tasks.columns import Columns, Split, is_empty, one_spelling, shortened
 from smezo_cli.tasks.files import Record
 from smezo_cli.words import mapping_of
 
 
-def _labels(labels: Any) -> tuple[list[str] | None, list[str]]:
-    """Values of the label column (None: numbers) and the words for them, both by class."""
+def label_words(labels: Any) -> tuple[list[str] | None, list[str]]:
+    """Return the values of the label column (None: numbers) and their words, both by class."""
     labels = mapping_of(labels, "task.labels")
     if not isinstance(labels, Mapping | list):
         raise UserError(
@@ -24,7 +24,7 @@ def _labels(labels: Any) -> tuple[list[str] | None, list[str]]:
         )
     if isinstance(labels, list):
         return None, labels
-    words = {_key(value): word for value, word in labels.items()}
+    words = {one_spelling(value): word for value, word in labels.items()}
     if len(words) < len(labels):
         raise UserError(f"task.labels={labels} gives one value of the label column two words.")
     keys = list(words)
@@ -33,28 +33,29 @@ def _labels(labels: Any) -> tuple[list[str] | None, list[str]]:
     return keys, [words[key] for key in keys]
 
 
-def _values(splits: Iterable[_Split], column: str) -> list[object]:
+def label_values(splits: Iterable[Split], column: str) -> list[object]:
+    """Return what stands in a column in all rows."""
     return [record.value.get(column) for split in splits for record in split.records]
 
 
-def _numbers(size: int, values: Sequence[object]) -> list[str]:
-    """What a list of words stands for: the values 0, 1, ..., or 1, 2, ... where those stand there.
+def keys_of_list(size: int, values: Sequence[object]) -> list[str]:
+    """Return the values that a list of words is for: 0, 1, ..., or 1, 2, ... if rows have these.
 
     Args:
         size: how many words there are.
         values: of the label column in all rows.
     """
-    found = {_key(value) for value in values if not _is_empty(value)}
+    found = {one_spelling(value) for value in values if not is_empty(value)}
     from_0, from_1 = ([str(i + start) for i in range(size)] for start in (0, 1))
     return from_1 if found <= set(from_1) and not found <= set(from_0) else from_0
 
 
-def _spellings(values: Sequence[object], keys: Sequence[str]) -> list[str]:
-    """Say which labels are taken for one although they are not written alike."""
+def notes_on_spellings(values: Sequence[object], keys: Sequence[str]) -> list[str]:
+    """Return a line for each class whose labels are written in several ways."""
     spelled: dict[str, dict[str, None]] = {}
     for value in values:
         if isinstance(value, str):
-            spelled.setdefault(_key(value), {})[value.strip()] = None
+            spelled.setdefault(one_spelling(value), {})[value.strip()] = None
     return [
         f"the labels {', '.join(map(repr, list(spelled[key])[:8]))} are read as one class, {key}"
         for key in keys
@@ -62,34 +63,35 @@ def _spellings(values: Sequence[object], keys: Sequence[str]) -> list[str]:
     ]
 
 
-def _classes(
-    split: _Split, columns: _Columns, keys: Sequence[str], words: Sequence[Any]
+def class_indices(
+    split: Split, columns: Columns, keys: Sequence[str], words: Sequence[Any]
 ) -> list[int]:
+    """Return the class of each row; UserError for a label that has no word."""
     column = columns.column(str(columns.cfg["label"]))
     # A data set of the hub stores numbers for words; either may be what task.labels names.
     names = split.class_names.get(column, [])
-    as_words = bool(names) and set(keys) <= {_key(name) for name in names}
+    as_words = bool(names) and set(keys) <= {one_spelling(name) for name in names}
     classes = {key: index for index, key in enumerate(keys)}
     found = []
     for record in split.records:
         value = record.value.get(column)
         if as_words and isinstance(value, int) and value in range(len(names)):
             value = names[value]
-        if (key := _key(value)) not in classes:
+        if (key := one_spelling(value)) not in classes:
             _refuse_empty(value, record, column)
-            others = {_key(v): v for v in _values([split], column) if not _is_empty(v)}
+            others = {one_spelling(v): v for v in label_values([split], column) if not is_empty(v)}
             some = ", ".join(sorted(others)[:8]) + (", ..." if len(others) > 8 else "")
             raise UserError(
-                f"{record.where}, column {column!r}: the label is {_brief(value)} and task.labels "
-                f"has words for {', '.join(keys)}; give a word for each value of the column "
-                f"({some}), as {{{some.partition(',')[0]}: {words[0]}, ...}}."
+                f"{record.where}, column {column!r}: the label is {shortened(value)} and "
+                f"task.labels has words for {', '.join(keys)}; give a word for each value of "
+                f"the column ({some}), as {{{some.partition(',')[0]}: {words[0]}, ...}}."
             )
         found.append(classes[key])
     return found
 
 
 def _refuse_empty(value: object, record: Record, column: str) -> None:
-    if _is_empty(value):
+    if is_empty(value):
         raise UserError(
             f"{record.where}, column {column!r}: the label is empty; fill it, or take the row out."
         )
@@ -99,18 +101,18 @@ _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def _number(value: object) -> int:
-    """A label as a number, -1 where it is none."""
-    key = _key(value)
+    """Return a label as a number, -1 where it is none."""
+    key = one_spelling(value)
     return int(key) if key.isdecimal() and key.isascii() and len(key) < 10 else -1
 
 
-def _right(
-    splits: Sequence[_Split],
-    columns: _Columns,
+def right_options(
+    splits: Sequence[Split],
+    columns: Columns,
     options: Mapping[str, Sequence[tuple[str, ...]]],
     notes: list[str],
 ) -> dict[str, list[int]]:
-    """Index of each row's right option: of the readings below the first that all rows allow."""
+    """Return the index of each row's right option, by the first reading that all rows allow."""
     column = columns.column(str(columns.cfg["label"]))
     names = columns.option_names
     records = [record for split in splits for record in split.records]
@@ -118,7 +120,7 @@ def _right(
     for record in records:
         _refuse_empty(record.value.get(column), record, column)
     values = [record.value[column] for record in records]
-    texts = [v.strip() if isinstance(v, str) else _key(v) for v in values]
+    texts = [v.strip() if isinstance(v, str) else one_spelling(v) for v in values]
     readings: dict[str, Callable[[int], int]] = {
         "a number from 0": lambda i: _number(values[i]),
         "the name of an option's column": lambda i: (
@@ -149,15 +151,15 @@ def _right(
     row = max(failed.values())  # the reading that came furthest is the likeliest one
     *most, last = readings
     raise UserError(
-        f"{records[row].where}, column {column!r}: the label is {_brief(values[row])}, and "
+        f"{records[row].where}, column {column!r}: the label is {shortened(values[row])}, and "
         f"the options are {', '.join(map(repr, own[row]))}; it must be {', '.join(most)} or "
         f"{last}, the same in all rows."
     )
 
 
 def _place(text: str, own: Sequence[str]) -> int:
-    """Where a text stands among the options; one spelling of a number or true is as good."""
+    """Return where a text stands among the options, however a number or true is spelled."""
     if text in own:
         return own.index(text)
-    keys = [_key(option) for option in own]
-    return keys.index(_key(text)) if keys.count(_key(text)) == 1 else -1
+    keys = [one_spelling(option) for option in own]
+    return keys.index(one_spelling(text)) if keys.count(one_spelling(text)) == 1 else -1

@@ -10,7 +10,7 @@ from smezo_cli.errors import UserError
 from smezo_cli.kinds import KINDS
 from smezo_cli.tasks import own, records, rotten_tomatoes, toy
 from smezo_cli.tasks.base import Row, Tables, Task, cut, lacking, one_class, prompts_of
-from smezo_cli.tasks.files import sha256_of
+from smezo_cli.tasks.files import digest_of
 
 READERS: dict[str, Callable[[Mapping[str, Any], Path], Tables]] = {
     "records": records.read,
@@ -126,7 +126,7 @@ def local_fingerprint(cfg: Mapping[str, Any]) -> str | None:
     else:
         return None
     paths = [Path(str(name)).expanduser() for name in names]
-    return sha256_of(*paths) if all(path.is_file() for path in paths) else None
+    return digest_of(*paths) if all(path.is_file() for path in paths) else None
 
 
 def _kind_of(tables: Tables, has_options: bool, has_answers: bool) -> str:

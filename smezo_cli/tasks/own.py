@@ -12,11 +12,18 @@ from typing import Any
 
 from smezo_cli.errors import UserError, near
 from smezo_cli.tasks.base import Prompt, Row, Tables
-from smezo_cli.tasks.columns import _Columns, _listed, _Split
-from smezo_cli.tasks.files import SUFFIXES, Record, read_file, sha256_of
+from smezo_cli.tasks.columns import Columns, Split, as_list
+from smezo_cli.tasks.files import SUFFIXES, Record, digest_of, read_file
 from smezo_cli.tasks.frames import rows_of
 from smezo_cli.tasks.hub import HubTable, load_hub
-from smezo_cli.tasks.labels import _classes, _labels, _numbers, _right, _spellings, _values
+from smezo_cli.tasks.labels import (
+    class_indices,
+    keys_of_list,
+    label_values,
+    label_words,
+    notes_on_spellings,
+    right_options,
+)
 from smezo_cli.tasks.templates import LETTER, NUMBER, OPTION, fields_of
 from smezo_cli.words import mapping_of
 
@@ -42,7 +49,7 @@ def read(cfg: Mapping[str, Any], *, by_line: bool = False) -> tuple[Tables, dict
     if cfg["kind"] == "choice" and cfg.get("option_template") is not None:
         templates.append(str(cfg["option_template"]))
     splits, fingerprint = _load(cfg, templates, notes)
-    columns = _Columns(cfg, splits[0])
+    columns = Columns(cfg, splits[0])
     fields = columns.fields(templates)
     if cfg.get("sfc_prompt") is not None:
         more = columns.fields([str(cfg["sfc_prompt"])], ["task.sfc_prompt"])
@@ -57,19 +64,19 @@ def read(cfg: Mapping[str, Any], *, by_line: bool = False) -> tuple[Tables, dict
     }
     keys: list[str] = []  # of the classes
     if cfg["kind"] == "classification":
-        given, cfg["labels"] = _labels(cfg["labels"])
-        values = _values(splits, columns.column(str(cfg["label"])))
-        keys = _numbers(len(cfg["labels"]), values) if given is None else given
-        notes += _spellings(values, keys)
+        given, cfg["labels"] = label_words(cfg["labels"])
+        values = label_values(splits, columns.column(str(cfg["label"])))
+        keys = keys_of_list(len(cfg["labels"]), values) if given is None else given
+        notes += notes_on_spellings(values, keys)
     elif cfg["kind"] == "choice":
-        right = _right(splits, columns, options, notes)
+        right = right_options(splits, columns, options, notes)
     for split in splits:
         texts = columns.texts(split.records, fields)
         names = [
             f"{split.name}/{(by_line and record.line) or record.number}" for record in split.records
         ]
         if cfg["kind"] == "classification":
-            found = _classes(split, columns, keys, cfg["labels"])
+            found = class_indices(split, columns, keys, cfg["labels"])
             rows[split.name] = [
                 Row(text, label, name)
                 for text, label, name in zip(texts, found, names, strict=True)
@@ -127,7 +134,7 @@ _QUOTES = {None: None, "minimal": True, "none": False}
 
 def _load(
     cfg: Mapping[str, Any], templates: Sequence[str], notes: list[str]
-) -> tuple[list[_Split], str]:
+) -> tuple[list[Split], str]:
     data, second = str(cfg["data"]), cfg.get("test_data")
     quoting = cfg.get("quoting")
     if quoting is not None and not any(
@@ -160,12 +167,12 @@ def _load(
             )
     wanted = _wanted(cfg, templates)
     splits = [
-        _Split(name, str(path), _records(path, quoting, wanted, notes), {})
+        Split(name, str(path), _records(path, quoting, wanted, notes), {})
         for name, path in zip(("train", "test"), paths, strict=False)
     ]
     for split in splits:
         _check_mappings(split)
-    return splits, sha256_of(*paths)
+    return splits, digest_of(*paths)
 
 
 def _records(
@@ -189,7 +196,7 @@ def _wanted(cfg: Mapping[str, Any], templates: Sequence[str]) -> list[str]:
         with contextlib.suppress(ValueError):  # is said when the rows are known
             names += fields_of(template)
     names += [str(cfg[key]) for key in ("label", "answer") if cfg.get(key) is not None]
-    names += _listed(cfg.get("options"))
+    names += as_list(cfg.get("options"))
     mapped = mapping_of(cfg.get("columns"), "task.columns") or {}
     return [str(mapped.get(name, name)) for name in names if name not in _OF_AN_OPTION]
 
@@ -221,7 +228,7 @@ def _path(key: str, data: str) -> Path:
     return path
 
 
-def _from_hub(cfg: Mapping[str, Any], data: str) -> tuple[list[_Split], str]:
+def _from_hub(cfg: Mapping[str, Any], data: str) -> tuple[list[Split], str]:
     name, revision = cfg.get("data_name"), cfg.get("revision") or "main"
     splits = dict(cfg.get("splits") or {"train": "train"})
     if "train" not in splits or not set(splits) <= {"train", "test"}:
@@ -238,7 +245,7 @@ def _from_hub(cfg: Mapping[str, Any], data: str) -> tuple[list[_Split], str]:
     commits = {table.commit for table in tables.values()}
     commit = commits.pop() if len(commits) == 1 else ""
     found = [
-        _Split(
+        Split(
             split,
             f"hub {table.where} at {commit or revision}",
             list(table.records(words=False)),
@@ -273,12 +280,12 @@ def unlabelled(
         asked = {"columns": task.get("columns"), "options": task.get("options")}
         wanted = _wanted(asked, templates or [prompt.template])
         records = _records(path, task.get("quoting"), wanted, notes)
-        split = _Split("predict", str(path), records, {})
+        split = Split("predict", str(path), records, {})
         _check_mappings(split)
     else:
-        split = _Split("predict", "--field", [Record("--field", 1, dict(data))], {})
+        split = Split("predict", "--field", [Record("--field", 1, dict(data))], {})
     options = task.get("options") or (task.get("source") or {}).get("options") or "options"
-    columns = _Columns({"columns": task.get("columns"), "options": options}, split)
+    columns = Columns({"columns": task.get("columns"), "options": options}, split)
     choice = task["kind"] == "choice"
     fields = columns.fields([prompt.template, prompt.option] if choice else [prompt.template])
     if prompt.sfc is not None:
@@ -297,7 +304,7 @@ def unlabelled(
     ]
 
 
-def _check_mappings(split: _Split) -> None:
+def _check_mappings(split: Split) -> None:
     for record in split.records:
         if not isinstance(record.value, dict):
             raise UserError(

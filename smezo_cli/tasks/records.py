@@ -33,7 +33,7 @@ from typing import Any
 
 from smezo_cli.errors import UserError
 from smezo_cli.tasks.base import Row, Tables, option_fields
-from smezo_cli.tasks.files import Record, lines_of, read_file, sha256_of
+from smezo_cli.tasks.files import Record, digest_of, lines_of, read_file
 from smezo_cli.tasks.hub import load_hub
 from smezo_cli.tasks.paths import NotThereError, Place, places_of, value_at
 from smezo_cli.tasks.templates import fill
@@ -75,7 +75,7 @@ def read(cfg: Mapping[str, Any], cache: Path) -> Tables:
         folder = paths[0].parent
         found = {split: _from_file(folder, source["files"], split) for split in splits}
         where = f"{folder} ({', '.join(path.name for path in paths)})"
-        fingerprint = sha256_of(*paths)
+        fingerprint = digest_of(*paths)
     rows, skipped = {}, {}
     for split in splits:
         rows[split], skipped[split] = _rows(found[split], layout, cfg["kind"], split)
