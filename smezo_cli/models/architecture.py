@@ -47,9 +47,9 @@ DAMAGED = (SafetensorError, struct.error, LookupError, EOFError)
 
 
 def check_quantization(cfg: Mapping[str, Any], device: torch.device) -> None:
-    """Refuse `cfg.quantization` where it cannot be had, before anything is loaded.
+    """Raise UserError where `cfg.quantization` cannot be had, before anything is loaded.
 
-    Raises `UserError`: the device is no CUDA device, or bitsandbytes is not installed.
+    It needs a CUDA device, and bitsandbytes.
     """
     if cfg.get("quantization") is None:
         return
@@ -86,12 +86,12 @@ def quantization_arguments(
 
 
 def num_weights(model: nn.Module) -> int:
-    """Weights of the model; of 4-bit ones a byte holds two."""
+    """Return how many weights the model has; a byte holds two of 4 bits."""
     return sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.parameters())
 
 
 def build_meta(cfg: Mapping[str, Any]) -> PreTrainedModel:
-    """Model of the architecture in `cfg.config` without weights, on the meta device; no hub.
+    """Build the architecture in `cfg.config` on the meta device, without weights or the hub.
 
     Its parameters have the dtype `cfg.dtype` (float32 without one) and no storage.
     Raises `UserError` for a node without `config` or with numbers that transformers refuses.
@@ -102,7 +102,7 @@ def build_meta(cfg: Mapping[str, Any]) -> PreTrainedModel:
 
 
 def architecture(cfg: Mapping[str, Any]) -> PretrainedConfig:
-    """The configuration object of `cfg.config`."""
+    """Return the configuration object of transformers that `cfg.config` describes."""
     if not cfg.get("config"):
         raise UserError(
             f"model {cfg['name']} has no model.config: the numbers of its architecture."
@@ -157,7 +157,7 @@ def attending(
     build: Callable[[str], PreTrainedModel],
     **code: bool,
 ) -> PreTrainedModel:
-    """Return what `build` makes with the attention asked for: of auto sdpa, else eager.
+    """Return what `build` makes with the attention asked for; auto is sdpa, else eager.
 
     `code` goes to transformers beside `config`. Raises `UserError` for an attention that cannot be
     used, naming one that can.
@@ -185,7 +185,7 @@ _OF_ATTENTION = ("attn_implementation", "FlashAttention", "Flash Attention", "fl
 
 
 def context(model: PreTrainedModel) -> int | None:
-    """Most tokens that the model reads; None where it has no such number."""
+    """Return the context length of the model; None where it has no such number."""
     limit: int | None = getattr(model.config, "max_position_embeddings", None)
     if limit is None or limit < 1:  # XLNet's has -1
         return None
@@ -197,7 +197,7 @@ def context(model: PreTrainedModel) -> int | None:
 
 
 def set_up(tokenizer: PreTrainedTokenizerBase, cfg: Mapping[str, Any]) -> None:
-    """Padding, the asked BOS and the length limit."""
+    """Set the padding token, the BOS that is asked for and the length limit of a tokenizer."""
     tokenizer.model_max_length = cfg["max_length"]
     if tokenizer.pad_token_id is None:
         # Padded positions are masked out, so any token that exists serves (LLaMA: unk, as MeZO);
@@ -230,7 +230,7 @@ NO_PICKLE = (
 def explain(
     error: BaseException, cfg: Mapping[str, Any], where: str | Path | None, offline: bool
 ) -> str:
-    """One sentence for what transformers or the hub said: what is wrong and the way out."""
+    """Return one sentence for what transformers or the hub said: what is wrong, what to do."""
     line = first_line(error)
     if "trust_remote_code" in str(error):
         return (

@@ -39,7 +39,7 @@ def load_model(
     cache: Path,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model in `dtype` on `device`, in eval mode without key-value cache, and its tokenizer.
+    """Return a model in `dtype` on `device`, in eval mode without cache, and its tokenizer.
 
     `cfg` is the model node: one of `package`, `path`, `tiny`; `family`, `bos_token`; `attention`,
     of which auto is sdpa, or eager for a model that has no sdpa;

@@ -1,4 +1,4 @@
-"""Find out whether a model's output layer gives its logits, so that a part of them can be computed.
+"""Find out whether a model's output layer gives its logits, so that some can be computed alone.
 
 A scorer reads few rows of the vocabulary at few positions, and has the output layer compute these
 alone. That is right where the logits are what this layer gives, scaled or capped element by
@@ -22,7 +22,7 @@ _TOLERANCE = 0.05
 
 @torch.no_grad()
 def settle_output_layer(model: nn.Module) -> None:
-    """Let ``model.get_output_embeddings()`` be None where that layer does not give the logits.
+    """Make ``model.get_output_embeddings()`` None where that layer does not give the logits.
 
     Measured by two forwards over a text of four tokens.
 

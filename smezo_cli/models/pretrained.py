@@ -58,7 +58,7 @@ def local_or_hub_id(path: str) -> str | Path:
 
 
 def _not_a_model(folder: Path) -> str:
-    """Say what a folder without config.json is instead, and what to give."""
+    """Return what a folder without config.json is instead, and what to give."""
     if ggufs := sorted(file for file in folder.iterdir() if check_files.is_gguf(file)):
         return f"it is no saved model; for a GGUF file give its own path, {ggufs[0]}"
     if (folder / "adapter_config.json").exists():
@@ -100,9 +100,7 @@ def pretrained(
         )
     tokenizer = _tokenizer(where, common)
     loading = {"dtype": dtype, **common, **quantized}
-    if (
-        no_row
-    ):  # some models would not be built; any token can pad (smezo_cli.scoring.tokens.padding_id)
+    if no_row:  # some models would not be built; any token can pad (scoring.tokens.padding_id)
         config.pad_token_id = None
         loading["config"] = config
     code = {"trust_remote_code": common["trust_remote_code"]}
@@ -164,13 +162,13 @@ def _tokenizer(where: str | Path, common: Mapping[str, Any]) -> PreTrainedTokeni
 
 
 def _commit(path: str, revision: str) -> str | None:
-    """The commit of a hub model in the hub's cache; None where it is not there."""
+    """Return the commit of a hub model in the hub's cache; None where it is not there."""
     found = try_to_load_from_cache(path, "config.json", revision=revision)
     return Path(found).parent.name if isinstance(found, str) else None
 
 
 def from_gguf(auto: Any, folder: str | Path, **loading: Any) -> PreTrainedModel:
-    """Model of a GGUF file with ordinary weights, which can be trained and saved."""
+    """Load a GGUF file with ordinary weights, which can be trained and saved."""
     if (config := getattr(transformers, "GgufConfig", None)) is not None:
         # Where its kernels are installed, transformers would leave the weights in 4-bit blocks.
         loading["quantization_config"] = config(dequantize=True)
@@ -197,7 +195,7 @@ _NUMBERS = (
 
 
 def _compare(config: PretrainedConfig, cfg: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that is not what `cfg` says."""
+    """Raise UserError for a checkpoint that is not the model that `cfg` describes."""
     family = cfg.get("family") or "causal"
     other = {"causal": "Masked", "masked": "Causal"}[family]
     classes = getattr(config, "architectures", None) or []

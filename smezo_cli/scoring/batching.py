@@ -1,4 +1,4 @@
-"""Choose which rows share a forward, so that a row's scores do not depend on the rows beside it.
+"""Decide which rows share a forward, so that a row's scores do not depend on the rows beside it.
 
 A causal model whose attention hides padding scores a row in a batch as it does alone. Others do
 not: attention with a window counts padding as tokens, recurrent states take it in, and a
@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batching:
-    """Which sequences share a forward.
+    """Say which sequences share a forward.
 
     Attributes:
         pads: those of unlike length; the shorter ones are padded.
@@ -53,7 +53,7 @@ class Batching:
 
     @property
     def words(self) -> str:
-        """What is done, for a line of the console; "" where nothing is kept apart."""
+        """Return what is done, for a line of the console; "" where nothing is kept apart."""
         if not self.together:
             return "one row a forward"
         if not self.pads:
@@ -66,7 +66,7 @@ ONE_LENGTH = Batching(pads=False, caches=False)
 
 
 class Batched(Protocol):
-    """What goes by a batching: see :class:`smezo_cli.scoring.scorer.Scorer`."""
+    """What a batching is set on: a :class:`smezo_cli.scoring.scorer.Scorer`."""
 
     batching: Batching
     batching_of_answers: Batching
@@ -74,7 +74,7 @@ class Batched(Protocol):
 
 @dataclass(frozen=True)
 class Found:
-    """What was measured of a model and some rows.
+    """Hold which batching was found to be right for a model and some rows.
 
     Attributes:
         scores: how sequences are scored (and their losses computed).
@@ -87,11 +87,11 @@ class Found:
     difference: float = 0.0
 
     def to(self, scorer: "Batched") -> None:
-        """Let a scorer go by it."""
+        """Make a scorer batch as was found."""
         scorer.batching, scorer.batching_of_answers = self.scores, self.answers
 
     def stricter(self, other: "Found") -> "Found":
-        """Return what keeps apart all that either of the two does."""
+        """Return a batching that separates whatever either of the two separates."""
         return Found(
             _stricter(self.scores, other.scores),
             _stricter(self.answers, other.answers),
@@ -100,7 +100,7 @@ class Found:
 
     @property
     def line(self) -> str:
-        """A line for the console; "" where rows may share forwards freely."""
+        """Return a line for the console; "" where rows may share forwards freely."""
         said = [
             f"{of.words} ({what})"
             for what, of in (("scores", self.scores), ("answers", self.answers))
@@ -112,17 +112,17 @@ class Found:
         return f"  batches  rows together differ {much} from rows alone, so: {', '.join(said)}"
 
     def plain(self) -> dict[str, Any]:
-        """Return it as plain values, for JSON, which knows no infinity."""
+        """Return plain values for JSON, which has no infinity."""
         return asdict(self) | {"difference": self.difference if self.is_finite else None}
 
     @property
     def is_finite(self) -> bool:
-        """False where a score was finite only alone, or only in a batch."""
+        """Return False if a score was finite only alone, or only in a batch."""
         return self.difference < float("inf")
 
     @classmethod
     def of(cls, plain: dict[str, Any]) -> "Found":
-        """Undo :meth:`plain`."""
+        """Rebuild it from what :meth:`plain` returned."""
         scores, answers = (Batching(**plain[name]) for name in ("scores", "answers"))
         difference = plain["difference"]
         return cls(scores, answers, float("inf") if difference is None else difference)

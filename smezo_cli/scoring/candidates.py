@@ -15,7 +15,7 @@ from smezo_cli.scoring.tokens import token_ids
 
 
 class RowLike(Protocol):
-    """See :class:`smezo_cli.tasks.Row`."""
+    """What scoring reads of a row; :class:`smezo_cli.tasks.Row` has it."""
 
     @property
     def fields(self) -> Mapping[str, str]: ...
@@ -32,7 +32,7 @@ class RowLike(Protocol):
 
 
 class PromptLike(Protocol):
-    """See :class:`smezo_cli.tasks.Prompt`."""
+    """What scoring reads of a prompt; :class:`smezo_cli.tasks.Prompt` has it."""
 
     @property
     def template(self) -> str: ...
@@ -48,7 +48,7 @@ class PromptLike(Protocol):
 
 @dataclass(frozen=True)
 class Candidates:
-    """One row as token ids.
+    """Hold the token ids of one row and its candidates.
 
     Attributes:
         full: ids of context and candidate, one sequence a candidate; of a masked prompt the whole
@@ -85,19 +85,19 @@ class Candidates:
 
     @property
     def width(self) -> int:
-        """Tokens of the longest sequence."""
+        """Return the number of tokens of the longest sequence."""
         return max(map(len, self.full), default=len(self.context))
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that a forward without gradients takes."""
+        """Return how many tokens a forward without gradients takes."""
         if is_one(self):
             return self.width
         return self.prefix + (self.width - self.prefix) * len(self.full)
 
     @cached_property
     def shares_prefix(self) -> bool:
-        """One sequence gives all scores: labels of one token after the same prefix, or a mask."""
+        """Say whether one sequence gives all scores: labels of one token, or a mask."""
         if self.mask is not None:
             return True
         prefix = self.full[0][:-1]
@@ -105,7 +105,7 @@ class Candidates:
 
     @cached_property
     def prefix(self) -> int:
-        """Leading tokens that all candidates share, less the one before the first option token.
+        """Return how many leading tokens all candidates share, less the last before an option.
 
         The logits of that one are read, so it belongs to what runs once a candidate.
         """
@@ -116,24 +116,24 @@ class Candidates:
 
     @property
     def gold(self) -> int:
-        """Index of the candidate that is trained on; -1 where it is not known."""
+        """Return the index of the candidate that is trained on; -1 where it is not known."""
         if self.kind == "generation":
             return 0 if self.full else -1
         return self.label
 
     @property
     def correct(self) -> frozenset[int]:
-        """Indices that count as right; where the label is not known, and of generation, none."""
+        """Return the indices that count as right; none for generation or an unknown label."""
         has_label = self.kind != "generation" and self.label >= 0
         return self.right | {self.label} if has_label else self.right
 
     @property
     def is_labelled(self) -> bool:
-        """There is something to compare a prediction with."""
+        """Say whether there is a label or an answer to compare a prediction with."""
         return bool(self.answers if self.kind == "generation" else self.correct)
 
     def gold_alone(self) -> "Candidates":
-        """The row with no candidate but the gold one."""
+        """Return the row with the gold candidate alone."""
         gold = self.gold
         return dataclasses.replace(
             self, full=(self.full[gold],), num_option=(self.num_option[gold],), label=0
@@ -148,7 +148,7 @@ def encode(
     kind: str = "classification",
     max_new_tokens: int = 50,
 ) -> list[Candidates]:
-    """Token ids of every candidate; too long ones lose tokens on the left, but keep the BOS.
+    """Return the token ids of every candidate; long ones are cut on the left, but keep the BOS.
 
     Args:
         rows: a label of -1 and no answers are fine: such rows can be scored, not trained on.
@@ -185,7 +185,7 @@ def _encode(
     *,
     begins: bool = False,
 ) -> list[Candidates]:
-    """As :func:`encode` under one prompt; with `begins` an empty context is the begin of a text."""
+    """Encode rows under one prompt; with `begins` an empty context is the begin of a text."""
     if prompt.is_masked:
         return _encode_masked(rows, prompt, tokenizer, max_length, kind)
     limit = max_length
@@ -291,7 +291,7 @@ def _unscorable(option: str, extra: int, limit: int, kind: str, row: str) -> str
 def _encode_masked(
     rows: Sequence[RowLike], prompt: PromptLike, tokenizer: Any, max_length: int, kind: str
 ) -> list[Candidates]:
-    """For masked models: one sequence a row, each label word one token in place of the mask."""
+    """Encode rows for a masked model: one sequence a row, each label one token for the mask."""
     shown = f"task.prompt={prompt.template!r}"
     mask = tokenizer.mask_token_id
     if kind != "classification":
@@ -360,7 +360,7 @@ def _encode_masked(
 
 
 def is_one(row: Candidates) -> bool:
-    """One sequence gives all that is asked of the row."""
+    """Say whether one sequence gives all that is asked of the row."""
     return not row.full or row.shares_prefix
 
 
@@ -375,7 +375,7 @@ def shared_label_ids(batch: Sequence[Candidates]) -> tuple[int, ...] | None:
 
 
 def num_common(sequences: Sequence[Any]) -> int:
-    """Leading tokens in which all sequences agree."""
+    """Return how many leading tokens all sequences have in common."""
     # The first and the last in order differ as early as any two.
     first, last = min(sequences), max(sequences)
     pairs = enumerate(zip(first, last, strict=False))
@@ -399,7 +399,7 @@ def check_family(row: Candidates, model: nn.Module) -> None:
 
 
 def split_by_length(batch: Sequence[Candidates]) -> list[Sequence[Candidates]]:
-    """One or two parts of like length, where that saves a sixth of the padded tokens.
+    """Split a batch into two parts of like length if that saves a sixth of the padded tokens.
 
     A CPU's time goes with the tokens; a GPU would rather have one launch.
     """

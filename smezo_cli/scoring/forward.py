@@ -44,7 +44,7 @@ class Forward:
         return self.model.get_output_embeddings()  # type: ignore[operator]  # transformers' own
 
     def computing(self) -> AbstractContextManager[Any]:
-        """Compute matrix products in the compute dtype inside."""
+        """Compute matrix products in the compute dtype within the context."""
         if self.compute_dtype is None:
             return nullcontext()
         # Its cache of cast weights would outlive a probe's scratch.
@@ -92,7 +92,7 @@ class Forward:
 
     @contextmanager
     def vocabulary(self, rows: Tensor | None) -> Iterator[bool]:
-        """Let the output layer compute only these rows inside; yields False where it cannot."""
+        """Make the output layer compute only these rows within the context; False: it cannot."""
         head = self.head
         if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
             with only_rows(head, rows) if rows is not None else nullcontext():

@@ -1,4 +1,4 @@
-"""Greedy answers, as MeZO generates them for SQuAD and DROP (arXiv 2305.17333, appendix E).
+"""Generate greedy answers, as MeZO does for SQuAD and DROP (arXiv 2305.17333, appendix E).
 
 Not by the model's own `generate`: that takes up whatever a checkpoint's generation settings ask
 for (repetition penalties, sampling), and then is no longer greedy.
@@ -28,7 +28,7 @@ def answers(
     batching: Batching,
     held: Held | None,
 ) -> list[str | None]:
-    """Return one :func:`greedy` answer for each context, those that may be continued together.
+    """Return the :func:`greedy` answer of each context, continued in batches where that is right.
 
     Args:
         forward: of a causal language model.
@@ -65,7 +65,7 @@ def greedy(
     num_past: int = 0,
     caches: bool = True,
 ) -> list[str | None]:
-    """The most probable next token again and again, to the first newline or end of text.
+    """Continue contexts by the most probable token, to the first newline or end of text.
 
     Contexts are padded on the left and continued together.
 
@@ -115,7 +115,7 @@ def next_tokens(
     num_past: int = 0,
     caches: bool = True,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Continue contexts by the most probable token; endless, for it knows of no end of text.
+    """Continue contexts by the most probable token, without end: no token ends a text here.
 
     Args:
         model: a causal language model.
@@ -155,7 +155,7 @@ def next_tokens(
 
 
 def _ends(model: nn.Module, tokenizer: Any) -> set[int]:
-    """Tokens that end a text: the tokenizer's and those of the checkpoint's settings."""
+    """Return the tokens that end a text: the tokenizer's and those of the checkpoint's settings."""
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = {tokenizer.eos_token_id, *(named if isinstance(named, list | tuple) else [named])}
     return ends - {None}

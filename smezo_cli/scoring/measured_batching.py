@@ -48,7 +48,7 @@ def pick(rows: Sequence[Candidates], most_tokens: int) -> list[Candidates]:
 
 
 def _with_two_candidates(rows: Sequence[Candidates]) -> list[Candidates]:
-    """The rows with their first candidate and the one whose length is least like its."""
+    """Return rows with their first candidate and the one whose length differs most from its."""
 
     def unlike(row: Candidates) -> int:
         first, *others = row.num_option
@@ -71,7 +71,7 @@ def _with_two_candidates(rows: Sequence[Candidates]) -> list[Candidates]:
 
 @torch.no_grad()
 def measure(scorer: Scorer, rows: Sequence[Candidates]) -> Found:
-    """Return how these rows are scored, and answered, in batches as they are alone.
+    """Return the batching by which these rows are scored, and answered, as they are alone.
 
     Args:
         scorer: of the model as it is, with what it holds of demonstrations.
@@ -205,7 +205,7 @@ def _limit(scorer: Scorer, wanted: Tensor, noise: float) -> float:
 
 
 def _difference(found: Tensor, wanted: Tensor) -> float:
-    """The largest difference; of entries that are not finite, infinite where only one is so."""
+    """Return the largest difference; infinite if an entry is finite in only one of the two."""
     both = found.isfinite() & wanted.isfinite()
     if not torch.equal(found.isfinite(), wanted.isfinite()):
         return float("inf")
@@ -213,7 +213,7 @@ def _difference(found: Tensor, wanted: Tensor) -> float:
 
 
 def _padded(rows: Sequence[Tensor]) -> Tensor:
-    """Return (rows, longest), padded with -inf."""
+    """Stack rows as (rows, longest), padded with -inf."""
     return torch.nn.utils.rnn.pad_sequence(
         list(rows), batch_first=True, padding_value=-float("inf")
     )

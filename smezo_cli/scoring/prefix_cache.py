@@ -19,7 +19,7 @@ SECOND_PASS_TOKENS = 128
 
 
 class HeldLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # untyped in transformers
-    """Keys and values of one sequence, behind which any number of others stand; it never grows."""
+    """Put the keys and values of one sequence before those of any number of others; never grow."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # untyped in transformers
@@ -38,7 +38,7 @@ class HeldLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # untyped in tr
 
 @dataclass(frozen=True)
 class Held:
-    """Tokens with which rows begin, and what the model has made of them."""
+    """Hold the tokens with which rows begin, and their keys and values."""
 
     ids: tuple[int, ...]
     layers: Sequence[HeldLayer]

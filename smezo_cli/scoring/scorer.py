@@ -1,4 +1,4 @@
-"""Candidates scored by a language model (MeZO, arXiv 2305.17333, appendix E), and the losses.
+"""Score candidates by a language model, and compute losses (MeZO, arXiv 2305.17333, appendix E).
 
 A row's candidates are its context followed by each label word (classification), by each of its
 own options (choice) or by its answer (generation); a candidate's score is the mean log-probability
@@ -38,7 +38,7 @@ EVAL_ANSWERS = 16  # rows generated together: each token reads all weights once 
 
 
 class Scorer:
-    """Scores rows with a model; the losses of training and evaluation are both its.
+    """Compute the scores, losses and answers of rows with a model, for training and evaluation.
 
     Args:
         model: a language model of transformers.
@@ -69,7 +69,7 @@ class Scorer:
         self.num_forwards = 0  # passes over a batch; a prefix that runs first is part of one
 
     def loss(self, batch: Sequence[Candidates]) -> Tensor:
-        """The training objective of the batch: float32 ().
+        """Return the training objective of the batch: float32 ().
 
         Of classification the cross-entropy over the candidates' scores, mean of the rows; else the
         mean of -log p over all tokens of the gold candidates.
@@ -99,7 +99,7 @@ class Scorer:
         return total
 
     def objective(self, batch: Sequence[Candidates], name: str = "loss") -> Tensor:
-        """What a step is to lower: the loss of the batch, or 1 less its accuracy or F1.
+        """Return what a step is to lower: the loss of the batch, or 1 less its accuracy or F1.
 
         Those have no gradient that is of use, and need none: MeZO, arXiv 2305.17333, section 3.3.
 
@@ -119,7 +119,7 @@ class Scorer:
         return self.loss(batch) if name == "loss" else 1 - self._outcomes(batch, name).mean()
 
     def objective_sum(self, batch: Sequence[Candidates], name: str = "loss") -> Tensor:
-        """Part of an objective: over parts of a batch they add up to it, times its weight.
+        """Return an objective times its weight, which adds up over the parts of a batch.
 
         The weight is :func:`loss_weight` of the whole batch; arguments, value and errors are else
         those of :meth:`objective`.
@@ -142,7 +142,7 @@ class Scorer:
 
     @contextmanager
     def holding(self, rows: Sequence[Candidates]) -> Iterator[None]:
-        """Inside, the tokens with which all rows begin are computed once, not once a row.
+        """Compute the tokens with which all rows begin only once within the context.
 
         Only where ``holds_common`` asks for it and the model's attention makes it exact (to
         rounding); rows that were cut on the left begin with others, and are computed whole.
@@ -161,7 +161,7 @@ class Scorer:
             self._held = None
 
     def scores(self, batch: Sequence[Candidates]) -> Tensor:
-        """(batch, most candidates of a row) float32, -inf where a row has fewer.
+        """Return scores (batch, most candidates of a row) in float32, -inf where a row has fewer.
 
         Mean log-probability of the candidate's tokens; of a calibrated prompt their sum less that
         behind its base. Of classification up to a constant of the row.
@@ -173,7 +173,7 @@ class Scorer:
             return self._scores(batch)
 
     def _calibrated(self, batch: Sequence[Candidates]) -> Tensor:
-        """Scores as sums over a candidate's tokens, less those under the base of the row."""
+        """Return scores as sums over a candidate's tokens, less those under the base of the row."""
         numbers: dict[Candidates, int] = {}
         at = [numbers.setdefault(c.base, len(numbers)) for c in batch if c.base is not None]
         bases = list(numbers)
@@ -189,9 +189,9 @@ class Scorer:
         return own - less.masked_fill(fewer, 0)
 
     def features(self, batch: Sequence[Candidates]) -> Tensor:
-        """(batch, hidden) hidden states, as they enter the output layer.
+        """Return hidden states (batch, hidden) as they enter the output layer.
 
-        Of a row that of the last token of its prompt, or of its mask.
+        Those of the last token of each prompt, or of its mask.
         """
         check_family(batch[0], self.model)
         with self.forward.computing():
@@ -247,13 +247,13 @@ class Scorer:
 
     @property
     def most_tokens(self) -> int:
-        """Padded tokens in a forward of an evaluation, unless one row has more."""
+        """Return the most padded tokens in a forward of an evaluation, unless one row has more."""
         return EVAL_TOKENS if self.forward.device.type == "cpu" else EVAL_TOKENS_GPU
 
     def log_p_of_bases(
         self, rows: Sequence[Candidates], first: int = 0, every: int = 1
     ) -> Iterator[tuple[list[int], Tensor]]:
-        """Of calibrated rows the sum of log-probabilities of the gold candidate behind its base.
+        """Sum the log-probabilities of each calibrated row's gold candidate behind its base.
 
         What is trained on in a choice task is the score of the gold candidate with this added.
 

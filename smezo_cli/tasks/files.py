@@ -1,4 +1,4 @@
-"""Files as records: JSON lines, JSON, CSV, TSV, Parquet, and by request parsed lines and trees.
+"""Read files as records: JSON lines, JSON, CSV, TSV, Parquet, parsed lines and trees.
 
 Every record knows its exact place, for messages.
 """
@@ -19,7 +19,7 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
 
 class Record(NamedTuple):
-    """One record of a file.
+    """Hold one record of a file.
 
     Attributes:
         where: its place for messages: "FILE, line 3".
@@ -61,7 +61,7 @@ def read_file(
     line: str | None = None,
     encoding: str = "utf-8-sig",
 ) -> Iterator[Record]:
-    """Records of a file, by its extension unless `form` or `line` says otherwise.
+    """Yield the records of a file, by its extension unless `form` or `line` says otherwise.
 
     A JSON file gives its elements if it is a list, else itself as the only record.
 
@@ -134,7 +134,7 @@ _PACKED = (
 
 
 def _check_content(path: Path, suffix: str) -> None:
-    """Refuse what stands in the place of a file, or is named like another kind of file."""
+    """Raise UserError for a stand-in of a file, or one named like another kind of file."""
     with path.open("rb") as file:
         head = file.read(64)
     kinds = _STAND_INS if suffix == ".parquet" else _STAND_INS + _PACKED
@@ -144,7 +144,7 @@ def _check_content(path: Path, suffix: str) -> None:
 
 
 def _loads_once(text: str) -> Any:
-    """As json.loads; ValueError where a key stands twice in a mapping."""
+    """Parse JSON; raise ValueError where a key stands twice in a mapping."""
     return json.loads(text, object_pairs_hook=_once)
 
 
@@ -187,7 +187,7 @@ def _hint_of_whole(path: Path) -> str:
 
 
 def lines_of(path: Path, encoding: str = "utf-8-sig") -> list[str]:
-    """The lines of a text file without their ends, and without an empty last one.
+    """Return the lines of a text file without their ends, and without an empty last one.
 
     Raises:
         UserError: it cannot be read.
@@ -255,7 +255,7 @@ def _json(path: Path, loads: Callable[[str], Any]) -> Iterator[_Found]:
 
 
 def _check_characters(data: bytes, value: Any, where: str) -> None:
-    """Half of a character, which JSON can spell and nothing can write."""
+    """Raise UserError for half of a character, which JSON can spell and nothing can write."""
     if b"\\ud" in data or b"\\uD" in data:
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -315,7 +315,7 @@ _UNQUOTED = "where quotation marks are ordinary characters, add task.quoting=non
 
 
 def _cells(lines: Iterable[str], delimiter: str, quotes: bool) -> Iterator[tuple[list[str], int]]:
-    """Cells of each record, and the number of its last line."""
+    """Yield the cells of each record, and the number of its last line."""
     rows = csv.reader(
         lines,
         delimiter=delimiter,
@@ -327,7 +327,7 @@ def _cells(lines: Iterable[str], delimiter: str, quotes: bool) -> Iterator[tuple
 
 
 def _header(cells: list[str], where: str) -> list[str]:
-    """Names of the columns, "" of one without a name, as the index of a data frame."""
+    """Return the names of the columns, "" for one without a name (a data frame's index)."""
     columns = [cell.strip() for cell in cells]
     for column in columns:
         if column and columns.count(column) > 1:
@@ -339,7 +339,7 @@ def _header(cells: list[str], where: str) -> list[str]:
 
 
 def _fitted(cells: list[str], columns: Sequence[str]) -> list[str] | None:
-    """A cell for each column, None where there are others; a comma at the end is no cell."""
+    """Return a cell for each column, or None if there are others; a last comma is no cell."""
     size = len(columns)
     if any(cells[size:]) or any(columns[len(cells) :]):
         return None
@@ -347,7 +347,7 @@ def _fitted(cells: list[str], columns: Sequence[str]) -> list[str] | None:
 
 
 def _named(columns: Sequence[str], cells: Sequence[str]) -> dict[str, str]:
-    """Cells by the names of their columns; without a name one column may be, and is ""."""
+    """Return cells by the names of their columns; one column may have no name, and is ""."""
     named = dict(zip(columns, cells, strict=True))
     if columns.count("") > 1:
         del named[""]
@@ -362,7 +362,7 @@ def _check_swallowed(
     size: int,
     notes: list[str] | None,
 ) -> None:
-    """Find records of several lines each of which could be a record itself, if quotes were none.
+    """Find records of several lines, each of which would be a record if quotes were plain text.
 
     A stray quotation mark at the start of a cell swallows all up to the next one at the end of a
     cell. In a TSV such a record is refused, since a tab is seldom text. So it is in a CSV where
@@ -446,7 +446,7 @@ def _parquet(path: Path) -> Iterator[_Found]:
 
 
 def _reading(kind: Any) -> Callable[[Any], Any] | None:
-    """What makes of a cell what a CSV of the same table has; None where it is that already."""
+    """Return what turns a cell into what a CSV of the table has; None if it is that already."""
     import numpy
     from pyarrow import types
 

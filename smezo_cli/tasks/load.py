@@ -1,4 +1,4 @@
-"""From a task node of the configuration to a `Task`."""
+"""Make a `Task` of a task node of the configuration."""
 
 import contextlib
 import gc
@@ -21,7 +21,7 @@ READERS: dict[str, Callable[[Mapping[str, Any], Path], Tables]] = {
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """Rows are many and in no cycles: looking for cycles among them takes as long as they do."""
+    """Switch the garbage collector off within the context: rows are many, and in no cycles."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -97,7 +97,7 @@ def load_task(
 
 
 def _missing_classes(tables: Tables, splits: Mapping[str, Sequence[Row]]) -> list[str]:
-    """Say which classes no row has, and which splits have rows of one class alone."""
+    """Return lines on classes that no row has, and on splits with rows of one class alone."""
     if len(tables.classes) < 2:
         return []
     notes = []
@@ -118,7 +118,7 @@ def _missing_classes(tables: Tables, splits: Mapping[str, Sequence[Row]]) -> lis
 
 
 def local_fingerprint(cfg: Mapping[str, Any]) -> str | None:
-    """The `fingerprint` that the task would have; None where its data is not in files at hand."""
+    """Return the `fingerprint` that the task would have; None if its data is in no local files."""
     if cfg.get("data"):
         names = [cfg["data"], *([cfg["test_data"]] if cfg.get("test_data") else [])]
     elif cfg.get("data_dir"):

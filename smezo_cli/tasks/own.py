@@ -1,4 +1,4 @@
-"""Your own rows, from a CSV, TSV, JSONL, JSON or Parquet file or a data set of the hub.
+"""Read the user's own rows from a CSV, TSV, JSONL, JSON or Parquet file, or from the hub.
 
 What the rows are is said by the task node alone (conf/task/classification.yaml, choice.yaml and
 generation.yaml say how); no Python, and nothing is written to the cache of the datasets library.
@@ -33,7 +33,7 @@ DEV_SHARE, MOST_DEV = 10, 500
 
 
 def read(cfg: Mapping[str, Any], *, by_line: bool = False) -> tuple[Tables, dict[str, Any]]:
-    """All rows, and the task node with its label words by class and its counts filled in.
+    """Return all rows, and the task node with its label words by class and its counts filled in.
 
     Args:
         cfg: the task node.
@@ -108,14 +108,14 @@ def read(cfg: Mapping[str, Any], *, by_line: bool = False) -> tuple[Tables, dict
 
 
 def copies(rows: Sequence[Row], others: Sequence[Row]) -> int:
-    """How many of the rows have the texts of one of the others."""
+    """Return how many of the rows have the texts of one of the others."""
     texts = Counter(tuple(row.fields.values()) for row in rows)
     seen = {key for row in others if (key := tuple(row.fields.values())) in texts}
     return sum(texts[key] for key in seen)
 
 
 def _counts(cfg: Mapping[str, Any], tables: Tables) -> dict[str, Any]:
-    """Counts that are not given, and where the test rows come from."""
+    """Return the counts that are not given, and where the test rows come from."""
     have = len(tables.train)
     counts: dict[str, Any] = {"test_from": "test" if tables.test else "train"}
     if not tables.test and cfg["num_test"] is None:
@@ -123,9 +123,6 @@ def _counts(cfg: Mapping[str, Any], tables: Tables) -> dict[str, Any]:
     if cfg["num_dev"] is None:
         counts["num_dev"] = max(1, min(MOST_DEV, have // DEV_SHARE))
     return counts
-
-
-# --- files and data sets ---------------------------------------------------------------------
 
 
 # What task.quoting says, as `read_file` takes it.
@@ -178,7 +175,7 @@ def _load(
 def _records(
     path: Path, quoting: str | None, wanted: Sequence[str], notes: list[str] | None = None
 ) -> list[Record]:
-    """Records of a file, and of a JSON file its rows if it is a data frame or a wrapped list."""
+    """Return the records of a file; of JSON also those of a data frame or a wrapped list."""
     found = list(read_file(path, quotes=_QUOTES[quoting], notes=notes, unique_keys=True))
     if len(found) == 1 and path.suffix.lower() in (".json", ".jsonl"):
         rows = rows_of(found[0].value, wanted, str(path))
@@ -190,7 +187,7 @@ def _records(
 
 
 def _wanted(cfg: Mapping[str, Any], templates: Sequence[str]) -> list[str]:
-    """The columns that the rows must have, as far as the settings can be read."""
+    """Return the columns that the rows must have, as far as the settings can be read."""
     names = []
     for template in templates:
         with contextlib.suppress(ValueError):  # is said when the rows are known
@@ -262,7 +259,7 @@ def unlabelled(
     data: str | Mapping[str, str],
     notes: list[str] | None = None,
 ) -> list[Row]:
-    """Rows to predict, with the texts that a prompt shows and no labels.
+    """Return rows to predict, with the texts that a prompt shows and no labels.
 
     Args:
         task: the node of the task that a model was trained on; of a choice task its `options` name
