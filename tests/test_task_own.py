@@ -356,7 +356,7 @@ def test_a_data_set_of_the_hub_by_number_or_word(online: list[Any], labels: str)
 
 def test_what_rows_of_a_class_are_lacking_is_said(tmp_path: Path) -> None:
     """Of one class alone, by every way of cutting; of a label that no row has."""
-    words = "figures there say nothing of how well classes are told apart"
+    words = "metrics there say nothing of how well classes are told apart"
     many = [{"text": f"{i}", "label": i % 2} for i in range(40)]
     few = [{"text": f"t{i}", "label": 0} for i in range(5)]
     data, second = write(tmp_path / "a.csv", many), write(tmp_path / "b.csv", few)

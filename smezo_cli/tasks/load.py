@@ -111,7 +111,7 @@ def _missing_classes(tables: Tables, splits: Mapping[str, Sequence[Row]]) -> lis
     ]
     if alone:
         notes.append(
-            f"one class alone in {', '.join(alone)}: figures there say nothing of how well classes "
+            f"one class alone in {', '.join(alone)}: metrics there say nothing of how well classes "
             "are told apart"
         )
     return notes
