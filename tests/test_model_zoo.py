@@ -97,7 +97,7 @@ def test_a_model_is_what_its_file_says_without_the_hub(name: str) -> None:
     assert is_tied(net) == cfg["config"]["tie_word_embeddings"]
     if name in REAL:
         assert total == pytest.approx(PUBLIC[name] * 1e6, rel=0.025)
-    limit = architecture.context(net)
+    limit = architecture.context_length(net)
     assert limit is not None
     assert cfg["max_length"] <= limit
 
@@ -475,8 +475,11 @@ XLNET = {"model_type": "xlnet", "vocab_size": 334, "d_model": 16, "n_layer": 1, 
 
 def test_positions_that_are_computed_have_their_own_limit_or_none() -> None:
     """XGLM's are no weights, and XLNet says -1 where it has no limit."""
-    assert architecture.context(load(NO_SDPA | {"config": XGLM})[0]) == 96
-    assert architecture.context(load(NO_SDPA | {"config": XLNET, "max_length": 4096})[0]) is None
+    assert architecture.context_length(load(NO_SDPA | {"config": XGLM})[0]) == 96
+    assert (
+        architecture.context_length(load(NO_SDPA | {"config": XLNET, "max_length": 4096})[0])
+        is None
+    )
 
 
 MASKED_NODE = NO_SDPA | {"family": "masked"}

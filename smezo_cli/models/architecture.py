@@ -146,12 +146,12 @@ def from_config(
         return model
 
     try:
-        return attending(cfg, config, build)
+        return build_with_attention(cfg, config, build)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(explain(error, cfg, None, offline=False)) from error
 
 
-def attending(
+def build_with_attention(
     cfg: Mapping[str, Any],
     config: PretrainedConfig,
     build: Callable[[str], PreTrainedModel],
@@ -184,7 +184,7 @@ def attending(
 _OF_ATTENTION = ("attn_implementation", "FlashAttention", "Flash Attention", "flash_attn")
 
 
-def context(model: PreTrainedModel) -> int | None:
+def context_length(model: PreTrainedModel) -> int | None:
     """Return the context length of the model; None where it has no such number."""
     limit: int | None = getattr(model.config, "max_position_embeddings", None)
     if limit is None or limit < 1:  # XLNet's has -1
@@ -196,7 +196,7 @@ def context(model: PreTrainedModel) -> int | None:
     return limit
 
 
-def set_up(tokenizer: PreTrainedTokenizerBase, cfg: Mapping[str, Any]) -> None:
+def set_up_tokenizer(tokenizer: PreTrainedTokenizerBase, cfg: Mapping[str, Any]) -> None:
     """Set the padding token, the BOS that is asked for and the length limit of a tokenizer."""
     tokenizer.model_max_length = cfg["max_length"]
     if tokenizer.pad_token_id is None:

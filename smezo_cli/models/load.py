@@ -19,11 +19,11 @@ from smezo_cli.files import fetch
 from smezo_cli.models import placement
 from smezo_cli.models.architecture import (
     DAMAGED,
-    context,
+    context_length,
     explain,
     quantization_arguments,
     quiet,
-    set_up,
+    set_up_tokenizer,
 )
 from smezo_cli.models.embedded import embedded
 from smezo_cli.models.output_layer import settle_output_layer
@@ -82,13 +82,13 @@ def load_model(
             if where is None:
                 raise
             raise UserError(explain(error, cfg, where, offline)) from error
-    limit = context(model)
+    limit = context_length(model)
     if limit is not None and cfg["max_length"] > limit:
         raise UserError(
             f"model.max_length={cfg['max_length']}, but {cfg['name']} reads at most {limit} "
             f"tokens; set model.max_length={limit} or less."
         )
-    set_up(tokenizer, cfg)
+    set_up_tokenizer(tokenizer, cfg)
     model.config.use_cache = False
     with quiet():
         if not quantized:  # else it is on its device already

@@ -22,7 +22,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from smezo_cli.errors import UserError, first_line
 from smezo_cli.files import fetch
 from smezo_cli.models import check_files, placement
-from smezo_cli.models.architecture import NO_PICKLE, attending, auto_class
+from smezo_cli.models.architecture import NO_PICKLE, auto_class, build_with_attention
 from smezo_cli.scoring import tokenization
 
 
@@ -122,7 +122,7 @@ def pretrained(
         )
         return made
 
-    model = attending(cfg, config, build, **code)
+    model = build_with_attention(cfg, config, build, **code)
     if "gguf_file" in common:
         return model, tokenizer
     if isinstance(where, str):

@@ -86,7 +86,7 @@ class Found:
     answers: Batching = Batching()
     difference: float = 0.0
 
-    def to(self, scorer: "Batched") -> None:
+    def to(self, scorer: Batched) -> None:
         """Make a scorer batch as was found."""
         scorer.batching, scorer.batching_of_answers = self.scores, self.answers
 
