@@ -203,7 +203,7 @@ def count_weights(path: Path) -> int:
             raise ValueError(f"it is cut off: it has {size} bytes, and its header speaks of more")
         shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
         if not all(is_count(n) for shape in shapes for n in shape):
-            raise ValueError("a shape is none")
+            raise ValueError("a shape holds other than whole numbers")
         total = sum(math.prod(shape) for shape in shapes)
         if total > 8 * size:
             raise ValueError(f"{total} weights in {size} bytes")

@@ -66,7 +66,7 @@ class Prefix:
             each = [t[0].transpose(0, 1).to(model.device) for t in first]
             values = torch.stack(each, dim=1).reshape(weight.shape)
         devices = [t.device for t in first[::2]]
-        #: of the layers, where they lie on several
+        #: the devices of the layers, where there are several
         self._devices = devices if len(set(devices)) > 1 else None
         encoder.embedding.weight = nn.Parameter(values.clone())
         model.requires_grad_(False)

@@ -44,12 +44,13 @@ def scores(
 ) -> Tensor:
     """Return (batch, most candidates of a row) scores in float32, -inf where a row has fewer.
 
-    Mean log-probability of the candidate's tokens; of classification up to a constant of the row.
+    A score is the mean log-probability of the candidate's tokens; in classification it is known
+    up to a constant of the row.
 
     Args:
-        forward: of the model.
+        forward: runs the model.
         batch: rows of one kind.
-        sharing: what they share.
+        sharing: what the candidates share.
         sums: the sum over a candidate's tokens in place of the mean.
     """
     batching = sharing.batching
@@ -114,9 +115,9 @@ def log_p(forward: Forward, batch: Sequence[Candidates], sharing: Sharing) -> Te
     """Return the sum of the log-probabilities of each candidate's tokens, row after row: float32.
 
     Args:
-        forward: of the model.
+        forward: runs the model.
         batch: rows with any number of candidates of any length.
-        sharing: what they share.
+        sharing: what the candidates share.
     """
     sequences = [ids for c in batch for ids in c.full]
     options = [n for c in batch for n in c.num_option]

@@ -51,21 +51,21 @@ class Candidates:
     """Hold the token ids of one row and its candidates.
 
     Attributes:
-        full: ids of context and candidate, one sequence a candidate; of a masked prompt the whole
+        full: ids of context and candidate, one sequence a candidate; for a masked prompt the whole
             sentence with the label in its place. Empty where a generation row has no answer.
         num_option: how many tokens at the end of each are the candidate's.
         label: index of the right one; -1 where it is not known.
         truncated: tokens were cut to fit.
         kind: classification, choice or generation.
         right: all that count as right, where these are more than the label.
-        words: the candidates as the user wrote them; of generation ().
+        words: the candidates as the user wrote them; in generation ().
         answers: reference answers of a generation row.
         context: ids of what generation continues; of a masked prompt the sentence with its mask.
-        max_new_tokens: of generation, at most.
+        max_new_tokens: of an answer in generation, at most.
         mask: position of the mask of a masked prompt, else None.
         num_merged: candidates whose first characters share a token with the context's last.
         id: the row's.
-        base: of a calibrated prompt the candidates behind its domain-conditional prompt.
+        base: with a calibrated prompt the candidates behind its domain-conditional prompt.
     """
 
     full: tuple[tuple[int, ...], ...]
@@ -156,7 +156,7 @@ def encode(
         tokenizer: of the model.
         max_length: tokens of the context window.
         kind: classification, choice or generation.
-        max_new_tokens: of generation: room that a prompt leaves in the window, as in MeZO.
+        max_new_tokens: in generation, tokens that a prompt leaves free in the window, as in MeZO.
 
     Raises:
         UserError: a candidate adds no token or leaves no room for one before it; a masked prompt

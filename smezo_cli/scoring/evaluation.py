@@ -19,10 +19,10 @@ class Evaluation:
 
     Attributes:
         rows: the split.
-        scores: float32 (n, most candidates of a row), -inf where a row has fewer; of generation
+        scores: float32 (n, most candidates of a row), -inf where a row has fewer; in generation
             the mean log-probability of the first answer's tokens.
-        texts: of generation what the model answers, row by row.
-        bases: of a calibrated choice task, float32 (n,), what the score of each row's gold
+        texts: in generation the model's answers, row by row.
+        bases: in a calibrated choice task, float32 (n,), what the score of each row's gold
             candidate lacks of the log-probability that is trained on.
 
     Raises:

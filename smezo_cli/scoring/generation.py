@@ -31,7 +31,7 @@ def answers(
     """Return the :func:`greedy` answer of each context, continued in batches where that is right.
 
     Args:
-        forward: of a causal language model.
+        forward: runs a causal language model.
         tokenizer: its own.
         contexts: token ids; all begin with what is held.
         max_new_tokens: at most so many tokens a context.
@@ -126,7 +126,7 @@ def next_tokens(
         caches: use a key-value cache where the model has one.
 
     Yields:
-        Of each step the logits (contexts, vocabulary) and the tokens with the largest (contexts,).
+        For each step the logits (contexts, vocabulary) and the likeliest tokens (contexts,).
     """
     device = next(model.parameters()).device
     names = inspect.signature(type(model).forward).parameters

@@ -27,8 +27,8 @@ COLUMNS = 1024  # entries of the vocabulary whose logits are compared
 def pick(rows: Sequence[Candidates], most_tokens: int) -> list[Candidates]:
     """Return the rows to measure: the longest, the shortest, some between, two of one length.
 
-    Of each row two candidates are kept, for they are computed whole, also where a run would compute
-    what all of them have in common once.
+    Two candidates of each row are kept: they are computed whole, even where a run would compute
+    once what all candidates have in common.
 
     Args:
         rows: encoded.
@@ -156,8 +156,8 @@ def _continued(
     """Continue contexts by the most probable token, so many times, whatever it is.
 
     Yields:
-        Of the contexts that share a forward their numbers; logits (contexts, num, columns);
-        and tokens (contexts, num).
+        For the contexts of each forward: their numbers, logits (contexts, num, columns) and tokens
+        (contexts, num).
     """
     for chosen in batching.groups(list(map(len, contexts))):
         with forward.computing():
@@ -178,11 +178,11 @@ def _logits_alone(
     """Return logits (num, columns) at the last places of one sequence, by one forward over it.
 
     Args:
-        forward: of the model.
-        ids: of the sequence.
-        num: of places.
-        columns: of the vocabulary.
-        copies: of the sequence, side by side; what the first gives is returned.
+        forward: runs the model.
+        ids: the tokens of the sequence.
+        num: how many places.
+        columns: the tokens of the vocabulary whose logits are wanted.
+        copies: how often the sequence stands in the batch; what the first gives is returned.
     """
     places = [(0, p) for p in range(len(ids) - num, len(ids))]
     with forward.computing():

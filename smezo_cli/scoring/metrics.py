@@ -52,7 +52,7 @@ _NO_ANSWER = ("no answer", "CANNOTANSWER")
 def f1(prediction: str, references: Sequence[str]) -> float:
     """Return the word F1 with the nearest reference, all normalised as SQuAD does.
 
-    As in MeZO: of a question without an answer (its first reference says so) the exact match.
+    As in MeZO: for a question without an answer (its first reference says so) the exact match.
     """
     if references[0] in _NO_ANSWER:
         return exact_match(prediction, references[:1])

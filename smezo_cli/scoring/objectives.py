@@ -32,8 +32,8 @@ def outcomes(
 
     Args:
         rows: of one kind.
-        scores: (n, most candidates of a row), read of classification and choice.
-        texts: of generation the answers.
+        scores: (n, most candidates of a row), read in classification and choice.
+        texts: in generation the answers.
     """
     if rows[0].kind == "generation":
         return of_answers(rows, texts, metrics.f1)
@@ -73,7 +73,7 @@ def check_scores(
     Args:
         rows: of one kind.
         scores: (n, most candidates of a row) on the CPU.
-        texts: of generation, None for a row whose answer cannot be told.
+        texts: in generation the answers, None for a row whose answer cannot be told.
 
     Raises:
         NonFiniteScore: it names the first such row.

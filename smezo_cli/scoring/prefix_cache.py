@@ -75,7 +75,7 @@ def hold(forward: Forward, ids: tuple[int, ...], cache: DynamicCache) -> Held:
     """Run the model over the tokens once, and return the keys and values that it computed.
 
     Args:
-        forward: of the model.
+        forward: runs the model.
         ids: the tokens.
         cache: an empty one, which is filled.
     """
@@ -141,7 +141,7 @@ def logits_behind_prefixes(
     """Return the logits before each option token; what a row's candidates share runs once.
 
     Args:
-        forward: of the model.
+        forward: runs the model.
         batch: rows with candidates of one or more tokens.
         cache: an empty one, as :func:`cache_that_saves` gives it.
 
@@ -190,7 +190,7 @@ def cache_that_saves(
     """Return an empty cache if running common prefixes first saves tokens and is exact, else None.
 
     Args:
-        forward: of the model.
+        forward: runs the model.
         batch: rows with candidates.
         always: also where it saves too little to be worth a second pass.
     """

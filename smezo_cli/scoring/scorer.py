@@ -5,7 +5,7 @@ own options (choice) or by its answer (generation); a candidate's score is the m
 of its tokens behind the context. Classification trains on the cross-entropy over the scores,
 choice and generation on the mean of -log p over the gold candidates' tokens.
 
-Of a calibrated prompt (SFC) a candidate's score is the sum of the log-probabilities of its tokens
+With a calibrated prompt (SFC) a candidate's score is the sum of the log-probabilities of its tokens
 less that sum behind the prompt's base, which shows nothing of the row itself.
 """
 
@@ -71,8 +71,8 @@ class Scorer:
     def loss(self, batch: Sequence[Candidates]) -> Tensor:
         """Return the training objective of the batch: float32 ().
 
-        Of classification the cross-entropy over the candidates' scores, mean of the rows; else the
-        mean of -log p over all tokens of the gold candidates.
+        In classification the cross-entropy over the candidates' scores, as a mean over the rows;
+        else the mean of -log p over all tokens of the gold candidates.
 
         Raises:
             UserError: the prompt is not for this model.
@@ -101,15 +101,15 @@ class Scorer:
     def objective(self, batch: Sequence[Candidates], name: str = "loss") -> Tensor:
         """Return what a step is to lower: the loss of the batch, or 1 less its accuracy or F1.
 
-        Those have no gradient that is of use, and need none: MeZO, arXiv 2305.17333, section 3.3.
+        Accuracy and F1 have no useful gradient, and need none: MeZO, arXiv 2305.17333, section 3.3.
 
         Args:
             batch: rows of one kind.
-            name: "loss"; or "accuracy" of classification and choice, "f1" of generation, whose
-                answers are generated for it.
+            name: "loss"; or "accuracy" for classification and choice; "f1" for generation,
+                whose answers are generated for it.
 
         Returns:
-            () float32 of the loss; else float64 in [0, 1] on the CPU, NaN where a score is not
+            () float32 for the loss; else float64 in [0, 1] on the CPU, NaN where a score is not
             finite.
 
         Raises:
@@ -163,8 +163,9 @@ class Scorer:
     def scores(self, batch: Sequence[Candidates]) -> Tensor:
         """Return scores (batch, most candidates of a row) in float32, -inf where a row has fewer.
 
-        Mean log-probability of the candidate's tokens; of a calibrated prompt their sum less that
-        behind its base. Of classification up to a constant of the row.
+        A score is the mean log-probability of the candidate's tokens; with a calibrated prompt
+        their sum less that behind its base. In classification it is known up to a constant of the
+        row.
         """
         check_family(batch[0], self.model)
         with self.forward.computing():

@@ -26,9 +26,9 @@ class Row(NamedTuple):
         fields: its texts by name.
         label: index of the right candidate (the one trained on); -1 where it is not known.
         id: its place in the source.
-        options: of a choice task the row's own candidates, else ().
-        right: of a choice task all candidates that count as right, the label among them.
-        answers: of a generation task the reference answers; the first is trained on.
+        options: in a choice task the row's own candidates, else ().
+        right: in a choice task all candidates that count as right, the label among them.
+        answers: in a generation task the reference answers; the first is trained on.
     """
 
     fields: Mapping[str, str]
@@ -47,11 +47,11 @@ class Prompt:
 
     Attributes:
         template: the context; with a `{mask}` place it is for masked language models.
-        labels: of a classification task the label words by class index.
-        option: of a choice task how an option is written behind the context; beside the fields it
+        labels: in a classification task the label words by class index.
+        option: in a choice task how an option is written behind the context; beside the fields it
             has places for `{option}`, its `{number}` from 1 and its `{letter}` from A.
         head: what stands before every context: demonstrations, and what parts them from it.
-        sfc: of a calibrated prompt the template of the domain-conditional prompt; see `base`.
+        sfc: in a calibrated prompt the template of the domain-conditional prompt; see `base`.
     """
 
     template: str
@@ -78,7 +78,7 @@ class Prompt:
     def context(self, fields: Mapping[str, str]) -> str:
         """Fill in the template; blanks are stripped at both ends, and newlines where a text begins.
 
-        So MeZO does it: a newline at the end stays, and one behind demonstrations, too. Of a masked
+        So MeZO does it: a newline at the end stays, and one behind demonstrations, too. In a masked
         prompt, where only blanks are stripped, `fields` may hold the mask token as `mask`; else
         `{mask}` stays there.
         """
@@ -88,7 +88,7 @@ class Prompt:
     def candidates(self, row: Row) -> tuple[str, ...]:
         """Return context and candidate for each candidate of the row, or for the first answer.
 
-        One blank stands between them unless the context ends in a space or newline. Of a masked
+        One blank stands between them unless the context ends in a space or newline. In a masked
         prompt the label words stand in the place of the mask.
         """
         if self.is_masked:
