@@ -78,6 +78,15 @@ def sentence(text: str) -> str:
     return "".join(map(_printable, text))
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message without its full stop, cut to 200 characters.
+
+    Where there is no message, the name of the error's class.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".: ")[:200]
+
+
 def _printable(character: str) -> str:
     if character.isspace():
         return " "

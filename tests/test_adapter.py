@@ -18,8 +18,8 @@ from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError
 from smezo_cli.models.adapter import attach
 from smezo_cli.run.loaded import Job
+from smezo_cli.scoring import prefix_cache
 from smezo_cli.scoring.candidates import Candidates
-from smezo_cli.scoring.scorer import Scorer
 
 METHODS = ("lora", "mezo_lora", "sparse_mezo_lora", "prefix", "mezo_prefix")
 SMALL = ["task=toy", "task.num_train=16", "task.num_dev=8", "task.num_test=8", "device=cpu"]
@@ -180,7 +180,7 @@ def masked(kind: str, attention: str = "sdpa") -> Any:
 @contextlib.contextmanager
 def no_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        patch.setattr(Scorer, "_cache_that_saves", lambda *_: None)
+        patch.setattr(prefix_cache, "cache_that_saves", lambda *_: None)
         yield
 
 
@@ -194,7 +194,7 @@ def test_a_prefix_is_seen_through_the_cache_of_a_common_context(
         for n in (150, 200)
     ]
     with torch.inference_mode():
-        assert job.scorer._cache_that_saves(rows) is not None
+        assert prefix_cache.cache_that_saves(job.scorer.forward, rows) is not None
         fast = job.scorer.scores(rows)
         with no_cache(monkeypatch):
             slow = job.scorer.scores(rows)

@@ -20,8 +20,8 @@ from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError
 from smezo_cli.models.tiny import byte_tokenizer
 from smezo_cli.run.loaded import Job
-from smezo_cli.scoring.batching import measure
 from smezo_cli.scoring.candidates import Candidates
+from smezo_cli.scoring.measured_batching import measure
 from smezo_cli.tasks import Row
 
 pytestmark = pytest.mark.usefixtures("one_thread")

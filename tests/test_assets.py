@@ -17,6 +17,7 @@ import pytest
 
 from smezo_cli.errors import UserError
 from smezo_cli.files import fetch
+from smezo_cli.files.bounded import sha256_of
 
 CONTENT = b"weights"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -158,7 +159,7 @@ def wheel(folder: Path) -> str:
     with zipfile.ZipFile(path, "w") as archive:
         for name, text in (parts | {record: "".join(lines) + f"{record},,\n"}).items():
             archive.writestr(name, text)
-    return fetch.sha256_of(path)
+    return sha256_of(path)
 
 
 @pytest.fixture
@@ -183,7 +184,7 @@ def test_pip_itself_fetches_by_version_and_hash_without_dependencies(
     local_index: str, tmp_path: Path
 ) -> None:
     path = fetch_wheel(tmp_path / "cache", local_index)
-    assert fetch.sha256_of(path) == local_index
+    assert sha256_of(path) == local_index
 
 
 def test_pip_itself_refuses_another_hash(local_index: str, tmp_path: Path) -> None:

@@ -20,9 +20,11 @@ from smezo_cli.methods.mezo import MeZO
 from smezo_cli.models.adapter import attach
 from smezo_cli.models.tiny import byte_tokenizer
 from smezo_cli.run.follower import Follower
-from smezo_cli.scoring import batching
-from smezo_cli.scoring.batching import ALONE, Batching, Found, measure, pick
+from smezo_cli.scoring import measured_batching, prefix_cache
+from smezo_cli.scoring.batching import ALONE, Batching, Found
 from smezo_cli.scoring.candidates import Candidates, encode
+from smezo_cli.scoring.measured_batching import measure, pick
+from smezo_cli.scoring.prefix_cache import Held
 from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.store.schema import is_sound_result
 from smezo_cli.tasks import Prompt, Row
@@ -251,7 +253,7 @@ def test_the_rows_that_are_measured_are_of_unlike_length_and_few() -> None:
     rows = rows_of("choice")
     widths = [row.width for row in pick(rows, 2000)]
     assert {min(r.width for r in rows), max(r.width for r in rows)} < set(widths)
-    assert len(widths) == batching.MOST_ROWS
+    assert len(widths) == measured_batching.MOST_ROWS
     longest = max(row.width * len(row.full) for row in rows)
     assert len(pick(rows, 2 * longest)) == 2
     assert len(pick(rows[:1], 2000)) == 1
@@ -290,15 +292,13 @@ def test_what_all_rows_begin_with_is_held_while_it_is_measured(
         ]
         scorer.holds_common = True
         assert measure(scorer, rows).scores.caches
-        keep = Scorer._keep_keys
+        hold = prefix_cache.hold
 
-        def wrong(self: Scorer, ids: Any, cache: Any, keep: Any = keep) -> None:
-            keep(self, ids[::-1], cache)
-            assert self._held is not None
-            self._held = replace(self._held, ids=ids)
+        def wrong(forward: Any, ids: Any, cache: Any, hold: Any = hold) -> Held:
+            return replace(hold(forward, ids[::-1], cache), ids=ids)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Scorer, "_keep_keys", wrong)
+            patch.setattr(prefix_cache, "hold", wrong)
             assert not measure(scorer, rows).scores.caches
 
 

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_flash_attn_2_available
 
 from smezo_cli import train
 from smezo_cli.config.compose import compose
@@ -25,7 +26,6 @@ from smezo_cli.files import fetch
 from smezo_cli.methods.mezo import MeZO
 from smezo_cli.methods.sparse_mezo import SparseMeZO
 from smezo_cli.models import architecture, embedded
-from smezo_cli.models import load as model
 from smezo_cli.models.architecture import build_meta
 from smezo_cli.models.load import load_model
 from smezo_cli.scoring.candidates import Candidates
@@ -97,7 +97,7 @@ def test_a_model_is_what_its_file_says_without_the_hub(name: str) -> None:
     assert is_tied(net) == cfg["config"]["tie_word_embeddings"]
     if name in REAL:
         assert total == pytest.approx(PUBLIC[name] * 1e6, rel=0.025)
-    limit = architecture.context(net)
+    limit = architecture.context_length(net)
     assert limit is not None
     assert cfg["max_length"] <= limit
 
@@ -403,7 +403,7 @@ def test_a_file_that_was_cut_off_is_one_sentence(tmp_path: Path, name: str) -> N
 def test_an_attention_that_is_not_installed_is_one_sentence(
     tmp_path: Path,
 ) -> None:
-    if model.transformers.utils.is_flash_attn_2_available():
+    if is_flash_attn_2_available():
         pytest.skip("flash-attention is installed here")
     folder = save("tiny-llama", tmp_path / "saved")
     for cfg in (NODES["tiny-llama"], at(folder)):
@@ -475,8 +475,11 @@ XLNET = {"model_type": "xlnet", "vocab_size": 334, "d_model": 16, "n_layer": 1, 
 
 def test_positions_that_are_computed_have_their_own_limit_or_none() -> None:
     """XGLM's are no weights, and XLNet says -1 where it has no limit."""
-    assert architecture.context(load(NO_SDPA | {"config": XGLM})[0]) == 96
-    assert architecture.context(load(NO_SDPA | {"config": XLNET, "max_length": 4096})[0]) is None
+    assert architecture.context_length(load(NO_SDPA | {"config": XGLM})[0]) == 96
+    assert (
+        architecture.context_length(load(NO_SDPA | {"config": XLNET, "max_length": 4096})[0])
+        is None
+    )
 
 
 MASKED_NODE = NO_SDPA | {"family": "masked"}
@@ -692,7 +695,7 @@ def test_what_the_hub_refuses_is_one_sentence(
     kind: type[Exception], says: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetch, "hub_answers", lambda: True)
-    monkeypatch.setattr(model.AutoConfig, "from_pretrained", refusing(kind, "no"))
+    monkeypatch.setattr(AutoConfig, "from_pretrained", refusing(kind, "no"))
     message = message_of(at("who/what", revision="v9"))
     assert all(part in message for part in says)
 

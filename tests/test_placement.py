@@ -194,7 +194,7 @@ class Done:
     records: list[Any]
     weights: dict[str, Tensor]
     scores: list[Tensor]
-    device: set[str]
+    devices: set[str]
 
 
 def work(settings: Any, job: Job, prepare: Callable[[Any], None] = lambda model: None) -> Done:

@@ -1,6 +1,7 @@
 """Scores and losses against MeZO's own way of computing them, written out here a second time."""
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,11 +28,12 @@ from smezo_cli.files import fetch
 from smezo_cli.methods.mezo import MeZO
 from smezo_cli.models.load import load_model
 from smezo_cli.models.tiny import byte_tokenizer
-from smezo_cli.scoring import candidates
+from smezo_cli.scoring import candidates, prefix_cache
 from smezo_cli.scoring import scorer as scoring
-from smezo_cli.scoring.candidates import Candidates, encode
+from smezo_cli.scoring.candidates import Candidates, PromptLike, RowLike, encode
 from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.tasks import Prompt, Row, load_task
+from smezo_cli.tasks.base import BasePrompt
 from smezo_cli.tasks.templates import fields_of
 from smezo_cli.zo.probe import FunctionalProbe
 
@@ -73,6 +75,21 @@ def rows_of(lengths: Sequence[int]) -> list[Row]:
 
 MIXED = rows_of([1, 12, 3, 30, 7, 2, 19])
 BATCHES = {"mixed": MIXED, "equal": rows_of([5] * 4), "one": rows_of([9])}
+
+
+@pytest.mark.parametrize(
+    ("protocol", "made"),
+    [(RowLike, Row({}, 0, "")), (PromptLike, Prompt("")), (PromptLike, BasePrompt(""))],
+)
+def test_rows_and_prompts_of_tasks_are_what_scoring_asks_for(protocol: type, made: object) -> None:
+    """mypy says so of their types; here that no name is missing, and what methods take."""
+    asked = {name: value for name, value in vars(protocol).items() if name[0] != "_"}
+    assert len(asked) > 5
+    for name, value in asked.items():
+        assert hasattr(made, name)
+        if not isinstance(value, property):
+            of_task = inspect.signature(getattr(type(made), name))
+            assert of_task.parameters.keys() == inspect.signature(value).parameters.keys()
 
 
 def mezo_log_p(
@@ -302,7 +319,7 @@ def test_a_loss_in_two_parts_is_the_loss_of_the_whole(
         lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     scorer = scorer_of(model, tokenizer)
-    monkeypatch.setattr(scoring, "SECOND_PASS_TOKENS", 10**6)  # no prefix runs first
+    monkeypatch.setattr(prefix_cache, "SECOND_PASS_TOKENS", 10**6)  # no prefix runs first
     split = scorer.loss(encoded)
     assert len(widths) == 2
     assert widths[0] > widths[1]
@@ -336,7 +353,7 @@ def test_scores_of_many_rows_come_back_in_their_order(
 ) -> None:
     """Batches of like length are told apart by the row numbers beside them; none has gradients."""
     monkeypatch.setattr(scoring, "EVAL_TOKENS", 100)
-    monkeypatch.setattr(scoring, "SECOND_PASS_TOKENS", 10**6)  # no prefix runs first
+    monkeypatch.setattr(prefix_cache, "SECOND_PASS_TOKENS", 10**6)  # no prefix runs first
     model, tokenizer = tiny("tiny-llama")
     encoded = encode(MIXED, prompt, tokenizer, 256)
     calls: list[tuple[int, ...]] = []
@@ -462,7 +479,7 @@ def of_rows(values: Sequence[Any]) -> list[list[Any]]:
 def sharing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Common prefixes run first wherever that saves a token, or never."""
     shared: bool = request.param == "shared"
-    monkeypatch.setattr(scoring, "SECOND_PASS_TOKENS", 0 if shared else 10**6)
+    monkeypatch.setattr(prefix_cache, "SECOND_PASS_TOKENS", 0 if shared else 10**6)
     return shared
 
 
@@ -641,12 +658,12 @@ def test_a_prefix_runs_first_only_without_gradients_and_where_it_saves(
         # The second pass must save more than it costs.
         saved = tokens[0] - sum(tokens[1:])
         for cost, calls in ((saved - 1, 2), (saved, 1)):
-            monkeypatch.setattr(scoring, "SECOND_PASS_TOKENS", cost)
+            monkeypatch.setattr(prefix_cache, "SECOND_PASS_TOKENS", cost)
             tokens.clear()
             scorer.scores([encoded])
             assert len(tokens) == calls
         # A loss of one candidate a row has nothing to share.
-        monkeypatch.setattr(scoring, "SECOND_PASS_TOKENS", 0)
+        monkeypatch.setattr(prefix_cache, "SECOND_PASS_TOKENS", 0)
         tokens.clear()
         scorer.loss([encoded])
         assert len(tokens) == 1
@@ -693,7 +710,7 @@ def test_models_whose_cache_would_not_be_exact_run_every_candidate_apart(
     scorer = scorer_of(model, tokenizer)
     encoded = encode(CHOICE_ROWS, CHOICE, tokenizer, 256, "choice")
     tokens = tokens_of(model)
-    monkeypatch.setattr(scoring, "SECOND_PASS_TOKENS", 0)
+    monkeypatch.setattr(prefix_cache, "SECOND_PASS_TOKENS", 0)
     scores = scorer.scores(encoded)
     assert len(tokens) == (2 if shares else 1)
     alone = [

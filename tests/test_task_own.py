@@ -19,7 +19,7 @@ from smezo_cli.config.fixed import CONF_DIR
 from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError
 from smezo_cli.tasks import Task, hub, load_task
-from smezo_cli.tasks.own import _labels
+from smezo_cli.tasks.labels import label_words
 from smezo_cli.words import quoted
 
 NO_CACHE = Path("/nowhere")
@@ -226,7 +226,7 @@ def test_labels_are_matched_to_the_values_of_their_column(
 
 def test_one_value_with_two_words_is_refused() -> None:
     """In a YAML file 0 and "0" are two keys."""
-    message = message_of(lambda: _labels({0: "bad", "0": "good"}))
+    message = message_of(lambda: label_words({0: "bad", "0": "good"}))
     assert "gives one value of the label column two words" in message
 
 
@@ -356,7 +356,7 @@ def test_a_data_set_of_the_hub_by_number_or_word(online: list[Any], labels: str)
 
 def test_what_rows_of_a_class_are_lacking_is_said(tmp_path: Path) -> None:
     """Of one class alone, by every way of cutting; of a label that no row has."""
-    words = "figures there say nothing of how well classes are told apart"
+    words = "metrics there say nothing of how well classes are told apart"
     many = [{"text": f"{i}", "label": i % 2} for i in range(40)]
     few = [{"text": f"t{i}", "label": 0} for i in range(5)]
     data, second = write(tmp_path / "a.csv", many), write(tmp_path / "b.csv", few)

@@ -1,5 +1,6 @@
 """Read files of unknown origin within limits: ordinary ones only, of a bounded size and depth."""
 
+import hashlib
 import json
 import os
 import re
@@ -42,6 +43,18 @@ def check_ordinary(path: Path) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{path} is no ordinary file (a device, pipe or socket); give a file.")
     return status.st_size
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hex SHA-256 of an ordinary file.
+
+    Raises:
+        UserError: it is something else.
+        OSError: it cannot be read.
+    """
+    check_ordinary(path)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_text(path: Path, most_bytes: int) -> str:

@@ -4,7 +4,6 @@ Names, versions and sha256 of the files live in `conf/model` and `conf/task`, no
 """
 
 import contextlib
-import hashlib
 import os
 import shutil
 import ssl
@@ -20,6 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from smezo_cli.errors import UserError
+from smezo_cli.files.bounded import sha256_of
 from smezo_cli.files.space import check_space
 
 OTHER_CACHE = "set SMEZO_CACHE to a folder on another disk"
@@ -154,12 +154,6 @@ def hub_answers() -> bool:
     except OSError as error:
         # The hub's own client may know a certificate that the standard library does not.
         return isinstance(getattr(error, "reason", None), ssl.SSLError)
-
-
-def sha256_of(path: Path) -> str:
-    """Return the hex SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def say(line: str) -> None:

@@ -1,4 +1,4 @@
-"""Adapters: a few weights beside a frozen model, which alone are trained.
+"""Put an adapter into a model: a few weights beside its own, which alone are trained.
 
 LoRA (arXiv 2106.09685) and prefix tuning (arXiv 2101.00190) as MeZO has them (arXiv 2305.17333,
 appendix E), made of ``peft``'s modules, so that peft loads what was trained. The model stays the
@@ -19,21 +19,21 @@ from smezo_cli.models.prefix import Prefix
 
 
 class Adapter(Protocol):
-    """An adapter that is in its model."""
+    """What a run asks of an adapter that is in its model."""
 
     #: positions that it takes of the model's window
     num_places: int
 
     @property
     def loaded_by(self) -> str:
-        """What loads the folder that :meth:`save` writes."""
+        """Return a line that says what loads the folder that :meth:`save` writes."""
 
     @property
     def saved_bytes(self) -> int:
-        """Of the weights that :meth:`save` writes, about."""
+        """Return about how many bytes of weights :meth:`save` writes."""
 
     def off(self) -> AbstractContextManager[None]:
-        """Inside, the model computes as it came."""
+        """Switch the adapter off within the context: the model computes as it came."""
 
     def save(self, folder: Path) -> None:
         """Write what was trained to a new folder, in a form that other programs load."""

@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.utils.import_utils import is_bitsandbytes_available
 
-from smezo_cli.errors import UserError
+from smezo_cli.errors import UserError, first_line
 from smezo_cli.scoring import tokenization
 
 # One token each in the built-in tokenizer, with and without a blank before: the label words of
@@ -47,9 +47,9 @@ DAMAGED = (SafetensorError, struct.error, LookupError, EOFError)
 
 
 def check_quantization(cfg: Mapping[str, Any], device: torch.device) -> None:
-    """Refuse `cfg.quantization` where it cannot be had, before anything is loaded.
+    """Raise UserError where `cfg.quantization` cannot be had, before anything is loaded.
 
-    Raises `UserError`: the device is no CUDA device, or bitsandbytes is not installed.
+    It needs a CUDA device, and bitsandbytes.
     """
     if cfg.get("quantization") is None:
         return
@@ -65,10 +65,13 @@ def check_quantization(cfg: Mapping[str, Any], device: torch.device) -> None:
         )
 
 
-def _quantized(
+def quantization_arguments(
     cfg: Mapping[str, Any], device: torch.device, compute: torch.dtype
 ) -> dict[str, Any]:
-    """What transformers loads a 4-bit model by, QLoRA's NF4 (arXiv 2305.14314); {} without."""
+    """Return what makes transformers load a model in 4 bits, as QLoRA's NF4; {} without.
+
+    NF4: arXiv 2305.14314.
+    """
     if cfg.get("quantization") is None:
         return {}
     check_quantization(cfg, device)
@@ -83,12 +86,12 @@ def _quantized(
 
 
 def num_weights(model: nn.Module) -> int:
-    """Weights of the model; of 4-bit ones a byte holds two."""
+    """Return how many weights the model has; a byte holds two of 4 bits."""
     return sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.parameters())
 
 
 def build_meta(cfg: Mapping[str, Any]) -> PreTrainedModel:
-    """Model of the architecture in `cfg.config` without weights, on the meta device; no hub.
+    """Build the architecture in `cfg.config` on the meta device, without weights or the hub.
 
     Its parameters have the dtype `cfg.dtype` (float32 without one) and no storage.
     Raises `UserError` for a node without `config` or with numbers that transformers refuses.
@@ -99,7 +102,7 @@ def build_meta(cfg: Mapping[str, Any]) -> PreTrainedModel:
 
 
 def architecture(cfg: Mapping[str, Any]) -> PretrainedConfig:
-    """The configuration object of `cfg.config`."""
+    """Return the configuration object of transformers that `cfg.config` describes."""
     if not cfg.get("config"):
         raise UserError(
             f"model {cfg['name']} has no model.config: the numbers of its architecture."
@@ -123,10 +126,11 @@ def architecture(cfg: Mapping[str, Any]) -> PretrainedConfig:
     try:
         return AutoConfig.for_model(kind, **numbers)
     except (ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"model.config: {kind} does not take it ({_line(error)}).") from error
+        raise UserError(f"model.config: {kind} does not take it ({first_line(error)}).") from error
 
 
-def _auto(cfg: Mapping[str, Any]) -> Any:  # its class methods have no types
+def auto_class(cfg: Mapping[str, Any]) -> Any:  # its class methods have no types
+    """Return the class of transformers that loads the model's family, causal or masked."""
     return AutoModelForMaskedLM if cfg.get("family") == "masked" else AutoModelForCausalLM
 
 
@@ -136,24 +140,24 @@ def from_config(
     """Build a model with random weights from its configuration."""
 
     def build(attention: str) -> PreTrainedModel:
-        model: PreTrainedModel = _auto(cfg).from_config(
+        model: PreTrainedModel = auto_class(cfg).from_config(
             config, dtype=dtype, attn_implementation=attention
         )
         return model
 
     try:
-        return attending(cfg, config, build)
+        return build_with_attention(cfg, config, build)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(explain(error, cfg, None, offline=False)) from error
 
 
-def attending(
+def build_with_attention(
     cfg: Mapping[str, Any],
     config: PretrainedConfig,
     build: Callable[[str], PreTrainedModel],
     **code: bool,
 ) -> PreTrainedModel:
-    """Return what `build` makes with the attention asked for: of auto sdpa, else eager.
+    """Return what `build` makes with the attention asked for; auto is sdpa, else eager.
 
     `code` goes to transformers beside `config`. Raises `UserError` for an attention that cannot be
     used, naming one that can.
@@ -168,11 +172,11 @@ def attending(
             return build("eager")
         other = "eager"
         with contextlib.suppress(ValueError, ImportError), torch.device("meta"):
-            _auto(cfg).from_config(config, attn_implementation="sdpa", **code)
+            auto_class(cfg).from_config(config, attn_implementation="sdpa", **code)
             other = "sdpa"
         raise UserError(
             f"model.attention={asked} cannot be used with {cfg['name']} here "
-            f"({_line(error).partition('. ')[0]}); set model.attention={other}."
+            f"({first_line(error).partition('. ')[0]}); set model.attention={other}."
         ) from error
 
 
@@ -180,8 +184,8 @@ def attending(
 _OF_ATTENTION = ("attn_implementation", "FlashAttention", "Flash Attention", "flash_attn")
 
 
-def context(model: PreTrainedModel) -> int | None:
-    """Most tokens that the model reads; None where it has no such number."""
+def context_length(model: PreTrainedModel) -> int | None:
+    """Return the context length of the model; None where it has no such number."""
     limit: int | None = getattr(model.config, "max_position_embeddings", None)
     if limit is None or limit < 1:  # XLNet's has -1
         return None
@@ -192,8 +196,8 @@ def context(model: PreTrainedModel) -> int | None:
     return limit
 
 
-def set_up(tokenizer: PreTrainedTokenizerBase, cfg: Mapping[str, Any]) -> None:
-    """Padding, the asked BOS and the length limit."""
+def set_up_tokenizer(tokenizer: PreTrainedTokenizerBase, cfg: Mapping[str, Any]) -> None:
+    """Set the padding token, the BOS that is asked for and the length limit of a tokenizer."""
     tokenizer.model_max_length = cfg["max_length"]
     if tokenizer.pad_token_id is None:
         # Padded positions are masked out, so any token that exists serves (LLaMA: unk, as MeZO);
@@ -226,8 +230,8 @@ NO_PICKLE = (
 def explain(
     error: BaseException, cfg: Mapping[str, Any], where: str | Path | None, offline: bool
 ) -> str:
-    """One sentence for what transformers or the hub said: what is wrong and the way out."""
-    line = _line(error)
+    """Return one sentence for what transformers or the hub said: what is wrong, what to do."""
+    line = first_line(error)
     if "trust_remote_code" in str(error):
         return (
             f"model.path={where} brings Python code of its own, which is not executed: read that "
@@ -274,11 +278,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".: ")[:200]
 
 
 @contextlib.contextmanager

@@ -17,8 +17,6 @@ from smezo_cli.files.bounded import (
     read_json,
 )
 
-# --- models ----------------------------------------------------------------------------------
-
 # Larger than any model that there is; a number beyond is damage or malice.
 _MOST = {
     "num_hidden_layers": 10_000,
@@ -49,7 +47,7 @@ _MATRICES = {
 
 
 def check_sizes(numbers: Mapping[str, Any], where: str, num_weights: float = math.inf) -> None:
-    """Refuse a model's configuration whose sizes cannot be, before anything is made of it.
+    """Raise UserError for a configuration with impossible sizes, before a model is made of it.
 
     Args:
         numbers: the configuration.
@@ -82,7 +80,7 @@ def check_sizes(numbers: Mapping[str, Any], where: str, num_weights: float = mat
 
 
 def not_the_file(path: Path) -> str | None:
-    """Say what lies in the place of a model's file, and what to do; None where nothing is amiss.
+    """Return what lies in the place of a model's file, and what to do; None if nothing is wrong.
 
     Raises:
         OSError: it cannot be read.
@@ -180,7 +178,7 @@ def check_model_folder(folder: Path) -> None:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Does anything in a folder look like the file of a tokenizer, or the code of one?"""
+    """Say whether a folder holds anything like the file or the code of a tokenizer."""
     if any((folder / name).exists() for name in _OF_TOKENIZERS):
         return True
     patterns = ("*.model", "*.tiktoken", "*vocab*", "*token*.py")
@@ -188,7 +186,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def count_weights(path: Path) -> int:
-    """Numbers in a safetensors file, as its header has them; the file holds no fewer bytes.
+    """Return how many weights a safetensors file has by its header, which must fit the file.
 
     Raises:
         UserError: the header is not one.
@@ -205,7 +203,7 @@ def count_weights(path: Path) -> int:
             raise ValueError(f"it is cut off: it has {size} bytes, and its header speaks of more")
         shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
         if not all(is_count(n) for shape in shapes for n in shape):
-            raise ValueError("a shape is none")
+            raise ValueError("a shape holds other than whole numbers")
         total = sum(math.prod(shape) for shape in shapes)
         if total > 8 * size:
             raise ValueError(f"{total} weights in {size} bytes")
@@ -226,7 +224,7 @@ _MOST_ITEMS = 1 << 22  # of an array: the largest vocabularies have 2^18 tokens
 
 
 def is_gguf(path: Path) -> bool:
-    """Is it called a GGUF file, in whatever letters, or does it begin as one?"""
+    """Say whether a file has the suffix of GGUF, in whatever letters, or begins as one."""
     try:
         if path.suffix.lower() == ".gguf" or not path.is_file():
             return path.suffix.lower() == ".gguf" and not path.is_dir()
@@ -237,10 +235,10 @@ def is_gguf(path: Path) -> bool:
 
 
 def check_gguf(path: Path) -> None:
-    """Walk through the header of a GGUF file; no count, length or offset may leave the file.
+    """Check the header of a GGUF file: no count, length or offset may leave the file.
 
     Raises:
-        UserError: it may, or the file is not GGUF of version 2 or 3.
+        UserError: one does, or the file is not GGUF of version 2 or 3.
     """
     from gguf.constants import GGML_QUANT_SIZES
 
@@ -253,7 +251,7 @@ def check_gguf(path: Path) -> None:
             if reader.read(4) != b"GGUF" or reader.number("<I") not in (2, 3):
                 raise ValueError("it does not begin as a GGUF file of version 2 or 3")
             num_tensors, num_pairs = reader.number("<Q"), reader.number("<Q")
-            reader.room(24 * num_tensors + 13 * num_pairs)
+            reader.need(24 * num_tensors + 13 * num_pairs)
             alignment, layers = 32, 1
             for _ in range(num_pairs):
                 name, form = reader.text(), reader.number("<I")
@@ -291,18 +289,18 @@ def check_gguf(path: Path) -> None:
 
 
 class _Gguf:
-    """Reads numbers and texts that must lie inside the file."""
+    """Read numbers and texts that must lie inside the file."""
 
     def __init__(self, file: Any, size: int) -> None:
         self.file, self.size = file, size
 
-    def room(self, length: int) -> None:
-        """ValueError unless so many bytes are left."""
+    def need(self, length: int) -> None:
+        """Raise ValueError unless so many bytes are left."""
         if length > self.size - self.file.tell():
             raise ValueError(f"{length} bytes are announced where fewer are left")
 
     def read(self, length: int) -> bytes:
-        self.room(length)
+        self.need(length)
         data: bytes = self.file.read(length)
         return data
 
@@ -316,7 +314,7 @@ class _Gguf:
         return data
 
     def value(self, form: int, depth: int = 0) -> int | None:
-        """Step over a value; a whole number is returned."""
+        """Step over a value; return it if it is a whole number."""
         if form in _GGUF_SCALARS:
             data = self.read(_GGUF_SCALARS[form])
             return int.from_bytes(data, "little") if form not in (6, 12) else None

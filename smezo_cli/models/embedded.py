@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smezo_cli.files import fetch
+from smezo_cli.files.bounded import sha256_of
 from smezo_cli.files.space import check_space
 from smezo_cli.models.pretrained import from_gguf
 
@@ -68,7 +69,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 def _write_manifest(folder: Path) -> None:
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": fetch.sha256_of(path)}
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(folder.iterdir())
     }
     manifest = {"transformers": transformers.__version__, "files": files}
@@ -83,7 +84,7 @@ def _damage(folder: Path) -> str | None:
             path = folder / name
             if path.stat().st_size != known["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {known['bytes']}"
-            if fetch.sha256_of(path) != known["sha256"]:
+            if sha256_of(path) != known["sha256"]:
                 return f"the sha256 of {name} is not the recorded one"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__} on reading it"

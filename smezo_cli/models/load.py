@@ -17,11 +17,18 @@ from transformers import (
 from smezo_cli.errors import UserError
 from smezo_cli.files import fetch
 from smezo_cli.models import placement
-from smezo_cli.models.architecture import DAMAGED, _quantized, context, explain, quiet, set_up
+from smezo_cli.models.architecture import (
+    DAMAGED,
+    context_length,
+    explain,
+    quantization_arguments,
+    quiet,
+    set_up_tokenizer,
+)
 from smezo_cli.models.embedded import embedded
 from smezo_cli.models.output_layer import settle_output_layer
-from smezo_cli.models.pretrained import _found, pretrained
-from smezo_cli.models.tiny import _tiny
+from smezo_cli.models.pretrained import local_or_hub_id, pretrained
+from smezo_cli.models.tiny import tiny_model
 
 
 def load_model(
@@ -32,7 +39,7 @@ def load_model(
     cache: Path,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model in `dtype` on `device`, in eval mode without key-value cache, and its tokenizer.
+    """Return a model in `dtype` on `device`, in eval mode without cache, and its tokenizer.
 
     `cfg` is the model node: one of `package`, `path`, `tiny`; `family`, `bos_token`; `attention`,
     of which auto is sdpa, or eager for a model that has no sdpa;
@@ -54,13 +61,13 @@ def load_model(
         raise UserError(
             f"model.max_length={cfg['max_length']} is no number of tokens; give an integer from 1."
         )
-    quantized = _quantized(cfg, device, compute_dtype or dtype)
-    where = _found(str(cfg["path"])) if "path" in routes else None
+    quantized = quantization_arguments(cfg, device, compute_dtype or dtype)
+    where = local_or_hub_id(str(cfg["path"])) if "path" in routes else None
     offline = isinstance(where, str) and not fetch.hub_answers()
     with quiet():
         try:
             if "tiny" in routes:
-                model, tokenizer = _tiny(cfg, dtype)
+                model, tokenizer = tiny_model(cfg, dtype)
             else:
                 model, tokenizer = pretrained(
                     where or embedded(cfg, cache), cfg, dtype, offline, quantized
@@ -75,13 +82,13 @@ def load_model(
             if where is None:
                 raise
             raise UserError(explain(error, cfg, where, offline)) from error
-    limit = context(model)
+    limit = context_length(model)
     if limit is not None and cfg["max_length"] > limit:
         raise UserError(
             f"model.max_length={cfg['max_length']}, but {cfg['name']} reads at most {limit} "
             f"tokens; set model.max_length={limit} or less."
         )
-    set_up(tokenizer, cfg)
+    set_up_tokenizer(tokenizer, cfg)
     model.config.use_cache = False
     with quiet():
         if not quantized:  # else it is on its device already

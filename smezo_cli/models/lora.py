@@ -1,4 +1,4 @@
-"""LoRA: low-rank matrices beside chosen linear layers (arXiv 2106.09685), by peft."""
+"""Train low-rank matrices beside chosen linear layers: LoRA (arXiv 2106.09685), by peft."""
 
 import warnings
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from smezo_cli.errors import UserError
+from smezo_cli.errors import UserError, first_line
 from smezo_cli.zo.noise import stream_key, uniform_at
 
 
 class Lora:
-    """W + alpha/r B A in the place of W: A (r, in) and B (out, r) are trained.
+    """Put W + alpha/r B A in the place of W: A (r, in) and B (out, r) are trained.
 
     A is uniform in +-1/sqrt(in), what Kaiming's rule gives; B is zero, so that training begins at
     the model itself. Both have the dtype of W, or of the model where that has W in 4 bits.
@@ -49,8 +49,7 @@ class Lora:
                 warnings.filterwarnings("ignore", message="fan_in_fan_out")
                 LoraModel(model, config, "default")
         except ValueError as error:
-            line = str(error).partition("\n")[0].rstrip(". ")
-            raise UserError(_unfit(model, targets, line[:200])) from error
+            raise UserError(_unfit(model, targets, first_line(error))) from error
         self._model, self._config = model, config
         self._layers: dict[str, Any] = {
             name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)
@@ -68,12 +67,12 @@ class Lora:
 
     @property
     def _is_packed(self) -> bool:
-        """Are the weights beside A and B in 4 bits? Nothing can be added to them."""
+        """Say whether the weights beside A and B are in 4 bits: nothing can be added to them."""
         return bool(getattr(self._model, "is_loaded_in_4bit", False))
 
     @property
     def loaded_by(self) -> str:
-        """A class of transformers, for it is a model like any other, unless it is in 4 bits."""
+        """Return a line that names a class of transformers, or peft for a model in 4 bits."""
         if self._is_packed:
             name = type(self._model).__name__
             return f"peft loads it: PeftModel.from_pretrained({name}.from_pretrained(BASE), FOLDER)"
@@ -81,7 +80,7 @@ class Lora:
 
     @property
     def saved_bytes(self) -> int:
-        """All weights of the model but A and B; these alone of a model in 4 bits."""
+        """Return the bytes of the model without A and B; for a model in 4 bits those of A and B."""
         if self._is_packed:
             mine = (p for p in self._model.parameters() if p.requires_grad)
             return sum(p.numel() * p.element_size() for p in mine)
@@ -90,7 +89,7 @@ class Lora:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Inside, layers compute without A and B."""
+        """Make layers compute without A and B within the context."""
         for layer in self._layers.values():
             layer._disable_adapters = True
         try:
@@ -100,10 +99,10 @@ class Lora:
                 layer._disable_adapters = False
 
     def save(self, folder: Path) -> None:
-        """The whole model with B A added to its weights, as transformers saves it.
+        """Write the whole model with B A added to its weights, as transformers saves it.
 
         The sums are rounded to the dtype of the weights, so that losses agree to its precision. Of
-        a model in 4 bits A and B alone, as an adapter of peft.
+        a model in 4 bits only A and B are written, as an adapter of peft.
         """
         if self._is_packed:
             self._save_alone(folder)
@@ -135,7 +134,7 @@ class Lora:
 
 
 def _targeted(model: PreTrainedModel, targets: list[str]) -> dict[str, nn.Module]:
-    """The linear layers that some targets name.
+    """Return the linear layers that the targets name.
 
     Raises:
         UserError: there are none, or B A cannot be added to what else has such a name.
@@ -162,7 +161,7 @@ def _targeted(model: PreTrainedModel, targets: list[str]) -> dict[str, nn.Module
 
 
 def _unfit(model: PreTrainedModel, targets: list[str], why: str) -> str:
-    """Say that targets do not fit, and name the model's own linear layers."""
+    """Return a message that targets do not fit, with the names of the model's linear layers."""
     own: dict[str, None] = {}  # in the order of the model
     loose: Any = model  # its methods have no types
     head = loose.get_output_embeddings()
@@ -180,7 +179,7 @@ def _unfit(model: PreTrainedModel, targets: list[str], why: str) -> str:
 
 
 def _kaiming(shape: torch.Size, key: tuple[int, int]) -> Tensor:
-    """Uniform in +-1/sqrt(in), float32 (out, in), on the CPU: the same on all devices."""
+    """Draw numbers uniform in +-1/sqrt(in), float32 (out, in), on the CPU: for all devices."""
     numel = shape.numel()
     uniform = uniform_at(torch.arange(numel), numel, torch.tensor(key))
     bound: float = shape[1] ** -0.5

@@ -1,4 +1,4 @@
-"""Parts of a model for images or sound, which no text reaches.
+"""Freeze parts of a model for images or sound, which no text reaches.
 
 A step would perturb them without effect, move them along its noise, and save them.
 """
@@ -52,7 +52,7 @@ def freeze_unread(model: nn.Module) -> list[str]:
 
 
 def _outermost(model: nn.Module, unread: set[int]) -> list[str]:
-    """Names of modules with no parameter but these, and of those that are in none."""
+    """Name the modules that hold only these parameters, and the parameters outside of them."""
     found: list[str] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in found)

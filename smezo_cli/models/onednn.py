@@ -1,4 +1,4 @@
-"""Linear layers on a CPU by oneDNN, where torch would take a library that is slower on some.
+"""Compute linear layers by oneDNN on a CPU where torch's own choice may be slower.
 
 In float32 torch multiplies matrices by MKL, whose fast kernels are for one make of processor.
 oneDNN, which torch carries for low precision, is about twice as fast on others. The choice hangs
@@ -61,13 +61,13 @@ def use_onednn(model: nn.Module, say: Callable[[str], None] = lambda line: None)
 
 
 def num_onednn(model: nn.Module) -> int:
-    """How many layers compute by oneDNN with the present number of threads."""
+    """Return how many layers compute by oneDNN with the present number of threads."""
     return sum(layer.__dict__["_proof"].is_used for layer in _changed(model))
 
 
 @contextmanager
 def as_torch_has_it(model: nn.Module) -> Iterator[None]:
-    """Inside, linear layers compute as torch would without :func:`use_onednn`."""
+    """Make linear layers compute as without :func:`use_onednn` within the context."""
     changed = [(layer, layer.__dict__["forward"]) for layer in _changed(model)]
     for layer, _ in changed:
         del layer.__dict__["forward"]
@@ -99,7 +99,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _Proof:
-    """For which shapes and numbers of threads oneDNN's products were found right; one a model.
+    """Know for which shapes and numbers of threads oneDNN's products are right; one a model.
 
     Args:
         say: receives a line where they are not; from then on they count as wrong for all shapes
@@ -116,11 +116,11 @@ class _Proof:
 
     @property
     def is_used(self) -> bool:
-        """Whether no product was wrong with the present number of threads."""
+        """Say whether no product was wrong with the present number of threads."""
         return torch.get_num_threads() not in self._wrong
 
     def holds(self, weight: Tensor, bias: Tensor | None) -> bool:
-        """Whether oneDNN may multiply by the weight; found out where that is not known."""
+        """Say whether oneDNN may multiply by the weight; compare products if that is unknown."""
         threads = torch.get_num_threads()
         if threads in self._wrong:
             return False
@@ -138,7 +138,7 @@ class _Proof:
 
 @torch.no_grad()
 def _is_right(weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether oneDNN's product with some inputs is torch's, but for rounding."""
+    """Say whether oneDNN's product with some inputs is torch's, but for rounding."""
     if not weight.numel():
         return True
     generator = torch.Generator().manual_seed(0)

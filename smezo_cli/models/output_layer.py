@@ -1,4 +1,4 @@
-"""Find out whether a model's output layer gives its logits, so that a part of them can be computed.
+"""Find out whether a model's output layer gives its logits, so that some can be computed alone.
 
 A scorer reads few rows of the vocabulary at few positions, and has the output layer compute these
 alone. That is right where the logits are what this layer gives, scaled or capped element by
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smezo_cli.errors import UserError
+from smezo_cli.errors import UserError, first_line
 from smezo_cli.zo.probe import only_rows
 
 _NUM_TOKENS = 4
@@ -22,7 +22,7 @@ _TOLERANCE = 0.05
 
 @torch.no_grad()
 def settle_output_layer(model: nn.Module) -> None:
-    """Let ``model.get_output_embeddings()`` be None where that layer does not give the logits.
+    """Make ``model.get_output_embeddings()`` None where that layer does not give the logits.
 
     Measured by two forwards over a text of four tokens.
 
@@ -47,10 +47,9 @@ def settle_output_layer(model: nn.Module) -> None:
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:  # whatever a model trips over that was never run here
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise UserError(
-                f"{type(model).__name__} cannot read a text of {_NUM_TOKENS} tokens here ({line}): "
-                "choose another model, or another model.attention."
+                f"{type(model).__name__} cannot read a text of {_NUM_TOKENS} tokens here "
+                f"({first_line(error)}): choose another model, or another model.attention."
             ) from error
         if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
             rows = torch.tensor([1, whole.shape[-1] - 1], device=device)

@@ -1,4 +1,4 @@
-"""A model whose layers lie on several GPUs of one machine, by accelerate's device maps.
+"""Spread a model's layers over several GPUs of one machine, by accelerate's device maps.
 
 Accelerate wraps the forwards of modules in hooks that bring activations to the weights. Weights
 never move, so that probes, masks and updates are those of a model on one device.
@@ -23,7 +23,7 @@ def devices_of_modules(
     device_map: str | Mapping[str, str],
     free: Mapping[int, int] | None = None,
 ) -> dict[str, torch.device]:
-    """The device of each module: names that do not lie in each other, and cover all tensors.
+    """Return the device of each module; the modules cover all tensors, and none holds another.
 
     Args:
         model: its tensors may be on the meta device; tied ones must be tied.
@@ -76,7 +76,7 @@ def _free() -> dict[int, int]:
 
 
 def _inferred(model: PreTrainedModel, way: str, free: Mapping[int, int]) -> dict[str, torch.device]:
-    """Accelerate's choice of devices."""
+    """Return accelerate's choice of devices; UserError if the GPUs do not hold the model."""
     from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory
 
@@ -105,7 +105,7 @@ def _inferred(model: PreTrainedModel, way: str, free: Mapping[int, int]) -> dict
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers by name; a tied one once a name."""
+    """Yield parameters and buffers by name; a tied one once for each of its names."""
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
 
@@ -113,7 +113,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _by_tensor(
     model: nn.Module, found: Mapping[str, torch.device], is_given: bool
 ) -> dict[str, torch.device]:
-    """The device of each tensor by its name: that of the nearest module around it."""
+    """Return the device of each tensor by its name: that of the nearest module around it."""
     modules = dict(model.named_modules())
     for name in found if is_given else ():
         if name not in modules:
@@ -138,7 +138,7 @@ def _by_tensor(
 
 
 def _whole(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that stay on one device: what transformers says, and owners that have children too.
+    """Yield modules that stay on one device: transformers' blocks, and owners with children.
 
     The tensors that a module itself owns are moved with the whole of it alone.
     """
@@ -150,7 +150,7 @@ def _whole(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _check_together(model: PreTrainedModel, by_tensor: Mapping[str, torch.device]) -> None:
-    """Refuse devices in the midst of a block, and two for one tied weight."""
+    """Raise UserError for two devices within a block, or for one tied weight."""
     kind = type(model).__name__
     if not getattr(model, "_no_split_modules", None):
         raise UserError(
@@ -179,7 +179,7 @@ def _check_together(model: PreTrainedModel, by_tensor: Mapping[str, torch.device
 def _grouped(
     model: nn.Module, by_tensor: Mapping[str, torch.device], name: str = ""
 ) -> Iterator[tuple[str, torch.device]]:
-    """The largest modules that lie on one device, as accelerate wants them: none in another."""
+    """Yield the largest modules that lie on one device; accelerate wants none inside another."""
     dot = f"{name}." if name else ""
     places = {by_tensor[dot + own] for own, _ in _tensors(model)}
     if len(places) == 1:

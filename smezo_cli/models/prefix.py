@@ -1,4 +1,4 @@
-"""Prefix tuning: keys and values before the text in every layer (arXiv 2101.00190), by peft."""
+"""Train keys and values before the text in every layer: prefix tuning (arXiv 2101.00190)."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from smezo_cli.zo.noise import hash64, stream_key
 
 
 class Prefix:
-    """Keys and values before the first token of every layer, which are trained.
+    """Put keys and values before the first token of every layer, which are trained.
 
     They begin as those of random tokens of the vocabulary at the first positions, as in MeZO; the
     text then comes behind them, as in peft. On another machine the forward that makes them may
@@ -66,7 +66,7 @@ class Prefix:
             each = [t[0].transpose(0, 1).to(model.device) for t in first]
             values = torch.stack(each, dim=1).reshape(weight.shape)
         devices = [t.device for t in first[::2]]
-        #: of the layers, where they lie on several
+        #: the devices of the layers, where there are several
         self._devices = devices if len(set(devices)) > 1 else None
         encoder.embedding.weight = nn.Parameter(values.clone())
         model.requires_grad_(False)
@@ -75,7 +75,7 @@ class Prefix:
         model.__dict__["forward"] = functools.partial(self._forward, model.forward)
 
     def _forward(self, inner: Callable[..., Any], input_ids: Tensor, **inputs: Any) -> Any:
-        """The model's forward, behind the prefix."""
+        """Run the model's forward behind the prefix."""
         cache = inputs.get("past_key_values")
         if cache is None:
             cache = inputs["past_key_values"] = DynamicCache(config=self._model.config)
@@ -113,7 +113,7 @@ class Prefix:
 
     @property
     def loaded_by(self) -> str:
-        """A class of peft, which loads the base model, too, unless that fills masks."""
+        """Return a line that names a class of peft, which loads a causal base model, too."""
         if self._is_masked:
             return (
                 "peft loads it: PeftModel.from_pretrained(AutoModelForMaskedLM.from_pretrained("
@@ -123,13 +123,13 @@ class Prefix:
 
     @property
     def saved_bytes(self) -> int:
-        """The prefix alone."""
+        """Return the bytes of the prefix alone."""
         weight: Tensor = self._encoder.embedding.weight
         return weight.numel() * weight.element_size()
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Inside, there is no prefix."""
+        """Take the prefix away within the context."""
         wrapped = self._model.__dict__.pop("forward")
         try:
             yield
@@ -137,7 +137,7 @@ class Prefix:
             self._model.__dict__["forward"] = wrapped
 
     def save(self, folder: Path) -> None:
-        """The prefix as an adapter of peft: it cannot be merged into weights."""
+        """Write the prefix as an adapter of peft: it cannot be merged into weights."""
         folder.mkdir(parents=True)
         self._config.base_model_name_or_path = self._model.config.name_or_path
         self._config.inference_mode = True
@@ -150,7 +150,7 @@ class Prefix:
 def _activations(
     model: PreTrainedModel, num_tokens: int, seed: int, is_masked: bool
 ) -> list[Tensor]:
-    """Key and value of each layer for random tokens, one after the other: (1, heads, tokens, size).
+    """Return key and value of each layer for random tokens: (1, heads, tokens, size) each.
 
     Raises:
         UserError: the model's layers take no cache, or are of several shapes.

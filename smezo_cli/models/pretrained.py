@@ -19,14 +19,14 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from smezo_cli.errors import UserError
+from smezo_cli.errors import UserError, first_line
 from smezo_cli.files import fetch
 from smezo_cli.models import check_files, placement
-from smezo_cli.models.architecture import NO_PICKLE, _auto, _line, attending
+from smezo_cli.models.architecture import NO_PICKLE, auto_class, build_with_attention
 from smezo_cli.scoring import tokenization
 
 
-def _found(path: str) -> str | Path:
+def local_or_hub_id(path: str) -> str | Path:
     """Return the local folder or GGUF file that `path` names, else `path` itself as a hub id."""
     try:
         local = Path(path).expanduser()
@@ -58,7 +58,7 @@ def _found(path: str) -> str | Path:
 
 
 def _not_a_model(folder: Path) -> str:
-    """Say what a folder without config.json is instead, and what to give."""
+    """Return what a folder without config.json is instead, and what to give."""
     if ggufs := sorted(file for file in folder.iterdir() if check_files.is_gguf(file)):
         return f"it is no saved model; for a GGUF file give its own path, {ggufs[0]}"
     if (folder / "adapter_config.json").exists():
@@ -100,9 +100,7 @@ def pretrained(
         )
     tokenizer = _tokenizer(where, common)
     loading = {"dtype": dtype, **common, **quantized}
-    if (
-        no_row
-    ):  # some models would not be built; any token can pad (smezo_cli.scoring.tokens.padding_id)
+    if no_row:  # some models would not be built; any token can pad (scoring.tokens.padding_id)
         config.pad_token_id = None
         loading["config"] = config
     code = {"trust_remote_code": common["trust_remote_code"]}
@@ -111,18 +109,20 @@ def pretrained(
     def build(attention: str) -> PreTrainedModel:
         with_it = loading | {"attn_implementation": attention}
         if "gguf_file" in common:
-            return from_gguf(_auto(cfg), where, **with_it)
+            return from_gguf(auto_class(cfg), where, **with_it)
         if device_map is not None:  # each weight goes to its device at once
             with torch.device("meta"):
-                shapes = _auto(cfg).from_config(
+                shapes = auto_class(cfg).from_config(
                     config, dtype=dtype, attn_implementation=attention, **code
                 )
             with_it["device_map"] = placement.devices_of_modules(shapes, device_map)
         # From safetensors alone, never from a pickle.
-        made: PreTrainedModel = _auto(cfg).from_pretrained(where, use_safetensors=True, **with_it)
+        made: PreTrainedModel = auto_class(cfg).from_pretrained(
+            where, use_safetensors=True, **with_it
+        )
         return made
 
-    model = attending(cfg, config, build, **code)
+    model = build_with_attention(cfg, config, build, **code)
     if "gguf_file" in common:
         return model, tokenizer
     if isinstance(where, str):
@@ -151,7 +151,7 @@ def _tokenizer(where: str | Path, common: Mapping[str, Any]) -> PreTrainedTokeni
     except Exception as error:
         if "trust_remote_code" in str(error) or not isinstance(where, Path):
             raise
-        line = _line(error)
+        line = first_line(error)
         if "instantiate the backend tokenizer" in line:
             line = "no tokenizer.json or tokenizer.model in it"
         raise UserError(
@@ -162,13 +162,13 @@ def _tokenizer(where: str | Path, common: Mapping[str, Any]) -> PreTrainedTokeni
 
 
 def _commit(path: str, revision: str) -> str | None:
-    """The commit of a hub model in the hub's cache; None where it is not there."""
+    """Return the commit of a hub model in the hub's cache; None where it is not there."""
     found = try_to_load_from_cache(path, "config.json", revision=revision)
     return Path(found).parent.name if isinstance(found, str) else None
 
 
 def from_gguf(auto: Any, folder: str | Path, **loading: Any) -> PreTrainedModel:
-    """Model of a GGUF file with ordinary weights, which can be trained and saved."""
+    """Load a GGUF file with ordinary weights, which can be trained and saved."""
     if (config := getattr(transformers, "GgufConfig", None)) is not None:
         # Where its kernels are installed, transformers would leave the weights in 4-bit blocks.
         loading["quantization_config"] = config(dequantize=True)
@@ -195,7 +195,7 @@ _NUMBERS = (
 
 
 def _compare(config: PretrainedConfig, cfg: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that is not what `cfg` says."""
+    """Raise UserError for a checkpoint that is not the model that `cfg` describes."""
     family = cfg.get("family") or "causal"
     other = {"causal": "Masked", "masked": "Causal"}[family]
     classes = getattr(config, "architectures", None) or []

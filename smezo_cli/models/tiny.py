@@ -12,10 +12,13 @@ from smezo_cli.errors import UserError
 from smezo_cli.models.architecture import WORDS, architecture, from_config
 
 
-def _tiny(
+def tiny_model(
     cfg: Mapping[str, Any], dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Random model of `cfg.config`: vectors as built, matrices normal with variance 1 / fan-in."""
+    """Build a random model of `cfg.config`, and its tokenizer.
+
+    Vectors are as built, matrices normal with variance 1 / fan-in.
+    """
     tiny = dict(cfg["tiny"])
     for key, kind, words in (
         ("seed", int, "a whole number"),

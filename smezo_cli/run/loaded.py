@@ -24,8 +24,9 @@ from smezo_cli.models.architecture import check_quantization, num_weights, quiet
 from smezo_cli.models.load import load_model
 from smezo_cli.models.modalities import freeze_unread
 from smezo_cli.models.onednn import use_onednn
-from smezo_cli.scoring.batching import Found, measure, pick
+from smezo_cli.scoring.batching import Found
 from smezo_cli.scoring.candidates import Candidates, encode
+from smezo_cli.scoring.measured_batching import measure, pick
 from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.scoring.tokens import appended, check_rows
 from smezo_cli.tasks import Prompt, Row, Task, load_task

@@ -1,4 +1,4 @@
-"""Choose which rows share a forward, so that a row's scores do not depend on the rows beside it.
+"""Decide which rows share a forward, so that a row's scores do not depend on the rows beside it.
 
 A causal model whose attention hides padding scores a row in a batch as it does alone. Others do
 not: attention with a window counts padding as tokens, recurrent states take it in, and a
@@ -7,30 +7,17 @@ few rows of the run are scored together and alone, and what differs by more than
 apart.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from smezo_cli.scoring.candidates import Candidates
-    from smezo_cli.scoring.scorer import Scorer
-
-MOST_ROWS = 4  # that are measured; a forward each alone, and one or two together
-# Largest difference that is put down to rounding, as a part of the largest score: some ten times
-# what other shapes of matrix products make of the logits of a small model.
-ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-# Products of a large model round more: how much shows where a row is scored beside its own copy.
-NOISE_FACTOR = 8
-COLUMNS = 1024  # entries of the vocabulary whose logits are compared
-
 
 @dataclass(frozen=True)
 class Batching:
-    """Which sequences share a forward.
+    """Say which sequences share a forward.
 
     Attributes:
         pads: those of unlike length; the shorter ones are padded.
@@ -53,9 +40,20 @@ class Batching:
             of_length.setdefault(length, []).append(i)
         return list(of_length.values())
 
+    def in_forwards(
+        self, sequences: Sequence[Sequence[int]], compute: Callable[[list[int]], Tensor]
+    ) -> Tensor:
+        """Return what ``compute`` gives for sequences (by number), forward by forward, in order."""
+        groups = self.groups(list(map(len, sequences)))
+        if len(groups) == 1:
+            return compute(groups[0])
+        found = torch.cat([compute(chosen) for chosen in groups])
+        order = torch.tensor([i for chosen in groups for i in chosen], device=found.device)
+        return found[order.argsort()]
+
     @property
     def words(self) -> str:
-        """What is done, for a line of the console; "" where nothing is kept apart."""
+        """Return what is done, for a line of the console; "" where nothing is kept apart."""
         if not self.together:
             return "one row a forward"
         if not self.pads:
@@ -64,12 +62,19 @@ class Batching:
 
 
 ALONE = Batching(pads=False, caches=False, together=False)
-_ONE_LENGTH = Batching(pads=False, caches=False)
+ONE_LENGTH = Batching(pads=False, caches=False)
+
+
+class Batched(Protocol):
+    """What a batching is set on: a :class:`smezo_cli.scoring.scorer.Scorer`."""
+
+    batching: Batching
+    batching_of_answers: Batching
 
 
 @dataclass(frozen=True)
 class Found:
-    """What was measured of a model and some rows.
+    """Hold which batching was found to be right for a model and some rows.
 
     Attributes:
         scores: how sequences are scored (and their losses computed).
@@ -81,12 +86,12 @@ class Found:
     answers: Batching = Batching()
     difference: float = 0.0
 
-    def to(self, scorer: "Scorer") -> None:
-        """Let a scorer go by it."""
+    def to(self, scorer: Batched) -> None:
+        """Make a scorer batch as was found."""
         scorer.batching, scorer.batching_of_answers = self.scores, self.answers
 
     def stricter(self, other: "Found") -> "Found":
-        """Return what keeps apart all that either of the two does."""
+        """Return a batching that separates whatever either of the two separates."""
         return Found(
             _stricter(self.scores, other.scores),
             _stricter(self.answers, other.answers),
@@ -95,7 +100,7 @@ class Found:
 
     @property
     def line(self) -> str:
-        """A line for the console; "" where rows may share forwards freely."""
+        """Return a line for the console; "" where rows may share forwards freely."""
         said = [
             f"{of.words} ({what})"
             for what, of in (("scores", self.scores), ("answers", self.answers))
@@ -107,17 +112,17 @@ class Found:
         return f"  batches  rows together differ {much} from rows alone, so: {', '.join(said)}"
 
     def plain(self) -> dict[str, Any]:
-        """Return it as plain values, for JSON, which knows no infinity."""
+        """Return plain values for JSON, which has no infinity."""
         return asdict(self) | {"difference": self.difference if self.is_finite else None}
 
     @property
     def is_finite(self) -> bool:
-        """False where a score was finite only alone, or only in a batch."""
+        """Return False if a score was finite only alone, or only in a batch."""
         return self.difference < float("inf")
 
     @classmethod
     def of(cls, plain: dict[str, Any]) -> "Found":
-        """Undo :meth:`plain`."""
+        """Rebuild it from what :meth:`plain` returned."""
         scores, answers = (Batching(**plain[name]) for name in ("scores", "answers"))
         difference = plain["difference"]
         return cls(scores, answers, float("inf") if difference is None else difference)
@@ -127,152 +132,31 @@ def _stricter(a: Batching, b: Batching) -> Batching:
     return Batching(a.pads and b.pads, a.caches and b.caches, a.together and b.together)
 
 
-def pick(rows: "Sequence[Candidates]", most_tokens: int) -> "list[Candidates]":
-    """Return the rows to measure: the longest, the shortest, some between, two of one length.
-
-    Of each row two candidates are kept, for they are computed whole, also where a run would compute
-    what all of them have in common once.
-
-    Args:
-        rows: encoded.
-        most_tokens: padded, in one forward; two rows are taken whatever they hold.
-    """
-    ordered = sorted(_with_two_candidates(rows), key=lambda row: row.width)
-    chosen = [ordered[0], ordered[-1]] if len(ordered) > 1 else list(ordered)
-    like = [row for row in ordered[1:-1] if row.width == chosen[-1].width]
-    between = ordered[len(ordered) // 2]
-    for row in (*like[:1], between, *ordered[1:-1]):
-        together = (*chosen, row)
-        tokens = max(one.width * max(1, len(one.full)) for one in together) * len(together)
-        is_there = any(row is one for one in chosen)
-        if len(chosen) < MOST_ROWS and tokens <= most_tokens and not is_there:
-            chosen.append(row)
-    return chosen
-
-
-def _with_two_candidates(rows: "Sequence[Candidates]") -> "list[Candidates]":
-    """The rows with their first candidate and the one whose length is least like its."""
-
-    def unlike(row: "Candidates") -> int:
-        first, *others = row.num_option
-        return 1 + max(range(len(others)), key=lambda k: abs(others[k] - first), default=-1)
-
-    def with_two(row: "Candidates", k: int) -> "Candidates":
-        kept = (0, k) if k else (0,)
-        base = None if row.base is None else with_two(row.base, k)
-        full, options = tuple(row.full[i] for i in kept), tuple(row.num_option[i] for i in kept)
-        return replace(
-            row, full=full, num_option=options, label=-1, right=frozenset(), words=(), base=base
-        )
-
-    classes = next((unlike(row) for row in rows if row.full), 0)  # the same for all rows
-    return [
-        with_two(row, classes if row.kind == "classification" else unlike(row)) if row.full else row
-        for row in rows
-    ]
-
-
-@torch.no_grad()
-def measure(scorer: "Scorer", rows: "Sequence[Candidates]") -> Found:
-    """Return how these rows are scored, and answered, in batches as they are alone.
+def batches_of_like_length(
+    tokens: Sequence[int],
+    most_tokens: int,
+    first: int = 0,
+    every: int = 1,
+    done: Collection[int] = (),
+) -> Iterator[list[int]]:
+    """Yield the indices of the rows of each batch, the longest rows first.
 
     Args:
-        scorer: of the model as it is, with what it holds of demonstrations.
-        rows: some of unlike length; labels are not read.
+        tokens: that a forward takes for each row.
+        most_tokens: padded, in a batch, unless one row has more.
+        first: number of the first batch that is wanted.
+        every: of how many batches one is.
+        done: indices of rows that are not needed; a batch of such alone does not count.
     """
-    scorer.model.eval()
-    before = Found(scorer.batching, scorer.batching_of_answers)
-    try:
-        scores, difference = _scores(scorer, rows)
-        answers = Batching()
-        if rows[0].kind == "generation":
-            replace(before, scores=scores).to(scorer)
-            answers, of_answers = _answers(scorer, rows)
-            difference = max(difference, of_answers)
-            Found(scores, answers).to(scorer)
-            with scorer.holding(rows):
-                behind_held = scorer.generate(rows)
-            if behind_held != scorer.generate(rows):
-                scores = replace(scores, caches=False)
-    finally:
-        before.to(scorer)
-    return Found(scores, answers, difference)
-
-
-def _scores(scorer: "Scorer", rows: "Sequence[Candidates]") -> tuple[Batching, float]:
-    rows = [row for row in rows if row.full]
-    if not rows:
-        return Batching(), 0.0
-
-    def scored(batching: Batching, rows: "Sequence[Candidates]" = rows) -> Tensor:
-        scorer.batching = batching
-        found = scorer.scores(rows).float()
-        # Those of classification are defined up to a constant of the row.
-        return found.log_softmax(1) if rows[0].kind == "classification" else found
-
-    alone = [scored(ALONE, [row])[0] for row in rows]
-    longest = max(range(len(rows)), key=lambda i: rows[i].width)
-    copies = scored(_ONE_LENGTH, [rows[longest]] * 2)[:1]
-    wanted = _padded(alone)
-    limit = _limit(scorer, wanted, _difference(copies, alone[longest][None]))
-    padded = _difference(scored(Batching(caches=False)), wanted)
-    if padded > limit:
-        within = _difference(scored(_ONE_LENGTH), wanted) <= limit
-        return _ONE_LENGTH if within else ALONE, padded
-    scorer.batching = Batching()  # what is held is held only where caches may be
-    with _always_caching(scorer), scorer.holding(rows):
-        cached = _difference(scored(Batching()), wanted)
-        if scorer.holds_common:  # of a batch it is used only where it saves tokens for every row
-            each = _padded([scored(Batching(), [row])[0] for row in rows])
-            cached = max(cached, _difference(each, wanted))
-    return Batching(caches=cached <= limit), max(padded, cached)
-
-
-def _answers(scorer: "Scorer", rows: "Sequence[Candidates]") -> tuple[Batching, float]:
-    contexts = [row.context for row in rows]
-    num = max(row.max_new_tokens for row in rows)
-    columns = scorer.some_of_vocabulary(COLUMNS)
-    largest = 0.0
-    for batching in (Batching(), Batching(pads=False), _ONE_LENGTH):
-        differs = False
-        for chosen, logits, tokens in scorer.continued(contexts, batching, num, columns):
-            for k, i in enumerate(chosen):
-                ids = (*contexts[i], *tokens[k].tolist()[:-1])
-                wanted = scorer.logits_alone(ids, num, columns)
-                copies = scorer.logits_alone(ids, num, columns, copies=2) if k == 0 else wanted
-                limit = _limit(scorer, wanted, _difference(copies, wanted))
-                difference = _difference(logits[k], wanted)
-                largest, differs = max(largest, difference), differs or difference > limit
-        if not differs:
-            return batching, largest
-    return ALONE, largest
-
-
-def _limit(scorer: "Scorer", wanted: Tensor, noise: float) -> float:
-    dtype = scorer.compute_dtype or next(scorer.model.parameters()).dtype
-    largest = wanted[wanted.isfinite()].abs().max() if wanted.isfinite().any() else 0.0
-    return max(ROUNDING.get(dtype, 0.0) * float(largest), NOISE_FACTOR * noise)
-
-
-def _difference(found: Tensor, wanted: Tensor) -> float:
-    """The largest difference; of entries that are not finite, infinite where only one is so."""
-    both = found.isfinite() & wanted.isfinite()
-    if not torch.equal(found.isfinite(), wanted.isfinite()):
-        return float("inf")
-    return float((found[both] - wanted[both]).abs().max()) if both.any() else 0.0
-
-
-def _padded(rows: Sequence[Tensor]) -> Tensor:
-    """Return (rows, longest), padded with -inf."""
-    return torch.nn.utils.rnn.pad_sequence(
-        list(rows), batch_first=True, padding_value=-float("inf")
-    )
-
-
-@contextmanager
-def _always_caching(scorer: "Scorer") -> Iterator[None]:
-    scorer.always_caches = True
-    try:
-        yield
-    finally:
-        scorer.always_caches = False
+    finished = frozenset(done)
+    order = sorted(range(len(tokens)), key=lambda i: -tokens[i])
+    start = number = 0
+    while start < len(order):
+        size = max(1, most_tokens // tokens[order[start]])
+        chosen = order[start : start + size]
+        start += size
+        if finished.issuperset(chosen):
+            continue
+        if number % every == first:
+            yield chosen
+        number += 1

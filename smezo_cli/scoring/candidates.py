@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
+from torch import nn
+
 from smezo_cli.errors import UserError
 from smezo_cli.scoring import tokenization
 from smezo_cli.scoring.tokens import token_ids
 
 
 class RowLike(Protocol):
-    """See :class:`smezo_cli.tasks.Row`."""
+    """What scoring reads of a row; :class:`smezo_cli.tasks.Row` has it."""
 
     @property
     def fields(self) -> Mapping[str, str]: ...
@@ -30,7 +32,7 @@ class RowLike(Protocol):
 
 
 class PromptLike(Protocol):
-    """See :class:`smezo_cli.tasks.Prompt`."""
+    """What scoring reads of a prompt; :class:`smezo_cli.tasks.Prompt` has it."""
 
     @property
     def template(self) -> str: ...
@@ -46,24 +48,24 @@ class PromptLike(Protocol):
 
 @dataclass(frozen=True)
 class Candidates:
-    """One row as token ids.
+    """Hold the token ids of one row and its candidates.
 
     Attributes:
-        full: ids of context and candidate, one sequence a candidate; of a masked prompt the whole
+        full: ids of context and candidate, one sequence a candidate; for a masked prompt the whole
             sentence with the label in its place. Empty where a generation row has no answer.
         num_option: how many tokens at the end of each are the candidate's.
         label: index of the right one; -1 where it is not known.
         truncated: tokens were cut to fit.
         kind: classification, choice or generation.
         right: all that count as right, where these are more than the label.
-        words: the candidates as the user wrote them; of generation ().
+        words: the candidates as the user wrote them; in generation ().
         answers: reference answers of a generation row.
         context: ids of what generation continues; of a masked prompt the sentence with its mask.
-        max_new_tokens: of generation, at most.
+        max_new_tokens: of an answer in generation, at most.
         mask: position of the mask of a masked prompt, else None.
         num_merged: candidates whose first characters share a token with the context's last.
         id: the row's.
-        base: of a calibrated prompt the candidates behind its domain-conditional prompt.
+        base: with a calibrated prompt the candidates behind its domain-conditional prompt.
     """
 
     full: tuple[tuple[int, ...], ...]
@@ -83,19 +85,19 @@ class Candidates:
 
     @property
     def width(self) -> int:
-        """Tokens of the longest sequence."""
+        """Return the number of tokens of the longest sequence."""
         return max(map(len, self.full), default=len(self.context))
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that a forward without gradients takes."""
+        """Return how many tokens a forward without gradients takes."""
         if is_one(self):
             return self.width
         return self.prefix + (self.width - self.prefix) * len(self.full)
 
     @cached_property
     def shares_prefix(self) -> bool:
-        """One sequence gives all scores: labels of one token after the same prefix, or a mask."""
+        """Say whether one sequence gives all scores: labels of one token, or a mask."""
         if self.mask is not None:
             return True
         prefix = self.full[0][:-1]
@@ -103,7 +105,7 @@ class Candidates:
 
     @cached_property
     def prefix(self) -> int:
-        """Leading tokens that all candidates share, less the one before the first option token.
+        """Return how many leading tokens all candidates share, less the last before an option.
 
         The logits of that one are read, so it belongs to what runs once a candidate.
         """
@@ -114,24 +116,24 @@ class Candidates:
 
     @property
     def gold(self) -> int:
-        """Index of the candidate that is trained on; -1 where it is not known."""
+        """Return the index of the candidate that is trained on; -1 where it is not known."""
         if self.kind == "generation":
             return 0 if self.full else -1
         return self.label
 
     @property
     def correct(self) -> frozenset[int]:
-        """Indices that count as right; where the label is not known, and of generation, none."""
+        """Return the indices that count as right; none for generation or an unknown label."""
         has_label = self.kind != "generation" and self.label >= 0
         return self.right | {self.label} if has_label else self.right
 
     @property
     def is_labelled(self) -> bool:
-        """There is something to compare a prediction with."""
+        """Say whether there is a label or an answer to compare a prediction with."""
         return bool(self.answers if self.kind == "generation" else self.correct)
 
     def gold_alone(self) -> "Candidates":
-        """The row with no candidate but the gold one."""
+        """Return the row with the gold candidate alone."""
         gold = self.gold
         return dataclasses.replace(
             self, full=(self.full[gold],), num_option=(self.num_option[gold],), label=0
@@ -146,7 +148,7 @@ def encode(
     kind: str = "classification",
     max_new_tokens: int = 50,
 ) -> list[Candidates]:
-    """Token ids of every candidate; too long ones lose tokens on the left, but keep the BOS.
+    """Return the token ids of every candidate; long ones are cut on the left, but keep the BOS.
 
     Args:
         rows: a label of -1 and no answers are fine: such rows can be scored, not trained on.
@@ -154,7 +156,7 @@ def encode(
         tokenizer: of the model.
         max_length: tokens of the context window.
         kind: classification, choice or generation.
-        max_new_tokens: of generation: room that a prompt leaves in the window, as in MeZO.
+        max_new_tokens: in generation, tokens that a prompt leaves free in the window, as in MeZO.
 
     Raises:
         UserError: a candidate adds no token or leaves no room for one before it; a masked prompt
@@ -183,7 +185,7 @@ def _encode(
     *,
     begins: bool = False,
 ) -> list[Candidates]:
-    """As :func:`encode` under one prompt; with `begins` an empty context is the begin of a text."""
+    """Encode rows under one prompt; with `begins` an empty context is the begin of a text."""
     if prompt.is_masked:
         return _encode_masked(rows, prompt, tokenizer, max_length, kind)
     limit = max_length
@@ -201,15 +203,8 @@ def _encode(
     context_ids = token_ids(tokenizer, contexts)
     text_ids = iter(token_ids(tokenizer, list(itertools.chain(*texts))))
     # Where a tokenizer puts nothing before a text, the token that parts texts stands there.
-    start = tokenizer.bos_token_id if begins else None
-    start = tokenizer.eos_token_id if begins and start is None else start
-
-    def fitted(ids: list[int]) -> tuple[int, ...]:
-        if len(ids) <= limit:
-            return tuple(ids)
-        keeps_bos = tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
-        return tuple([ids[0], *ids[1 - limit :]] if keeps_bos else ids[-limit:])
-
+    bos = tokenizer.bos_token_id
+    start = (tokenizer.eos_token_id if bos is None else bos) if begins else None
     encoded = []
     for i, row in enumerate(rows):
         context = context_ids[i]
@@ -219,26 +214,14 @@ def _encode(
             ids = next(text_ids)
             if start is not None and not context_ids[i]:
                 context, ids = [start], [start, *ids]
-            # As MeZO: what the candidate adds to the tokens of the context. A tokenizer may merge
-            # across the border; then the candidate begins with the first token that differs.
-            extra = len(ids) - len(context)
-            if ids[: len(context)] != context:
-                extra = len(ids) - num_common([ids, context])
-                num_merged += extra > 0
-            if extra == len(ids) and begins:
-                raise UserError(
-                    f"task.sfc_prompt={prompt.template!r} is no token of the model's tokenizer, "
-                    "which has none for the begin of a text either: give a template with a text."
-                )
+            extra, is_merged = _added(ids, context)
             if extra == len(ids):
-                raise UserError(
-                    f"row {row.id}: no token stands before {text!r}; choose a task.prompt that "
-                    "shows more than what may be empty."
-                )
+                raise UserError(_nothing_before(text, prompt, row.id, begins=begins))
             if not 0 < extra < limit:
                 raise UserError(_unscorable(text[len(contexts[i]) :], extra, limit, kind, row.id))
+            num_merged += is_merged
             longest = max(longest, len(ids))
-            full.append(fitted(ids))
+            full.append(_fitted(ids, limit, bos))
             num_option.append(extra)
         if kind == "classification" and len(set(full)) < len(full):
             raise UserError(
@@ -255,13 +238,45 @@ def _encode(
                 right=row.right,
                 words=row.options if kind == "choice" else prompt.labels,
                 answers=row.answers,
-                context=fitted(context) if kind == "generation" else (),
+                context=_fitted(context, limit, bos) if kind == "generation" else (),
                 max_new_tokens=max_new_tokens if kind == "generation" else 0,
                 num_merged=num_merged,
                 id=row.id,
             )
         )
     return encoded
+
+
+def _added(ids: list[int], context: list[int]) -> tuple[int, bool]:
+    """Return how many tokens a candidate adds to its context, and whether one is merged with it.
+
+    As in MeZO. A tokenizer may merge across the border; then the candidate begins with the first
+    token that differs.
+    """
+    if ids[: len(context)] == context:
+        return len(ids) - len(context), False
+    extra = len(ids) - num_common([ids, context])
+    return extra, extra > 0
+
+
+def _fitted(ids: list[int], limit: int, bos: int | None) -> tuple[int, ...]:
+    """Cut tokens on the left down to the limit; a BOS in front stays."""
+    if len(ids) <= limit:
+        return tuple(ids)
+    keeps_bos = bos is not None and ids[0] == bos
+    return tuple([ids[0], *ids[1 - limit :]] if keeps_bos else ids[-limit:])
+
+
+def _nothing_before(text: str, prompt: PromptLike, row: str, *, begins: bool) -> str:
+    if begins:
+        return (
+            f"task.sfc_prompt={prompt.template!r} is no token of the model's tokenizer, "
+            "which has none for the begin of a text either: give a template with a text."
+        )
+    return (
+        f"row {row}: no token stands before {text!r}; choose a task.prompt that shows more than "
+        "what may be empty."
+    )
 
 
 def _unscorable(option: str, extra: int, limit: int, kind: str, row: str) -> str:
@@ -276,7 +291,7 @@ def _unscorable(option: str, extra: int, limit: int, kind: str, row: str) -> str
 def _encode_masked(
     rows: Sequence[RowLike], prompt: PromptLike, tokenizer: Any, max_length: int, kind: str
 ) -> list[Candidates]:
-    """For masked models: one sequence a row, each label word one token in place of the mask."""
+    """Encode rows for a masked model: one sequence a row, each label one token for the mask."""
     shown = f"task.prompt={prompt.template!r}"
     mask = tokenizer.mask_token_id
     if kind != "classification":
@@ -345,12 +360,12 @@ def _encode_masked(
 
 
 def is_one(row: Candidates) -> bool:
-    """One sequence gives all that is asked of the row."""
+    """Say whether one sequence gives all that is asked of the row."""
     return not row.full or row.shares_prefix
 
 
-def _label_ids(batch: Sequence[Candidates]) -> tuple[int, ...] | None:
-    """Last tokens of the labels, where they are the same for all rows and all that is read."""
+def shared_label_ids(batch: Sequence[Candidates]) -> tuple[int, ...] | None:
+    """Return the labels' last tokens where all rows share them and need no other; else None."""
     if batch[0].kind != "classification":
         return None
     if batch[0].mask is not None:
@@ -360,15 +375,31 @@ def _label_ids(batch: Sequence[Candidates]) -> tuple[int, ...] | None:
 
 
 def num_common(sequences: Sequence[Any]) -> int:
-    """Leading tokens in which all sequences agree."""
+    """Return how many leading tokens all sequences have in common."""
     # The first and the last in order differ as early as any two.
     first, last = min(sequences), max(sequences)
     pairs = enumerate(zip(first, last, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(last)))
 
 
+def check_family(row: Candidates, model: nn.Module) -> None:
+    """Raise UserError for a prompt that the model would take in and answer with nonsense."""
+    name = type(model).__name__
+    if name.endswith("ForMaskedLM") == (row.mask is not None):
+        return
+    if row.mask is None:
+        raise UserError(
+            f"task.prompt has no {{mask}}, and {name} fills masks only: choose a prompt such "
+            'as task.prompt="{text} It was {mask} .", or a causal model.'
+        )
+    raise UserError(
+        f"task.prompt has a {{mask}}, and {name} fills none: choose a prompt that ends where "
+        "the label word follows, or a masked model such as model=roberta-large."
+    )
+
+
 def split_by_length(batch: Sequence[Candidates]) -> list[Sequence[Candidates]]:
-    """One or two parts of like length, where that saves a sixth of the padded tokens.
+    """Split a batch into two parts of like length if that saves a sixth of the padded tokens.
 
     A CPU's time goes with the tokens; a GPU would rather have one launch.
     """

@@ -1,4 +1,4 @@
-"""What an evaluation found: scores, outcomes and metrics of some rows."""
+"""Compute metrics and predictions from the scores of the rows of a split."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from smezo_cli.scoring.objectives import check_scores, of_answers, outcomes
 
 @dataclass
 class Evaluation:
-    """What a model made of the rows of a split; all figures follow from it.
+    """Hold a model's scores and answers on the rows of a split; all metrics follow from them.
 
     Attributes:
         rows: the split.
-        scores: float32 (n, most candidates of a row), -inf where a row has fewer; of generation
+        scores: float32 (n, most candidates of a row), -inf where a row has fewer; in generation
             the mean log-probability of the first answer's tokens.
-        texts: of generation what the model answers, row by row.
-        bases: of a calibrated choice task, float32 (n,), what the score of each row's gold
+        texts: in generation the model's answers, row by row.
+        bases: in a calibrated choice task, float32 (n,), what the score of each row's gold
             candidate lacks of the log-probability that is trained on.
 
     Raises:
@@ -39,21 +39,21 @@ class Evaluation:
 
     @property
     def kind(self) -> str:
-        """Of the task."""
+        """Return the kind of the task."""
         return self.rows[0].kind
 
     @property
     def metric(self) -> str:
-        """Name of the figure that counts: accuracy, or of generation f1."""
+        """Return the name of the metric that counts: accuracy, or for generation f1."""
         return METRICS[self.kind]
 
     @property
     def labels(self) -> Tensor:
-        """int64 (n,), -1 where it is not known."""
+        """Return the labels, int64 (n,); -1 where one is not known."""
         return torch.tensor([row.label for row in self.rows])
 
     def per_row(self, offsets: Tensor | None = None) -> Tensor:
-        """The metric of each row, float64 (n,); nan where nothing is known to compare with.
+        """Return the metric of each row, float64 (n,); nan where nothing is known to compare with.
 
         Args:
             offsets: (classes,), added to the scores.
@@ -62,10 +62,10 @@ class Evaluation:
         return outcomes(self.rows, scores, self.texts)
 
     def figures(self, offsets: Tensor | None = None) -> dict[str, Any]:
-        """Metric with its standard error, n, loss; over the rows whose labels are known.
+        """Return the metric, its standard error, n and the loss over the labelled rows.
 
-        The loss is the training objective on the split. Of classification there is the AUC (None
-        unless there are two classes), of generation the exact match, too.
+        The loss is the training objective on the split. Classification adds the AUC (None unless
+        there are two classes), generation the exact match.
 
         Args:
             offsets: (classes,), added to the scores of a classification task.
@@ -100,7 +100,7 @@ class Evaluation:
         return figures
 
     def predictions(self, offsets: Tensor | None = None) -> list[dict[str, Any]]:
-        """What was predicted for each row, in plain values for a line of JSON.
+        """Return what was predicted for each row, in plain values for a line of JSON.
 
         The scores of classification are log-probabilities among the labels, those of choice mean
         log-probabilities of a token (of a calibrated prompt sums over the tokens, less the base's).
@@ -109,12 +109,12 @@ class Evaluation:
         scores = self.scores if offsets is None else self.scores + offsets
         texts = self.texts
         exact = of_answers(self.rows, texts, metrics.exact_match) if texts else None
-        for i, (row, figure) in enumerate(zip(self.rows, self.per_row(offsets), strict=True)):
+        for i, (row, value) in enumerate(zip(self.rows, self.per_row(offsets), strict=True)):
             line: dict[str, Any] = {"id": row.id}
             if exact is not None:
                 line |= {"prediction": self.texts[i], "answers": list(row.answers)}
                 if row.is_labelled:
-                    line |= {"f1": float(figure), "exact_match": float(exact[i])}
+                    line |= {"f1": float(value), "exact_match": float(exact[i])}
             else:
                 of_row = scores[i, : len(row.full)].double()
                 if self.kind == "classification":
@@ -122,7 +122,7 @@ class Evaluation:
                 best = int(of_row.argmax())
                 line |= {"prediction": best, "word": row.words[best], "label": None}
                 if row.is_labelled:
-                    line |= {"label": sorted(row.correct), "correct": bool(figure)}
+                    line |= {"label": sorted(row.correct), "correct": bool(value)}
                     if self.kind == "classification":
                         line["label"] = row.label
                 line["scores"] = of_row.tolist()

@@ -9,12 +9,10 @@ from torch import Tensor, nn
 
 from smezo_cli.zo.probe import looks_up_rows, renumbered
 
-# --- what low precision does to the loss -------------------------------------------------------
-
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
-    """Inside, a low-precision model computes in float32 from the weights that it has.
+    """Make a low-precision model compute in float32 within the context, from its own weights.
 
     Every module that owns tensors below float32 runs with float32 copies of its own, and with
     float32 inputs; copies live while the module's forward runs. It equals ``model.float()``, at the

@@ -1,4 +1,4 @@
-"""Greedy answers, as MeZO generates them for SQuAD and DROP (arXiv 2305.17333, appendix E).
+"""Generate greedy answers, as MeZO does for SQuAD and DROP (arXiv 2305.17333, appendix E).
 
 Not by the model's own `generate`: that takes up whatever a checkpoint's generation settings ask
 for (repetition penalties, sampling), and then is no longer greedy.
@@ -12,8 +12,47 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smezo_cli.scoring.batching import Batching
+from smezo_cli.scoring.forward import Forward
+from smezo_cli.scoring.prefix_cache import Held
 from smezo_cli.scoring.tokenization import decoded
 from smezo_cli.scoring.tokens import padding_id
+
+
+@torch.no_grad()
+def answers(
+    forward: Forward,
+    tokenizer: Any,
+    contexts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batching: Batching,
+    held: Held | None,
+) -> list[str | None]:
+    """Return the :func:`greedy` answer of each context, continued in batches where that is right.
+
+    Args:
+        forward: runs a causal language model.
+        tokenizer: its own.
+        contexts: token ids; all begin with what is held.
+        max_new_tokens: at most so many tokens a context.
+        batching: which contexts share a forward.
+        held: keys and values of what all contexts begin with, if anything is held.
+    """
+    size = 0 if held is None else len(held.ids)
+    texts: dict[int, str | None] = {}
+    with forward.computing():
+        for chosen in batching.groups(list(map(len, contexts))):
+            found = greedy(
+                forward.model,
+                tokenizer,
+                [contexts[i][size:] for i in chosen],
+                max_new_tokens,
+                past=None if held is None else held.growing(len(chosen)),
+                num_past=size,
+                caches=batching.caches,
+            )
+            texts |= zip(chosen, found, strict=True)
+    return [texts[i] for i in range(len(contexts))]
 
 
 @torch.no_grad()
@@ -26,7 +65,7 @@ def greedy(
     num_past: int = 0,
     caches: bool = True,
 ) -> list[str | None]:
-    """The most probable next token again and again, to the first newline or end of text.
+    """Continue contexts by the most probable token, to the first newline or end of text.
 
     Contexts are padded on the left and continued together.
 
@@ -76,7 +115,7 @@ def next_tokens(
     num_past: int = 0,
     caches: bool = True,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Continue contexts by the most probable token; endless, for it knows of no end of text.
+    """Continue contexts by the most probable token, without end: no token ends a text here.
 
     Args:
         model: a causal language model.
@@ -87,7 +126,7 @@ def next_tokens(
         caches: use a key-value cache where the model has one.
 
     Yields:
-        Of each step the logits (contexts, vocabulary) and the tokens with the largest (contexts,).
+        For each step the logits (contexts, vocabulary) and the likeliest tokens (contexts,).
     """
     device = next(model.parameters()).device
     names = inspect.signature(type(model).forward).parameters
@@ -116,7 +155,7 @@ def next_tokens(
 
 
 def _ends(model: nn.Module, tokenizer: Any) -> set[int]:
-    """Tokens that end a text: the tokenizer's and those of the checkpoint's settings."""
+    """Return the tokens that end a text: the tokenizer's and those of the checkpoint's settings."""
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = {tokenizer.eos_token_id, *(named if isinstance(named, list | tuple) else [named])}
     return ends - {None}

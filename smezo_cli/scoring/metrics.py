@@ -1,6 +1,6 @@
-"""Accuracy, F1 of answers, their errors, ranking, and the offsets that a labelled dev set suggests.
+"""Compute accuracy, F1, AUC and their standard errors, and fit offsets on a labelled dev set.
 
-A figure of a row is 0 or 1 (right or not) or anything between (F1); a split's figure is the mean.
+A row's metric is 0 or 1 (right or not) or anything between (F1); a split's is their mean.
 """
 
 import math
@@ -17,7 +17,7 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def correct(scores: Tensor, right: Tensor) -> Tensor:
-    """Whether the candidate with the highest score (the first of equals) is right: bool (n,).
+    """Say whether the candidate with the highest score (the first of equals) is right: bool (n,).
 
     Args:
         scores: (n, candidates), -inf where a row has fewer.
@@ -28,12 +28,12 @@ def correct(scores: Tensor, right: Tensor) -> Tensor:
 
 
 def accuracy(scores: Tensor, right: Tensor) -> float:
-    """Share of the rows that are :func:`correct`."""
+    """Return the fraction of the rows that are :func:`correct`."""
     return float(correct(scores, right).double().mean())
 
 
 def normalise(answer: str) -> str:
-    """An answer as SQuAD compares it: lower case, no ASCII punctuation, no articles, single blanks.
+    """Return an answer as SQuAD compares it: lower case, no ASCII punctuation, no articles.
 
     Rajpurkar et al., 2016 (arXiv 1606.05250), the official evaluation script.
     """
@@ -41,7 +41,7 @@ def normalise(answer: str) -> str:
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """1 if the prediction equals one of the references, both normalised as SQuAD does, else 0."""
+    """Return 1 if the prediction equals a reference, both normalised as SQuAD does, else 0."""
     return float(normalise(prediction) in {normalise(reference) for reference in references})
 
 
@@ -50,9 +50,9 @@ _NO_ANSWER = ("no answer", "CANNOTANSWER")
 
 
 def f1(prediction: str, references: Sequence[str]) -> float:
-    """Word F1 with the nearest reference, all normalised as SQuAD does; 0 where no word is shared.
+    """Return the word F1 with the nearest reference, all normalised as SQuAD does.
 
-    As in MeZO: of a question without an answer (its first reference says so) the exact match.
+    As in MeZO: for a question without an answer (its first reference says so) the exact match.
     """
     if references[0] in _NO_ANSWER:
         return exact_match(prediction, references[:1])
@@ -64,17 +64,17 @@ def _f1(ours: Sequence[str], theirs: Sequence[str]) -> float:
     return 2 * shared / (len(ours) + len(theirs)) if shared else 0.0
 
 
-def standard_error(figures: Tensor) -> float:
-    """Of the mean of the rows' figures (n,): spread / sqrt(n); of an accuracy sqrt(p(1-p)/n)."""
-    figures = figures.double()
-    return math.sqrt(float(((figures - figures.mean()) ** 2).mean()) / len(figures))
+def standard_error(per_row: Tensor) -> float:
+    """Return the standard error of the mean of rows' metrics (n,): spread / sqrt(n)."""
+    per_row = per_row.double()
+    return math.sqrt(float(((per_row - per_row.mean()) ** 2).mean()) / len(per_row))
 
 
 def paired_gain(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
-    """Difference of two means over the same rows and its paired standard error.
+    """Return the difference of two means over the same rows, and its paired standard error.
 
     Args:
-        ours: the rows' figures, (n,).
+        ours: the rows' metrics, (n,).
         theirs: those of the other model on the same rows, (n,).
 
     Returns:
@@ -85,12 +85,12 @@ def paired_gain(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
 
 
 def cross_entropy(scores: Tensor, labels: Tensor) -> float:
-    """Mean of -log softmax(scores)[label], in float64."""
+    """Return the mean of -log softmax(scores)[label], in float64."""
     return float(torch.nn.functional.cross_entropy(scores.double(), labels))
 
 
 def auc(scores: Tensor, labels: Tensor) -> float | None:
-    """Area under the ROC curve of two classes (ties count half); None for more classes.
+    """Return the area under the ROC curve of two classes (ties count half), else None.
 
     A moved threshold leaves it as it is: what raises it is a better ranking.
     """
@@ -104,7 +104,7 @@ def auc(scores: Tensor, labels: Tensor) -> float | None:
 
 
 def fit_offsets(scores: Tensor, labels: Tensor, sweeps: int = 3) -> Tensor:
-    """Offsets (classes,) that maximise the accuracy of ``scores + offsets`` on labelled rows.
+    """Return the offsets (classes,) that maximise the accuracy of ``scores + offsets``.
 
     With two classes this is the best threshold, exactly; with more, one class after the other is
     given its best offset while the rest stay. Among equally good offsets the smallest change wins.

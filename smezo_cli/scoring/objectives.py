@@ -1,4 +1,4 @@
-"""Turn scores into outcomes of rows, and weights into a loss."""
+"""Turn scores and answers into the metric of each row, and refuse those that are not finite."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ class NonFiniteScore(NonFiniteLoss):
 
 
 def loss_weight(batch: Sequence[Candidates], name: str) -> int:
-    """What sums of an objective are divided by: rows, or tokens where a loss is a token's."""
+    """Return what a summed objective is divided by: the rows, or the tokens of a loss per token."""
     if name != "loss" or batch[0].kind == "classification":
         return len(batch)
     return sum(c.num_option[c.gold] for c in batch)
@@ -25,15 +25,15 @@ def loss_weight(batch: Sequence[Candidates], name: str) -> int:
 def outcomes(
     rows: Sequence[Candidates], scores: Tensor | None, texts: Sequence[str | None] = ()
 ) -> Tensor:
-    """The metric of each row, float64 (n,).
+    """Return the metric of each row, float64 (n,).
 
     NaN where nothing is known to compare with, and where the scores say nothing; see
     :func:`are_scored`.
 
     Args:
         rows: of one kind.
-        scores: (n, most candidates of a row), read of classification and choice.
-        texts: of generation the answers.
+        scores: (n, most candidates of a row), read in classification and choice.
+        texts: in generation the answers.
     """
     if rows[0].kind == "generation":
         return of_answers(rows, texts, metrics.f1)
@@ -48,7 +48,7 @@ def outcomes(
 
 
 def are_scored(rows: Sequence[Candidates], scores: Tensor) -> Tensor:
-    """Whether scores of a row can be compared and have a loss: bool (n,).
+    """Say whether the scores of a row can be compared and have a loss: bool (n,).
 
     A candidate at -inf is one that the model rules out, which is a score like others; not where it
     is the one that the loss is of, nor where all of a row are ruled out. NaN and inf never are.
@@ -68,12 +68,12 @@ def are_scored(rows: Sequence[Candidates], scores: Tensor) -> Tensor:
 def check_scores(
     rows: Sequence[Candidates], scores: Tensor, texts: Sequence[str | None] = ()
 ) -> None:
-    """Refuse what a model gives that is not finite; see :func:`are_scored`.
+    """Raise NonFiniteScore for scores or answers that are not finite; see :func:`are_scored`.
 
     Args:
         rows: of one kind.
         scores: (n, most candidates of a row) on the CPU.
-        texts: of generation, None for a row whose answer cannot be told.
+        texts: in generation the answers, None for a row whose answer cannot be told.
 
     Raises:
         NonFiniteScore: it names the first such row.
@@ -95,7 +95,7 @@ def of_answers(
     texts: Sequence[str | None],
     metric: Callable[[str, Sequence[str]], float],
 ) -> Tensor:
-    """A metric of each row's answer, float64 (n,); nan where no reference is known, or no text."""
+    """Return a metric of each row's answer, float64 (n,); nan without a reference or a text."""
     found = [
         metric(text, row.answers) if row.answers and text is not None else math.nan
         for text, row in zip(texts, rows, strict=True)

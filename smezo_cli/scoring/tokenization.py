@@ -1,4 +1,4 @@
-"""Call a tokenizer of unknown origin so that what its library trips over becomes one sentence.
+"""Call a tokenizer of unknown origin, and report what its library fails on in one sentence.
 
 The tokenizers library panics at some regular expressions, normalizers and character maps. A panic
 is no ``Exception`` in Python, and has been written to the standard error before it is raised.
@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from smezo_cli.errors import UserError
+from smezo_cli.errors import UserError, first_line
 
 
 @contextmanager
 def panics_as_exceptions() -> Iterator[None]:
-    """Inside, a panic is raised as a ``ValueError`` of its first line, and writes nothing.
+    """Raise a panic within the context as a ``ValueError`` of its first line; print nothing of it.
 
     What else is written to the standard error is passed on at the end.
     """
@@ -46,7 +46,7 @@ def panics_as_exceptions() -> Iterator[None]:
 
 
 class _Panic(ValueError):
-    """What tokenizers could not do."""
+    """The tokenizers library failed or panicked."""
 
 
 @contextmanager
@@ -57,12 +57,11 @@ def _caught() -> Iterator[None]:
         # The library raises Exception itself, and pyo3's class of panics cannot be imported.
         if type(error) is not Exception and type(error).__module__ != "pyo3_runtime":
             raise
-        line = (str(error).strip().splitlines() or ["it panicked"])[0][:200]
-        raise _Panic(line.rstrip(". ")) from None
+        raise _Panic(first_line(error)) from None
 
 
 def encoded(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[list[int]]:
-    """Token ids of each text.
+    """Return the token ids of each text.
 
     Args:
         tokenizer: of transformers.
@@ -90,7 +89,7 @@ def encoded(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[list[i
 
 
 def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of token ids, without special tokens.
+    """Return the text of token ids, without special tokens.
 
     Raises:
         UserError: the tokenizer cannot make one.

@@ -1,4 +1,4 @@
-"""Texts as token ids for a model, and the token that batches of them are padded with."""
+"""Turn texts into token ids for a model, and choose the token that pads batches of them."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any

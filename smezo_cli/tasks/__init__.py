@@ -1,4 +1,4 @@
-"""Tasks: prompts, labelled rows and their splits."""
+"""Read tasks: prompts, labelled rows and their splits."""
 
 from smezo_cli.tasks.base import Prompt, Row, Task
 from smezo_cli.tasks.load import load_task

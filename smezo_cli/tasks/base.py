@@ -1,4 +1,4 @@
-"""What a task is: prompts, rows, and the three splits that are cut from the rows."""
+"""Define a task: prompts, rows, and the three splits that are cut from the rows."""
 
 import hashlib
 import json
@@ -20,15 +20,15 @@ from smezo_cli.tasks.templates import (
 
 
 class Row(NamedTuple):
-    """One example.
+    """Hold one example.
 
     Attributes:
         fields: its texts by name.
         label: index of the right candidate (the one trained on); -1 where it is not known.
         id: its place in the source.
-        options: of a choice task the row's own candidates, else ().
-        right: of a choice task all candidates that count as right, the label among them.
-        answers: of a generation task the reference answers; the first is trained on.
+        options: in a choice task the row's own candidates, else ().
+        right: in a choice task all candidates that count as right, the label among them.
+        answers: in a generation task the reference answers; the first is trained on.
     """
 
     fields: Mapping[str, str]
@@ -41,15 +41,17 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A template with `{field}` places (see `smezo_cli.tasks.templates`) and what follows it.
+    """Write rows as text: a template with `{field}` places, and what follows it.
+
+    See `smezo_cli.tasks.templates`.
 
     Attributes:
         template: the context; with a `{mask}` place it is for masked language models.
-        labels: of a classification task the label words by class index.
-        option: of a choice task how an option is written behind the context; beside the fields it
+        labels: in a classification task the label words by class index.
+        option: in a choice task how an option is written behind the context; beside the fields it
             has places for `{option}`, its `{number}` from 1 and its `{letter}` from A.
         head: what stands before every context: demonstrations, and what parts them from it.
-        sfc: of a calibrated prompt the template of the domain-conditional prompt; see `base`.
+        sfc: in a calibrated prompt the template of the domain-conditional prompt; see `base`.
     """
 
     template: str
@@ -60,12 +62,12 @@ class Prompt:
 
     @property
     def is_masked(self) -> bool:
-        """For masked language models."""
+        """Say whether it is for masked language models."""
         return any(name == MASK for _, name, _ in places(self.template))
 
     @property
     def base(self) -> "Prompt | None":
-        """The prompt whose scores are taken off those of this one; None where none are.
+        """Return the prompt whose scores are taken off those of this one; None if it has none.
 
         It says of the row only what all rows of the domain have in common, so that its scores are
         those which the candidates owe to their wording alone (surface form competition, Holtzman et
@@ -76,7 +78,7 @@ class Prompt:
     def context(self, fields: Mapping[str, str]) -> str:
         """Fill in the template; blanks are stripped at both ends, and newlines where a text begins.
 
-        So MeZO does it: a newline at the end stays, and one behind demonstrations, too. Of a masked
+        So MeZO does it: a newline at the end stays, and one behind demonstrations, too. In a masked
         prompt, where only blanks are stripped, `fields` may hold the mask token as `mask`; else
         `{mask}` stays there.
         """
@@ -84,9 +86,9 @@ class Prompt:
         return self.head + text if self.head or self.is_masked else text.lstrip()
 
     def candidates(self, row: Row) -> tuple[str, ...]:
-        """Context and candidate, for each candidate of the row; of generation the first answer.
+        """Return context and candidate for each candidate of the row, or for the first answer.
 
-        One blank stands between them unless the context ends in a space or newline. Of a masked
+        One blank stands between them unless the context ends in a space or newline. In a masked
         prompt the label words stand in the place of the mask.
         """
         if self.is_masked:
@@ -105,7 +107,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class BasePrompt(Prompt):
-    """A domain-conditional prompt; it may be empty, and show nothing of the row."""
+    """Write a domain-conditional prompt; it may be empty, and show nothing of the row."""
 
     def context(self, fields: Mapping[str, str]) -> str:
         """Fill in the template; blanks alone are stripped at both ends, as in MeZO."""
@@ -113,13 +115,13 @@ class BasePrompt(Prompt):
 
 
 def option_fields(text: str, index: int) -> dict[str, str]:
-    """What the template of an option can show of the option at `index` (from 0)."""
+    """Return what the template of an option can show of the option at `index` (from 0)."""
     return {OPTION: text, NUMBER: str(index + 1), LETTER: chr(ord("A") + index)}
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task, read and cut.
+    """Hold a task whose rows were read and cut.
 
     Attributes:
         name: of the task node.
@@ -130,7 +132,7 @@ class Task:
         classes: names of the classes of a classification task, else ().
         source: in one line, where the rows are from and what of them was left out.
         fingerprint: hex digest or commit of the data; "" where neither is known.
-        notes: what somebody who reads the figures must know of the rows, each in one line.
+        notes: what somebody who reads the metrics must know of the rows, each in one line.
     """
 
     name: str
@@ -148,7 +150,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Tables:
-    """What a reader returns: all rows before any cut; each has the texts named in `fields`.
+    """Hold what a reader returns: all rows before any cut, with the texts named in `fields`.
 
     `test` is empty where the test rows are to be cut from the train rows.
     """
@@ -163,7 +165,7 @@ class Tables:
 
 
 def fingerprint(rows: Sequence[Row]) -> str:
-    """Twelve hex digits of rows in their order: equal for equal ids, texts and labels."""
+    """Return twelve hex digits of rows in their order: equal for equal ids, texts and labels."""
     # As json.dumps writes a list of them with sorted keys, which takes three times as long.
     digest, quoted = hashlib.sha256(), json.encoder.encode_basestring_ascii
     for text, label, name, options, right, answers in rows:
@@ -184,7 +186,7 @@ def permute(rows: Sequence[Row], data_seed: int) -> list[Row]:
 def cut(
     tables: Tables, cfg: Mapping[str, Any], data_seed: int
 ) -> tuple[tuple[Row, ...], tuple[Row, ...], tuple[Row, ...]]:
-    """Train, dev and test rows by `num_train`, `num_dev`, `num_test`; null: all that are left.
+    """Return train, dev and test rows by `num_train`, `num_dev`, `num_test`; null: all the rest.
 
     As in MeZO, dev is the end of the first `num_train + num_dev` permuted train rows, `num_test`
     is an upper limit, and so is `num_train` where the rows are fewer: dev is served first. With
@@ -266,14 +268,14 @@ def _cut_by_class(
 
 
 def one_class(labels: Sequence[int]) -> bool:
-    """Have all rows the same label, so that nothing can be told apart, ranked or calibrated?"""
+    """Say whether all labels are the same, so that nothing can be ranked or calibrated."""
     return len(set(labels)) == 1
 
 
 def lacking(
     train: Sequence[Row], dev: Sequence[Row], classes: Sequence[str], num_per_class: int
 ) -> list[str]:
-    """Say of each class with fewer than `num_per_class` train or dev rows how many it has."""
+    """Return a line for each class with fewer than `num_per_class` train or dev rows."""
     counts = [Counter(row.label for row in rows) for rows in (train, dev)]
     return [
         f"{num_per_class} rows of class {name} asked for, {counts[0][index]} there for train and "
@@ -355,7 +357,7 @@ def prompts_of(cfg: Mapping[str, Any], tables: Tables) -> tuple[Prompt, ...]:
 
 
 def _calibrated(prompt: Prompt, cfg: Mapping[str, Any]) -> Prompt:
-    """The prompt with the domain-conditional prompt that `sfc` and `sfc_prompt` give it."""
+    """Return the prompt with the domain-conditional prompt that `sfc` and `sfc_prompt` give."""
     if not cfg.get("sfc"):
         return replace(prompt, sfc=None)
     if (given := cfg.get("sfc_prompt")) is None:
@@ -367,7 +369,7 @@ def _calibrated(prompt: Prompt, cfg: Mapping[str, Any]) -> Prompt:
 
 
 def _words(words: Any) -> tuple[str, ...]:
-    """Label words by class index, from `[no, yes]` or `{0: no, 1: yes}`."""
+    """Return label words by class index, from `[no, yes]` or `{0: no, 1: yes}`."""
     given = words
     if isinstance(words, Mapping):
         by_index = {str(index): word for index, word in words.items()}

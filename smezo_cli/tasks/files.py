@@ -1,4 +1,4 @@
-"""Files as records: JSON lines, JSON, CSV, TSV, Parquet, and by request parsed lines and trees.
+"""Read files as records: JSON lines, JSON, CSV, TSV, Parquet, parsed lines and trees.
 
 Every record knows its exact place, for messages.
 """
@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from smezo_cli.errors import UserError
-from smezo_cli.files.bounded import check_ordinary
+from smezo_cli.errors import UserError, first_line
+from smezo_cli.files.bounded import check_ordinary, sha256_of
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
 
 class Record(NamedTuple):
-    """One record of a file.
+    """Hold one record of a file.
 
     Attributes:
         where: its place for messages: "FILE, line 3".
@@ -38,14 +38,12 @@ class Record(NamedTuple):
 _Found = tuple[str, int, Any]  # a record's place, its line or row, and its value
 
 
-def sha256_of(*paths: Path) -> str:
-    """Hex digest of one file, or of the digests of several; UserError if one cannot be read."""
+def digest_of(*paths: Path) -> str:
+    """Return the SHA-256 of one file, or of several digests; UserError where one is unreadable."""
     digests = []
     for path in paths:
         try:
-            check_ordinary(path)
-            with path.open("rb") as file:
-                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+            digests.append(sha256_of(path))
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     return (
@@ -63,7 +61,7 @@ def read_file(
     line: str | None = None,
     encoding: str = "utf-8-sig",
 ) -> Iterator[Record]:
-    """Records of a file, by its extension unless `form` or `line` says otherwise.
+    """Yield the records of a file, by its extension unless `form` or `line` says otherwise.
 
     A JSON file gives its elements if it is a list, else itself as the only record.
 
@@ -136,7 +134,7 @@ _PACKED = (
 
 
 def _check_content(path: Path, suffix: str) -> None:
-    """Refuse what stands in the place of a file, or is named like another kind of file."""
+    """Raise UserError for a stand-in of a file, or one named like another kind of file."""
     with path.open("rb") as file:
         head = file.read(64)
     kinds = _STAND_INS if suffix == ".parquet" else _STAND_INS + _PACKED
@@ -146,7 +144,7 @@ def _check_content(path: Path, suffix: str) -> None:
 
 
 def _loads_once(text: str) -> Any:
-    """As json.loads; ValueError where a key stands twice in a mapping."""
+    """Parse JSON; raise ValueError where a key stands twice in a mapping."""
     return json.loads(text, object_pairs_hook=_once)
 
 
@@ -189,7 +187,7 @@ def _hint_of_whole(path: Path) -> str:
 
 
 def lines_of(path: Path, encoding: str = "utf-8-sig") -> list[str]:
-    """The lines of a text file without their ends, and without an empty last one.
+    """Return the lines of a text file without their ends, and without an empty last one.
 
     Raises:
         UserError: it cannot be read.
@@ -257,7 +255,7 @@ def _json(path: Path, loads: Callable[[str], Any]) -> Iterator[_Found]:
 
 
 def _check_characters(data: bytes, value: Any, where: str) -> None:
-    """Half of a character, which JSON can spell and nothing can write."""
+    """Raise UserError for half of a character, which JSON can spell and nothing can write."""
     if b"\\ud" in data or b"\\uD" in data:
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -317,7 +315,7 @@ _UNQUOTED = "where quotation marks are ordinary characters, add task.quoting=non
 
 
 def _cells(lines: Iterable[str], delimiter: str, quotes: bool) -> Iterator[tuple[list[str], int]]:
-    """Cells of each record, and the number of its last line."""
+    """Yield the cells of each record, and the number of its last line."""
     rows = csv.reader(
         lines,
         delimiter=delimiter,
@@ -329,7 +327,7 @@ def _cells(lines: Iterable[str], delimiter: str, quotes: bool) -> Iterator[tuple
 
 
 def _header(cells: list[str], where: str) -> list[str]:
-    """Names of the columns, "" of one without a name, as the index of a data frame."""
+    """Return the names of the columns, "" for one without a name (a data frame's index)."""
     columns = [cell.strip() for cell in cells]
     for column in columns:
         if column and columns.count(column) > 1:
@@ -341,7 +339,7 @@ def _header(cells: list[str], where: str) -> list[str]:
 
 
 def _fitted(cells: list[str], columns: Sequence[str]) -> list[str] | None:
-    """A cell for each column, None where there are others; a comma at the end is no cell."""
+    """Return a cell for each column, or None if there are others; a last comma is no cell."""
     size = len(columns)
     if any(cells[size:]) or any(columns[len(cells) :]):
         return None
@@ -349,7 +347,7 @@ def _fitted(cells: list[str], columns: Sequence[str]) -> list[str] | None:
 
 
 def _named(columns: Sequence[str], cells: Sequence[str]) -> dict[str, str]:
-    """Cells by the names of their columns; without a name one column may be, and is ""."""
+    """Return cells by the names of their columns; one column may have no name, and is ""."""
     named = dict(zip(columns, cells, strict=True))
     if columns.count("") > 1:
         del named[""]
@@ -364,7 +362,7 @@ def _check_swallowed(
     size: int,
     notes: list[str] | None,
 ) -> None:
-    """Find records of several lines each of which could be a record itself, if quotes were none.
+    """Find records of several lines, each of which would be a record if quotes were plain text.
 
     A stray quotation mark at the start of a cell swallows all up to the next one at the end of a
     cell. In a TSV such a record is refused, since a tab is seldom text. So it is in a CSV where
@@ -443,12 +441,12 @@ def _parquet(path: Path) -> Iterator[_Found]:
         raise
     # Arrow's own, and what Python makes of a cell: a day beyond the calendar, bytes for text.
     except (pyarrow.ArrowException, ValueError, TypeError, ArithmeticError, MemoryError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
+        reason = first_line(error)
         raise UserError(f"{path} is no Parquet file that can be read ({reason}).") from error
 
 
 def _reading(kind: Any) -> Callable[[Any], Any] | None:
-    """What makes of a cell what a CSV of the same table has; None where it is that already."""
+    """Return what turns a cell into what a CSV of the table has; None if it is that already."""
     import numpy
     from pyarrow import types
 

@@ -1,4 +1,4 @@
-"""Rows of JSON that is no list of records: a data frame as pandas writes it, or a wrapped list."""
+"""Read rows of JSON that is no list of records: a data frame of pandas, or a wrapped list."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -69,7 +69,7 @@ def _split(data: list[Any], columns: list[Any], shown: str) -> list[Any]:
 
 
 def _by_name(value: Mapping[str, dict[str, Any]], wanted: set[str]) -> list[Any]:
-    """Of a mapping of mappings: is a row or a column what stands under an outer key?"""
+    """Return the rows of a mapping of mappings, whose outer keys name rows or columns."""
     inner = [item.keys() for item in value.values()]
     outer_are_columns = wanted <= value.keys() or (
         not all(wanted <= keys for keys in inner) and all(key.isdecimal() for key in inner[0])

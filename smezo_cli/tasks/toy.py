@@ -1,4 +1,4 @@
-"""A built-in task for tests and first looks: short generated film sentences, good or bad."""
+"""Generate a small task for tests and first runs: film sentences, good or bad."""
 
 import itertools
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ WORDS = (
 
 
 def read(cfg: Mapping[str, Any], cache: Path) -> Tables:
-    """All 300 sentences `the NOUN was WORD and WORD`, both words of one class; a third is test."""
+    """Return 300 sentences `the NOUN was WORD and WORD`, both words of a class; a third is test."""
     rows = [
         Row({"text": f"the {noun} was {first} and {second}"}, label, f"{noun}/{first}/{second}")
         for label in (0, 1)

@@ -1,0 +1,101 @@
+"""Run a language model so that its output layer computes only the logits that are read."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smezo_cli.zo.probe import only_rows
+
+
+class Forward:
+    """Compute a model's logits at chosen positions, and nothing else of the output layer.
+
+    Args:
+        model: a language model of transformers.
+        pad_id: the token that pads sequences; it needs a row in the embedding.
+        compute_dtype: of matrix products, whatever the weights are stored in; None: as they are.
+        places_before: positions that the model itself puts before every text: an adapter's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pad_id: int,
+        compute_dtype: torch.dtype | None = None,
+        places_before: int = 0,
+    ) -> None:
+        self.model, self.pad_id = model, pad_id
+        self.compute_dtype, self.places_before = compute_dtype, places_before
+        # Whether the model calls its output layer. A forward that is computed tells; one that
+        # replays what another computed (executor=lockstep) calls nothing.
+        self._calls_head = False
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first weights, where inputs go."""
+        return next(self.model.parameters()).device
+
+    @property
+    def head(self) -> Any:
+        """The output layer; None where the model has none that gives its logits alone."""
+        return self.model.get_output_embeddings()  # type: ignore[operator]  # transformers' own
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """Compute matrix products in the compute dtype within the context."""
+        if self.compute_dtype is None:
+            return nullcontext()
+        # Its cache of cast weights would outlive a probe's scratch.
+        return torch.autocast(self.device.type, self.compute_dtype, cache_enabled=False)
+
+    def tensor(self, values: Any) -> Tensor:
+        """Return numbers as int64 on the model's device."""
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+    def padded(self, sequences: Sequence[Sequence[int]], padding: int | None = None) -> Tensor:
+        """Return sequences as one tensor (sequences, longest), padded on the right."""
+        width = max(map(len, sequences))
+        padding = self.pad_id if padding is None else padding
+        return self.tensor([[*s, *[padding] * (width - len(s))] for s in sequences])
+
+    def logits_at(
+        self, places: Sequence[tuple[int, int]], vocabulary: Sequence[int] | None, **inputs: Any
+    ) -> Tensor:
+        """Return logits (places, vocabulary); the output layer computes nothing else.
+
+        Args:
+            places: (sequence, position) of each.
+            vocabulary: the output rows wanted; None: all.
+            inputs: of the model's forward.
+        """
+        sequences, positions = self.tensor(list(zip(*places, strict=True)))
+        head = self.head
+
+        def pick(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            self._calls_head = True
+            hidden, *others = args  # (sequences, positions, hidden)
+            at = sequences.to(hidden.device), positions.to(hidden.device)
+            return (hidden[at][None], *others)
+
+        handle = head.register_forward_pre_hook(pick) if isinstance(head, nn.Module) else None
+        rows = None if vocabulary is None else self.tensor(vocabulary)
+        try:
+            with self.vocabulary(rows) as narrowed:
+                logits: Tensor = self.model(**inputs).logits
+        finally:
+            if handle is not None:
+                handle.remove()
+        logits = logits[0] if self._calls_head else logits[sequences, positions]
+        return logits if narrowed else logits[:, rows]
+
+    @contextmanager
+    def vocabulary(self, rows: Tensor | None) -> Iterator[bool]:
+        """Make the output layer compute only these rows within the context; False: it cannot."""
+        head = self.head
+        if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
+            with only_rows(head, rows) if rows is not None else nullcontext():
+                yield True
+        else:  # a head that is wrapped or of another make
+            yield rows is None
