@@ -3,17 +3,17 @@
 No torch here: a mistake on the line is answered before it loads.
 """
 
-import argparse
 import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
 from rich.console import Console as RichConsole
 from rich.table import Table
 
+from smezo_cli.cli.flags import Flags, shows_help
 from smezo_cli.config.compose import compose_and_say
 from smezo_cli.config.searchpath import say
 from smezo_cli.config.settings import Settings, check
@@ -57,21 +57,15 @@ _GROW_LENGTHS = (32, 64, 128)
 _GROW_BATCHES = (8, 16)
 
 
-class _Flags(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; smezo bench --help shows the flags.")
-
-
 def main(words: Sequence[str]) -> int:
     """`smezo bench`: measures, prints, writes; returns the exit code.
 
     Raises:
         UserError: a mistake on the line, or a model that cannot be had or measured.
     """
-    if "--help" in words or "-h" in words:
-        print(USAGE, end="")
+    if shows_help(words, USAGE):
         return 0
-    parser = _Flags(prog="smezo bench", add_help=False, allow_abbrev=False)
+    parser = Flags("bench")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only")

@@ -1,14 +1,11 @@
-"""Verbs on a run that has been trained: `smezo eval`, `predict`, `export` and `replay`."""
+"""`smezo eval`: score a trained run on a split and save every prediction."""
 
 import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from smezo_cli.cli.export import export
-from smezo_cli.cli.flags import Flags, check_out, write_lines
-from smezo_cli.cli.predict import predict
-from smezo_cli.cli.replay import replay
+from smezo_cli.cli.flags import Flags, check_out, shows_help, write_lines
 from smezo_cli.config.fixed import is_frozen
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
@@ -25,8 +22,7 @@ from smezo_cli.run.trained import (
     trained,
 )
 
-USAGE = {
-    "eval": """\
+USAGE = """\
 smezo eval RUN [KEY=VALUE ...]     score a trained run again and save every prediction
 
     --split SPLIT     test (default), dev or train
@@ -38,66 +34,17 @@ KEY=VALUE changes settings of the task and the machine, such as task.num_test=10
 Examples:
   smezo eval runs/default/toy-tiny-llama-mezo-s0-0123abcd --split dev
   smezo eval RUN --base --out before.jsonl
-""",
-    "predict": """\
-smezo predict RUN FILE [KEY=VALUE ...]    predict rows of your own, without labels
-smezo predict RUN --field NAME=TEXT [--field ...]     or one row given here
-
-    --out FILE        where the predictions go, one JSON object a line (default: standard output)
-FILE is CSV, TSV, JSONL, JSON or Parquet with a column for each field of the run's prompt.
-Examples:
-  smezo predict RUN new.csv --out predictions.jsonl
-  smezo predict RUN --field text="a joy from start to end"
-""",
-    "export": """\
-smezo export RUN FOLDER             the trained model and its tokenizer, as transformers loads them
-                                    (LoRA merged into the weights; of a prefix peft's adapter)
-smezo export RUN FILE --delta       one small file, from which smezo replay makes the weights again
-
-    --step N          the weights of that step (default: the best), as for smezo eval
-Examples:
-  smezo export RUN my-model
-  smezo train model=own model.path=my-model
-  smezo export RUN my.delta --delta
-""",
-    "replay": """\
-smezo replay RUN [KEY=VALUE ...]    the trained weights again, from base model and trajectory alone
-smezo replay FILE [KEY=VALUE ...]   the same from a delta (smezo export RUN FILE --delta)
-
-    --step N          the weights after so many steps (default: the best; of a delta its last)
-    --split SPLIT     what they are scored on: test (default), dev or none
-    --out FOLDER      save the model there, as transformers loads it
-Prints the SHA-256 of the weights and the figures, and whether they are those of the run; if not,
-the exit code is 1. KEY=VALUE as for smezo eval; of a delta model.path and model.revision, too.
-Examples:
-  smezo replay runs/default/toy-tiny-llama-mezo-s0-0123abcd
-  smezo replay my.delta --out my-model
-""",
-}
+"""
 
 
-def main(verb: str, words: Sequence[str]) -> int:
-    """Run `eval`, `predict`, `export` or `replay`; returns the exit code.
-
-    Raises:
-        UserError: a mistake on the line, or a run that cannot be used.
-    """
-    if "--help" in words or "-h" in words:
-        print(USAGE[verb], end="")
-        return 0
-    verbs = {"eval": evaluate, "predict": predict, "export": export, "replay": replay}
-    return verbs[verb](words)
-
-
-# --- eval ------------------------------------------------------------------------------------
-
-
-def evaluate(words: Sequence[str]) -> int:
+def main(words: Sequence[str]) -> int:
     """`smezo eval`: prints the figures, writes the predictions; returns the exit code.
 
     Raises:
         UserError: a mistake on the line, or a run that cannot be evaluated.
     """
+    if shows_help(words, USAGE):
+        return 0
     parser = Flags("eval")
     parser.add_argument("run")
     parser.add_argument("overrides", nargs="*")

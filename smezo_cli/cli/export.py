@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from smezo_cli.cli.flags import Flags
+from smezo_cli.cli.flags import Flags, shows_help
 from smezo_cli.config.fixed import is_frozen
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
@@ -21,15 +21,27 @@ from smezo_cli.run.trained import (
     trained,
 )
 
-# --- export ----------------------------------------------------------------------------------
+USAGE = """\
+smezo export RUN FOLDER             the trained model and its tokenizer, as transformers loads them
+                                    (LoRA merged into the weights; of a prefix peft's adapter)
+smezo export RUN FILE --delta       one small file, from which smezo replay makes the weights again
+
+    --step N          the weights of that step (default: the best), as for smezo eval
+Examples:
+  smezo export RUN my-model
+  smezo train model=own model.path=my-model
+  smezo export RUN my.delta --delta
+"""
 
 
-def export(words: Sequence[str]) -> int:
+def main(words: Sequence[str]) -> int:
     """`smezo export`: writes a folder for `from_pretrained`; returns the exit code.
 
     Raises:
         UserError: a mistake on the line, a folder that is there already, no space.
     """
+    if shows_help(words, USAGE):
+        return 0
     parser = Flags("export")
     parser.add_argument("run")
     parser.add_argument("folder")

@@ -1,7 +1,7 @@
 """Flags of the verbs, and checks of what they write."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +18,14 @@ class Flags(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; smezo {self.verb} --help shows the flags.")
+
+
+def shows_help(words: Sequence[str], usage: str) -> bool:
+    """Print the usage of a verb if the words ask for it; return whether they did."""
+    asked = "--help" in words or "-h" in words
+    if asked:
+        print(usage, end="")
+    return asked
 
 
 def check_out(out: str | None) -> None:

@@ -4,14 +4,13 @@ The model is built on the meta device, where tensors have shapes and no contents
 scorer and probe then go through it, and every tensor that they make is counted while it lives.
 """
 
-import argparse
 import dataclasses
 import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from smezo_cli.cli.flags import Flags, shows_help
 from smezo_cli.config.settings import Settings, check
 from smezo_cli.errors import UserError
 from smezo_cli.files import strict_json
@@ -38,10 +37,9 @@ def main(words: Sequence[str]) -> int:
     Raises:
         UserError: a mistake on the line, or an architecture that is not known.
     """
-    if "--help" in words or "-h" in words:
-        print(USAGE, end="")
+    if shows_help(words, USAGE):
         return 0
-    parser = _Flags(prog="smezo plan", add_help=False, allow_abbrev=False)
+    parser = Flags("plan")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--memory")
     parser.add_argument("--tokens")
@@ -97,11 +95,6 @@ def _benched(path: Path, settings: Settings) -> dict[str, float]:
         raise UserError(f"--bench {path} does not say its length; make it anew.")
     rows = settings.batch_size
     return {"step": step, "rows": rows, "tokens": length, "steps": step * settings.steps}
-
-
-class _Flags(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; smezo plan --help shows the flags.")
 
 
 _UNITS = {"": 3, "K": 1, "M": 2, "G": 3, "T": 4}

@@ -8,8 +8,9 @@ import argparse
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from smezo_cli.cli.flags import Flags, shows_help
 from smezo_cli.errors import UserError, near
 from smezo_cli.machine import streams
 from smezo_cli.report import cells, collected, curves, figures
@@ -44,18 +45,15 @@ Examples:
 KINDS = ("curve", "sparsity", "lr", "memory", "active")
 
 
-class _Flags(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; smezo plot --help shows the flags.")
-
-
 def main(words: Sequence[str]) -> int:
     """`smezo plot`: draws, and says what was left out; returns the exit code.
 
     Raises:
         UserError: a mistake on the line, nothing to draw, or matplotlib is not there.
     """
-    parser = _Flags(prog="smezo plot", add_help=False, allow_abbrev=False)
+    if shows_help(words, USAGE):
+        return 0
+    parser = Flags("plot")
     parser.add_argument("words", nargs="*")
     parser.add_argument("--x", default="")
     parser.add_argument("--y", default="")
@@ -64,9 +62,8 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--out", default="")
     parser.add_argument("--runs-dir", default="runs")
     parser.add_argument("--results")
-    parser.add_argument("--help", "-h", action="store_true")
     given = parser.parse_intermixed_args(list(words))
-    if given.help or not given.words:
+    if not given.words:
         print(USAGE, end="")
         return 0
     kind, *rest = given.words

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from smezo_cli.cli.export import shown_bytes
-from smezo_cli.cli.flags import Flags
+from smezo_cli.cli.flags import Flags, shows_help
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.files.bounded import parse_yaml
@@ -33,15 +33,29 @@ if TYPE_CHECKING:
     from smezo_cli.tasks import Prompt
 
 
-# --- replay ----------------------------------------------------------------------------------
+USAGE = """\
+smezo replay RUN [KEY=VALUE ...]    the trained weights again, from base model and trajectory alone
+smezo replay FILE [KEY=VALUE ...]   the same from a delta (smezo export RUN FILE --delta)
+
+    --step N          the weights after so many steps (default: the best; of a delta its last)
+    --split SPLIT     what they are scored on: test (default), dev or none
+    --out FOLDER      save the model there, as transformers loads it
+Prints the SHA-256 of the weights and the figures, and whether they are those of the run; if not,
+the exit code is 1. KEY=VALUE as for smezo eval; of a delta model.path and model.revision, too.
+Examples:
+  smezo replay runs/default/toy-tiny-llama-mezo-s0-0123abcd
+  smezo replay my.delta --out my-model
+"""
 
 
-def replay(words: Sequence[str]) -> int:
+def main(words: Sequence[str]) -> int:
     """`smezo replay`: weights from base model and trajectory alone; 1 where they are others.
 
     Raises:
         UserError: a mistake on the line, a file that is damaged or of another model or method.
     """
+    if shows_help(words, USAGE):
+        return 0
     from smezo_cli.store.delta import is_delta
 
     parser = Flags("replay")

@@ -1,16 +1,16 @@
 """`smezo runs`: list finished and unfinished runs, filtered, merged over seeds, compared."""
 
-import argparse
 import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from smezo_cli.cli.flags import Flags, shows_help
 from smezo_cli.errors import UserError, near
 from smezo_cli.files import strict_json
 from smezo_cli.report.runs import Group, Run, find, groups, has, keys, load, paired, select
@@ -32,29 +32,22 @@ Examples:
 # --- tables ----------------------------------------------------------------------------------
 
 
-class _Flags(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; smezo runs --help shows the flags.")
-
-
 def main(words: Sequence[str]) -> int:
     """`smezo runs`: prints; returns the exit code.
 
     Raises:
         UserError: a mistake on the line.
     """
-    parser = _Flags(prog="smezo runs", add_help=False, allow_abbrev=False)
+    if shows_help(words, USAGE):
+        return 0
+    parser = Flags("runs")
     parser.add_argument("words", nargs="*")
     parser.add_argument("--mean", action="store_true")
     parser.add_argument("--compare", action="store_true")
     parser.add_argument("--runs-dir", default="runs")
     parser.add_argument("--sort")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--help", "-h", action="store_true")
     given = parser.parse_intermixed_args(list(words))
-    if given.help:
-        print(USAGE, end="")
-        return 0
     if given.mean and given.compare:
         raise UserError("--mean and --compare exclude each other: give one of them.")
     runs = find(Path(given.runs_dir))
