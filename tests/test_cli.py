@@ -200,8 +200,8 @@ def test_docstrings_that_are_dropped_are_asked_for_before_a_model_is(
 def test_damaged_lines_are_found_without_assertions_too(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": "1"}\n{"step": 1, "projected_grad": 1}\n[]\n')
     script = (
-        "import pathlib; from smezo_cli.report.curves import _records; "
-        "from smezo_cli.report.runs import Run; print(_records(Run(pathlib.Path('.'), {}, {})))"
+        "import pathlib; from smezo_cli.report.curves import read_metrics; "
+        "from smezo_cli.report.runs import Run; print(read_metrics(Run(pathlib.Path('.'), {}, {})))"
     )
     run = python("-O", "-c", script, cwd=tmp_path)
     assert (run.stdout, run.stderr) == ("({}, {}, 3)\n", "")

@@ -32,7 +32,7 @@ seeds: [0, 1]
 columns:
   toy: { command: task=toy }
 rows:
-  Zero-shot: { command: "", of: MeZO, figure: zero_shot }
+  Zero-shot: { command: "", of: MeZO, quantity: zero_shot }
   MeZO: { command: "method=mezo lr=1e-3,1e-2" }
   As it came: { command: method=zero_shot, one_seed: true, no_steps: true }
 """

@@ -239,7 +239,7 @@ def interleave(
     return seconds
 
 
-def figures(
+def summary(
     seconds: Mapping[str, Sequence[float]],
 ) -> dict[str, dict[str, Any]]:
     """Medians, quartiles and ratios of rounds: ``{"median_seconds": {name: ...}, ...}``.
@@ -303,7 +303,7 @@ class Bench:
         """Warm up, time, weigh.
 
         Returns:
-            :func:`figures`, and by name ``peak_bytes``, ``peak_over_forward``,
+            :func:`summary`, and by name ``peak_bytes``, ``peak_over_forward``,
             ``peak_above_weights_bytes``, ``passes`` (who made them), ``weights_per_second`` (of
             passes alone) and ``failed`` (what did not fit the device's memory, with the reason).
 
@@ -350,7 +350,7 @@ class Bench:
             )
         steps = {name: made.step for name, made in warm.items()}
         seconds = interleave(steps, self.rounds, wait=self._wait, tick=self.tick)
-        return figures(seconds), {name: made.passes for name, made in warm.items() if made.passes}
+        return summary(seconds), {name: made.passes for name, made in warm.items() if made.passes}
 
     def grow(self, batches: Mapping[tuple[int, int], Sequence[Candidates]]) -> list[dict[str, Any]]:
         """How steps grow: :data:`GROW_NAMES` on other rows, all interleaved with each other.
@@ -359,7 +359,7 @@ class Bench:
             batches: rows by (batch size, length).
 
         Returns:
-            A record for each that fits: ``batch_size``, ``length`` and :func:`figures`.
+            A record for each that fits: ``batch_size``, ``length`` and :func:`summary`.
 
         Raises:
             UserError: a loss is not finite.
@@ -379,7 +379,7 @@ class Bench:
         seconds = interleave(together, self.rounds, wait=self._wait, tick=self.tick)
         return [
             {"batch_size": b, "length": n}
-            | figures({name: seconds[f"{b} {n} {name}"] for name in GROW_NAMES})
+            | summary({name: seconds[f"{b} {n} {name}"] for name in GROW_NAMES})
             for b, n in steps
         ]
 

@@ -104,10 +104,10 @@ def _check_less(table: Table, less: str, rows: Sequence[str]) -> None:
     if not less:
         return
     check_names(table, [less], [], "less")
-    if table.figure != "score":
+    if table.quantity != "score":
         raise UserError(
-            f"--less {less}: {table.id} shows no figure of test rows ({table.figure}), and nothing "
-            "can be paired by them."
+            f"--less {less}: {table.id} shows {table.quantity}, which is no score of test rows, "
+            "so nothing can be paired by them."
         )
     if list(rows) == [less]:
         raise UserError(f"--less {less}: add --row NAME for what it is to be taken from.")

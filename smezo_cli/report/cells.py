@@ -130,10 +130,10 @@ class Reader:
         lacking = [str(s) for s, one in zip(each, chosen, strict=True) if one is None]
         for one in chosen:
             if one is not None and one.result["status"] == "done":
-                value = figure(one, cell.row.figure or t.figure, t.level)
+                value = value_of(one, cell.row.quantity or t.quantity, t.level)
                 if value is None:
                     why = f"never reached {t.level:g} on dev"
-                    if cell.row.figure == "zero_shot":
+                    if cell.row.quantity == "zero_shot":
                         why = "has no zero-shot score (zero_shot=false)"
                     self.notes.append(f"{one.path} {why}.")
                 else:
@@ -252,7 +252,7 @@ def subtract(cells: Sequence[Cell], base: str) -> list[str]:
         why = ""
         if not other.runs:
             why = f"{base} has no finished run there"
-        elif cell.row.figure or other.row.figure:
+        elif cell.row.quantity or other.row.quantity:
             why = "one of them is not the score of test rows"
         elif not _one_set([cell, other]):
             why = "they were tested on different rows"
@@ -274,13 +274,13 @@ def _one_set(cells: Sequence[Cell]) -> bool:
     return len(sets) == 1 and None not in sets
 
 
-def figure(run: Run, name: str, level: float = 0.0) -> float | None:
+def value_of(run: Run, quantity: str, level: float = 0.0) -> float | None:
     """A figure of a finished run: points of 100, GB (1e9 bytes), or steps; None: it has none."""
-    if name == "peak_gb":
+    if quantity == "peak_gb":
         return float(run.result["peak_memory_bytes"]) / 1e9
-    if name == "steps_to":
-        return next((float(step) for step, value in run.looks() if value >= level), None)
-    tree = run.result["zero_shot" if name == "zero_shot" else "test"]
+    if quantity == "steps_to":
+        return next((float(step) for step, value in run.evaluations() if value >= level), None)
+    tree = run.result["zero_shot" if quantity == "zero_shot" else "test"]
     if tree is None:  # a run with zero_shot=false
         return None
     return 100 * float(tree[run.metric])

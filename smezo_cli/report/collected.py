@@ -115,7 +115,7 @@ def write(
             "schema": _SCHEMA,
             "command": ["smezo", "train", *named],
             "settings": settings,
-            "looks": run.looks(),
+            "looks": run.evaluations(),
             "outcomes": _text_of(run.outcomes()["test"]) if has_rows else None,
             "result": {key: v for key, v in run.result.items() if key not in _LEFT_OUT},
         }

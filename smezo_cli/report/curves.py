@@ -17,8 +17,8 @@ from smezo_cli.report.series import (
     Panel,
     Series,
     Source,
-    _groups,
-    _panels,
+    by_panel,
+    merge_seeds,
     method_name,
     one_metric,
 )
@@ -35,7 +35,7 @@ Y_OF_CURVES = ("accuracy", "loss", "train_loss")
 # --- curves ----------------------------------------------------------------------------------
 
 
-def _records(run: Run) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]], int]:
+def read_metrics(run: Run) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]], int]:
     """Steps and looks of metrics.jsonl by step, and how many lines are damaged."""
     steps: dict[int, dict[str, Any]] = {}
     looks: dict[int, dict[str, Any]] = {}
@@ -62,7 +62,7 @@ def _number(value: object) -> float:
 
 def _line(run: Run, y: str, x: str, every: int, notes: list[str]) -> dict[int, tuple[float, float]]:
     """Step to (x, y) of one run; what is not finite is left out and said."""
-    steps, looks, bad = _records(run)
+    steps, looks, bad = read_metrics(run)
     if bad:
         notes.append(f"{run.path}: {bad} lines of metrics.jsonl cannot be read and are left out.")
     place, total = {0: 0.0}, 0.0
@@ -118,7 +118,7 @@ def active(sources: Sequence[Source], x: str = "steps") -> Figure:
 
 
 def _add_curves(figure: Figure, sources: Sequence[Source], y: str, x: str) -> None:
-    for title, members in _panels(sources, lambda _: "").items():
+    for title, members in by_panel(sources, lambda _: "").items():
         metric = one_metric(members)
         key, label, every = f"dev.{metric}", f"dev {metric} (%)", 1
         if y == "loss":
@@ -131,7 +131,7 @@ def _add_curves(figure: Figure, sources: Sequence[Source], y: str, x: str) -> No
         elif y == "active_share":
             key, label = y, "active share (%)"
         panel = Panel(title, label)
-        for group in _groups(members, ("eval_every", "keep", "full_save_every")):
+        for group in merge_seeds(members, ("eval_every", "keep", "full_save_every")):
             lines = [_line(run, key, x, every, figure.notes) for run in group.runs]
             common = [step for step in lines[0] if all(step in line for line in lines)]
             if any(len(line) != len(common) for line in lines):

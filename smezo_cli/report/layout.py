@@ -20,7 +20,7 @@ def command(words: Sequence[str]) -> str:
 
 
 def _digits(table: Table) -> int:
-    return 0 if table.figure == "steps_to" else 1
+    return 0 if table.quantity == "steps_to" else 1
 
 
 def _ours(cell: Cell, table: Table) -> str:

@@ -47,7 +47,7 @@ class Run:
         """The primary figure on the test rows."""
         return (self.result.get("test") or {}).get(self.metric)
 
-    def looks(self) -> list[tuple[int, float]]:
+    def evaluations(self) -> list[tuple[int, float]]:
         """Step and primary figure (0 to 1) of every look at dev, in order.
 
         Raises:

@@ -124,11 +124,12 @@ def method_name(run: Run) -> str:
 
 
 def _full_name(run: Run) -> str:
-    sparsity = _sparsity(run)
+    sparsity = requested_sparsity(run)
     return method_name(run) + (f" {sparsity:g}" if sparsity else "")
 
 
-def _sparsity(run: Run) -> float | None:
+def requested_sparsity(run: Run) -> float | None:
+    """Return the sparsity that the settings asked for; None of a method that has none."""
     value = (run.result.get("sparsity") or {}).get("requested")
     return None if value is None else float(value)
 
@@ -149,7 +150,7 @@ class Group:
         return {int(run.result["seed"]): run for run in self.runs}
 
 
-def _groups(sources: Iterable[Source], free: Sequence[str]) -> list[Group]:
+def merge_seeds(sources: Iterable[Source], free: Sequence[str]) -> list[Group]:
     """Runs that differ in the seed and the free keys alone, named so that names differ.
 
     Where the seed draws the rows, too (data_seed=${seed}), these are no difference of their own.
@@ -179,7 +180,7 @@ def _groups(sources: Iterable[Source], free: Sequence[str]) -> list[Group]:
     named = []
     for group in groups:
         alike = [g.settings for g in groups if g.name == group.name]
-        words = _differing(group.settings, alike)
+        words = differing_settings(group.settings, alike)
         named.append(replace(group, name=" ".join([group.name, *words])))
     return sorted(named, key=lambda g: natural(g.name))
 
@@ -194,7 +195,7 @@ def natural(name: str) -> tuple[int, str]:
     return order.index(stem) if stem in order else len(order), name
 
 
-def _differing(mine: Mapping[str, str], alike: Sequence[Mapping[str, str]]) -> list[str]:
+def differing_settings(mine: Mapping[str, str], alike: Sequence[Mapping[str, str]]) -> list[str]:
     """key=value where some others have another value; `method.lr` not beside `lr`."""
     keys = {key for other in alike for key in (*mine, *other) if mine.get(key) != other.get(key)}
     return [
@@ -211,7 +212,7 @@ def _word(value: str) -> str:
         return value.strip('"')
 
 
-def _panels(sources: Sequence[Source], more: Callable[[Run], str]) -> dict[str, list[Source]]:
+def by_panel(sources: Sequence[Source], more: Callable[[Run], str]) -> dict[str, list[Source]]:
     """Sources by task, model and what else must not be mixed, as titles.
 
     Raises:
@@ -245,7 +246,7 @@ def check_rows(title: str, sources: Sequence[Source]) -> None:
     rows = {
         str(run.result.get("test_rows"))
         for source in sources
-        for run in _done(source.runs)
+        for run in finished(source.runs)
         if not source.chosen
     }
     if len(rows) > 1:
@@ -263,5 +264,6 @@ def score(run: Run) -> float:
     return 100 * float(run.result["test"][run.metric])
 
 
-def _done(runs: Iterable[Run]) -> list[Run]:
+def finished(runs: Iterable[Run]) -> list[Run]:
+    """Return the runs that ended well."""
     return [run for run in runs if run.result["status"] == "done"]

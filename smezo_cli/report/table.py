@@ -10,8 +10,6 @@ from smezo_cli.config.fixed import CONF_DIR, WITHOUT_STEPS, plain
 from smezo_cli.errors import UserError, near
 from smezo_cli.files import bounded
 
-FIGURES = ("score", "zero_shot", "peak_gb", "steps_to")
-
 
 @dataclass(frozen=True)
 class Printed:
@@ -29,7 +27,7 @@ class Line:
     name: str
     command: tuple[str, ...] | None
     awaits: str = ""
-    figure: str = ""
+    quantity: str = ""
     of: str = ""
     also: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     paper: tuple[Printed | None, ...] = ()
@@ -45,7 +43,7 @@ class Table:
     id: str
     title: str
     source: str
-    figure: str
+    quantity: str
     level: float
     common: tuple[str, ...]
     extra: tuple[str, ...]
@@ -102,7 +100,7 @@ def load(name: str, extra: Sequence[str] = ()) -> Table:
         id=name,
         title=node["title"],
         source=node["source"],
-        figure=node.get("figure", "score"),
+        quantity=node.get("quantity", "score"),
         level=float(node.get("level", 0)),
         common=_split(node["command"]),
         extra=tuple(word for word in common if word not in seeds),
@@ -142,7 +140,7 @@ def _line(name: str, node: Mapping[str, Any], mark: str, extra: tuple[str, ...])
         name=name,
         command=command,
         awaits=node.get("awaits", ""),
-        figure=node.get("figure", ""),
+        quantity=node.get("quantity", ""),
         of=node.get("of", ""),
         also={str(key): _split(words) for key, words in node.get("also", {}).items()},
         paper=tuple(_printed(value, mark) for value in node.get("paper", ())),
