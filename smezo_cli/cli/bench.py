@@ -1,4 +1,4 @@
-"""`smezo bench`: what a step costs, beside plain forwards and the papers' pseudo-code.
+"""`smezo bench`: measure what a step costs, beside plain forwards and the papers' pseudo-code.
 
 No torch here: a mistake on the line is answered before it loads.
 """
@@ -34,7 +34,7 @@ smezo bench [KEY=VALUE ...]         what a step costs, beside plain forwards and
     --only NAMES      some of them, with commas between; a forward, the unit, always runs
     --grow            a second table: how a step grows with batch size and length
     --config-dir DIR  your own model files, read before smezo's own
-    --json FILE       every round and all figures: {"median_seconds": {NAME: ...}, ...}
+    --json FILE       every round and all numbers: {"median_seconds": {NAME: ...}, ...}
 KEY is model (or model.KEY), batch_size (16), length (tokens of a prompt, 64), dtype, compute_dtype,
 device. All weights are trained. Names:
   forward                    the model alone: last position, label rows; two of them are the unit
@@ -58,7 +58,7 @@ _GROW_BATCHES = (8, 16)
 
 
 def main(words: Sequence[str]) -> int:
-    """`smezo bench`: measures, prints, writes; returns the exit code.
+    """Measure, print tables, write the numbers to a file if asked; return the exit code.
 
     Raises:
         UserError: a mistake on the line, or a model that cannot be had or measured.
@@ -100,7 +100,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def _settings(words: Sequence[str], config_dir: str | None) -> tuple[Settings, int]:
-    """The settings of a Sparse-MeZO run with these changes, without recipes, and the length."""
+    """Return the settings of a Sparse-MeZO run with these changes and no recipe, and the length."""
     given = dict(_DEFAULTS)
     for word in words:
         key, equals, value = word.partition("=")
@@ -138,7 +138,7 @@ def _check_length(settings: Settings, longest: int) -> None:
 def _measure(
     settings: Settings, length: int, device_name: str, rounds: int, only: str | None, grow: bool
 ) -> dict[str, Any]:
-    """Everything that --json writes."""
+    """Measure; return all that --json writes."""
     from smezo_cli.bench import timing
     from smezo_cli.run.console import Console
     from smezo_cli.store import versions
@@ -203,7 +203,7 @@ def _chosen(only: str | None, names: Sequence[str]) -> list[str]:
 def _model_and_tokens(
     settings: Settings, length: int, device_name: str, grow: bool, console: "Console"
 ) -> "tuple[Scorer, list[int], tuple[int, int], str]":
-    """The model as a run loads it, tokens for the prompts, two labels, and what the tokens are.
+    """Return a scorer, tokens for the prompts, two label tokens, and what the tokens are in words.
 
     The embedded model reads its own data; another reads random tokens, because its time does not
     hang on what they say.
@@ -260,8 +260,8 @@ def _model_and_tokens(
 
 
 def _show(result: Mapping[str, Any]) -> None:
-    """The tables, and below them what there is to say about a candidate."""
-    # As wide as it must be: a figure must not be cut where the table is piped or narrow.
+    """Print the tables."""
+    # As wide as it must be: a number must not be cut where the table is piped or narrow.
     columns = max(os.get_terminal_size().columns if os.isatty(1) else 0, 400)
     console = RichConsole(width=columns, highlight=False)
     table = Table(box=SIMPLE, pad_edge=False)

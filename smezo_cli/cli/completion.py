@@ -1,4 +1,4 @@
-"""`smezo completion SHELL`: TAB completes verbs, groups, settings, runs and files.
+"""`smezo completion SHELL`: let TAB complete verbs, groups, settings, runs and files.
 
 The scripts ask `smezo completion query LINE` for the words that may end the line.
 """
@@ -111,7 +111,7 @@ def _query(line: str, verbs: Sequence[str]) -> Iterator[str]:
 
 
 def _without_config_dir(words: list[str]) -> tuple[list[str], SearchPath]:
-    """The words of a line less --config-dir DIR, and where settings are read from."""
+    """Return the words of a line less --config-dir DIR, and where settings are read from."""
     folder, flags = None, ("--config-dir", "-cd")
     for at, word in enumerate(words[:-1]):
         if word in flags and at + 1 < len(words) - 1:
@@ -124,7 +124,7 @@ def _without_config_dir(words: list[str]) -> tuple[list[str], SearchPath]:
 
 
 def _settings(words: list[str], search: SearchPath) -> Iterator[str]:
-    """What Hydra's own completion says of the last word."""
+    """Return what Hydra's own completion offers for the last word."""
     from hydra.core.global_hydra import GlobalHydra
     from hydra.plugins.completion_plugin import DefaultCompletionPlugin
 

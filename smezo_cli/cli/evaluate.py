@@ -38,7 +38,7 @@ Examples:
 
 
 def main(words: Sequence[str]) -> int:
-    """`smezo eval`: prints the figures, writes the predictions; returns the exit code.
+    """Score the rows of a split, print the metrics, write the predictions; return the exit code.
 
     Raises:
         UserError: a mistake on the line, or a run that cannot be evaluated.
@@ -91,7 +91,7 @@ def main(words: Sequence[str]) -> int:
         kept = kept_beside(out, job)
         with job.as_it_came() if given.base else contextlib.nullcontext():
             found = _scored(job, encoded, given.split, console, kept, step, given.run, given.base)
-        figures = found.figures()
+        metrics = found.figures()
         write_lines(
             out,
             (
@@ -100,14 +100,14 @@ def main(words: Sequence[str]) -> int:
             ),
         )
         kept.remove()
-        value = figures[found.metric]
+        value = metrics[found.metric]
         console.say(
-            f"{given.split} {found.metric} {value:.4f} +- {figures['standard_error']:.4f} "
-            f"(n={figures['n']}, {'untrained' if given.base else _at(settings, step)})"
+            f"{given.split} {found.metric} {value:.4f} +- {metrics['standard_error']:.4f} "
+            f"(n={metrics['n']}, {'untrained' if given.base else _at(settings, step)})"
         )
         for key in ("exact_match", "loss", "auc"):
-            if figures.get(key) is not None:
-                console.say(f"  {key}  {figures[key]:.4f}")
+            if metrics.get(key) is not None:
+                console.say(f"  {key}  {metrics[key]:.4f}")
         console.say(f"  {out}")
     return 0
 

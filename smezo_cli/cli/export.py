@@ -35,7 +35,7 @@ Examples:
 
 
 def main(words: Sequence[str]) -> int:
-    """`smezo export`: writes a folder for `from_pretrained`; returns the exit code.
+    """Write a folder that `from_pretrained` loads, or a delta; return the exit code.
 
     Raises:
         UserError: a mistake on the line, a folder that is there already, no space.
@@ -71,7 +71,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def _check_exported(run: str) -> None:
-    """Refuse a run whose model is the one that it began with."""
+    """Raise UserError if the method of the run leaves the model as it came."""
     settings = read_config(Path(run), ())[1]
     if is_frozen(settings.method):
         raise UserError(
@@ -81,9 +81,9 @@ def _check_exported(run: str) -> None:
 
 
 def _copying(settings: Settings) -> tuple[Settings, str]:
-    """For a job in which weights are copied: on the CPU, wherever the run was trained.
+    """Return settings and device for copying weights: the CPU, wherever the run was trained.
 
-    Unless they are in 4 bits, which are made on the device that they are for.
+    Weights in 4 bits are copied on the device that they were made for.
     """
     from smezo_cli.machine.device import choose_device
 
@@ -94,7 +94,7 @@ def _copying(settings: Settings) -> tuple[Settings, str]:
 
 
 def shown_bytes(size: int) -> str:
-    """Return a size in bytes as a reader wants it."""
+    """Return a size in words: GB, or bytes where it is small."""
     return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size} bytes"
 
 

@@ -1,4 +1,4 @@
-"""Flags of the verbs, and checks of what they write."""
+"""Parse the flags of the verbs, and check and write the files that they name."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ def shows_help(words: Sequence[str], usage: str) -> bool:
 
 
 def check_out(out: str | None) -> None:
-    """Raise UserError, before the work, where the predictions could not be written after it."""
+    """Raise UserError if predictions could not be written to this file after the work."""
     if out is None:
         return
     path = Path(out)

@@ -78,7 +78,7 @@ def _group(word: str) -> str:
 
 
 def _files(group: str, roots: list[Path]) -> dict[str, Path]:
-    """The files of a group by name, each of the first folder that has it."""
+    """Return the files of a group by name, each from the first folder that has it."""
     found: dict[str, Path] = {}
     for folder in [root / group.removesuffix("s") for root in roots]:
         for file in [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("*/*.yaml"))]:
@@ -87,7 +87,7 @@ def _files(group: str, roots: list[Path]) -> dict[str, Path]:
 
 
 def _headline(file: Path) -> str:
-    """The first sentence of the comment that opens a file, less what is for Hydra."""
+    """Return the first sentence of the comment that opens a file, less what is for Hydra."""
     words = []
     for line in file.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):

@@ -1,4 +1,4 @@
-"""`smezo plan`: what a run will need, from its settings alone, and whether it fits.
+"""`smezo plan`: say what a run will need, from its settings alone, and whether it fits.
 
 The model is built on the meta device, where tensors have shapes and no contents; the run's own
 scorer and probe then go through it, and every tensor that they make is counted while it lives.
@@ -32,7 +32,7 @@ Examples:
 
 
 def main(words: Sequence[str]) -> int:
-    """Run ``smezo plan``; returns the exit code, 0 also where the run does not fit.
+    """Print the plan of a run; return the exit code, which is 0 also where the run does not fit.
 
     Raises:
         UserError: a mistake on the line, or an architecture that is not known.
@@ -62,7 +62,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def _benched(path: Path, settings: Settings) -> dict[str, float]:
-    """Seconds of steps from a file of `smezo bench --json`.
+    """Return the seconds of steps from a file of `smezo bench --json`.
 
     Raises:
         UserError: it cannot be read, or measured something else.
@@ -101,7 +101,7 @@ _UNITS = {"": 3, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def parse_memory(text: str) -> int:
-    """Bytes of "80GB" (10^9), "24GiB" (2^30) and the like.
+    """Return the bytes that "80GB" (10^9), "24GiB" (2^30) and the like stand for.
 
     Raises:
         UserError: anything else, or nothing at all.

@@ -1,4 +1,4 @@
-"""`smezo plot`: draws what :mod:`smezo_cli.report.figures` found, as PNG and SVG.
+"""`smezo plot`: draw the papers' figures from runs or from a table, as PNG and SVG.
 
 Colours are those of Okabe and Ito, which everybody tells apart; markers and dashes differ, too. The
 same runs give the same bytes: files carry no date, and SVG ids come from a fixed salt.
@@ -46,7 +46,7 @@ KINDS = ("curve", "sparsity", "lr", "memory", "active")
 
 
 def main(words: Sequence[str]) -> int:
-    """`smezo plot`: draws, and says what was left out; returns the exit code.
+    """Draw a figure, and say what was left out; return the exit code.
 
     Raises:
         UserError: a mistake on the line, nothing to draw, or matplotlib is not there.
@@ -112,7 +112,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def _files(out: str) -> list[Path]:
-    """Where to draw to.
+    """Return the files to write.
 
     Raises:
         UserError: another format, or no such folder.
@@ -156,7 +156,7 @@ _NEEDED = ("task", "model", "method", "seed")
 def _of_table(
     name: str, extra: Sequence[str], kind: str, given: argparse.Namespace
 ) -> tuple[list[Source], list[str]]:
-    """What each cell took; of `lr` the grid that it was chosen from, too."""
+    """Return the runs that each cell took, and what is missing in words."""
     of_dir = [f"runs_dir={given.runs_dir}"] if given.runs_dir != "runs" else []
     found = table_module.load(name, [*extra, *of_dir])
     table_module.check_names(found, given.row, given.column)

@@ -33,7 +33,7 @@ Examples:
 
 
 def main(words: Sequence[str]) -> int:
-    """`smezo predict`: predictions of unlabelled rows as JSONL; returns the exit code.
+    """Write the predictions of unlabelled rows as JSONL; return the exit code.
 
     Raises:
         UserError: a mistake on the line, in the file, or a run that cannot be used.

@@ -40,7 +40,7 @@ smezo replay FILE [KEY=VALUE ...]   the same from a delta (smezo export RUN FILE
     --step N          the weights after so many steps (default: the best; of a delta its last)
     --split SPLIT     what they are scored on: test (default), dev or none
     --out FOLDER      save the model there, as transformers loads it
-Prints the SHA-256 of the weights and the figures, and whether they are those of the run; if not,
+Prints the SHA-256 of the weights and the metrics, and whether they are those of the run; if not,
 the exit code is 1. KEY=VALUE as for smezo eval; of a delta model.path and model.revision, too.
 Examples:
   smezo replay runs/default/toy-tiny-llama-mezo-s0-0123abcd
@@ -49,7 +49,7 @@ Examples:
 
 
 def main(words: Sequence[str]) -> int:
-    """`smezo replay`: weights from base model and trajectory alone; 1 where they are others.
+    """Make the weights again from base model and trajectory; return 1 if they differ, else 0.
 
     Raises:
         UserError: a mistake on the line, a file that is damaged or of another model or method.
@@ -86,7 +86,7 @@ def _replay(
     known: Mapping[str, Any],
     step: int,
 ) -> bool:
-    """Do it and say it; is everything as the run recorded it?"""
+    """Apply the steps, score the weights, and return whether all is as the run recorded it."""
     import time
 
     from smezo_cli.machine.device import choose_device
@@ -129,17 +129,17 @@ def _replay(
     beside = Path(given.source) / "replay" if Path(given.source).is_dir() else Path(given.source)
     kept = kept_beside(beside, job)
     scored = _scored(job, encoded, given.split, console, kept, step, given.source)
-    figures = scored.figures()
+    metrics = scored.figures()
     kept.remove()
     recorded = known[given.split] if step == known["step"] and same_task else None
     what = ""
     if recorded:
-        other = [k for k, v in figures.items() if k in recorded and recorded[k] != v]
+        other = [k for k, v in metrics.items() if k in recorded and recorded[k] != v]
         same = same and not other
         what = ": " + (_said(True) if not other else f"{_said(False)} in {', '.join(other)}")
     console.say(
-        f"  {given.split} {scored.metric} {figures[scored.metric]:.4f} +- "
-        f"{figures['standard_error']:.4f} (n={figures['n']}){what}"
+        f"  {given.split} {scored.metric} {metrics[scored.metric]:.4f} +- "
+        f"{metrics['standard_error']:.4f} (n={metrics['n']}){what}"
     )
     return same
 
@@ -165,16 +165,16 @@ def _of_delta(name: str, overrides: Sequence[str]) -> _Source:
             f"{name}: its model brings Python files, which would run with all your rights; if you "
             f"trust them, add {trusted}."
         )
-    noted, figures = about.get("weights"), {key: about.get(key) for key in ("test", "dev")}
+    noted, metrics = about.get("weights"), {key: about.get(key) for key in ("test", "dev")}
     if (
         not isinstance(noted, dict)
-        or not is_known(noted.get("step"), noted.get("sha256"), list(figures.values()))
+        or not is_known(noted.get("step"), noted.get("sha256"), list(metrics.values()))
         or not is_prompt(about.get("prompt"))
         or not is_batching(about.get("batching"))
         or about["step"] > settings.steps
     ):
         raise Damaged(f"{name} is damaged: get it anew.")
-    known = {"step": about["step"], "weights": {noted["step"]: noted["sha256"]}, **figures}
+    known = {"step": about["step"], "weights": {noted["step"]: noted["sha256"]}, **metrics}
     known["batching"] = about.get("batching")
     return cfg, settings, records, as_prompt(about["prompt"]), known
 

@@ -33,7 +33,7 @@ Examples:
 
 
 def main(words: Sequence[str]) -> int:
-    """`smezo runs`: prints; returns the exit code.
+    """Print the table of runs; return the exit code.
 
     Raises:
         UserError: a mistake on the line.
@@ -81,7 +81,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def _named(word: str, runs: Sequence[Run]) -> Run:
-    """The run whose folder this is, or the only one with this in its path."""
+    """Return the run whose folder this is, or the only one with this in its name."""
     folder = load(Path(word))
     found = [folder] if folder else [run for run in runs if run.path.name == word]
     found = found or [run for run in runs if word in run.path.name]
@@ -160,13 +160,13 @@ def _compared(found: Sequence[Group]) -> Iterator[dict[str, Any]]:
 
 
 def _same_rows(one: Group, other: Group) -> bool:
-    """Only then may outcomes be subtracted row by row."""
+    """Return whether both were tested on the same rows, so that these may be paired."""
     a, b = (g.runs[0].result.get("test_rows") for g in (one, other))
     return a is not None and a == b and len(one.mean()) == len(other.mean())
 
 
 def _print(records: Sequence[Mapping[str, Any]]) -> None:
-    """A table as wide as it must be; a gain and its standard error share a column."""
+    """Print a table as wide as it must be; a gain and its standard error share a column."""
     names = [key for key in records[0] if not key.endswith("_se")]
     names = [key for key in names if any(r.get(key) is not None for r in records)]
     table = Table(box=SIMPLE, pad_edge=False)

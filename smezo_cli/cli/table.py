@@ -1,4 +1,4 @@
-"""`smezo table`: the papers' tables, ours beside the printed values, and what fills them.
+"""`smezo table`: print the papers' tables, ours beside theirs, and run what fills them.
 
 A table is data (conf/table/): what a cell runs is the command of its row, table and column. The
 first seed searches the grid, dev chooses, the other seeds run the choice. No torch here.
@@ -37,11 +37,8 @@ Examples:
 """
 
 
-# --- the verb --------------------------------------------------------------------------------
-
-
 def main(words: Sequence[str]) -> int:
-    """`smezo table`: prints; returns the exit code, with --run the worst of the runs.
+    """Print a table; return the exit code, which with --run is the worst of the runs.
 
     Raises:
         UserError: a mistake on the line.
@@ -116,7 +113,7 @@ def _check_less(table: Table, less: str, rows: Sequence[str]) -> None:
 
 
 def _run(read: Any) -> int:
-    """Run the next command of each cell until none is new; an interrupted one ends it all."""
+    """Run the next command of each cell until none is new, or one is interrupted."""
     from smezo_cli.train import main as train
 
     tried: set[tuple[str, ...]] = set()

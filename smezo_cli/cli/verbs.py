@@ -1,4 +1,4 @@
-"""The `smezo` command: verbs, each handed the rest of the line.
+"""Hand the line of the `smezo` command to the file of its verb.
 
 Nothing heavy is imported here, and nothing at all before `main` has made the process ready.
 """

@@ -28,7 +28,7 @@ _PACKED = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs; sizes in bytes.
+    """Everything that a run needs; sizes are in bytes.
 
     Attributes:
         run: task, model, method, dtypes and device in words.
@@ -59,20 +59,20 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Most bytes on the device at any time."""
+        """The most bytes on the device at any time."""
         return sum(self.resident.values()) + max(self.phases.values())
 
     @property
     def fits(self) -> bool:
-        """Is the peak within the capacity?"""
+        """Whether the peak is within the capacity."""
         return self.peak <= self.capacity
 
     def record(self) -> dict[str, Any]:
-        """All of it in plain values."""
+        """Return all of it in plain values."""
         return dataclasses.asdict(self) | {"peak": self.peak, "fits": self.fits}
 
     def text(self) -> str:
-        """All of it for a reader, in GB of 10^9 bytes."""
+        """Return all of it as lines of text, in GB of 10^9 bytes."""
         gb = 1e9
         lines = [self.run, "  held all the time"]
         lines += [f"    {name:<44}{size / gb:10.3f} GB" for name, size in self.resident.items()]

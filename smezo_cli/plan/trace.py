@@ -6,12 +6,10 @@ from typing import Any
 
 
 def trace(held: Sequence[Any], call: Callable[[], Any]) -> tuple[int, int]:
-    """Most bytes in tensors that live at once while ``call`` runs, and those that live behind it.
+    """Return the most bytes of tensors that live at once during ``call``, and those left after it.
 
-    Those of ``held`` do not count.
-
-    Works on the meta device, where questions about contents get the answer of an ordinary batch:
-    nothing is padded, all rows of an embedding that are looked up differ.
+    Tensors of ``held`` do not count. On the meta device questions about contents get the answer of
+    an ordinary batch: nothing is padded, all rows of an embedding that are looked up differ.
     """
     import torch
     from torch.overrides import TorchFunctionMode
@@ -53,7 +51,7 @@ def trace(held: Sequence[Any], call: Callable[[], Any]) -> tuple[int, int]:
             return result
 
     class Fused(TorchFunctionMode):
-        """The meta device would write out the scores of sdpa, which no real device stores."""
+        """Keep the meta device from writing out the scores of sdpa, which no real device stores."""
 
         def __torch_function__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -75,13 +73,13 @@ def trace(held: Sequence[Any], call: Callable[[], Any]) -> tuple[int, int]:
 
 
 class Keep:
-    """A mover that moves nothing, but takes the memory that moving takes."""
+    """Move nothing, but take the memory that moving takes."""
 
     def whole(self, parameter: Any, out: Any) -> None:
-        """The scratch is there already, and a pass needs no more."""
+        """Take nothing: the scratch is there already."""
 
     def rows(self, parameter: Any, rows: Any) -> Any:
-        """As the rows of a direction: the rows, their indices, the moved rows."""
+        """Return rows, while taking the memory of their indices and of the moved rows."""
         import torch
 
         picked = parameter.detach().index_select(0, rows)
@@ -92,7 +90,7 @@ class Keep:
 
 
 class PadOnly:
-    """All that a scorer asks of a tokenizer."""
+    """Stand in for a tokenizer where a scorer pads and no text is read."""
 
     pad_token_id = 0
 

@@ -1,8 +1,7 @@
-"""Results as small files that can be committed: what a table takes of a run, one JSON file a run.
+"""Write what a table takes of each run to a small JSON file that can be committed; read it back.
 
-A file has the command, the settings without places, the looks at dev, the outcome of each test row
-and what result.json says, and, as result.json does, a SHA-256 of all of it. Nothing of it says
-where it was run. No torch.
+A file has the command, the settings without paths, the evaluations on dev, the outcome of each test
+row, what result.json says and a SHA-256 of all of it, but not where the run was. No torch.
 """
 
 import re
@@ -25,7 +24,7 @@ _ABSOLUTE = re.compile(r"(/|~/|file:|[A-Za-z]:[\\/])[^\s/].*")  # names of folde
 
 
 def find(folder: Path) -> tuple[list[Run], list[str]]:
-    """The runs of which a folder has files, by name, and what is no such file, in words.
+    """Return the runs of the files in a folder, by name, and a note for each other file.
 
     Raises:
         UserError: there is no such folder.
@@ -49,7 +48,7 @@ def find(folder: Path) -> tuple[list[Run], list[str]]:
 
 
 def load(path: Path) -> Run | None:
-    """The run of which this is the file, None where it is not what was written."""
+    """Return the run of a file, or None if the file is not as it was written."""
     found = bounded.read_json(path)
     found = None if found is None else sealed.unsealed(found)
     if found is None or found.get("schema") != _SCHEMA:
@@ -71,7 +70,7 @@ def load(path: Path) -> Run | None:
 
 
 def _outcomes_of(text: object) -> Floats | None:
-    """Of each test row (nan: no label), from text; None in files of before there were any."""
+    """Read the outcome of each test row (nan: no label) from text; None in files that lack them."""
     if text is None:
         return None
     if not isinstance(text, str):
@@ -84,7 +83,7 @@ def _outcomes_of(text: object) -> Floats | None:
 
 
 def _text_of(outcomes: Floats) -> str:
-    """A digit a row where each is right or wrong; else numbers with a blank between."""
+    """Write outcomes as a digit a row if each is right or wrong, else as numbers with blanks."""
     if np.isin(outcomes, (0, 1)).all():
         return "".join("1" if row else "0" for row in outcomes)
     return " ".join(map(repr, outcomes.tolist()))
@@ -93,14 +92,14 @@ def _text_of(outcomes: Floats) -> str:
 def write(
     folder: Path, name: str, run: Run, settings: Mapping[str, Any], words: Sequence[str]
 ) -> bool:
-    """Write the file of a run; False where it was there already, to the byte.
+    """Write the file of a run; return False if the same file is there already.
 
     Args:
-        folder: made where it is not there.
+        folder: made if it is not there.
         name: of the file, less its ending.
-        run: of a folder, or of such a file.
-        settings: those of the run that say what was asked, without places.
-        words: the settings on the line of `smezo train` that ask it.
+        run: from its folder, or from such a file.
+        settings: those of the run that say what was asked, without paths.
+        words: what follows `smezo train` on its line.
 
     Raises:
         UserError: it cannot be written, or would say where something lies on this machine.
@@ -139,7 +138,7 @@ def write(
 
 
 def _texts(node: object, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text below a node with its dotted key."""
+    """Yield every text below a node with its dotted key."""
     if isinstance(node, Mapping):
         for name, value in node.items():
             yield from _texts(value, f"{key}.{name}".lstrip("."))

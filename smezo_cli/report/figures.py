@@ -1,4 +1,4 @@
-"""What the papers' figures show, taken from run folders: the numbers of `smezo plot`, undrawn.
+"""Find the points of the papers' figures in runs: what `smezo plot` draws.
 
 Seeds are merged, and nothing else: runs that differ in a setting are lines of their own. Nothing is
 interpolated, smoothed away or counted twice; what is left out is said. No torch, no matplotlib.
@@ -29,10 +29,10 @@ from smezo_cli.report.series import (
 
 
 def sparsity(sources: Sequence[Source]) -> Figure:
-    """Test accuracy against sparsity; MeZO stands at 0, zero-shot is a level.
+    """Return test accuracy against sparsity; MeZO stands at 0, zero-shot is a level.
 
-    Of several learning rates the one with the best dev accuracy of the first seed is taken, as
-    :mod:`smezo_cli.cli.table` does.
+    Of several learning rates the one with the best dev accuracy of the first seed is taken, as in
+    a table (:mod:`smezo_cli.report.cells`).
 
     Raises:
         UserError: runs of one point differ in more than lr, or were tested on other rows.
@@ -78,7 +78,7 @@ def sparsity(sources: Sequence[Source]) -> Figure:
 
 
 def _best(where: str, groups: Sequence[Group], notes: list[str]) -> Group:
-    """The group that dev prefers, of groups that differ in lr."""
+    """Return the group with the best dev score, of groups that differ in lr."""
     if len(groups) == 1:
         return groups[0]
     differing = sorted(
@@ -115,7 +115,7 @@ def _best(where: str, groups: Sequence[Group], notes: list[str]) -> Group:
 
 
 def lr(sources: Sequence[Source]) -> Figure:
-    """Test accuracy against the learning rate; where all seeds diverged it is marked."""
+    """Return test accuracy against the learning rate, with marks where all seeds diverged."""
     figure = Figure("lr", "learning rate")
     for title, members in by_panel(sources, lambda _: "").items():
         check_rows(title, members)
@@ -142,7 +142,7 @@ def lr(sources: Sequence[Source]) -> Figure:
 
 
 def memory(sources: Sequence[Source]) -> Figure:
-    """Peak memory by method in GB (1e9 bytes): of the allocator on CUDA, resident elsewhere."""
+    """Return peak memory by method in GB (1e9 bytes): the allocator's on CUDA, else resident."""
     figure = Figure("memory", "peak memory (GB, the largest of the runs)")
 
     def device(run: Run) -> str:

@@ -1,4 +1,4 @@
-"""Group runs into the series of a figure."""
+"""Group runs into the panels and series of a figure."""
 
 import json
 import statistics
@@ -50,12 +50,12 @@ class Series:
 
     @property
     def mean(self) -> list[float]:
-        """Over the seeds, per x."""
+        """The mean over the seeds, per x."""
         return [statistics.mean(v) for v in self.values]
 
     @property
     def sd(self) -> list[float | None]:
-        """Sample standard deviation over the seeds, per x; None of one seed."""
+        """The sample standard deviation over the seeds, per x; None of one seed."""
         return [statistics.stdev(v) if len(v) > 1 else None for v in self.values]
 
     @property
@@ -78,7 +78,7 @@ class Panel:
 
 @dataclass
 class Figure:
-    """All that is drawn; `notes` says what is not."""
+    """Everything that is drawn; `notes` says what is left out."""
 
     kind: str
     x: str
@@ -86,7 +86,7 @@ class Figure:
     notes: list[str] = field(default_factory=list)
 
     def add(self, panel: Panel) -> None:
-        """Take a panel that shows something.
+        """Add a panel, unless it shows nothing.
 
         Raises:
             UserError: it has more lines than can be told apart.
@@ -112,7 +112,7 @@ class Source:
 
 
 def method_name(run: Run) -> str:
-    """As the papers say it: S-MeZO, R-MeZO, MeZO-LoRA, FT."""
+    """Return the name that the papers give a method: S-MeZO, R-MeZO, MeZO-LoRA, FT."""
     method = str(run.result["method"])
     node = run.config.get("method")
     node = node if isinstance(node, Mapping) else {}
@@ -134,9 +134,6 @@ def requested_sparsity(run: Run) -> float | None:
     return None if value is None else float(value)
 
 
-# --- groups ----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Group:
     """Runs that differ in nothing but the keys that a figure leaves free."""
@@ -151,9 +148,9 @@ class Group:
 
 
 def merge_seeds(sources: Iterable[Source], free: Sequence[str]) -> list[Group]:
-    """Runs that differ in the seed and the free keys alone, named so that names differ.
+    """Group runs that differ in the seed and the free keys alone; give the groups unlike names.
 
-    Where the seed draws the rows, too (data_seed=${seed}), these are no difference of their own.
+    Where the seed draws the rows, too (data_seed=${seed}), other rows are no difference.
     """
     buckets: dict[str, list[tuple[Run, Group]]] = {}
     for source in sources:
@@ -196,7 +193,7 @@ def natural(name: str) -> tuple[int, str]:
 
 
 def differing_settings(mine: Mapping[str, str], alike: Sequence[Mapping[str, str]]) -> list[str]:
-    """key=value where some others have another value; `method.lr` not beside `lr`."""
+    """Return KEY=VALUE of settings that others have differently; no `method.lr` beside `lr`."""
     keys = {key for other in alike for key in (*mine, *other) if mine.get(key) != other.get(key)}
     return [
         f"{key.rpartition('.')[2]}={_word(mine[key])}"
@@ -213,7 +210,7 @@ def _word(value: str) -> str:
 
 
 def by_panel(sources: Sequence[Source], more: Callable[[Run], str]) -> dict[str, list[Source]]:
-    """Sources by task, model and what else must not be mixed, as titles.
+    """Return the sources by panel: one a task, model and what else must not be mixed.
 
     Raises:
         UserError: there are more than a page holds.
@@ -242,7 +239,7 @@ def one_metric(sources: Sequence[Source]) -> str:
 
 
 def check_rows(title: str, sources: Sequence[Source]) -> None:
-    """Refuse runs of other test rows; a table has done so, for each of its splits."""
+    """Raise UserError if runs were tested on unlike rows; a table has checked that itself."""
     rows = {
         str(run.result.get("test_rows"))
         for source in sources
@@ -254,9 +251,6 @@ def check_rows(title: str, sources: Sequence[Source]) -> None:
             f"{title}: these runs were tested on {len(rows)} different sets of rows; choose one "
             f"with test_rows=X (there are: {', '.join(sorted(rows))})."
         )
-
-
-# --- scores ----------------------------------------------------------------------------------
 
 
 def score(run: Run) -> float:
