@@ -28,7 +28,7 @@ smezo eval RUN [KEY=VALUE ...]     score a trained run again and save every pred
     --split SPLIT     test (default), dev or train
     --base            the model as it was before training
     --step N          the weights of that step (default: the best): any step of a zeroth-order run,
-                      of others those of a look at dev, with keep=all
+                      of others those of an evaluation on dev, with keep=all
     --out FILE        where the predictions go, one JSON object a line (default: in the run folder)
 KEY=VALUE changes settings of the task and the machine, such as task.num_test=100 or device=cpu.
 Examples:

@@ -257,7 +257,7 @@ def _work(run: DryRun, method: Any) -> dict[str, int]:
         "forwards of training": forwards,
         "rows in them": forwards * s.batch_size,
         "tokens in them, at most": forwards * s.batch_size * run.lengths.training,
-        "looks at dev": evaluations,
+        "evaluations on dev": evaluations,
     }
     if fits and s.task["num_train"]:
         work["rows whose hidden states are computed"] = s.task["num_train"]

@@ -136,8 +136,8 @@ def _add_curves(figure: Figure, sources: Sequence[Source], y: str, x: str) -> No
             if any(len(line) != len(common) for line in lines):
                 seen = len({step for line in lines for step in line})
                 figure.notes.append(
-                    f"{title}, {group.name}: the seeds share {len(common)} of {seen} looks, "
-                    "and these alone are drawn."
+                    f"{title}, {group.name}: the seeds have {len(common)} of {seen} evaluations "
+                    "in common, and these alone are drawn."
                 )
             panel.series.append(
                 Series(
