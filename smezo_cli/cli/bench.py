@@ -19,6 +19,7 @@ from smezo_cli.config.searchpath import say
 from smezo_cli.config.settings import Settings, check
 from smezo_cli.errors import UserError, near
 from smezo_cli.files import strict_json
+from smezo_cli.files.atomic import write_text
 from smezo_cli.machine import streams
 from smezo_cli.machine.device import choose_device
 
@@ -92,8 +93,6 @@ def main(words: Sequence[str]) -> int:
         return 130
     _show(result)
     if out is not None:
-        from smezo_cli.files.atomic import write_text
-
         write_text(out, strict_json.dumps(result, indent=2) + "\n")
         print(f"  {out}")
     return 0

@@ -11,6 +11,7 @@ from smezo_cli.cli.flags import Flags, shows_help
 from smezo_cli.config.fixed import is_frozen
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
+from smezo_cli.files.atomic import write_bytes
 from smezo_cli.machine import streams
 from smezo_cli.run.trained import (
     check_model,
@@ -99,7 +100,6 @@ def shown_bytes(size: int) -> str:
 
 
 def _export_delta(run: str, target: Path, step: int | None) -> int:
-    from smezo_cli.files.atomic import write_bytes
     from smezo_cli.store.delta import delta
     from smezo_cli.store.saved import tensors_digest
     from smezo_cli.store.trajectory import read

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 from smezo_cli.errors import UserError
 from smezo_cli.files import strict_json
+from smezo_cli.files.atomic import write_text
 
 
 class Flags(argparse.ArgumentParser):
@@ -41,7 +42,5 @@ def check_out(out: str | None) -> None:
 
 def write_lines(path: Path, records: Iterator[dict[str, Any]] | Any) -> None:
     """Replace a JSONL file as a whole."""
-    from smezo_cli.files.atomic import write_text
-
     lines = [strict_json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     write_text(path, "".join(lines))

@@ -11,9 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from smezo_cli.cli.flags import Flags, shows_help
+from smezo_cli.config.compose import compose_and_say
+from smezo_cli.config.searchpath import say
 from smezo_cli.config.settings import Settings, check
 from smezo_cli.errors import UserError
 from smezo_cli.files import strict_json
+from smezo_cli.files.bounded import read_json
 from smezo_cli.plan.planner import plan
 
 USAGE = """\
@@ -48,9 +51,6 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--config-dir", "-cd")
     given = parser.parse_intermixed_args(list(words))
     capacity = None if given.memory is None else parse_memory(given.memory)
-    from smezo_cli.config.compose import compose_and_say
-    from smezo_cli.config.searchpath import say
-
     settings = check(compose_and_say(given.overrides, given.config_dir, say))
     tokens = None if given.tokens is None else _parse_tokens(given.tokens, settings)
     seconds = None if given.bench is None else _benched(Path(given.bench), settings)
@@ -67,8 +67,6 @@ def _benched(path: Path, settings: Settings) -> dict[str, float]:
     Raises:
         UserError: it cannot be read, or measured something else.
     """
-    from smezo_cli.files.bounded import read_json
-
     found = read_json(path)
     if found is None or not isinstance(found.get("median_seconds"), dict):
         raise UserError(f"--bench {path} is no file of smezo bench --json FILE; make one first.")

@@ -8,19 +8,16 @@ import argparse
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from smezo_cli.cli.flags import Flags, shows_help
 from smezo_cli.errors import UserError, near
+from smezo_cli.files.atomic import write_bytes
 from smezo_cli.machine import streams
 from smezo_cli.report import cells, collected, curves, figures
 from smezo_cli.report import table as table_module
 from smezo_cli.report.draw import drawn
 from smezo_cli.report.runs import find, select
 from smezo_cli.report.series import Figure, Source
-
-if TYPE_CHECKING:  # an optional dependency, and slow to import
-    pass
 
 USAGE = """\
 smezo plot KIND [KEY=VALUE ...]            draws the runs below runs/, filtered as smezo runs does
@@ -100,8 +97,6 @@ def main(words: Sequence[str]) -> int:
     if not figure.panels:
         why = f" {' '.join(notes[:3])}" if notes else ""
         raise UserError(f"smezo plot {kind}: these runs have nothing to draw.{why}")
-    from smezo_cli.files.atomic import write_bytes  # with torch, which mistakes need not wait for
-
     streams.outlast()
     for file, content in drawn(figure, files):
         write_bytes(file, content)

@@ -13,6 +13,7 @@ import numpy as np
 
 from smezo_cli.errors import UserError, redacted_tree
 from smezo_cli.files import bounded, sealed, strict_json
+from smezo_cli.files.atomic import write_text
 from smezo_cli.report.runs import Floats, Run
 from smezo_cli.store import schema
 
@@ -104,8 +105,6 @@ def write(
     Raises:
         UserError: it cannot be written, or would say where something lies on this machine.
     """
-    from smezo_cli.files.atomic import write_text
-
     of_before = run.collected is not None and run.collected_outcomes is None
     has_rows = run.result["status"] == "done" and not of_before
     named = [word for word in words if word.partition("=")[0] not in _FOLDERS]
