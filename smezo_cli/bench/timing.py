@@ -170,7 +170,7 @@ def makers(
         return Candidate(partial(method.step, loss), "textbook")
 
     def ours(make: Callable[..., Any], **arguments: Any) -> Candidate:
-        # The self-check is asked once a run, so it is no part of a step.
+        # A run makes the self-check once, so it is no part of a step.
         method = make(model, lr=LR, eps=EPS, check=False, **arguments)
         return Candidate(partial(method.step, partial(scorer.loss, batch)), method.passes.name)
 
@@ -222,7 +222,7 @@ def interleave(
     names = list(steps)
     collects = gc.isenabled()
     for k in range(rounds):
-        gc.collect()  # now, rather than within somebody's step
+        gc.collect()  # now, rather than during a step
         gc.disable()
         try:
             turn = k % len(names)

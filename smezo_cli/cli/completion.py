@@ -19,7 +19,7 @@ smezo completion SHELL       a script that makes TAB complete smezo; SHELL is ba
   fish    smezo completion fish | source        in ~/.config/fish/config.fish
 """
 
-# bash splits words at =, so that what stands before it must not be repeated.
+# bash splits words at =, so what stands before it must not be offered again.
 _BASH = """\
 _smezo_complete() {
   local line="${COMP_LINE:0:COMP_POINT}" IFS=$'\\n' word drop=""

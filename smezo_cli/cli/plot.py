@@ -134,7 +134,7 @@ def _of_folders(filters: Sequence[str], kind: str, folder: Path) -> tuple[list[S
         raise UserError(f"smezo plot {kind}: there are no runs in {folder}{where}.")
     wanted = {"done"} | ({"diverged"} if kind == "lr" else set())
     asked = any(word.startswith("status=") for word in filters) and kind in ("curve", "active")
-    # A folder of which nothing but the status is known names no task.
+    # A folder may tell its status and not even its task.
     named = [r for r in runs if r.config and all(r.result.get(k) is not None for k in _NEEDED)]
     kept = [run for run in named if asked or run.result["status"] in wanted]
     left = [str(run.result["status"]) for run in runs if run not in kept]
@@ -163,7 +163,7 @@ def _of_table(
         runs = find(folder) if folder.is_dir() else []
     reader = cells.Reader(found, runs)
     for cell in reader.cells(given.row, given.column):
-        if cell.row.of:  # the same runs again
+        if cell.row.of:  # shows another row's runs
             continue
         where = f"{cell.row.name}, {cell.column.name}"
         lines = dict.fromkeys(run.path for run in cell.runs)
@@ -171,7 +171,7 @@ def _of_table(
         if kind == "lr":
             runs += [run for run in cell.searched if run.path not in lines]
         if runs:
-            # Rows of the study of sparsities are tasks, and its columns what others have in rows.
+            # Where rows are tasks and columns are methods, the runs tell the name.
             by_run = kind == "sparsity" or cell.row.name == str(runs[0].result["task"])
             label = "" if by_run else cell.row.name
             sources.append(Source(tuple(runs), label, chosen=True))

@@ -65,8 +65,7 @@ def main(words: Sequence[str]) -> int:
         from smezo_cli.run.loaded import Job
         from smezo_cli.tasks.own import unlabelled
 
-        # What is said goes beside the predictions, never among them; of the rows of the training
-        # there is nothing to say.
+        # Messages go to stderr if the predictions go to stdout; training rows are not loaded.
         console = Console(sys.stdout if given.out else sys.stderr)
         prompt = _prompt(state)
         notes: list[str] = []

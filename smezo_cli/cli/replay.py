@@ -67,7 +67,7 @@ def main(words: Sequence[str]) -> int:
     given = parser.parse_intermixed_args(list(words))
     if given.out is not None and Path(given.out).exists():
         raise UserError(f"--out {given.out} is there already: name a new folder.")
-    streams.outlast()  # the exit code says it, too
+    streams.outlast()  # a closed pipe ends nothing: the exit code tells the result, too
     find = _of_delta if is_delta(Path(given.source)) else _of_run
     cfg, settings, records, prompt, known = find(given.source, given.overrides)
     step = known["step"] if given.step is None else given.step
@@ -156,7 +156,7 @@ def _of_delta(name: str, overrides: Sequence[str]) -> _Source:
     from smezo_cli.store.trajectory import Damaged
 
     about, records = read_delta(Path(name))
-    # The base may lie elsewhere here; and what somebody else trusted is not trusted for that.
+    # The base model may lie elsewhere here; and trust of the delta's maker is not the user's.
     with_path = ("model.path", "model.revision", "model.trust_remote_code", *SAME_BITS)
     cfg, settings = parsed(parse_yaml(str(about.get("config")), Path(name)), overrides, with_path)
     trusted = "model.trust_remote_code=true"

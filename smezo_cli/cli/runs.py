@@ -144,7 +144,7 @@ def _compared(found: Sequence[Group]) -> Iterator[dict[str, Any]]:
             "n": len(ours),
         }
         for name in ("zero_shot", "calibrated"):
-            if name in kept:  # of each run its own: prompt and offsets are chosen on its dev rows
+            if name in kept:  # each run less its own: prompt and offsets depend on its dev rows
                 gain = paired(ours, group.mean(name))
                 record[f"over_{name}"], record[f"over_{name}_se"] = gain
         aucs = [r["test"].get("auc") for r in results]

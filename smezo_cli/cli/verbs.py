@@ -43,7 +43,7 @@ VERBS = (
 )
 
 
-# They load a model, by a library that reads its own docstrings.
+# They load a model by transformers, which reads its own docstrings.
 _LOAD_MODELS = ("train", "plan", "eval", "predict", "export", "replay", "bench")
 
 

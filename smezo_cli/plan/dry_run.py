@@ -11,7 +11,7 @@ from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.plan.trace import PadOnly, trace
 
-OPTION_TOKENS = 16  # assumed of a choice task's options
+OPTION_TOKENS = 16  # of an option of a choice task, assumed
 
 _NUM_OPTIONS = 10  # of a row of ReCoRD; other choice tasks name theirs
 

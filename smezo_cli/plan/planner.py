@@ -126,7 +126,7 @@ def plan(settings: Settings, *, capacity: int | None = None, tokens: int | None 
     resident = _resident(run)
     phases = stages.evaluation(run)
     needs = stages.training(run, method, capacity)
-    # What is held for the method is not there yet.
+    # While the model is loaded, nothing is held for the method yet.
     phases["loading"] = max(0, _loading(run) - sum(needs.held.values()))
     phases |= needs.stages
     trained = method.trained.values() if stages.takes_steps(method) else []
@@ -135,7 +135,7 @@ def plan(settings: Settings, *, capacity: int | None = None, tokens: int | None 
     saved, state = bytes_of(trained), needs.held.get("optimizer state", 0)
     host = 0
     if device == "cuda":
-        # Weights pass through the host when they are loaded, and what is saved when it is.
+        # Weights pass through the host when they are loaded, and tensors when they are saved.
         host = _RUNTIME_CPU + max(resident["weights"], saved + state)
     disk, disk_peak = _disk(settings, saved, state, by_steps=stages.records_steps(method))
     s = settings

@@ -96,7 +96,7 @@ def _by_perturbations(run: DryRun, method: Any, capacity: int) -> Needs:
     compiles = compiles_passes(run, method)
     if compiles and run.device == "cpu":
         held["Numba"] = _NUMBA
-    # Thresholds chunk by chunk, unless every weight is active; the share of active weights by
+    # Thresholds chunk by chunk, unless every weight is active; active weights are counted by
     # the mask of one tensor.
     found["thresholds"] = max(_THRESHOLD * _threshold_chunk(run, largest), largest)
     batch = run.micro_batch()
@@ -113,7 +113,7 @@ def _by_perturbations(run: DryRun, method: Any, capacity: int) -> Needs:
     held["scratch of probes"] = points * copies
     found["step"] = points * step + (_KEPT * weights if keeps else 0)
     pair, _ = _probed(run, method, batch[:2])
-    # An exact copy of some tensors is put back after they were perturbed in place.
+    # The self-check perturbs some tensors in place, and puts an exact copy of them back.
     saved = _checked_together(run, method)
     found["self-check"] = saved * (run.dtype.itemsize + (_KEPT if keeps else 0)) + pair
     return Needs(held, found)

@@ -167,7 +167,7 @@ class Reader:
         wanted = identity(values)
         for run, found in self._runs:
             if found == wanted and self._fits(run, cell):
-                # The same once more, collected or under another name, is no near miss.
+                # A second run of the same settings, perhaps a collected one, is no near miss.
                 self._used.update(one.path for one, same in self._runs if same == wanted)
                 chosen = (f"{key}={value}" for key, value in setting.items())
                 self.taken[run.path] = (run, last((*words, *chosen, f"seed={seed}")))

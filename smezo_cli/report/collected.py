@@ -18,10 +18,10 @@ from smezo_cli.report.runs import Floats, Run
 from smezo_cli.store import schema
 
 _SCHEMA = 1
-# Of result.json: the line as it was typed and what went wrong may name folders, the seal is anew.
+# Keys of result.json: command and error may name folders, and a file has a digest of its own.
 _LEFT_OUT = ("command", "error", "sha256")
 _FOLDERS = ("task.data_dir", "model.path", "runs_dir")
-_ABSOLUTE = re.compile(r"(/|~/|file:|[A-Za-z]:[\\/])[^\s/].*")  # names of folders may have blanks
+_ABSOLUTE = re.compile(r"(/|~/|file:|[A-Za-z]:[\\/])[^\s/].*")  # folder names may have spaces
 
 
 def find(folder: Path) -> tuple[list[Run], list[str]]:

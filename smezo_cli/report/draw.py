@@ -81,7 +81,7 @@ def _lines(axes: "Axes", panel: Panel, kind: str) -> None:
     along = kind in ("curve", "active")
     if kind == "lr":
         axes.set_xscale("log")
-    if not along:  # what is moved aside would not count where matplotlib finds limits
+    if not along:  # points that are moved aside would not count in matplotlib's own limits
         axes.set_autoscale_on(False)
         _set_limits(axes, panel, kind == "lr")
     places = [x for series in panel.series for x in series.x]
@@ -99,9 +99,7 @@ def _lines(axes: "Axes", panel: Panel, kind: str) -> None:
         else:
             # Points of one x are drawn beside each other; the data stay at x.
             aside = 3 * (crowd.index(k) - (len(crowd) - 1) / 2) if k in crowd else 0.0
-            style["transform"] = axes.transData + _to_the_right(
-                axes, aside
-            )  # leaves the limits out
+            style["transform"] = axes.transData + _to_the_right(axes, aside)
             axes.errorbar(series.x, series.mean, yerr=sd, marker=marker, **style)
         if along and spread:
             low = [m - s for m, s in zip(series.mean, sd, strict=True)]

@@ -37,7 +37,7 @@ def stripped(values: Mapping[str, Any]) -> dict[str, Any]:
         if group == "method" and node.get("executor") in ("sequential", "lockstep"):
             node["executor"] = "auto"  # the same numbers
         if group == "model" and node.get("attention") == "auto":
-            node["attention"] = "sdpa"  # likewise
+            node["attention"] = "sdpa"  # the same numbers
         kept[group] = node
     return kept
 

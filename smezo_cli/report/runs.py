@@ -103,7 +103,7 @@ class Run:
                 for name, rows in load_file(path).items()
                 if name.startswith("outcome.")
             }
-        except (OSError, SafetensorError, TypeError, ValueError) as error:  # of a dtype not ours
+        except (OSError, SafetensorError, TypeError, ValueError) as error:
             raise UserError(f"{path} cannot be read ({error}).") from error
         if "test" not in found:
             raise UserError(f"{self.path} has no outcomes of test rows: it is of an older version.")

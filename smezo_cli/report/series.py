@@ -11,7 +11,7 @@ from smezo_cli.report.runs import Run, draw_their_rows
 
 MOST_BYTES = 1 << 28  # of metrics.jsonl; 20,000 steps have 3 MB
 
-_MOST_LINES = 7  # colours that everybody tells apart
+_MOST_LINES = 7  # colours that can be told apart
 
 _MOST_PANELS = 6
 

@@ -32,7 +32,7 @@ class Line:
     also: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     paper: tuple[Printed | None, ...] = ()
     without: Mapping[str, str] = field(default_factory=dict)  # why it has no value, by column
-    one_seed: bool = False  # nothing in it depends on the seed
+    one_seed: bool = False  # no value of it depends on the seed
     no_steps: bool = False  # the table's settings of steps do not hold for it
 
 
