@@ -40,7 +40,8 @@ import torch
 import transformers.models.llama.modeling_llama
 import transformers.models.opt.modeling_opt  # noqa: F401 - what children would import
 
-from smezo_cli.cli import evaluate  # noqa: F401
+import smezo_cli.cli.replay  # noqa: F401 - as above
+from smezo_cli.cli import evaluate, export, predict  # noqa: F401 - as above
 from smezo_cli.cli.verbs import main as smezo
 from smezo_cli.methods import mezo, sparse_mezo  # noqa: F401 - as above
 from smezo_cli.run import loaded, loop, replay, session  # noqa: F401

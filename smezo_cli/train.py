@@ -5,11 +5,11 @@ smezo train [KEY=VALUE ...]        (or: python -m smezo_cli.train ...)
 
 import sys
 
-if __name__ == "__main__":  # as `smezo train`, from before anything else is imported
-    from smezo_cli.cli.verbs import main as smezo
+if __name__ == "__main__":  # the same as `python -m smezo_cli train ...`, before other imports
+    import runpy  # is loaded already
 
     sys.argv.insert(1, "train")
-    sys.exit(smezo())
+    runpy.run_module("smezo_cli", run_name="__main__", alter_sys=True)
 
 from typing import Any
 

@@ -20,10 +20,10 @@ from smezo_cli.bench.timing import (
     PASSES,
     Bench,
     Thresholds,
-    figures,
     interleave,
     makers,
     rows_of,
+    summary,
 )
 from smezo_cli.cli import bench as line
 from smezo_cli.cli.verbs import main
@@ -214,8 +214,8 @@ def test_rounds_run_every_candidate_once_in_an_order_that_rotates() -> None:
     assert gc.isenabled()
 
 
-def test_figures_are_medians_over_two_of_the_forwards() -> None:
-    found = figures({"forward": [1.0, 9.0, 2.0], "mezo": [6.0, 5.0, 40.0], "pass_gaussian": [1.0]})
+def test_the_summary_is_medians_over_two_of_the_forwards() -> None:
+    found = summary({"forward": [1.0, 9.0, 2.0], "mezo": [6.0, 5.0, 40.0], "pass_gaussian": [1.0]})
     assert found["median_seconds"] == {"forward": 2.0, "mezo": 6.0, "pass_gaussian": 1.0}
     assert found["iqr_seconds"] == {"forward": 4.0, "mezo": 17.5, "pass_gaussian": 0.0}
     assert found["ratio_to_two_forwards"] == {"forward": 0.5, "mezo": 1.5}

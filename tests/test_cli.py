@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from smezo_cli import __version__
-from smezo_cli.cli.verbs import main
+from smezo_cli.cli.verbs import VERBS, main
 from smezo_cli.config.fixed import CONF_DIR
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,18 +39,39 @@ def imports(*words: str, cwd: Path) -> tuple[int, set[str]]:
 HEAVY = {"torch", "transformers", "datasets", "wandb", "numpy"}
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"], ["ls", "--help"]], ids=str)
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]], ids=str)
 def test_help_names_the_verbs(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 0
     out = capsys.readouterr().out
-    for verb in ("train", "ls", "show"):
-        assert f"smezo {verb}" in out
+    for verb in VERBS:
+        assert f"smezo {verb} " in out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_tells_its_usage(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    assert f"smezo {verb} " in capsys.readouterr().out
 
 
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     code, modules = imports("--help", cwd=tmp_path)
     assert code == 0
     assert not modules & (HEAVY | {"hydra", "omegaconf"})
+
+
+def test_torch_is_loaded_by_nothing_that_answers_without_it(tmp_path: Path) -> None:
+    """Not by what mistakes, settings, files and tables need, whatever of it is imported."""
+    script = """
+import importlib, pkgutil, sys
+for name in ("errors", "kinds", "words", "config", "files", "report", "cli.verbs"):
+    module = importlib.import_module(f"smezo_cli.{name}")
+    for found in pkgutil.iter_modules(getattr(module, "__path__", ())):
+        importlib.import_module(f"{module.__name__}.{found.name}")
+        assert not {"torch", "matplotlib"} & sys.modules.keys(), found.name
+print("none")
+"""
+    run = python("-c", script, cwd=tmp_path)
+    assert (run.stdout, run.stderr) == ("none\n", "")
 
 
 @pytest.mark.parametrize(
@@ -179,8 +200,8 @@ def test_docstrings_that_are_dropped_are_asked_for_before_a_model_is(
 def test_damaged_lines_are_found_without_assertions_too(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": "1"}\n{"step": 1, "projected_grad": 1}\n[]\n')
     script = (
-        "import pathlib; from smezo_cli.report.curves import _records; "
-        "from smezo_cli.report.runs import Run; print(_records(Run(pathlib.Path('.'), {}, {})))"
+        "import pathlib; from smezo_cli.report.curves import read_metrics; "
+        "from smezo_cli.report.runs import Run; print(read_metrics(Run(pathlib.Path('.'), {}, {})))"
     )
     run = python("-O", "-c", script, cwd=tmp_path)
     assert (run.stdout, run.stderr) == ("({}, {}, 3)\n", "")

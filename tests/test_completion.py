@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from smezo_cli.cli.verbs import main
+from smezo_cli.cli.flags import Flags
+from smezo_cli.cli.verbs import VERBS, main
+from smezo_cli.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,6 +46,22 @@ def test_the_last_word_is_completed(
     line: str, expected: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert offers(line, capsys) == expected
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("train", "completion")])
+def test_tab_offers_the_flags_that_a_verb_takes(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken = {"--help"}
+
+    def note(flags: Flags, words: list[str]) -> None:
+        taken.update(word for word in flags._option_string_actions if word.startswith("--"))
+        raise UserError("these are all")
+
+    for name in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(Flags, name, note)
+    assert main([verb]) == 2
+    assert set(offers(f"smezo {verb} --", capsys)) == {f"{flag} " for flag in taken}
 
 
 def test_a_blank_offers_groups_and_settings(capsys: pytest.CaptureFixture[str]) -> None:

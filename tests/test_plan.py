@@ -15,8 +15,9 @@ from smezo_cli.config.compose import compose
 from smezo_cli.config.settings import Settings, check
 from smezo_cli.errors import UserError
 from smezo_cli.models.load import load_model
+from smezo_cli.plan.dry_run import architecture
 from smezo_cli.plan.planner import Plan, plan
-from smezo_cli.plan.trace import architecture, trace
+from smezo_cli.plan.trace import trace
 
 TINY = ("task=toy", "model=tiny-llama", "steps=20", "eval_every=10")
 WEIGHTS = 37_472  # of tiny-llama, its tied embedding once

@@ -32,7 +32,7 @@ seeds: [0, 1]
 columns:
   toy: { command: task=toy }
 rows:
-  Zero-shot: { command: "", of: MeZO, figure: zero_shot }
+  Zero-shot: { command: "", of: MeZO, quantity: zero_shot }
   MeZO: { command: "method=mezo lr=1e-3,1e-2" }
   As it came: { command: method=zero_shot, one_seed: true, no_steps: true }
 """
@@ -154,7 +154,7 @@ def test_seeds_with_other_looks_meet_at_common_ones_alone(tmp_path: Path) -> Non
     ((series,),) = [panel.series for panel in figure.panels]
     assert series.x == (2, 4)
     assert series.mean == pytest.approx([30, 50])
-    assert "share 2 of 3 looks" in figure.notes[0]
+    assert "have 2 of 3 evaluations in common" in figure.notes[0]
 
 
 def test_seeds_that_draw_their_rows_are_one_line(tmp_path: Path) -> None:

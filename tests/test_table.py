@@ -40,7 +40,7 @@ columns:
   toy: { command: task=toy }
   later: { command: null, awaits: task=later }
 rows:
-  Zero-shot: { command: "", of: MeZO, figure: zero_shot, paper: [50.0] }
+  Zero-shot: { command: "", of: MeZO, quantity: zero_shot, paper: [50.0] }
   Untrained: { command: method=zero_shot, one_seed: true, no_steps: true }
   MeZO: { command: "method=mezo lr=1e-3,1e-2", paper: ["40.0 (1.5)!"] }
   Nothing: { command: null, awaits: method=nothing }
@@ -66,7 +66,17 @@ def test_what_is_awaited_is_listed_and_has_not_arrived() -> None:
 @pytest.mark.parametrize("name", table_module.names())
 def test_a_line_of_a_table_has_no_key_that_is_not_read(name: str) -> None:
     """An unquoted comma in a command makes keys of what follows it."""
-    read = {"command", "awaits", "figure", "of", "also", "paper", "one_seed", "no_steps", "without"}
+    read = {
+        "command",
+        "awaits",
+        "quantity",
+        "of",
+        "also",
+        "paper",
+        "one_seed",
+        "no_steps",
+        "without",
+    }
     node: Any = OmegaConf.load(CONF_DIR / "table" / f"{name}.yaml")
     for line in (*node["columns"].items(), *node["rows"].items()):
         assert set(line[1]) <= read, line

@@ -1,10 +1,10 @@
-"""MeZO and Sparse-MeZO as the papers' pseudo-code has them: what `smezo bench` compares with.
+"""Make steps of MeZO and Sparse-MeZO as the papers' pseudo-code says, for `smezo bench`.
 
 MeZO: arXiv 2305.17333, Algorithm 1; Sparse-MeZO: arXiv 2402.15751, its algorithm in the vanilla
 form, whose mask is kept for the step. Four passes over the weights in place, each of which draws
 z anew from a generator that was set back to the step's seed, and a forward for every candidate
 that computes all logits. Nothing is made slower than the papers say, and nothing faster: this is
-the rival, and no way to train.
+what is compared with, and no way to train.
 """
 
 import math
@@ -20,7 +20,7 @@ from smezo_cli.zo.step import Closure, NonFiniteLoss, StepRecord
 
 
 class Textbook:
-    """In-place two-sided SGD along z ~ N(0, I), of which a mask may leave the small weights.
+    """Two-sided SGD in place along z ~ N(0, I), where a mask may leave the small weights alone.
 
     Args:
         model: parameters with ``requires_grad`` are trained.
@@ -47,7 +47,7 @@ class Textbook:
 
     @torch.no_grad()
     def step(self, closure: Closure) -> StepRecord:
-        """One step; ``closure`` is called twice, at weights that were moved in place.
+        """Make one step; ``closure`` is called twice, at weights that were moved in place.
 
         Raises:
             NonFiniteLoss: after the weights were put back.
@@ -68,7 +68,7 @@ class Textbook:
         return StepRecord((l_plus + l_minus) / 2, (projected_grad,), 2)
 
     def seed_of(self, step: int) -> int:
-        """What the generators are set back to before each pass of a step; in [0, 2**63)."""
+        """Return what the generators are set back to before each pass of a step, in [0, 2**63)."""
         return stream_key(self.seed, "textbook", step)[0] & (2**63 - 1)
 
     def _move(self, seed: int, scale: float, masks: Iterable[Tensor]) -> None:
@@ -88,7 +88,7 @@ class Textbook:
 
 
 def thresholds(model: nn.Module, sparsity: float) -> list[Tensor]:
-    """The magnitude that all but ``sparsity`` of a tensor's weights do not exceed: () each."""
+    """Return h of each tensor, (): all but ``sparsity`` of its weights are at most so large."""
     found = []
     for p in model.parameters():
         if p.requires_grad:
@@ -99,7 +99,7 @@ def thresholds(model: nn.Module, sparsity: float) -> list[Tensor]:
 
 
 def loss(model: nn.Module, batch: Sequence[Candidates]) -> Tensor:
-    """Cross-entropy over the candidates' mean log-probabilities, a forward a candidate: ().
+    """Return the cross-entropy over the candidates' mean log-probabilities, a forward each: ().
 
     As MeZO computes it (appendix E): each candidate behind its context as a sequence of its own,
     logits of all positions and all tokens.

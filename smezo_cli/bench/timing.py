@@ -1,4 +1,4 @@
-"""What `smezo bench` measures: steps side by side in one process, their seconds and their memory.
+"""Time steps side by side in one process, and measure their peak memory.
 
 Every candidate works on the same model and the same rows, all weights trained, and is timed once
 a round; the order is rotated from round to round, so that none is always behind the same other.
@@ -70,7 +70,7 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something to time: a step, and the passes that it makes over the weights ("": none)."""
+    """A step to time, and what makes its passes over the weights ("": it makes none)."""
 
     step: Step
     passes: str = ""
@@ -79,7 +79,7 @@ class Candidate:
 def rows_of(
     ids: Sequence[int], labels: tuple[int, int], batch_size: int, length: int
 ) -> list[Candidates]:
-    """Rows of exactly ``length`` prompt tokens, and behind each two labels of one token.
+    """Return rows of exactly ``length`` prompt tokens, each with two labels of one token.
 
     Args:
         ids: tokens of a text, ``batch_size * length`` or more; each row takes the next ones.
@@ -97,7 +97,7 @@ def rows_of(
 
 
 class Thresholds:
-    """Those of the sparse candidates, found once: it takes as long as some steps, and is none.
+    """Find the thresholds of the sparse candidates once: that takes as long as some steps.
 
     Args:
         model: its present weights count.
@@ -118,7 +118,7 @@ class Thresholds:
         return {target.name: target.h for target in found.targets}
 
     def sparse(self, model: nn.Module, *, mask: str = "small", **arguments: Any) -> SparseMeZO:
-        """A :class:`SparseMeZO` that is told its thresholds, where these are magnitudes."""
+        """Return a :class:`SparseMeZO` that is told its thresholds, where these are magnitudes."""
         if mask == "random":
             return SparseMeZO(model, mask=mask, sparsity=self.sparsity, **arguments)
         known = self._known
@@ -137,7 +137,7 @@ def makers(
     thresholds: Thresholds,
     pass_weights: int = PASS_WEIGHTS,
 ) -> dict[str, Callable[[], Candidate]]:
-    """How to make each candidate, by name in :data:`NAMES`.
+    """Return a function that makes each candidate, by its name in :data:`NAMES`.
 
     Args:
         scorer: of the model, which is on its device.
@@ -164,23 +164,23 @@ def makers(
     def forward(loss: Callable[[], Tensor]) -> Candidate:
         return Candidate(torch.inference_mode()(loss))
 
-    def rival(is_sparse: bool, loss: Callable[[], Tensor] = plain_loss) -> Candidate:
+    def textbook_step(is_sparse: bool, loss: Callable[[], Tensor] = plain_loss) -> Candidate:
         h = thresholds.textbook if is_sparse else []
         method = textbook.Textbook(model, lr=LR, eps=EPS, thresholds=h)
         return Candidate(partial(method.step, loss), "textbook")
 
     def ours(make: Callable[..., Any], **arguments: Any) -> Candidate:
-        # The self-check is asked once a run, so it is no part of a step.
+        # A run makes the self-check once, so it is no part of a step.
         method = make(model, lr=LR, eps=EPS, check=False, **arguments)
         return Candidate(partial(method.step, partial(scorer.loss, batch)), method.passes.name)
 
     found: dict[str, Callable[[], Candidate]] = {
         UNIT: partial(forward, partial(scorer.scores, batch)),
         "forward_full_logits": partial(forward, plain_loss),
-        "textbook_mezo": partial(rival, False),
-        "textbook_sparse_mezo": partial(rival, True),
-        "textbook_mezo_our_layers": partial(rival, False, our_layers_loss),
-        "textbook_sparse_mezo_our_layers": partial(rival, True, our_layers_loss),
+        "textbook_mezo": partial(textbook_step, False),
+        "textbook_sparse_mezo": partial(textbook_step, True),
+        "textbook_mezo_our_layers": partial(textbook_step, False, our_layers_loss),
+        "textbook_sparse_mezo_our_layers": partial(textbook_step, True, our_layers_loss),
         "mezo": partial(ours, MeZO),
     }
     for name, arguments in VARIANTS.items():
@@ -192,7 +192,7 @@ def makers(
 
 
 def _pass(noise: str, sparsity: float, weights: int, device: torch.device) -> Candidate:
-    """The masked pass as a probe makes it: from the weights to scratch of the same length."""
+    """Return the masked pass of a probe, from weights to scratch of the same length."""
     generator = torch.Generator(device).manual_seed(0)
     weight = torch.randn(weights, device=device, generator=generator)
     out = torch.empty_like(weight)
@@ -210,7 +210,7 @@ def interleave(
     wait: Callable[[], object] = lambda: None,
     tick: Callable[[str], object] = lambda name: None,
 ) -> dict[str, list[float]]:
-    """Seconds of every step in every round; a round runs each once, in an order that rotates.
+    """Return the seconds of every step by round; a round runs each once, in an order that rotates.
 
     Args:
         steps: by name, warm already.
@@ -222,7 +222,7 @@ def interleave(
     names = list(steps)
     collects = gc.isenabled()
     for k in range(rounds):
-        gc.collect()  # now, rather than within somebody's step
+        gc.collect()  # now, rather than during a step
         gc.disable()
         try:
             turn = k % len(names)
@@ -239,10 +239,10 @@ def interleave(
     return seconds
 
 
-def figures(
+def summary(
     seconds: Mapping[str, Sequence[float]],
 ) -> dict[str, dict[str, Any]]:
-    """Medians, quartiles and ratios of rounds: ``{"median_seconds": {name: ...}, ...}``.
+    """Return medians, quartiles and ratios of rounds: ``{"median_seconds": {name: ...}, ...}``.
 
     ``ratio_to_two_forwards`` is the ratio of two medians; a pass alone has none.
     """
@@ -263,7 +263,7 @@ def figures(
 
 
 class Bench:
-    """Times and weighs candidates on one model.
+    """Measure the time and the memory of candidates on one model.
 
     Args:
         scorer: of the model, which is on its device.
@@ -296,14 +296,14 @@ class Bench:
 
     @property
     def num_ticks(self) -> int:
-        """How often :meth:`run` tells of something done."""
+        """How often :meth:`run` calls `tick`."""
         return len(self.names) * (1 + self.rounds) + len(self._weighed)
 
     def run(self) -> dict[str, Any]:
-        """Warm up, time, weigh.
+        """Warm up, time, and measure memory.
 
         Returns:
-            :func:`figures`, and by name ``peak_bytes``, ``peak_over_forward``,
+            :func:`summary`, and by name ``peak_bytes``, ``peak_over_forward``,
             ``peak_above_weights_bytes``, ``passes`` (who made them), ``weights_per_second`` (of
             passes alone) and ``failed`` (what did not fit the device's memory, with the reason).
 
@@ -335,7 +335,7 @@ class Bench:
     def _timed(
         self, found: Mapping[str, Callable[[], Candidate]], failed: dict[str, str]
     ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-        """Figures of what can be made, and who made its passes; the candidates are let go."""
+        """Return the summary of the candidates that fit, and what made their passes; free them."""
         warm: dict[str, Candidate] = {}
         for name in self.names:
             with _fitting(name, failed):
@@ -350,16 +350,16 @@ class Bench:
             )
         steps = {name: made.step for name, made in warm.items()}
         seconds = interleave(steps, self.rounds, wait=self._wait, tick=self.tick)
-        return figures(seconds), {name: made.passes for name, made in warm.items() if made.passes}
+        return summary(seconds), {name: made.passes for name, made in warm.items() if made.passes}
 
     def grow(self, batches: Mapping[tuple[int, int], Sequence[Candidates]]) -> list[dict[str, Any]]:
-        """How steps grow: :data:`GROW_NAMES` on other rows, all interleaved with each other.
+        """Time :data:`GROW_NAMES` on rows of other sizes, all interleaved with each other.
 
         Args:
             batches: rows by (batch size, length).
 
         Returns:
-            A record for each that fits: ``batch_size``, ``length`` and :func:`figures`.
+            A record for each that fits: ``batch_size``, ``length`` and :func:`summary`.
 
         Raises:
             UserError: a loss is not finite.
@@ -379,7 +379,7 @@ class Bench:
         seconds = interleave(together, self.rounds, wait=self._wait, tick=self.tick)
         return [
             {"batch_size": b, "length": n}
-            | figures({name: seconds[f"{b} {n} {name}"] for name in GROW_NAMES})
+            | summary({name: seconds[f"{b} {n} {name}"] for name in GROW_NAMES})
             for b, n in steps
         ]
 
@@ -388,7 +388,7 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def _peak(self, make: Callable[[], Candidate]) -> int | None:
-        """Peak bytes of one step behind another, no other candidate being there.
+        """Return the peak bytes of a second step, while no other candidate is in memory.
 
         On CUDA what tensors took at once, the weights among them. On a CPU the resident memory of
         the process: weights, activations, scratch, and Python with its libraries and what they
@@ -425,7 +425,7 @@ def _check_scores(found: object) -> None:
 
 @contextmanager
 def _fitting(name: str, failed: dict[str, str]) -> Iterator[None]:
-    """A rival that needs more memory than there is must not spoil the others' figures.
+    """Note a candidate that runs out of memory in `failed`, so that the others are still timed.
 
     Raises:
         UserError: a loss is not finite.
@@ -441,7 +441,7 @@ def _fitting(name: str, failed: dict[str, str]) -> Iterator[None]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were taken on: processor, its number, memory in bytes, accelerator."""
+    """Return what was measured on: processor, its number, memory in bytes, accelerator."""
     found: dict[str, Any] = {"cpu": None, "cpus": os.cpu_count(), "accelerator": None}
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

@@ -1,4 +1,4 @@
-"""The `smezo` command: a file a verb."""
+"""Answer the `smezo` command line; each verb has a file of its own."""
 
 from smezo_cli.cli.verbs import main
 

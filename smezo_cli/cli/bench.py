@@ -1,24 +1,25 @@
-"""`smezo bench`: what a step costs, beside plain forwards and the papers' pseudo-code.
+"""`smezo bench`: measure what a step costs, beside plain forwards and the papers' pseudo-code.
 
 No torch here: a mistake on the line is answered before it loads.
 """
 
-import argparse
 import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
 from rich.console import Console as RichConsole
 from rich.table import Table
 
+from smezo_cli.cli.flags import Flags, shows_help
 from smezo_cli.config.compose import checked_settings
 from smezo_cli.config.searchpath import say
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError, near
 from smezo_cli.files import strict_json
+from smezo_cli.files.atomic import write_text
 from smezo_cli.machine import streams
 from smezo_cli.machine.device import choose_device
 
@@ -34,7 +35,7 @@ smezo bench [KEY=VALUE ...]         what a step costs, beside plain forwards and
     --only NAMES      some of them, with commas between; a forward, the unit, always runs
     --grow            a second table: how a step grows with batch size and length
     --config-dir DIR  your own model files, read before smezo's own
-    --json FILE       every round and all figures: {"median_seconds": {NAME: ...}, ...}
+    --json FILE       every round and all numbers: {"median_seconds": {NAME: ...}, ...}
 KEY is model (or model.KEY), batch_size (16), length (tokens of a prompt, 64), dtype, compute_dtype,
 device. All weights are trained. Names:
   forward                    the model alone: last position, label rows; two of them are the unit
@@ -57,21 +58,15 @@ _GROW_LENGTHS = (32, 64, 128)
 _GROW_BATCHES = (8, 16)
 
 
-class _Flags(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; smezo bench --help shows the flags.")
-
-
 def main(words: Sequence[str]) -> int:
-    """`smezo bench`: measures, prints, writes; returns the exit code.
+    """Measure, print tables, write the numbers to a file if asked; return the exit code.
 
     Raises:
         UserError: a mistake on the line, or a model that cannot be had or measured.
     """
-    if "--help" in words or "-h" in words:
-        print(USAGE, end="")
+    if shows_help(words, USAGE):
         return 0
-    parser = _Flags(prog="smezo bench", add_help=False, allow_abbrev=False)
+    parser = Flags("bench")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only")
@@ -98,15 +93,13 @@ def main(words: Sequence[str]) -> int:
         return 130
     _show(result)
     if out is not None:
-        from smezo_cli.files.atomic import write_text
-
         write_text(out, strict_json.dumps(result, indent=2) + "\n")
         print(f"  {out}")
     return 0
 
 
 def _settings(words: Sequence[str], config_dir: str | None) -> tuple[Settings, int]:
-    """The settings of a Sparse-MeZO run with these changes, without recipes, and the length."""
+    """Return the settings of a Sparse-MeZO run with these changes and no recipe, and the length."""
     given = dict(_DEFAULTS)
     for word in words:
         key, equals, value = word.partition("=")
@@ -144,7 +137,7 @@ def _check_length(settings: Settings, longest: int) -> None:
 def _measure(
     settings: Settings, length: int, device_name: str, rounds: int, only: str | None, grow: bool
 ) -> dict[str, Any]:
-    """Everything that --json writes."""
+    """Measure; return all that --json writes."""
     from smezo_cli.bench import timing
     from smezo_cli.run.console import Console
     from smezo_cli.store import versions
@@ -209,7 +202,7 @@ def _chosen(only: str | None, names: Sequence[str]) -> list[str]:
 def _model_and_tokens(
     settings: Settings, length: int, device_name: str, grow: bool, console: "Console"
 ) -> "tuple[Scorer, list[int], tuple[int, int], str]":
-    """The model as a run loads it, tokens for the prompts, two labels, and what the tokens are.
+    """Return a scorer, tokens for the prompts, two label tokens, and what the tokens are in words.
 
     The embedded model reads its own data; another reads random tokens, because its time does not
     hang on what they say.
@@ -266,8 +259,8 @@ def _model_and_tokens(
 
 
 def _show(result: Mapping[str, Any]) -> None:
-    """The tables, and below them what there is to say about a candidate."""
-    # As wide as it must be: a figure must not be cut where the table is piped or narrow.
+    """Print the tables."""
+    # As wide as it must be: a number must not be cut where the table is piped or narrow.
     columns = max(os.get_terminal_size().columns if os.isatty(1) else 0, 400)
     console = RichConsole(width=columns, highlight=False)
     table = Table(box=SIMPLE, pad_edge=False)

@@ -1,4 +1,4 @@
-"""`smezo completion SHELL`: TAB completes verbs, groups, settings, runs and files.
+"""`smezo completion SHELL`: let TAB complete verbs, groups, settings, runs and files.
 
 The scripts ask `smezo completion query LINE` for the words that may end the line.
 """
@@ -6,6 +6,8 @@ The scripts ask `smezo completion query LINE` for the words that may end the lin
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from smezo_cli.cli.flags import shows_help
+from smezo_cli.cli.ls import GROUPS
 from smezo_cli.config.searchpath import SearchPath, of_line
 from smezo_cli.errors import UserError, near
 
@@ -17,7 +19,7 @@ smezo completion SHELL       a script that makes TAB complete smezo; SHELL is ba
   fish    smezo completion fish | source        in ~/.config/fish/config.fish
 """
 
-# bash splits words at =, so that what stands before it must not be repeated.
+# bash splits words at =, so what stands before it must not be offered again.
 _BASH = """\
 _smezo_complete() {
   local line="${COMP_LINE:0:COMP_POINT}" IFS=$'\\n' word drop=""
@@ -38,41 +40,32 @@ _FLAGS = {
     "plan": ("--memory", "--tokens", "--bench", "--json", "--config-dir", "--help"),
     "runs": ("--mean", "--compare", "--runs-dir", "--sort", "--json", "--help"),
     "table": (
-        *(
-            "--run",
-            "--row",
-            "--column",
-            "--less",
-            "--format",
-            "--runs-dir",
-            "--collect",
-            "--results",
-        ),
-        "--help",
+        *("--run", "--row", "--column", "--less", "--format"),
+        *("--runs-dir", "--collect", "--results", "--help"),
     ),
     "plot": ("--x", "--y", "--row", "--column", "--out", "--runs-dir", "--results", "--help"),
     "eval": ("--split", "--base", "--step", "--out", "--help"),
     "predict": ("--field", "--out", "--help"),
-    "export": ("--step", "--help"),
+    "export": ("--step", "--delta", "--help"),
+    "replay": ("--step", "--split", "--out", "--help"),
     "bench": ("--rounds", "--only", "--grow", "--json", "--config-dir", "--help"),
     "ls": ("--config-dir", "--help"),
     "show": ("--config-dir", "--help"),
 }
 
 
-def main(words: Sequence[str], verbs: Sequence[str], groups: Sequence[str]) -> int:
-    """Print a script, or what may end a line; returns the exit code.
+def main(words: Sequence[str], verbs: Sequence[str]) -> int:
+    """Print a script, or what may end a line; return the exit code.
 
     Raises:
         UserError: not a shell that is known.
     """
     if words and words[0] == "query":
         line = " ".join(words[1:])
-        for word in dict.fromkeys(_query(line, verbs, groups)):
+        for word in dict.fromkeys(_query(line, verbs)):
             print(word)
         return 0
-    if not words or words[0] in ("--help", "-h"):
-        print(USAGE, end="")
+    if shows_help(words or ["--help"], USAGE):
         return 0
     if len(words) > 1 or words[0] not in _SCRIPTS:
         raise UserError(
@@ -82,7 +75,7 @@ def main(words: Sequence[str], verbs: Sequence[str], groups: Sequence[str]) -> i
     return 0
 
 
-def _query(line: str, verbs: Sequence[str], groups: Sequence[str]) -> Iterator[str]:
+def _query(line: str, verbs: Sequence[str]) -> Iterator[str]:
     _, *given = line.split(" ")
     given, search = _without_config_dir(given or [""])
     last, verb = given[-1], given[0]
@@ -107,10 +100,10 @@ def _query(line: str, verbs: Sequence[str], groups: Sequence[str]) -> Iterator[s
         from smezo_cli.report.table import names
 
         yield from (f"{name} " for name in names() if name.startswith(last))
-    elif verb in ("eval", "predict", "export") and len(given) == 2:
+    elif verb in ("eval", "predict", "export", "replay") and len(given) == 2:
         yield from (run for run in _runs() if run.startswith(last))
     elif verb in ("ls", "show") and len(given) == 2:
-        yield from (f"{g} " for g in groups if g.startswith(last))
+        yield from (f"{group} " for group in GROUPS if group.startswith(last))
     elif verb == "show" and len(given) == 3:
         folders = [root / given[1].removesuffix("s") for root in search.roots]
         stems = {file.stem for folder in folders for file in folder.glob("*.yaml")}
@@ -118,7 +111,7 @@ def _query(line: str, verbs: Sequence[str], groups: Sequence[str]) -> Iterator[s
 
 
 def _without_config_dir(words: list[str]) -> tuple[list[str], SearchPath]:
-    """The words of a line less --config-dir DIR, and where settings are read from."""
+    """Return the words of a line less --config-dir DIR, and where settings are read from."""
     folder, flags = None, ("--config-dir", "-cd")
     for at, word in enumerate(words[:-1]):
         if word in flags and at + 1 < len(words) - 1:
@@ -131,7 +124,7 @@ def _without_config_dir(words: list[str]) -> tuple[list[str], SearchPath]:
 
 
 def _settings(words: list[str], search: SearchPath) -> Iterator[str]:
-    """What Hydra's own completion says of the last word."""
+    """Return what Hydra's own completion offers for the last word."""
     from hydra.core.global_hydra import GlobalHydra
     from hydra.plugins.completion_plugin import DefaultCompletionPlugin
 

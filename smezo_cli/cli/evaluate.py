@@ -1,14 +1,11 @@
-"""Verbs on a run that has been trained: `smezo eval`, `predict`, `export` and `replay`."""
+"""`smezo eval`: score a trained run on a split and save every prediction."""
 
 import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from smezo_cli.cli.export import export
-from smezo_cli.cli.flags import Flags, check_out, write_lines
-from smezo_cli.cli.predict import predict
-from smezo_cli.cli.replay import replay
+from smezo_cli.cli.flags import Flags, check_out, shows_help, write_lines
 from smezo_cli.config.fixed import is_frozen
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
@@ -25,79 +22,29 @@ from smezo_cli.run.trained import (
     trained,
 )
 
-USAGE = {
-    "eval": """\
+USAGE = """\
 smezo eval RUN [KEY=VALUE ...]     score a trained run again and save every prediction
 
     --split SPLIT     test (default), dev or train
     --base            the model as it was before training
     --step N          the weights of that step (default: the best): any step of a zeroth-order run,
-                      of others those of a look at dev, with keep=all
+                      of others those of an evaluation on dev, with keep=all
     --out FILE        where the predictions go, one JSON object a line (default: in the run folder)
 KEY=VALUE changes settings of the task and the machine, such as task.num_test=100 or device=cpu.
 Examples:
   smezo eval runs/default/toy-tiny-llama-mezo-s0-0123abcd --split dev
   smezo eval RUN --base --out before.jsonl
-""",
-    "predict": """\
-smezo predict RUN FILE [KEY=VALUE ...]    predict rows of your own, without labels
-smezo predict RUN --field NAME=TEXT [--field ...]     or one row given here
-
-    --out FILE        where the predictions go, one JSON object a line (default: standard output)
-FILE is CSV, TSV, JSONL, JSON or Parquet with a column for each field of the run's prompt.
-Examples:
-  smezo predict RUN new.csv --out predictions.jsonl
-  smezo predict RUN --field text="a joy from start to end"
-""",
-    "export": """\
-smezo export RUN FOLDER             the trained model and its tokenizer, as transformers loads them
-                                    (LoRA merged into the weights; of a prefix peft's adapter)
-smezo export RUN FILE --delta       one small file, from which smezo replay makes the weights again
-
-    --step N          the weights of that step (default: the best), as for smezo eval
-Examples:
-  smezo export RUN my-model
-  smezo train model=own model.path=my-model
-  smezo export RUN my.delta --delta
-""",
-    "replay": """\
-smezo replay RUN [KEY=VALUE ...]    the trained weights again, from base model and trajectory alone
-smezo replay FILE [KEY=VALUE ...]   the same from a delta (smezo export RUN FILE --delta)
-
-    --step N          the weights after so many steps (default: the best; of a delta its last)
-    --split SPLIT     what they are scored on: test (default), dev or none
-    --out FOLDER      save the model there, as transformers loads it
-Prints the SHA-256 of the weights and the figures, and whether they are those of the run; if not,
-the exit code is 1. KEY=VALUE as for smezo eval; of a delta model.path and model.revision, too.
-Examples:
-  smezo replay runs/default/toy-tiny-llama-mezo-s0-0123abcd
-  smezo replay my.delta --out my-model
-""",
-}
+"""
 
 
-def main(verb: str, words: Sequence[str]) -> int:
-    """Run `eval`, `predict`, `export` or `replay`; returns the exit code.
-
-    Raises:
-        UserError: a mistake on the line, or a run that cannot be used.
-    """
-    if "--help" in words or "-h" in words:
-        print(USAGE[verb], end="")
-        return 0
-    verbs = {"eval": evaluate, "predict": predict, "export": export, "replay": replay}
-    return verbs[verb](words)
-
-
-# --- eval ------------------------------------------------------------------------------------
-
-
-def evaluate(words: Sequence[str]) -> int:
-    """`smezo eval`: prints the figures, writes the predictions; returns the exit code.
+def main(words: Sequence[str]) -> int:
+    """Score the rows of a split, print the metrics, write the predictions; return the exit code.
 
     Raises:
         UserError: a mistake on the line, or a run that cannot be evaluated.
     """
+    if shows_help(words, USAGE):
+        return 0
     parser = Flags("eval")
     parser.add_argument("run")
     parser.add_argument("overrides", nargs="*")
@@ -144,7 +91,7 @@ def evaluate(words: Sequence[str]) -> int:
         kept = kept_beside(out, job)
         with job.as_it_came() if given.base else contextlib.nullcontext():
             found = _scored(job, encoded, given.split, console, kept, step, given.run, given.base)
-        figures = found.figures()
+        metrics = found.figures()
         write_lines(
             out,
             (
@@ -153,14 +100,14 @@ def evaluate(words: Sequence[str]) -> int:
             ),
         )
         kept.remove()
-        value = figures[found.metric]
+        value = metrics[found.metric]
         console.say(
-            f"{given.split} {found.metric} {value:.4f} +- {figures['standard_error']:.4f} "
-            f"(n={figures['n']}, {'untrained' if given.base else _at(settings, step)})"
+            f"{given.split} {found.metric} {value:.4f} +- {metrics['standard_error']:.4f} "
+            f"(n={metrics['n']}, {'untrained' if given.base else _at(settings, step)})"
         )
         for key in ("exact_match", "loss", "auc"):
-            if figures.get(key) is not None:
-                console.say(f"  {key}  {figures[key]:.4f}")
+            if metrics.get(key) is not None:
+                console.say(f"  {key}  {metrics[key]:.4f}")
         console.say(f"  {out}")
     return 0
 

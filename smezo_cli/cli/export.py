@@ -7,10 +7,11 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from smezo_cli.cli.flags import Flags
+from smezo_cli.cli.flags import Flags, shows_help
 from smezo_cli.config.fixed import is_frozen
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
+from smezo_cli.files.atomic import write_bytes
 from smezo_cli.machine import streams
 from smezo_cli.run.trained import (
     check_model,
@@ -21,15 +22,27 @@ from smezo_cli.run.trained import (
     trained,
 )
 
-# --- export ----------------------------------------------------------------------------------
+USAGE = """\
+smezo export RUN FOLDER             the trained model and its tokenizer, as transformers loads them
+                                    (LoRA merged into the weights; of a prefix peft's adapter)
+smezo export RUN FILE --delta       one small file, from which smezo replay makes the weights again
+
+    --step N          the weights of that step (default: the best), as for smezo eval
+Examples:
+  smezo export RUN my-model
+  smezo train model=own model.path=my-model
+  smezo export RUN my.delta --delta
+"""
 
 
-def export(words: Sequence[str]) -> int:
-    """`smezo export`: writes a folder for `from_pretrained`; returns the exit code.
+def main(words: Sequence[str]) -> int:
+    """Write a folder that `from_pretrained` loads, or a delta; return the exit code.
 
     Raises:
         UserError: a mistake on the line, a folder that is there already, no space.
     """
+    if shows_help(words, USAGE):
+        return 0
     parser = Flags("export")
     parser.add_argument("run")
     parser.add_argument("folder")
@@ -59,7 +72,7 @@ def export(words: Sequence[str]) -> int:
 
 
 def _check_exported(run: str) -> None:
-    """Refuse a run whose model is the one that it began with."""
+    """Raise UserError if the method of the run leaves the model as it came."""
     settings = read_config(Path(run), ())[1]
     if is_frozen(settings.method):
         raise UserError(
@@ -69,9 +82,9 @@ def _check_exported(run: str) -> None:
 
 
 def _copying(settings: Settings) -> tuple[Settings, str]:
-    """For a job in which weights are copied: on the CPU, wherever the run was trained.
+    """Return settings and device for copying weights: the CPU, wherever the run was trained.
 
-    Unless they are in 4 bits, which are made on the device that they are for.
+    Weights in 4 bits are copied on the device that they were made for.
     """
     from smezo_cli.machine.device import choose_device
 
@@ -82,12 +95,11 @@ def _copying(settings: Settings) -> tuple[Settings, str]:
 
 
 def shown_bytes(size: int) -> str:
-    """Return a size in bytes as a reader wants it."""
+    """Return a size in words: GB, or bytes where it is small."""
     return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size} bytes"
 
 
 def _export_delta(run: str, target: Path, step: int | None) -> int:
-    from smezo_cli.files.atomic import write_bytes
     from smezo_cli.store.delta import delta
     from smezo_cli.store.saved import tensors_digest
     from smezo_cli.store.trajectory import read

@@ -1,12 +1,13 @@
-"""Flags of the verbs, and checks of what they write."""
+"""Parse the flags of the verbs, and check and write the files that they name."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from smezo_cli.errors import UserError
 from smezo_cli.files import strict_json
+from smezo_cli.files.atomic import write_text
 
 
 class Flags(argparse.ArgumentParser):
@@ -20,8 +21,16 @@ class Flags(argparse.ArgumentParser):
         raise UserError(f"{message}; smezo {self.verb} --help shows the flags.")
 
 
+def shows_help(words: Sequence[str], usage: str) -> bool:
+    """Print the usage of a verb if the words ask for it; return whether they did."""
+    asked = "--help" in words or "-h" in words
+    if asked:
+        print(usage, end="")
+    return asked
+
+
 def check_out(out: str | None) -> None:
-    """Raise UserError, before the work, where the predictions could not be written after it."""
+    """Raise UserError if predictions could not be written to this file after the work."""
     if out is None:
         return
     path = Path(out)
@@ -33,7 +42,5 @@ def check_out(out: str | None) -> None:
 
 def write_lines(path: Path, records: Iterator[dict[str, Any]] | Any) -> None:
     """Replace a JSONL file as a whole."""
-    from smezo_cli.files.atomic import write_text
-
     lines = [strict_json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     write_text(path, "".join(lines))

@@ -1,19 +1,39 @@
 """`smezo ls` and `smezo show`: list the YAML files of a config group, print one."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+from smezo_cli.cli.flags import Flags, shows_help
 from smezo_cli.config.searchpath import of_line
 from smezo_cli.errors import UserError, near
+
+USAGE = """\
+smezo ls [GROUP]             the names in a group, or in every group, and what each of them is
+smezo show GROUP NAME        the file of one of them: what it is, its values, where they come from
+
+    --config-dir DIR  your own files, which come before smezo's
+GROUP is tasks, models, methods, recipes, experiments, tables or loggers.
+Examples:
+  smezo ls methods
+  smezo show method sparse_mezo
+"""
 
 GROUPS = ("tasks", "models", "methods", "recipes", "experiments", "tables", "loggers")
 
 
-def ls(words: list[str], roots: list[Path]) -> int:
-    """Print the files of one group, or of all, each with its first sentence; return 0."""
-    if len(words) > 1:
+def main(words: Sequence[str]) -> int:
+    """Print the files of one group, or of all, each with its first sentence; return 0.
+
+    Raises:
+        UserError: a mistake on the line.
+    """
+    if shows_help(words, USAGE):
+        return 0
+    given, roots = _read("ls", words)
+    if len(given) > 1:
         raise UserError("smezo ls takes one group at most: smezo ls tasks.")
-    for group in [_group(word) for word in words] or GROUPS:
+    for group in [_group(word) for word in given] or GROUPS:
         files = _files(group, roots)
         width = max((len(name) for name in files), default=0)
         print(f"{group}:")
@@ -22,11 +42,18 @@ def ls(words: list[str], roots: list[Path]) -> int:
     return 0
 
 
-def show(words: list[str], roots: list[Path]) -> int:
-    """Print one file of a group as it stands; return 0."""
-    if len(words) != 2:
+def show(words: Sequence[str]) -> int:
+    """Print one file of a group as it stands; return 0.
+
+    Raises:
+        UserError: a mistake on the line.
+    """
+    if shows_help(words, USAGE):
+        return 0
+    given, roots = _read("show", words)
+    if len(given) != 2:
         raise UserError("smezo show takes a group and a name: smezo show method sparse_mezo.")
-    group, name = _group(words[0]), words[1]
+    group, name = _group(given[0]), given[1]
     files = _files(group, roots)
     if name not in files:
         raise UserError(f"there is no {group.removesuffix('s')} {name}{near(name, files)}.")
@@ -34,18 +61,13 @@ def show(words: list[str], roots: list[Path]) -> int:
     return 0
 
 
-def roots_of(words: list[str]) -> tuple[list[str], list[Path]]:
-    """The words less --config-dir, and the folders that settings are read from."""
-    others, folder = list[str](), None
-    flags = ("--config-dir", "-cd")
-    left = iter(words)
-    for word in left:
-        flag, equals, value = word.partition("=")
-        if flag not in flags:
-            others.append(word)
-        elif (folder := value if equals else next(left, None)) is None:
-            raise UserError(f"{flag} needs a folder: {flag} mine.")
-    return others, of_line(folder, ()).roots
+def _read(verb: str, words: Sequence[str]) -> tuple[list[str], list[Path]]:
+    """Return the words less --config-dir, and the folders that settings are read from."""
+    parser = Flags(verb)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--config-dir", "-cd")
+    given = parser.parse_intermixed_args(list(words))
+    return given.words, of_line(given.config_dir, ()).roots
 
 
 def _group(word: str) -> str:
@@ -56,7 +78,7 @@ def _group(word: str) -> str:
 
 
 def _files(group: str, roots: list[Path]) -> dict[str, Path]:
-    """The files of a group by name, each of the first folder that has it."""
+    """Return the files of a group by name, each from the first folder that has it."""
     found: dict[str, Path] = {}
     for folder in [root / group.removesuffix("s") for root in roots]:
         for file in [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("*/*.yaml"))]:
@@ -65,7 +87,7 @@ def _files(group: str, roots: list[Path]) -> dict[str, Path]:
 
 
 def _headline(file: Path) -> str:
-    """The first sentence of the comment that opens a file, less what is for Hydra."""
+    """Return the first sentence of the comment that opens a file, less what is for Hydra."""
     words = []
     for line in file.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):

@@ -1,20 +1,22 @@
-"""`smezo plan`: what a run will need, from its settings alone, and whether it fits.
+"""`smezo plan`: say what a run will need, from its settings alone, and whether it fits.
 
 The model is built on the meta device, where tensors have shapes and no contents; the run's own
 scorer and probe then go through it, and every tensor that they make is counted while it lives.
 """
 
-import argparse
 import dataclasses
 import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from smezo_cli.cli.flags import Flags, shows_help
+from smezo_cli.config.compose import checked_settings
+from smezo_cli.config.searchpath import say
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.files import strict_json
+from smezo_cli.files.bounded import read_json
 from smezo_cli.plan.planner import plan
 
 USAGE = """\
@@ -33,15 +35,14 @@ Examples:
 
 
 def main(words: Sequence[str]) -> int:
-    """Run ``smezo plan``; returns the exit code, 0 also where the run does not fit.
+    """Print the plan of a run; return the exit code, which is 0 also where the run does not fit.
 
     Raises:
         UserError: a mistake on the line, or an architecture that is not known.
     """
-    if "--help" in words or "-h" in words:
-        print(USAGE, end="")
+    if shows_help(words, USAGE):
         return 0
-    parser = _Flags(prog="smezo plan", add_help=False, allow_abbrev=False)
+    parser = Flags("plan")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--memory")
     parser.add_argument("--tokens")
@@ -50,9 +51,6 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--config-dir", "-cd")
     given = parser.parse_intermixed_args(list(words))
     capacity = None if given.memory is None else parse_memory(given.memory)
-    from smezo_cli.config.compose import checked_settings
-    from smezo_cli.config.searchpath import say
-
     settings = checked_settings(given.overrides, given.config_dir, say)
     tokens = None if given.tokens is None else _parse_tokens(given.tokens, settings)
     seconds = None if given.bench is None else _benched(Path(given.bench), settings)
@@ -64,13 +62,11 @@ def main(words: Sequence[str]) -> int:
 
 
 def _benched(path: Path, settings: Settings) -> dict[str, float]:
-    """Seconds of steps from a file of `smezo bench --json`.
+    """Return the seconds of steps from a file of `smezo bench --json`.
 
     Raises:
         UserError: it cannot be read, or measured something else.
     """
-    from smezo_cli.files.bounded import read_json
-
     found = read_json(path)
     if found is None or not isinstance(found.get("median_seconds"), dict):
         raise UserError(f"--bench {path} is no file of smezo bench --json FILE; make one first.")
@@ -99,16 +95,11 @@ def _benched(path: Path, settings: Settings) -> dict[str, float]:
     return {"step": step, "rows": rows, "tokens": length, "steps": step * settings.steps}
 
 
-class _Flags(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; smezo plan --help shows the flags.")
-
-
 _UNITS = {"": 3, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def parse_memory(text: str) -> int:
-    """Bytes of "80GB" (10^9), "24GiB" (2^30) and the like.
+    """Return the bytes that "80GB" (10^9), "24GiB" (2^30) and the like stand for.
 
     Raises:
         UserError: anything else, or nothing at all.

@@ -1,4 +1,4 @@
-"""`smezo plot`: draws what :mod:`smezo_cli.report.figures` found, as PNG and SVG.
+"""`smezo plot`: draw the papers' figures from runs or from a table, as PNG and SVG.
 
 Colours are those of Okabe and Ito, which everybody tells apart; markers and dashes differ, too. The
 same runs give the same bytes: files carry no date, and SVG ids come from a fixed salt.
@@ -8,18 +8,16 @@ import argparse
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
 
+from smezo_cli.cli.flags import Flags, shows_help
 from smezo_cli.errors import UserError, near
+from smezo_cli.files.atomic import write_bytes
 from smezo_cli.machine import streams
 from smezo_cli.report import cells, collected, curves, figures
 from smezo_cli.report import table as table_module
 from smezo_cli.report.draw import drawn
 from smezo_cli.report.runs import find, select
 from smezo_cli.report.series import Figure, Source
-
-if TYPE_CHECKING:  # an optional dependency, and slow to import
-    pass
 
 USAGE = """\
 smezo plot KIND [KEY=VALUE ...]            draws the runs below runs/, filtered as smezo runs does
@@ -44,18 +42,15 @@ Examples:
 KINDS = ("curve", "sparsity", "lr", "memory", "active")
 
 
-class _Flags(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; smezo plot --help shows the flags.")
-
-
 def main(words: Sequence[str]) -> int:
-    """`smezo plot`: draws, and says what was left out; returns the exit code.
+    """Draw a figure, and say what was left out; return the exit code.
 
     Raises:
         UserError: a mistake on the line, nothing to draw, or matplotlib is not there.
     """
-    parser = _Flags(prog="smezo plot", add_help=False, allow_abbrev=False)
+    if shows_help(words, USAGE):
+        return 0
+    parser = Flags("plot")
     parser.add_argument("words", nargs="*")
     parser.add_argument("--x", default="")
     parser.add_argument("--y", default="")
@@ -64,9 +59,8 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--out", default="")
     parser.add_argument("--runs-dir", default="runs")
     parser.add_argument("--results")
-    parser.add_argument("--help", "-h", action="store_true")
     given = parser.parse_intermixed_args(list(words))
-    if given.help or not given.words:
+    if not given.words:
         print(USAGE, end="")
         return 0
     kind, *rest = given.words
@@ -103,8 +97,6 @@ def main(words: Sequence[str]) -> int:
     if not figure.panels:
         why = f" {' '.join(notes[:3])}" if notes else ""
         raise UserError(f"smezo plot {kind}: these runs have nothing to draw.{why}")
-    from smezo_cli.files.atomic import write_bytes  # with torch, which mistakes need not wait for
-
     streams.outlast()
     for file, content in drawn(figure, files):
         write_bytes(file, content)
@@ -115,7 +107,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def _files(out: str) -> list[Path]:
-    """Where to draw to.
+    """Return the files to write.
 
     Raises:
         UserError: another format, or no such folder.
@@ -142,7 +134,7 @@ def _of_folders(filters: Sequence[str], kind: str, folder: Path) -> tuple[list[S
         raise UserError(f"smezo plot {kind}: there are no runs in {folder}{where}.")
     wanted = {"done"} | ({"diverged"} if kind == "lr" else set())
     asked = any(word.startswith("status=") for word in filters) and kind in ("curve", "active")
-    # A folder of which nothing but the status is known names no task.
+    # A folder may tell its status and not even its task.
     named = [r for r in runs if r.config and all(r.result.get(k) is not None for k in _NEEDED)]
     kept = [run for run in named if asked or run.result["status"] in wanted]
     left = [str(run.result["status"]) for run in runs if run not in kept]
@@ -159,7 +151,7 @@ _NEEDED = ("task", "model", "method", "seed")
 def _of_table(
     name: str, extra: Sequence[str], kind: str, given: argparse.Namespace
 ) -> tuple[list[Source], list[str]]:
-    """What each cell took; of `lr` the grid that it was chosen from, too."""
+    """Return the runs that each cell took, and what is missing in words."""
     of_dir = [f"runs_dir={given.runs_dir}"] if given.runs_dir != "runs" else []
     found = table_module.load(name, [*extra, *of_dir])
     table_module.check_names(found, given.row, given.column)
@@ -171,7 +163,7 @@ def _of_table(
         runs = find(folder) if folder.is_dir() else []
     reader = cells.Reader(found, runs)
     for cell in reader.cells(given.row, given.column):
-        if cell.row.of:  # the same runs again
+        if cell.row.of:  # shows another row's runs
             continue
         where = f"{cell.row.name}, {cell.column.name}"
         lines = dict.fromkeys(run.path for run in cell.runs)
@@ -179,7 +171,7 @@ def _of_table(
         if kind == "lr":
             runs += [run for run in cell.searched if run.path not in lines]
         if runs:
-            # Rows of the study of sparsities are tasks, and its columns what others have in rows.
+            # Where rows are tasks and columns are methods, the runs tell the name.
             by_run = kind == "sparsity" or cell.row.name == str(runs[0].result["task"])
             label = "" if by_run else cell.row.name
             sources.append(Source(tuple(runs), label, chosen=True))

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from smezo_cli.cli.flags import Flags, check_out, write_lines
+from smezo_cli.cli.flags import Flags, check_out, shows_help, write_lines
 from smezo_cli.errors import UserError
 from smezo_cli.files import strict_json
 from smezo_cli.machine import streams
@@ -20,15 +20,26 @@ from smezo_cli.run.trained import (
     trained,
 )
 
-# --- predict ---------------------------------------------------------------------------------
+USAGE = """\
+smezo predict RUN FILE [KEY=VALUE ...]    predict rows of your own, without labels
+smezo predict RUN --field NAME=TEXT [--field ...]     or one row given here
+
+    --out FILE        where the predictions go, one JSON object a line (default: standard output)
+FILE is CSV, TSV, JSONL, JSON or Parquet with a column for each field of the run's prompt.
+Examples:
+  smezo predict RUN new.csv --out predictions.jsonl
+  smezo predict RUN --field text="a joy from start to end"
+"""
 
 
-def predict(words: Sequence[str]) -> int:
-    """`smezo predict`: predictions of unlabelled rows as JSONL; returns the exit code.
+def main(words: Sequence[str]) -> int:
+    """Write the predictions of unlabelled rows as JSONL; return the exit code.
 
     Raises:
         UserError: a mistake on the line, in the file, or a run that cannot be used.
     """
+    if shows_help(words, USAGE):
+        return 0
     parser = Flags("predict")
     parser.add_argument("run")
     parser.add_argument("words", nargs="*")
@@ -54,8 +65,7 @@ def predict(words: Sequence[str]) -> int:
         from smezo_cli.run.loaded import Job
         from smezo_cli.tasks.own import unlabelled
 
-        # What is said goes beside the predictions, never among them; of the rows of the training
-        # there is nothing to say.
+        # Messages go to stderr if the predictions go to stdout; training rows are not loaded.
         console = Console(sys.stdout if given.out else sys.stderr)
         prompt = _prompt(state)
         notes: list[str] = []

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from smezo_cli.cli.export import shown_bytes
-from smezo_cli.cli.flags import Flags
+from smezo_cli.cli.flags import Flags, shows_help
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.files.bounded import parse_yaml
@@ -33,15 +33,29 @@ if TYPE_CHECKING:
     from smezo_cli.tasks import Prompt
 
 
-# --- replay ----------------------------------------------------------------------------------
+USAGE = """\
+smezo replay RUN [KEY=VALUE ...]    the trained weights again, from base model and trajectory alone
+smezo replay FILE [KEY=VALUE ...]   the same from a delta (smezo export RUN FILE --delta)
+
+    --step N          the weights after so many steps (default: the best; of a delta its last)
+    --split SPLIT     what they are scored on: test (default), dev or none
+    --out FOLDER      save the model there, as transformers loads it
+Prints the SHA-256 of the weights and the metrics, and whether they are those of the run; if not,
+the exit code is 1. KEY=VALUE as for smezo eval; of a delta model.path and model.revision, too.
+Examples:
+  smezo replay runs/default/toy-tiny-llama-mezo-s0-0123abcd
+  smezo replay my.delta --out my-model
+"""
 
 
-def replay(words: Sequence[str]) -> int:
-    """`smezo replay`: weights from base model and trajectory alone; 1 where they are others.
+def main(words: Sequence[str]) -> int:
+    """Make the weights again from base model and trajectory; return 1 if they differ, else 0.
 
     Raises:
         UserError: a mistake on the line, a file that is damaged or of another model or method.
     """
+    if shows_help(words, USAGE):
+        return 0
     from smezo_cli.store.delta import is_delta
 
     parser = Flags("replay")
@@ -53,7 +67,7 @@ def replay(words: Sequence[str]) -> int:
     given = parser.parse_intermixed_args(list(words))
     if given.out is not None and Path(given.out).exists():
         raise UserError(f"--out {given.out} is there already: name a new folder.")
-    streams.outlast()  # the exit code says it, too
+    streams.outlast()  # a closed pipe ends nothing: the exit code tells the result, too
     find = _of_delta if is_delta(Path(given.source)) else _of_run
     cfg, settings, records, prompt, known = find(given.source, given.overrides)
     step = known["step"] if given.step is None else given.step
@@ -72,7 +86,7 @@ def _replay(
     known: Mapping[str, Any],
     step: int,
 ) -> bool:
-    """Do it and say it; is everything as the run recorded it?"""
+    """Apply the steps, score the weights, and return whether all is as the run recorded it."""
     import time
 
     from smezo_cli.machine.device import choose_device
@@ -115,17 +129,17 @@ def _replay(
     beside = Path(given.source) / "replay" if Path(given.source).is_dir() else Path(given.source)
     kept = kept_beside(beside, job)
     scored = _scored(job, encoded, given.split, console, kept, step, given.source)
-    figures = scored.figures()
+    metrics = scored.figures()
     kept.remove()
     recorded = known[given.split] if step == known["step"] and same_task else None
     what = ""
     if recorded:
-        other = [k for k, v in figures.items() if k in recorded and recorded[k] != v]
+        other = [k for k, v in metrics.items() if k in recorded and recorded[k] != v]
         same = same and not other
         what = ": " + (_said(True) if not other else f"{_said(False)} in {', '.join(other)}")
     console.say(
-        f"  {given.split} {scored.metric} {figures[scored.metric]:.4f} +- "
-        f"{figures['standard_error']:.4f} (n={figures['n']}){what}"
+        f"  {given.split} {scored.metric} {metrics[scored.metric]:.4f} +- "
+        f"{metrics['standard_error']:.4f} (n={metrics['n']}){what}"
     )
     return same
 
@@ -142,7 +156,7 @@ def _of_delta(name: str, overrides: Sequence[str]) -> _Source:
     from smezo_cli.store.trajectory import Damaged
 
     about, records = read_delta(Path(name))
-    # The base may lie elsewhere here; and what somebody else trusted is not trusted for that.
+    # The base model may lie elsewhere here; and trust of the delta's maker is not the user's.
     with_path = ("model.path", "model.revision", "model.trust_remote_code", *SAME_BITS)
     cfg, settings = parsed(parse_yaml(str(about.get("config")), Path(name)), overrides, with_path)
     trusted = "model.trust_remote_code=true"
@@ -151,16 +165,16 @@ def _of_delta(name: str, overrides: Sequence[str]) -> _Source:
             f"{name}: its model brings Python files, which would run with all your rights; if you "
             f"trust them, add {trusted}."
         )
-    noted, figures = about.get("weights"), {key: about.get(key) for key in ("test", "dev")}
+    noted, metrics = about.get("weights"), {key: about.get(key) for key in ("test", "dev")}
     if (
         not isinstance(noted, dict)
-        or not is_known(noted.get("step"), noted.get("sha256"), list(figures.values()))
+        or not is_known(noted.get("step"), noted.get("sha256"), list(metrics.values()))
         or not is_prompt(about.get("prompt"))
         or not is_batching(about.get("batching"))
         or about["step"] > settings.steps
     ):
         raise Damaged(f"{name} is damaged: get it anew.")
-    known = {"step": about["step"], "weights": {noted["step"]: noted["sha256"]}, **figures}
+    known = {"step": about["step"], "weights": {noted["step"]: noted["sha256"]}, **metrics}
     known["batching"] = about.get("batching")
     return cfg, settings, records, as_prompt(about["prompt"]), known
 

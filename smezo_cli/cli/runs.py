@@ -1,16 +1,16 @@
 """`smezo runs`: list finished and unfinished runs, filtered, merged over seeds, compared."""
 
-import argparse
 import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from smezo_cli.cli.flags import Flags, shows_help
 from smezo_cli.errors import UserError, near
 from smezo_cli.files import strict_json
 from smezo_cli.report.runs import Group, Run, find, groups, has, keys, load, paired, select
@@ -32,29 +32,22 @@ Examples:
 # --- tables ----------------------------------------------------------------------------------
 
 
-class _Flags(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; smezo runs --help shows the flags.")
-
-
 def main(words: Sequence[str]) -> int:
-    """`smezo runs`: prints; returns the exit code.
+    """Print the table of runs; return the exit code.
 
     Raises:
         UserError: a mistake on the line.
     """
-    parser = _Flags(prog="smezo runs", add_help=False, allow_abbrev=False)
+    if shows_help(words, USAGE):
+        return 0
+    parser = Flags("runs")
     parser.add_argument("words", nargs="*")
     parser.add_argument("--mean", action="store_true")
     parser.add_argument("--compare", action="store_true")
     parser.add_argument("--runs-dir", default="runs")
     parser.add_argument("--sort")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--help", "-h", action="store_true")
     given = parser.parse_intermixed_args(list(words))
-    if given.help:
-        print(USAGE, end="")
-        return 0
     if given.mean and given.compare:
         raise UserError("--mean and --compare exclude each other: give one of them.")
     runs = find(Path(given.runs_dir))
@@ -88,7 +81,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def _named(word: str, runs: Sequence[Run]) -> Run:
-    """The run whose folder this is, or the only one with this in its path."""
+    """Return the run whose folder this is, or the only one with this in its name."""
     folder = load(Path(word))
     found = [folder] if folder else [run for run in runs if run.path.name == word]
     found = found or [run for run in runs if word in run.path.name]
@@ -151,7 +144,7 @@ def _compared(found: Sequence[Group]) -> Iterator[dict[str, Any]]:
             "n": len(ours),
         }
         for name in ("zero_shot", "calibrated"):
-            if name in kept:  # of each run its own: prompt and offsets are chosen on its dev rows
+            if name in kept:  # each run less its own: prompt and offsets depend on its dev rows
                 gain = paired(ours, group.mean(name))
                 record[f"over_{name}"], record[f"over_{name}_se"] = gain
         aucs = [r["test"].get("auc") for r in results]
@@ -167,13 +160,13 @@ def _compared(found: Sequence[Group]) -> Iterator[dict[str, Any]]:
 
 
 def _same_rows(one: Group, other: Group) -> bool:
-    """Only then may outcomes be subtracted row by row."""
+    """Return whether both were tested on the same rows, so that these may be paired."""
     a, b = (g.runs[0].result.get("test_rows") for g in (one, other))
     return a is not None and a == b and len(one.mean()) == len(other.mean())
 
 
 def _print(records: Sequence[Mapping[str, Any]]) -> None:
-    """A table as wide as it must be; a gain and its standard error share a column."""
+    """Print a table as wide as it must be; a gain and its standard error share a column."""
     names = [key for key in records[0] if not key.endswith("_se")]
     names = [key for key in names if any(r.get(key) is not None for r in records)]
     table = Table(box=SIMPLE, pad_edge=False)

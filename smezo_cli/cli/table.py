@@ -1,16 +1,16 @@
-"""`smezo table`: the papers' tables, ours beside the printed values, and what fills them.
+"""`smezo table`: print the papers' tables, ours beside theirs, and run what fills them.
 
 A table is data (conf/table/): what a cell runs is the command of its row, table and column. The
 first seed searches the grid, dev chooses, the other seeds run the choice. No torch here.
 """
 
-import argparse
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from smezo_cli.cli.flags import Flags, shows_help
 from smezo_cli.errors import UserError, near
 from smezo_cli.report import collected
 from smezo_cli.report.cells import Cell, Reader, subtract
@@ -37,21 +37,15 @@ Examples:
 """
 
 
-# --- the verb --------------------------------------------------------------------------------
-
-
-class _Flags(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; smezo table --help shows the flags.")
-
-
 def main(words: Sequence[str]) -> int:
-    """`smezo table`: prints; returns the exit code, with --run the worst of the runs.
+    """Print a table; return the exit code, which with --run is the worst of the runs.
 
     Raises:
         UserError: a mistake on the line.
     """
-    parser = _Flags(prog="smezo table", add_help=False, allow_abbrev=False)
+    if shows_help(words, USAGE):
+        return 0
+    parser = Flags("table")
     parser.add_argument("words", nargs="*")
     parser.add_argument("--run", action="store_true")
     parser.add_argument("--row", action="append", default=[])
@@ -61,14 +55,10 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--runs-dir")
     parser.add_argument("--collect")
     parser.add_argument("--results")
-    parser.add_argument("--help", "-h", action="store_true")
     given = parser.parse_intermixed_args(list(words))
     forms = ("markdown", "latex", "csv", "json")
     if given.format not in forms:
         raise UserError(f"--format {given.format}: no such format{near(given.format, forms)}.")
-    if given.help:
-        print(USAGE, end="")
-        return 0
     if not given.words:
         for name in names():
             table = load(name)
@@ -111,10 +101,10 @@ def _check_less(table: Table, less: str, rows: Sequence[str]) -> None:
     if not less:
         return
     check_names(table, [less], [], "less")
-    if table.figure != "score":
+    if table.quantity != "score":
         raise UserError(
-            f"--less {less}: {table.id} shows no figure of test rows ({table.figure}), and nothing "
-            "can be paired by them."
+            f"--less {less}: {table.id} shows {table.quantity}, which is no score of test rows, "
+            "so nothing can be paired by them."
         )
     if list(rows) == [less]:
         raise UserError(f"--less {less}: add --row NAME for what it is to be taken from.")
@@ -123,7 +113,7 @@ def _check_less(table: Table, less: str, rows: Sequence[str]) -> None:
 
 
 def _run(read: Any) -> int:
-    """Run the next command of each cell until none is new; an interrupted one ends it all."""
+    """Run the next command of each cell until none is new, or one is interrupted."""
     from smezo_cli.train import main as train
 
     tried: set[tuple[str, ...]] = set()

@@ -1,4 +1,4 @@
-"""The `smezo` command: verbs, each handed the rest of the line.
+"""Hand the line of the `smezo` command to the file of its verb.
 
 Nothing heavy is imported here, and nothing at all before `main` has made the process ready.
 """
@@ -9,7 +9,7 @@ import sys
 
 TYPE_CHECKING = False  # as in typing, which takes a while to import
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 USAGE = """\
 smezo: zeroth-order fine-tuning of language models
@@ -36,14 +36,14 @@ smezo VERB --help tells more. Examples:
   smezo train -m method=mezo,sparse_mezo seed=0,1,2    six runs, one after the other
 """
 
-_VERBS = (
+VERBS = (
     *("train", "plan", "runs", "table", "plot"),
     *("eval", "predict", "export", "replay", "bench"),
     *("ls", "show", "completion"),
 )
 
 
-# They load a model, by a library that reads its own docstrings.
+# They load a model by transformers, which reads its own docstrings.
 _LOAD_MODELS = ("train", "plan", "eval", "predict", "export", "replay", "bench")
 
 
@@ -103,50 +103,67 @@ def _run(words: list[str]) -> int:
         return 0
     if verb in _LOAD_MODELS and "--help" not in rest and "-h" not in rest:
         _check_docstrings()
-    if verb == "train":
-        from smezo_cli.train import main as train
+    return _main_of(verb)(rest)
 
-        return train(rest)
-    if verb not in _VERBS:
-        from smezo_cli.errors import near
 
-        raise _mistake(f"there is no verb {verb}{near(verb, _VERBS)}.")
-    if verb == "completion":
-        from smezo_cli.cli.completion import main as completion
-        from smezo_cli.cli.ls import GROUPS
+def _main_of(verb: str) -> Callable[[list[str]], int]:
+    """Import the file of a verb, and no other; return what runs it."""
+    match verb:
+        case "train":
+            from smezo_cli.train import main as train
 
-        return completion(rest, _VERBS, GROUPS)
-    if verb == "plan":
-        from smezo_cli.cli.plan import main as plan
+            return train
+        case "plan":
+            from smezo_cli.cli import plan
 
-        return plan(rest)
-    if verb == "runs":
-        from smezo_cli.cli.runs import main as runs
+            return plan.main
+        case "runs":
+            from smezo_cli.cli import runs
 
-        return runs(rest)
-    if verb == "table":
-        from smezo_cli.cli.table import main as table
+            return runs.main
+        case "table":
+            from smezo_cli.cli import table
 
-        return table(rest)
-    if verb == "plot":
-        from smezo_cli.cli.plot import main as plot
+            return table.main
+        case "plot":
+            from smezo_cli.cli import plot
 
-        return plot(rest)
-    if verb in ("eval", "predict", "export", "replay"):
-        from smezo_cli.cli.evaluate import main as finished
+            return plot.main
+        case "eval":
+            from smezo_cli.cli import evaluate
 
-        return finished(verb, rest)
-    if verb == "bench":
-        from smezo_cli.cli.bench import main as bench
+            return evaluate.main
+        case "predict":
+            from smezo_cli.cli import predict
 
-        return bench(rest)
-    if "--help" in rest or "-h" in rest:
-        print(USAGE, end="")
-        return 0
-    from smezo_cli.cli.ls import ls, roots_of, show
+            return predict.main
+        case "export":
+            from smezo_cli.cli import export
 
-    given, roots = roots_of(rest)
-    return ls(given, roots) if verb == "ls" else show(given, roots)
+            return export.main
+        case "replay":
+            from smezo_cli.cli import replay
+
+            return replay.main
+        case "bench":
+            from smezo_cli.cli import bench
+
+            return bench.main
+        case "ls":
+            from smezo_cli.cli import ls
+
+            return ls.main
+        case "show":
+            from smezo_cli.cli import ls
+
+            return ls.show
+        case "completion":
+            from smezo_cli.cli import completion
+
+            return lambda words: completion.main(words, VERBS)
+    from smezo_cli.errors import near
+
+    raise _mistake(f"there is no verb {verb}{near(verb, VERBS)}.")
 
 
 def _check_docstrings() -> None:

@@ -1,1 +1,1 @@
-"""What a run will need, from its settings alone."""
+"""Plan what a run will need, from its settings alone."""

@@ -3,36 +3,32 @@
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from smezo_cli.config.digest import is_extensible
-from smezo_cli.config.fixed import is_frozen
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
-from smezo_cli.plan.trace import (
-    KEPT,
-    NUM_OPTIONS,
-    NUMBA,
-    OPTION_TOKENS,
-    PACKED,
-    RUNTIME_CPU,
-    RUNTIME_CUDA,
-    THRESHOLD,
-    Keep,
-    PadOnly,
-    _build,
-    architecture,
-    bytes_of,
-    trace,
-)
+from smezo_cli.plan import stages
+from smezo_cli.plan.dry_run import OPTION_TOKENS, DryRun, dry_run
+from smezo_cli.plan.trace import bytes_of
+
+# Resident memory of a run on a CPU less its weights and tensors (Linux, torch 2.13, transformers
+# 5.23, datasets 5.2): libraries, the embedded task's rows and tokens, and what an allocator keeps.
+_RUNTIME_CPU = 620_000_000
+
+# Not measured: what CUDA, its libraries and their workspaces usually take on the device.
+_RUNTIME_CUDA = 1 << 29
+
+# Bytes of a weight in NF4: of 64 weights a scale of a byte, of 256 such scales one of float32.
+_PACKED = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs; sizes in bytes.
+    """Everything that a run needs; sizes are in bytes.
 
     Attributes:
         run: task, model, method, dtypes and device in words.
@@ -63,20 +59,20 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Most bytes on the device at any time."""
+        """The most bytes on the device at any time."""
         return sum(self.resident.values()) + max(self.phases.values())
 
     @property
     def fits(self) -> bool:
-        """Is the peak within the capacity?"""
+        """Whether the peak is within the capacity."""
         return self.peak <= self.capacity
 
     def record(self) -> dict[str, Any]:
-        """All of it in plain values."""
+        """Return all of it in plain values."""
         return dataclasses.asdict(self) | {"peak": self.peak, "fits": self.fits}
 
     def text(self) -> str:
-        """All of it for a reader, in GB of 10^9 bytes."""
+        """Return all of it as lines of text, in GB of 10^9 bytes."""
         gb = 1e9
         lines = [self.run, "  held all the time"]
         lines += [f"    {name:<44}{size / gb:10.3f} GB" for name, size in self.resident.items()]
@@ -108,7 +104,7 @@ class Plan:
 
 
 def plan(settings: Settings, *, capacity: int | None = None, tokens: int | None = None) -> Plan:
-    """What the run of these settings will need.
+    """Return what the run of these settings will need.
 
     Args:
         settings: checked ones.
@@ -124,7 +120,38 @@ def plan(settings: Settings, *, capacity: int | None = None, tokens: int | None 
             "it says with the memory of all GPUs."
         )
     device = _device(settings, capacity)
-    return _Planner(settings, device, capacity or _capacity(settings, device), tokens).plan()
+    capacity = capacity or _capacity(settings, device)
+    run = dry_run(settings, device, tokens, stages.num_demonstrations(settings))
+    method = stages.method_on_meta(run)
+    resident = _resident(run)
+    phases = stages.evaluation(run)
+    needs = stages.training(run, method, capacity)
+    # While the model is loaded, nothing is held for the method yet.
+    phases["loading"] = max(0, _loading(run) - sum(needs.held.values()))
+    phases |= needs.stages
+    trained = method.trained.values() if stages.takes_steps(method) else []
+    if device == "cpu" and trained:
+        phases["best weights read back"] = max(bytes_of([p]) for p in trained)
+    saved, state = bytes_of(trained), needs.held.get("optimizer state", 0)
+    host = 0
+    if device == "cuda":
+        # Weights pass through the host when they are loaded, and tensors when they are saved.
+        host = _RUNTIME_CPU + max(resident["weights"], saved + state)
+    disk, disk_peak = _disk(settings, saved, state, by_steps=stages.records_steps(method))
+    s = settings
+    return Plan(
+        run=f"{s.task['name']} | {s.model['name']} | {s.method['name']} | {s.dtype} weights, "
+        f"{s.compute_dtype or s.dtype} compute | {device}",
+        device=device,
+        resident={name: size for name, size in (resident | needs.held).items() if size},
+        phases={name: size for name, size in phases.items() if size},
+        host=host,
+        disk=disk,
+        disk_peak=disk_peak,
+        work=_work(run, method),
+        capacity=capacity,
+        assumptions=list(_assumptions(run, method)),
+    )
 
 
 def _device(settings: Settings, capacity: int | None) -> str:
@@ -157,447 +184,121 @@ def _capacity(settings: Settings, device: str) -> int:
     return min(size, int(limit)) if limit.isdecimal() else size
 
 
-class _Planner:
-    """Builds the model without weights and goes through the stages of a run with it."""
+# --- memory -----------------------------------------------------------------------------------
 
-    def __init__(self, settings: Settings, device: str, capacity: int, tokens: int | None) -> None:
-        import torch
 
-        self.settings, self.device, self.capacity = settings, device, capacity
-        self.dtype: torch.dtype = getattr(torch, settings.dtype)
-        self.compute: torch.dtype = getattr(torch, settings.compute_dtype or settings.dtype)
-        node = architecture(settings.model)
-        adapter = settings.method.get("adapter")
-        self.model = _build(node, settings.dtype, adapter)
-        # Of another compute dtype the activations are of a model that has it for its weights.
-        self.traced = self.model
-        if self.compute != self.dtype:
-            self.traced = _build(node, settings.compute_dtype or settings.dtype, adapter)
-        window = settings.model["max_length"]
-        self.eval_tokens = tokens or window
-        # Demonstrations leave half of the window at least.
-        self.demonstrated = 0
-        if number := settings.method.get("num_demonstrations", 0):
-            row = min(self.eval_tokens, window // 2)
-            self.demonstrated = min(number * row, window - row)
-            self.eval_tokens = row + self.demonstrated
-        self.shows = self.demonstrated > 0
-        longest = settings.task["max_train_tokens"] or self.eval_tokens
-        self.train_tokens = max(4, min(longest, self.eval_tokens))
-        self.kind: str = settings.task["kind"]
-        self.packed = self._packed() if settings.model["quantization"] else []
-        if self.packed and device != "cuda":
-            raise UserError(
-                "model.quantization=4bit needs CUDA: plan it with device=cuda --memory SIZE, or "
-                "leave model.quantization out."
-            )
+def _resident(run: DryRun) -> dict[str, int]:
+    """Return what is held whatever the method is."""
+    cuda = run.device == "cuda"
+    packed = math.ceil(_PACKED * sum(p.numel() for p in run.packed))
+    return {
+        "CUDA" if cuda else "Python and its libraries": _RUNTIME_CUDA if cuda else _RUNTIME_CPU,
+        "weights": bytes_of(run.model.parameters()) - bytes_of(run.packed) + packed,
+        "buffers": bytes_of(run.model.buffers()),
+    }
 
-    def plan(self) -> Plan:
-        """Resident memory, stages, disk, work."""
-        from smezo_cli.config.build import build
-        from smezo_cli.methods.first_order import FirstOrder
-        from smezo_cli.zo.optimizer import ZeroOrder
 
-        s = self.settings
-        frozen = is_frozen(s.method)
-        # On the meta device there are no thresholds to find and no passes to compile.
-        node = s.method | ({"sparsity": 0.0} if "sparsity" in s.method else {})
-        runtime = {"model": self.model, "seed": s.seed, "backend": "eager", "check": False}
-        method = build(node, "method", **runtime)
-        self.trained = {} if frozen else dict(method.trained)
-        cuda = self.device == "cuda"
-        resident = {
-            "CUDA" if cuda else "Python and its libraries": RUNTIME_CUDA if cuda else RUNTIME_CPU,
-            "weights": bytes_of(self.model.parameters())
-            - bytes_of(self.packed)
-            + math.ceil(PACKED * sum(p.numel() for p in self.packed)),
-            "buffers": bytes_of(self.model.buffers()),
-        }
-        phases = self._evaluation()
-        if isinstance(method, ZeroOrder):
-            more, own, per_step = self._zeroth_order(method.num_scalars, method.keeps_state)
-        elif isinstance(method, FirstOrder):
-            more, own, per_step = self._first_order()
-        elif frozen:
-            more, own, per_step = {}, {}, 0
-        else:
-            raise UserError(
-                f"method={s.method['name']} has no plan: smezo plan knows the methods that are "
-                f"made of {ZeroOrder.__name__} or {FirstOrder.__name__}."
-            )
-        trained = bytes_of(self.trained.values())
-        # What is held for the method is not there yet.
-        phases["loading"] = max(0, self._loading() - sum(more.values()))
-        if self.device == "cpu" and self.trained:
-            own["best weights read back"] = max(bytes_of([p]) for p in self.trained.values())
-        state = more.get("optimizer state", 0)
-        disk, disk_peak = self._disk(trained, state, isinstance(method, ZeroOrder))
-        fits = "l2" in s.method  # a probe
-        looks = math.ceil(s.steps / s.eval_every) + (self.shows or fits)
-        work = {
-            "forwards of training": s.steps * per_step,
-            "rows in them": s.steps * per_step * s.batch_size,
-            "tokens in them, at most": s.steps * per_step * s.batch_size * self.train_tokens,
-            "looks at dev": looks,
-        }
-        if fits and s.task["num_train"]:
-            work["rows whose hidden states are computed"] = s.task["num_train"]
-        num_dev = s.task["num_dev"]
-        if (each := s.task.get("num_per_class")) and "classes" in s.task.get("source", {}):
-            num_dev = each * len(s.task["source"]["classes"])
-        if num_dev and s.task["num_test"]:
-            tests = 1 if frozen and not (self.shows or fits) else 2
-            work["rows in evaluations, at most"] = (
-                looks + len(s.task.get("prompts") or [0])
-            ) * num_dev + tests * s.task["num_test"]
-        return Plan(
-            run=f"{s.task['name']} | {s.model['name']} | {s.method['name']} | {s.dtype} weights, "
-            f"{s.compute_dtype or s.dtype} compute | {self.device}",
-            device=self.device,
-            resident={name: size for name, size in (resident | more).items() if size},
-            phases={name: size for name, size in (phases | own).items() if size},
-            # Weights pass through the host when they are loaded, and what is saved when it is.
-            host=RUNTIME_CPU + max(resident["weights"], trained + state) if cuda else 0,
-            disk=disk,
-            disk_peak=disk_peak,
-            work=work,
-            capacity=self.capacity,
-            assumptions=list(self._assumptions()),
-        )
+def _loading(run: DryRun) -> int:
+    """Return the bytes of the file, where its numbers are of another dtype than the weights.
 
-    # --- stages -------------------------------------------------------------------------------
+    Of the same one the weights are the mapped file itself.
+    """
+    model = run.settings.model
+    ours = model["package"] is not None or model["tiny"] is not None  # float32 both
+    if not ours or run.settings.dtype == "float32" or run.device == "cuda":
+        return 0
+    return sum(p.numel() * 4 for p in run.model.parameters())
 
-    def _loading(self) -> int:
-        """The file, where its numbers are of another dtype than the weights.
 
-        Of the same one the weights are the mapped file itself.
-        """
-        import torch
+# --- disk and work ----------------------------------------------------------------------------
 
-        model = self.settings.model
-        ours = model["package"] is not None or model["tiny"] is not None  # float32 both
-        if not ours or self.dtype == torch.float32 or self.device == "cuda":
-            return 0
-        return sum(p.numel() * 4 for p in self.model.parameters())
 
-    def _evaluation(self) -> dict[str, int]:
-        """A batch of evaluation, and of a generation task the answers."""
-        import torch
+def _disk(s: Settings, trained: int, state: int, *, by_steps: bool) -> tuple[int, int]:
+    """Return the bytes at the end, and those while a checkpoint is written.
 
-        from smezo_cli.scoring import scorer as scoring
+    While it is written the best, the last and the new one are there. Of a run whose steps are
+    recorded: what it goes back to, and the new one; of one with a state of its own the best
+    weights, too, and the state with each whole checkpoint.
 
-        limit = scoring.EVAL_TOKENS if self.device == "cpu" else scoring.EVAL_TOKENS_GPU
-        own = self.eval_tokens - self.demonstrated
-        row = self._rows(1, own)[0]
-        count = max(1, limit // row.num_tokens)
-        rows = self._rows(count, own)
-        if self.shows:
-            rows = [self._shown(row, 1 + i % 2) for i, row in enumerate(rows * 2)]
-        scorer = self._scorer()
-        scorer.holds_common = self.shows
-
-        def evaluate() -> None:
-            with scorer.holding(rows):
-                scorer.scores(rows[:count])
-
-        with torch.no_grad():
-            found = {"evaluation": self._count(evaluate)[0]}
-            if self.kind == "generation":
-                found["answers"] = self._count(self._answers)[0]
-        return {name: size + self._cast() for name, size in found.items()}
-
-    def _shown(self, row: Any, first: int) -> Any:
-        """The row behind demonstrations; rows of another first token of their own differ there."""
-        head = (0,) * self.demonstrated
-        full = tuple((*head, first, *ids[1:]) for ids in row.full)
-        return dataclasses.replace(row, full=full, context=full[0] if row.context else ())
-
-    def _answers(self) -> None:
-        """Prompts of the longest rows, and the last token of their answers."""
-        import torch
-
-        from smezo_cli.scoring.scorer import EVAL_ANSWERS
-
-        length = self.eval_tokens - 1
-        past = None
-        for width in (length, 1):
-            ids = torch.zeros(EVAL_ANSWERS, width, dtype=torch.int64, device="meta")
-            more: dict[str, Any] = {} if past is None else {"past_key_values": past}
-            output = self.traced(input_ids=ids, use_cache=True, logits_to_keep=1, **more)
-            past = output.past_key_values
-
-    def _zeroth_order(
-        self, num_queries: int, keeps_state: bool
-    ) -> tuple[dict[str, int], dict[str, int], int]:
-        """Held, by stage, and forwards a step."""
-        import torch
-
-        from smezo_cli.zo.selections import masks
-
-        s = self.settings
-        weights = sum(p.numel() for p in self.trained.values())
-        largest = max(p.numel() for p in self.trained.values())
-        # MeZO-Adam's moments, two of float32.
-        held = {"optimizer state": 8 * weights} if keeps_state else {}
-        found: dict[str, int] = {}
-        compiled, keeps = self._passes(weights, num_queries)
-        if compiled and self.device == "cpu":
-            held["Numba"] = NUMBA
-        batch = self._micro_batch()
-        # Thresholds chunk by chunk, unless every weight is active; the share of active weights by
-        # the mask of one tensor.
-        chunk = min(masks._CHUNK, largest) if s.sparsity else 0
-        found["thresholds"] = max(THRESHOLD * chunk, largest)
-        if s.method["executor"] == "in_place":
-            scorer = self._scorer()
-            with torch.no_grad():
-                alone = self._count(lambda: self._objective(scorer, batch))[0] + self._cast()
-            # eps m z and the mask of every weight; one tensor in float32, moved and chosen.
-            found["step"] = weights * (KEPT + 4) + max(alone, 12 * largest)
-            return held, found, 2 * num_queries
-        # Plus and minus live at once where both are evaluated module by module.
-        twice = 2 if s.method["executor"] in ("lockstep", "auto") else 1
-        step, copies = self._probed(batch)
-        held["scratch of probes"] = twice * copies
-        found["step"] = twice * step + (KEPT * weights if keeps else 0)
-        pair, _ = self._probed(batch[:2])
-        # An exact copy of some tensors is put back after they were perturbed in place.
-        saved = self._checked_together()
-        found["self-check"] = saved * (self.dtype.itemsize + (KEPT if keeps else 0)) + pair
-        return held, found, 2 * num_queries
-
-    def _micro_batch(self) -> Sequence[Any]:
-        """The most rows that are computed together."""
-        s = self.settings
-        return self._rows(min(s.batch_size, s.micro_batch_size or s.batch_size), self.train_tokens)
-
-    def _objective(self, scorer: Any, batch: Sequence[Any]) -> None:
-        """The forwards of a step's objective, without what follows from their logits on a CPU."""
-        objective = self.settings.method.get("objective", "loss")
-        if objective == "loss":
-            scorer.loss(batch)
-        elif objective == "f1":
-            self._answers()
-        else:
-            scorer.scores(batch)
-
-    def _passes(self, weights: int, num_queries: int) -> tuple[bool, bool]:
-        """Are passes compiled, and is the noise of a step kept? As train and zo decide."""
-        from smezo_cli.zo.directions import dense
-        from smezo_cli.zo.passes import choose
-
-        s = self.settings
-        if s.compile != "auto":
-            compiled = bool(s.compile)
-        elif self.device == "cuda":
-            compiled = True
-        else:
-            total = sum(p.numel() for p in self.model.parameters())
-            compiled = total * s.steps >= choose.WORTH_IT and weights >= dense.WORTH_COMPILING
-        plain = num_queries == 1 and s.method.get("rounding") != "stochastic"
-        room = self.capacity > 10 * weights
-        return compiled, plain and room and not compiled and self.device == "cpu"
-
-    def _probed(self, batch: Sequence[Any]) -> tuple[int, int]:
-        """Bytes that a loss under a probe needs for a while, and the scratch that the probe keeps.
-
-        The probe of the run itself goes through the model.
-        """
-        import torch
-
-        from smezo_cli.zo.probe import FunctionalProbe
-
-        named = dict(self.traced.named_parameters())
-        probe = FunctionalProbe(self.traced, [named[name] for name in self.trained])
-        scorer = self._scorer()
-
-        def measure() -> None:
-            with probe.at(Keep()):
-                self._objective(scorer, batch)
-
-        with torch.no_grad():
-            peak, left = self._count(measure)
-        # The scratch has the dtype of the weights.
-        return peak - left + self._cast(), left * self.dtype.itemsize // self.compute.itemsize
-
-    def _checked_together(self) -> int:
-        """Weights that the self-check moves together, at most."""
-        from smezo_cli.zo.probe import FunctionalProbe
-        from smezo_cli.zo.reached import checked_together, kinds_to_check
-
-        names = {id(parameter): name for name, parameter in self.trained.items()}
-        total = sum(p.numel() for p in self.trained.values())
-        probe = FunctionalProbe(self.model, list(self.trained.values()))
-        kinds = kinds_to_check(probe, names, total)
-        sizes = [[int(self.trained[n].numel()) for n in chosen] for chosen in kinds.values()]
-        return max(sum(of[part]) for of in sizes for part in checked_together(of, total))
-
-    def _first_order(self) -> tuple[dict[str, int], dict[str, int], int]:
-        """Held, by stage, and forwards a step."""
-        import torch
-
-        from smezo_cli.config.build import build
-
-        batch = self._micro_batch()
-        scorer = self._scorer()
-        named = dict(self.traced.named_parameters())
-        for name, parameter in named.items():
-            parameter.requires_grad_(name in self.trained)
-        gradients = sum(p.numel() for p in self.trained.values()) * self.compute.itemsize
-
-        def forward_and_backward() -> None:
-            scorer.loss(batch).backward()
-
-        self.traced.train()
-        found, _ = self._count(forward_and_backward)
-        for parameter in named.values():
-            parameter.grad = None
-        if self.compute != self.dtype:
-            # Gradients are of the weights' dtype; the cast weights stay until they are read back.
-            found += gradients * self.dtype.itemsize // self.compute.itemsize
-        parameters = list(self.trained.values())
-        optimizer = build(self.settings.method["optimizer"], "method.optimizer", params=parameters)
-        for group in optimizer.param_groups:
-            if self.device == "cuda" and "foreach" in group and group["foreach"] is None:
-                group["foreach"] = True  # torch's own choice there
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        step, _ = trace([*parameters, *(p.grad for p in parameters)], optimizer.step)
-        state = bytes_of(
-            value
-            for of_one in optimizer.state.values()
-            for value in of_one.values()
-            if isinstance(value, torch.Tensor)
-        )
-        held = {"optimizer state": state}
-        stages = {
-            "forward and backward, gradients included": found,
-            "update, gradients included": step - state + bytes_of(parameters),
-            # On a CPU the allocator still holds the freed gradients then, in pieces (measured).
-            "checkpoint: a copy of the optimizer state": state
-            + (bytes_of(parameters) if self.device == "cpu" else 0),
-        }
-        return held, stages, 1
-
-    def _disk(self, trained: int, state: int, is_recorded: bool) -> tuple[int, int]:
-        """At the end, and while a checkpoint is written: the best, the last and the new one.
-
-        Of a run whose steps are recorded: what it goes back to, and the new one; of one with a
-        state of its own the best weights, too, and the state with each whole checkpoint.
-        """
-        s = self.settings
-        looks = math.ceil(s.steps / s.eval_every)
-        goes_on = is_extensible(s.lr_schedule)
-        if is_recorded:
-            whole = s.steps // s.full_save_every
-            if state:
-                best = looks if s.keep == "all" else 1
-                kept = best * trained + goes_on * min(1, whole) * (trained + state)
-                return kept, (best + 1) * trained + min(2, whole) * (trained + state)
-            if s.keep == "all":
-                return (looks + whole) * trained, (looks + whole) * trained
-            few = 2 if goes_on and whole else 1
-            before = min(2, whole + (s.keep == "best"))
-            return few * trained, (before + 1) * trained
+    Args:
+        s: the settings.
+        trained: bytes of the tensors that are saved.
+        state: bytes of what the steps keep beside them.
+        by_steps: the steps are recorded, so that the weights can be made again from them.
+    """
+    evaluations = math.ceil(s.steps / s.eval_every)
+    goes_on = is_extensible(s.lr_schedule)
+    if by_steps:
+        whole = s.steps // s.full_save_every
+        if state:
+            best = evaluations if s.keep == "all" else 1
+            kept = best * trained + goes_on * min(1, whole) * (trained + state)
+            return kept, (best + 1) * trained + min(2, whole) * (trained + state)
         if s.keep == "all":
-            kept = looks * trained
-            return kept + goes_on * state, kept + 2 * state
-        few = 1 if s.keep == "last" or not goes_on else 2
-        return min(few, looks) * trained + goes_on * state, min(3, looks) * trained + 2 * state
+            return (evaluations + whole) * trained, (evaluations + whole) * trained
+        few = 2 if goes_on and whole else 1
+        before = min(2, whole + (s.keep == "best"))
+        return few * trained, (before + 1) * trained
+    if s.keep == "all":
+        kept = evaluations * trained
+        return kept + goes_on * state, kept + 2 * state
+    few = 1 if s.keep == "last" or not goes_on else 2
+    most = min(3, evaluations) * trained + 2 * state
+    return min(few, evaluations) * trained + goes_on * state, most
 
-    # --- what runs ----------------------------------------------------------------------------
 
-    def _scorer(self) -> Any:
-        from smezo_cli.scoring.scorer import Scorer
+def _work(run: DryRun, method: Any) -> dict[str, int]:
+    """Return forwards, rows and tokens by name."""
+    s, shows = run.settings, run.lengths.demonstrated > 0
+    forwards = s.steps * stages.forwards_per_step(method)
+    fits = stages.fits_probe(method)
+    evaluations = math.ceil(s.steps / s.eval_every) + (shows or fits)
+    work = {
+        "forwards of training": forwards,
+        "rows in them": forwards * s.batch_size,
+        "tokens in them, at most": forwards * s.batch_size * run.lengths.training,
+        "evaluations on dev": evaluations,
+    }
+    if fits and s.task["num_train"]:
+        work["rows whose hidden states are computed"] = s.task["num_train"]
+    num_dev = s.task["num_dev"]
+    if (each := s.task.get("num_per_class")) and "classes" in s.task.get("source", {}):
+        num_dev = each * len(s.task["source"]["classes"])
+    if num_dev and s.task["num_test"]:
+        tests = 2 if stages.takes_steps(method) or shows or fits else 1
+        prompts = len(s.task.get("prompts") or [0])
+        rows = (evaluations + prompts) * num_dev + tests * s.task["num_test"]
+        work["rows in evaluations, at most"] = rows
+    return work
 
-        return Scorer(self.traced, PadOnly())
 
-    def _packed(self) -> list[Any]:
-        """The weights that are in 4 bits: of linear layers, but for the head and the adapter."""
-        import torch
-
-        head = self.model.get_output_embeddings()
-        return [
-            module.weight
-            for name, module in self.model.named_modules()
-            if isinstance(module, torch.nn.Linear) and module is not head and "lora_" not in name
-        ]
-
-    def _cast(self) -> int:
-        """Of another compute dtype, or of 4 bits, the copy of one weight at a time."""
-        if self.packed:
-            widest: int = max(p.numel() for p in self.packed)
-            return widest * self.compute.itemsize
-        if self.compute == self.dtype:
-            return 0
-        largest: int = max(p.numel() for p in self.model.parameters())
-        return largest * self.compute.itemsize
-
-    def _count(self, call: Callable[[], Any]) -> tuple[int, int]:
-        """Most bytes beside the model's that live during ``call``, and those that stay."""
-        return trace([*self.traced.parameters(), *self.traced.buffers()], call)
-
-    def _rows(self, count: int, tokens: int) -> list[Any]:
-        """Rows of so many tokens as the task's kind has them."""
-        from smezo_cli.scoring.candidates import Candidates
-
-        ids = (1,) * tokens
-        if self.settings.model["family"] == "masked":
-            row = Candidates((ids, ids), (1, 1), 0, False, mask=1, context=ids)
-        elif self.kind == "classification":
-            row = Candidates((ids, (*ids[:-1], 2)), (1, 1), 0, False)
-        else:
-            generates = self.kind == "generation"
-            option = self.settings.task["max_new_tokens"] if generates else OPTION_TOKENS
-            option = max(1, min(option, tokens - 2))
-            sequences = [(*ids[: tokens - option], *(k,) * option) for k in range(self._options())]
-            row = Candidates(
-                tuple(sequences), (option,) * len(sequences), 0, False, self.kind, context=ids
-            )
-        if self.settings.task.get("sfc"):
-            row = dataclasses.replace(row, base=self._base(row))
-        return [row] * count
-
-    @staticmethod
-    def _base(row: Any) -> Any:
-        """The candidates behind a domain-conditional prompt of one token, or of a mask alone."""
-        sequences = tuple((1, *ids[-n:]) for ids, n in zip(row.full, row.num_option, strict=True))
-        masked = {} if row.mask is None else {"mask": 1, "context": sequences[0]}
-        return dataclasses.replace(row, full=sequences, label=-1, **masked)
-
-    def _options(self) -> int:
-        if self.kind == "generation":
-            return 1
-        task = self.settings.task
-        named = task.get("options") or task.get("source", {}).get("options")
-        return len(named) if isinstance(named, list) else NUM_OPTIONS
-
-    def _assumptions(self) -> Iterator[str]:
-        s = self.settings
-        training = "" if is_frozen(s.method) else f"{self.train_tokens} tokens in training and "
+def _assumptions(run: DryRun, method: Any) -> Iterator[str]:
+    s, lengths = run.settings, run.lengths
+    training = ""
+    if stages.takes_steps(method):
+        training = f"{lengths.training} tokens in training and "
+    yield (
+        f"rows of {training}{lengths.evaluation} {'' if training else 'tokens '}in evaluation "
+        "(task.max_train_tokens, model.max_length, --tokens)"
+    )
+    if run.kind == "classification":
+        yield "label words of one token each"
+    if lengths.demonstrated:
+        yield f"{lengths.demonstrated} tokens of demonstrations before rows of {lengths.own}"
+    if s.task.get("sfc"):
         yield (
-            f"rows of {training}{self.eval_tokens} {'' if training else 'tokens '}in evaluation "
-            "(task.max_train_tokens, model.max_length, --tokens)"
+            "a domain-conditional prompt of one token (task.sfc=true), scored in the same "
+            "forwards; its rows and tokens are not counted"
         )
-        if self.kind == "classification":
-            yield "label words of one token each"
-        if self.shows:
-            own = self.eval_tokens - self.demonstrated
-            yield f"{self.demonstrated} tokens of demonstrations before rows of {own}"
-        if s.task.get("sfc"):
-            yield (
-                "a domain-conditional prompt of one token (task.sfc=true), scored in the same "
-                "forwards; its rows and tokens are not counted"
-            )
-        if self.kind == "choice":
-            yield f"{self._options()} options of {OPTION_TOKENS} tokens each"
-        if self.kind == "generation":
-            yield f"answers of task.max_new_tokens={s.task['max_new_tokens']} tokens"
-        if s.method.get("objective") == "f1":
-            yield "a forward of training generates an answer a row, whose tokens are not counted"
-        if self.packed:
-            yield "linear layers but the head are in 4 bits, with double quantisation; not measured"
-        if self.device == "cuda":
-            yield f"CUDA itself takes {RUNTIME_CUDA / 1e9:.2f} GB, and nothing is fragmented"
-        else:
-            yield "the runtime is that of a small task's rows, measured on Linux"
+    if run.kind == "choice":
+        yield f"{run.num_options} options of {OPTION_TOKENS} tokens each"
+    if run.kind == "generation":
+        yield f"answers of task.max_new_tokens={s.task['max_new_tokens']} tokens"
+    if stages.objective_of(s) == "f1":
+        yield "a forward of training generates an answer a row, whose tokens are not counted"
+    if run.packed:
+        yield "linear layers but the head are in 4 bits, with double quantisation; not measured"
+    if run.device == "cuda":
+        yield f"CUDA itself takes {_RUNTIME_CUDA / 1e9:.2f} GB, and nothing is fragmented"
+    else:
+        yield "the runtime is that of a small task's rows, measured on Linux"

@@ -1,4 +1,4 @@
-"""The cells of a table: which runs fill them, and with what number."""
+"""Fill the cells of a table: find the runs of each, and their mean."""
 
 import copy
 import itertools
@@ -17,18 +17,16 @@ from smezo_cli.report.identity import NOT_ASKED, differences, flat, identity, st
 from smezo_cli.report.runs import Group, Run, paired
 from smezo_cli.report.table import Line, Printed, Table, last
 
-# --- cells -----------------------------------------------------------------------------------
-
 
 @dataclass
 class Cell:
-    """Ours and the paper's; values in the unit of the table.
+    """Our values and the paper's, in the unit of the table.
 
     Attributes:
         values: one a seed, of the setting that dev has chosen.
         runs: those that the values are of.
-        searched: what finished of the grid, with the first seed.
-        setting: that setting, of what was searched.
+        searched: the runs of the grid that finished, with the first seed.
+        setting: the chosen one, as KEY=VALUE of what was searched.
         missing: the next command of `smezo train` that it needs, None where it is complete.
         why: what it waits for, where no command fills it.
         less: the difference from another row's cell, paired by test row, and its standard error.
@@ -47,24 +45,24 @@ class Cell:
 
     @property
     def mean(self) -> float | None:
-        """Over the seeds."""
+        """The mean over the seeds."""
         return statistics.mean(self.values) if self.values else None
 
     @property
     def sd(self) -> float | None:
-        """Over the seeds, where there are several."""
+        """The standard deviation over the seeds, where there are several."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     @property
     def difference(self) -> float | None:
-        """Ours less the paper's."""
+        """Our mean less the paper's value."""
         return None if self.paper is None or self.mean is None else self.mean - self.paper.value
 
 
 class Reader:
-    """Fills the cells of a table from runs; `notes` says what was left out and why.
+    """Fill the cells of a table from runs; `notes` says what was left out and why.
 
-    `taken` has the runs that cells take, those of a search too, each with the words that ask it.
+    `taken` has the runs that cells took, those of a search too, each with its command.
     """
 
     def __init__(self, table: Table, runs: Sequence[Run]) -> None:
@@ -80,7 +78,7 @@ class Reader:
         self.taken: dict[Path, tuple[Run, tuple[str, ...]]] = {}
 
     def cells(self, rows: Sequence[str] = (), columns: Sequence[str] = ()) -> list[Cell]:
-        """Every cell, row by row, or those of some rows and columns."""
+        """Return every cell, row by row, or those of some rows and columns."""
         t, found = self.table, []
         for row in t.rows:
             for k, column in enumerate(t.columns):
@@ -130,10 +128,10 @@ class Reader:
         lacking = [str(s) for s, one in zip(each, chosen, strict=True) if one is None]
         for one in chosen:
             if one is not None and one.result["status"] == "done":
-                value = figure(one, cell.row.figure or t.figure, t.level)
+                value = value_of(one, cell.row.quantity or t.quantity, t.level)
                 if value is None:
                     why = f"never reached {t.level:g} on dev"
-                    if cell.row.figure == "zero_shot":
+                    if cell.row.quantity == "zero_shot":
                         why = "has no zero-shot score (zero_shot=false)"
                     self.notes.append(f"{one.path} {why}.")
                 else:
@@ -146,7 +144,7 @@ class Reader:
         return cell
 
     def _could_have(self, words: Sequence[str]) -> bool:
-        """Is there a run of this task and model? Else nothing need be composed."""
+        """Return whether there is a run of this task and model; else nothing need be composed."""
         given = dict(word.partition("=")[::2] for word in words)
         return any(
             all(given.get(key, run.result.get(key)) == run.result.get(key) for key in _NAMES)
@@ -169,7 +167,7 @@ class Reader:
         wanted = identity(values)
         for run, found in self._runs:
             if found == wanted and self._fits(run, cell):
-                # The same once more, collected or under another name, is no near miss.
+                # A second run of the same settings, perhaps a collected one, is no near miss.
                 self._used.update(one.path for one, same in self._runs if same == wanted)
                 chosen = (f"{key}={value}" for key, value in setting.items())
                 self.taken[run.path] = (run, last((*words, *chosen, f"seed={seed}")))
@@ -177,8 +175,8 @@ class Reader:
         return None
 
     def _fits(self, run: Run, cell: Cell) -> bool:
-        """Numbers of another version, of other rows or another model are not mixed in."""
-        self._used.add(run.path)  # it is said here, not as a near miss
+        """Return whether a run may stand beside the others: same version, same rows, same model."""
+        self._used.add(run.path)  # what is wrong with it is said here, not as a near miss
         if version(run) != self._version:
             self._refuse(run, f"it is of smezo {version(run)}, the newest runs of {self._version}")
             return False
@@ -213,9 +211,9 @@ class Reader:
         return new
 
     def _note_near_misses(self, whole: bool) -> None:
-        """Runs of a cell's task, model and method that differ in another setting.
+        """Note runs of a cell's task, model and method that differ in another setting.
 
-        Of collected ones all that no cell of the whole table takes: they were written for it.
+        Of collected runs, note all that no cell takes: they were written for this table.
         """
         for run, _ in self._runs:
             if run.path in self._used:
@@ -238,7 +236,7 @@ _NAMES = ("task", "model", "method")
 
 
 def subtract(cells: Sequence[Cell], base: str) -> list[str]:
-    """Fill `less` of cells: less the row `base` of their column; what could not be, in words.
+    """Fill `less` of cells by subtracting the row `base`; return what could not be subtracted.
 
     Outcomes are averaged over the seeds that each has, subtracted test row by test row, and their
     standard error is that over the rows (points of 100).
@@ -252,7 +250,7 @@ def subtract(cells: Sequence[Cell], base: str) -> list[str]:
         why = ""
         if not other.runs:
             why = f"{base} has no finished run there"
-        elif cell.row.figure or other.row.figure:
+        elif cell.row.quantity or other.row.quantity:
             why = "one of them is not the score of test rows"
         elif not _one_set([cell, other]):
             why = "they were tested on different rows"
@@ -269,18 +267,18 @@ def subtract(cells: Sequence[Cell], base: str) -> list[str]:
 
 
 def _one_set(cells: Sequence[Cell]) -> bool:
-    """Were all their runs tested on the same rows?"""
+    """Return whether all runs of these cells were tested on the same rows."""
     sets = {run.result.get("test_rows") for cell in cells for run in cell.runs}
     return len(sets) == 1 and None not in sets
 
 
-def figure(run: Run, name: str, level: float = 0.0) -> float | None:
-    """A figure of a finished run: points of 100, GB (1e9 bytes), or steps; None: it has none."""
-    if name == "peak_gb":
+def value_of(run: Run, quantity: str, level: float = 0.0) -> float | None:
+    """Return a quantity of a finished run in points of 100, GB (1e9 bytes) or steps, or None."""
+    if quantity == "peak_gb":
         return float(run.result["peak_memory_bytes"]) / 1e9
-    if name == "steps_to":
-        return next((float(step) for step, value in run.looks() if value >= level), None)
-    tree = run.result["zero_shot" if name == "zero_shot" else "test"]
+    if quantity == "steps_to":
+        return next((float(step) for step, value in run.evaluations() if value >= level), None)
+    tree = run.result["zero_shot" if quantity == "zero_shot" else "test"]
     if tree is None:  # a run with zero_shot=false
         return None
     return 100 * float(tree[run.metric])

@@ -1,8 +1,7 @@
-"""Results as small files that can be committed: what a table takes of a run, one JSON file a run.
+"""Write what a table takes of each run to a small JSON file that can be committed; read it back.
 
-A file has the command, the settings without places, the looks at dev, the outcome of each test row
-and what result.json says, and, as result.json does, a SHA-256 of all of it. Nothing of it says
-where it was run. No torch.
+A file has the command, the settings without paths, the evaluations on dev, the outcome of each test
+row, what result.json says and a SHA-256 of all of it, but not where the run was. No torch.
 """
 
 import re
@@ -14,18 +13,19 @@ import numpy as np
 
 from smezo_cli.errors import UserError, redacted_tree
 from smezo_cli.files import bounded, sealed, strict_json
+from smezo_cli.files.atomic import write_text
 from smezo_cli.report.runs import Floats, Run
 from smezo_cli.store import schema
 
 _SCHEMA = 1
-# Of result.json: the line as it was typed and what went wrong may name folders, the seal is anew.
+# Keys of result.json: command and error may name folders, and a file has a digest of its own.
 _LEFT_OUT = ("command", "error", "sha256")
 _FOLDERS = ("task.data_dir", "model.path", "runs_dir")
-_ABSOLUTE = re.compile(r"(/|~/|file:|[A-Za-z]:[\\/])[^\s/].*")  # names of folders may have blanks
+_ABSOLUTE = re.compile(r"(/|~/|file:|[A-Za-z]:[\\/])[^\s/].*")  # folder names may have spaces
 
 
 def find(folder: Path) -> tuple[list[Run], list[str]]:
-    """The runs of which a folder has files, by name, and what is no such file, in words.
+    """Return the runs of the files in a folder, by name, and a note for each other file.
 
     Raises:
         UserError: there is no such folder.
@@ -49,7 +49,7 @@ def find(folder: Path) -> tuple[list[Run], list[str]]:
 
 
 def load(path: Path) -> Run | None:
-    """The run of which this is the file, None where it is not what was written."""
+    """Return the run of a file, or None if the file is not as it was written."""
     found = bounded.read_json(path)
     found = None if found is None else sealed.unsealed(found)
     if found is None or found.get("schema") != _SCHEMA:
@@ -71,7 +71,7 @@ def load(path: Path) -> Run | None:
 
 
 def _outcomes_of(text: object) -> Floats | None:
-    """Of each test row (nan: no label), from text; None in files of before there were any."""
+    """Read the outcome of each test row (nan: no label) from text; None in files that lack them."""
     if text is None:
         return None
     if not isinstance(text, str):
@@ -84,7 +84,7 @@ def _outcomes_of(text: object) -> Floats | None:
 
 
 def _text_of(outcomes: Floats) -> str:
-    """A digit a row where each is right or wrong; else numbers with a blank between."""
+    """Write outcomes as a digit a row if each is right or wrong, else as numbers with blanks."""
     if np.isin(outcomes, (0, 1)).all():
         return "".join("1" if row else "0" for row in outcomes)
     return " ".join(map(repr, outcomes.tolist()))
@@ -93,20 +93,18 @@ def _text_of(outcomes: Floats) -> str:
 def write(
     folder: Path, name: str, run: Run, settings: Mapping[str, Any], words: Sequence[str]
 ) -> bool:
-    """Write the file of a run; False where it was there already, to the byte.
+    """Write the file of a run; return False if the same file is there already.
 
     Args:
-        folder: made where it is not there.
+        folder: made if it is not there.
         name: of the file, less its ending.
-        run: of a folder, or of such a file.
-        settings: those of the run that say what was asked, without places.
-        words: the settings on the line of `smezo train` that ask it.
+        run: from its folder, or from such a file.
+        settings: those of the run that say what was asked, without paths.
+        words: what follows `smezo train` on its line.
 
     Raises:
         UserError: it cannot be written, or would say where something lies on this machine.
     """
-    from smezo_cli.files.atomic import write_text
-
     of_before = run.collected is not None and run.collected_outcomes is None
     has_rows = run.result["status"] == "done" and not of_before
     named = [word for word in words if word.partition("=")[0] not in _FOLDERS]
@@ -115,7 +113,7 @@ def write(
             "schema": _SCHEMA,
             "command": ["smezo", "train", *named],
             "settings": settings,
-            "looks": run.looks(),
+            "looks": run.evaluations(),
             "outcomes": _text_of(run.outcomes()["test"]) if has_rows else None,
             "result": {key: v for key, v in run.result.items() if key not in _LEFT_OUT},
         }
@@ -139,7 +137,7 @@ def write(
 
 
 def _texts(node: object, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text below a node with its dotted key."""
+    """Yield every text below a node with its dotted key."""
     if isinstance(node, Mapping):
         for name, value in node.items():
             yield from _texts(value, f"{key}.{name}".lstrip("."))

@@ -1,4 +1,4 @@
-"""Curves over the steps of runs, from their metrics.jsonl."""
+"""Make curves along the steps of runs, from their metrics.jsonl."""
 
 import json
 import math
@@ -17,8 +17,8 @@ from smezo_cli.report.series import (
     Panel,
     Series,
     Source,
-    _groups,
-    _panels,
+    by_panel,
+    merge_seeds,
     method_name,
     one_metric,
 )
@@ -32,13 +32,10 @@ X_OF_CURVES = {
 Y_OF_CURVES = ("accuracy", "loss", "train_loss")
 
 
-# --- curves ----------------------------------------------------------------------------------
-
-
-def _records(run: Run) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]], int]:
-    """Steps and looks of metrics.jsonl by step, and how many lines are damaged."""
+def read_metrics(run: Run) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]], int]:
+    """Return steps and evaluations of metrics.jsonl by step, and how many lines are damaged."""
     steps: dict[int, dict[str, Any]] = {}
-    looks: dict[int, dict[str, Any]] = {}
+    evaluations: dict[int, dict[str, Any]] = {}
     bad = 0
     for line in bounded.read_text(run.path / "metrics.jsonl", MOST_BYTES).splitlines():
         try:
@@ -49,20 +46,20 @@ def _records(run: Run) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, A
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             bad += 1
             continue
-        (steps if "seconds" in record else looks)[step] = record
-    return steps, looks, bad
+        (steps if "seconds" in record else evaluations)[step] = record
+    return steps, evaluations, bad
 
 
 def _number(value: object) -> float:
-    """A number, or NaN for what is none."""
+    """Return a number as a float, and NaN for anything else."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     return math.nan
 
 
 def _line(run: Run, y: str, x: str, every: int, notes: list[str]) -> dict[int, tuple[float, float]]:
-    """Step to (x, y) of one run; what is not finite is left out and said."""
-    steps, looks, bad = _records(run)
+    """Return (x, y) by step for one run; values that are not finite are left out and noted."""
+    steps, evaluations, bad = read_metrics(run)
     if bad:
         notes.append(f"{run.path}: {bad} lines of metrics.jsonl cannot be read and are left out.")
     place, total = {0: 0.0}, 0.0
@@ -84,7 +81,9 @@ def _line(run: Run, y: str, x: str, every: int, notes: list[str]) -> dict[int, t
             points[end] = statistics.fmean(losses)
     else:
         scale = 1 if y == "dev.loss" else 100
-        points = {step: scale * _number(look[y]) for step, look in looks.items() if y in look}
+        points = {
+            step: scale * _number(found[y]) for step, found in evaluations.items() if y in found
+        }
         sparsity = (run.result.get("sparsity") or {}).get("realised")
         if y == "active_share" and points and sparsity is not None:
             points[0] = 100 * (1 - float(sparsity))
@@ -99,7 +98,7 @@ def _line(run: Run, y: str, x: str, every: int, notes: list[str]) -> dict[int, t
 
 
 def curve(sources: Sequence[Source], y: str = "accuracy", x: str = "steps") -> Figure:
-    """Accuracy or loss (dev, or train_loss) against steps, forwards or seconds."""
+    """Draw accuracy or loss (of dev, or train_loss) against steps, forwards or seconds."""
     figure = Figure("curve", X_OF_CURVES[x])
     _add_curves(figure, sources, y, x)
     if x == "forwards" and any(method_name(r) in _BACKWARD for s in sources for r in s.runs):
@@ -111,14 +110,14 @@ _BACKWARD = {NAMES[name] for name in ("adamw", "sgd", "lora", "prefix")}
 
 
 def active(sources: Sequence[Source], x: str = "steps") -> Figure:
-    """The share of weights that are perturbed, against steps, forwards or seconds."""
+    """Draw the share of weights that are perturbed against steps, forwards or seconds."""
     figure = Figure("active", X_OF_CURVES[x])
     _add_curves(figure, sources, "active_share", x)
     return figure
 
 
 def _add_curves(figure: Figure, sources: Sequence[Source], y: str, x: str) -> None:
-    for title, members in _panels(sources, lambda _: "").items():
+    for title, members in by_panel(sources, lambda _: "").items():
         metric = one_metric(members)
         key, label, every = f"dev.{metric}", f"dev {metric} (%)", 1
         if y == "loss":
@@ -131,14 +130,14 @@ def _add_curves(figure: Figure, sources: Sequence[Source], y: str, x: str) -> No
         elif y == "active_share":
             key, label = y, "active share (%)"
         panel = Panel(title, label)
-        for group in _groups(members, ("eval_every", "keep", "full_save_every")):
+        for group in merge_seeds(members, ("eval_every", "keep", "full_save_every")):
             lines = [_line(run, key, x, every, figure.notes) for run in group.runs]
             common = [step for step in lines[0] if all(step in line for line in lines)]
             if any(len(line) != len(common) for line in lines):
                 seen = len({step for line in lines for step in line})
                 figure.notes.append(
-                    f"{title}, {group.name}: the seeds share {len(common)} of {seen} looks, "
-                    "and these alone are drawn."
+                    f"{title}, {group.name}: the seeds have {len(common)} of {seen} evaluations "
+                    "in common, and these alone are drawn."
                 )
             panel.series.append(
                 Series(
@@ -157,10 +156,10 @@ def _add_curves(figure: Figure, sources: Sequence[Source], y: str, x: str) -> No
 
 
 def _train_loss(title: str, sources: Sequence[Source]) -> str:
-    """What the steps of runs lowered, in words.
+    """Return what the steps of runs lowered, as the label of an axis.
 
     Raises:
-        UserError: they lowered different figures, which have no axis in common.
+        UserError: they lowered different objectives, which have no axis in common.
     """
     lowered = {str(r.result.get("objective") or "loss") for s in sources for r in s.runs}
     if len(lowered) > 1:

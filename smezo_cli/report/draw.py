@@ -37,11 +37,8 @@ _STYLE: dict[str, Any] = {
 }
 
 
-# --- drawing ---------------------------------------------------------------------------------
-
-
 def drawn(figure: Figure, files: Sequence[Path]) -> list[tuple[Path, bytes]]:
-    """Each file with its content."""
+    """Draw a figure; return the content of each file."""
     import matplotlib.style
 
     contents = []
@@ -57,7 +54,7 @@ def drawn(figure: Figure, files: Sequence[Path]) -> list[tuple[Path, bytes]]:
 
 
 def page(figure: Figure) -> "Page":
-    """The figure as matplotlib has it: one column of at most two panels abreast."""
+    """Draw a figure with matplotlib, its panels in one column or two."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Page
 
@@ -80,11 +77,11 @@ def page(figure: Figure) -> "Page":
 
 
 def _lines(axes: "Axes", panel: Panel, kind: str) -> None:
-    """Curves with bands, or points with bars; below them what they are."""
+    """Draw curves with bands, or points with error bars, and a legend below them."""
     along = kind in ("curve", "active")
     if kind == "lr":
         axes.set_xscale("log")
-    if not along:  # what is moved aside would not count where matplotlib finds limits
+    if not along:  # points that are moved aside would not count in matplotlib's own limits
         axes.set_autoscale_on(False)
         _set_limits(axes, panel, kind == "lr")
     places = [x for series in panel.series for x in series.x]
@@ -100,11 +97,9 @@ def _lines(axes: "Axes", panel: Panel, kind: str) -> None:
         if along or not spread:
             axes.plot(series.x, series.mean, marker=marker, **style)
         else:
-            # Beside each other where x is the same; the data stay at x.
+            # Points of one x are drawn beside each other; the data stay at x.
             aside = 3 * (crowd.index(k) - (len(crowd) - 1) / 2) if k in crowd else 0.0
-            style["transform"] = axes.transData + _to_the_right(
-                axes, aside
-            )  # leaves the limits out
+            style["transform"] = axes.transData + _to_the_right(axes, aside)
             axes.errorbar(series.x, series.mean, yerr=sd, marker=marker, **style)
         if along and spread:
             low = [m - s for m, s in zip(series.mean, sd, strict=True)]
@@ -136,7 +131,7 @@ def _lines(axes: "Axes", panel: Panel, kind: str) -> None:
 
 
 def _set_limits(axes: "Axes", panel: Panel, is_log: bool) -> None:
-    """Everything is seen, with a little room around it."""
+    """Set limits that show every point with a margin around it."""
     xs = [x for series in panel.series for x in (*series.x, *series.absent)]
     ys = [value for _, value in panel.levels]
     for series in panel.series:
@@ -147,8 +142,8 @@ def _set_limits(axes: "Axes", panel: Panel, is_log: bool) -> None:
     else:
         axes.set_xlim(min(xs) - 0.05, max(xs) + 0.05)
     if ys:  # else every run has diverged
-        room = 0.05 * (max(ys) - min(ys)) or 1.0
-        axes.set_ylim(min(ys) - room, max(ys) + room)
+        margin = 0.05 * (max(ys) - min(ys)) or 1.0
+        axes.set_ylim(min(ys) - margin, max(ys) + margin)
 
 
 def _to_the_right(axes: "Axes", points: float) -> "Transform":
@@ -160,12 +155,12 @@ def _to_the_right(axes: "Axes", points: float) -> "Transform":
 
 
 def _plain(text: str) -> str:
-    """Names are no formulas."""
+    """Escape dollar signs, which matplotlib reads as formulas."""
     return text.replace("$", r"\$")
 
 
 def _bars(axes: "Axes", panel: Panel) -> None:
-    """One bar a method, its number behind it: the largest peak of its runs."""
+    """Draw a bar for each method, with the largest peak of its runs behind it."""
     names = [_peak(series)[0] for series in panel.series]
     peaks = [_peak(series)[1] for series in panel.series]
     bars = axes.barh(names, peaks, color=_COLOURS[0], height=0.6)

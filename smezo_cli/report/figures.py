@@ -1,4 +1,4 @@
-"""What the papers' figures show, taken from run folders: the numbers of `smezo plot`, undrawn.
+"""Find the points of the papers' figures in runs: what `smezo plot` draws.
 
 Seeds are merged, and nothing else: runs that differ in a setting are lines of their own. Nothing is
 interpolated, smoothed away or counted twice; what is left out is said. No torch, no matplotlib.
@@ -15,45 +15,45 @@ from smezo_cli.report.series import (
     Panel,
     Series,
     Source,
-    _differing,
-    _done,
-    _groups,
-    _panels,
-    _sparsity,
+    by_panel,
     check_rows,
+    differing_settings,
+    finished,
+    merge_seeds,
     method_name,
     natural,
     one_metric,
+    requested_sparsity,
     score,
 )
 
 
 def sparsity(sources: Sequence[Source]) -> Figure:
-    """Test accuracy against sparsity; MeZO stands at 0, zero-shot is a level.
+    """Return test accuracy against sparsity; MeZO stands at 0, zero-shot is a level.
 
-    Of several learning rates the one with the best dev accuracy of the first seed is taken, as
-    :mod:`smezo_cli.cli.table` does.
+    Of several learning rates the one with the best dev accuracy of the first seed is taken, as in
+    a table (:mod:`smezo_cli.report.cells`).
 
     Raises:
         UserError: runs of one point differ in more than lr, or were tested on other rows.
     """
     figure = Figure("sparsity", "sparsity (fraction of weights not perturbed)")
-    for title, members in _panels(sources, lambda _: "").items():
-        runs = [run for source in members for run in _done(source.runs)]
+    for title, members in by_panel(sources, lambda _: "").items():
+        runs = [run for source in members for run in finished(source.runs)]
         check_rows(title, members)
         panel = Panel(title, f"test {one_metric(members)} (%)")
         points: dict[str, dict[float, list[Group]]] = {}
         for source in members:
             at: dict[tuple[str, float], list[Run]] = {}
-            for run in _done(source.runs):
-                place = 0.0 if method_name(run).startswith("MeZO") else _sparsity(run)
+            for run in finished(source.runs):
+                place = 0.0 if method_name(run).startswith("MeZO") else requested_sparsity(run)
                 if place is None:
                     words = f"{title}: {method_name(run)} has no sparsity and is left out."
                     figure.notes += [words] if words not in figure.notes else []
                 else:
                     at.setdefault((method_name(run), place), []).append(run)
             for (name, place), found in at.items():
-                groups = _groups([Source(tuple(found), name, source.chosen)], ())
+                groups = merge_seeds([Source(tuple(found), name, source.chosen)], ())
                 points.setdefault(name, {}).setdefault(place, []).extend(groups)
         for name in sorted(points, key=natural):
             best = {
@@ -78,14 +78,14 @@ def sparsity(sources: Sequence[Source]) -> Figure:
 
 
 def _best(where: str, groups: Sequence[Group], notes: list[str]) -> Group:
-    """The group that dev prefers, of groups that differ in lr."""
+    """Return the group with the best dev score, of groups that differ in lr."""
     if len(groups) == 1:
         return groups[0]
     differing = sorted(
         {
             word.partition("=")[0]
             for g in groups
-            for word in _differing(g.settings, [other.settings for other in groups])
+            for word in differing_settings(g.settings, [other.settings for other in groups])
         }
         - {"lr"}
     )
@@ -115,12 +115,12 @@ def _best(where: str, groups: Sequence[Group], notes: list[str]) -> Group:
 
 
 def lr(sources: Sequence[Source]) -> Figure:
-    """Test accuracy against the learning rate; where all seeds diverged it is marked."""
+    """Return test accuracy against the learning rate, with marks where all seeds diverged."""
     figure = Figure("lr", "learning rate")
-    for title, members in _panels(sources, lambda _: "").items():
+    for title, members in by_panel(sources, lambda _: "").items():
         check_rows(title, members)
         panel = Panel(title, f"test {one_metric(members)} (%)")
-        for group in _groups(members, ("lr",)):
+        for group in merge_seeds(members, ("lr",)):
             at: dict[float, list[Run]] = {}
             for run in group.runs:
                 if run.result.get("lr") is not None:
@@ -128,7 +128,7 @@ def lr(sources: Sequence[Source]) -> Figure:
             if not at:
                 figure.notes.append(f"{title}: {group.name} has no lr and is left out.")
                 continue
-            done = {rate: _done(at[rate]) for rate in sorted(at)}
+            done = {rate: finished(at[rate]) for rate in sorted(at)}
             panel.series.append(
                 Series(
                     group.name,
@@ -142,16 +142,18 @@ def lr(sources: Sequence[Source]) -> Figure:
 
 
 def memory(sources: Sequence[Source]) -> Figure:
-    """Peak memory by method in GB (1e9 bytes): of the allocator on CUDA, resident elsewhere."""
+    """Return peak memory by method in GB (1e9 bytes): the allocator's on CUDA, else resident."""
     figure = Figure("memory", "peak memory (GB, the largest of the runs)")
 
     def device(run: Run) -> str:
         return str(run.result.get("device") or "").partition(":")[0]
 
-    for title, members in _panels(sources, device).items():
+    for title, members in by_panel(sources, device).items():
         panel = Panel(title, "")
-        for group in _groups(members, ("lr", "eval_every", "steps", "lr_schedule")):
-            peaks = tuple(float(run.result["peak_memory_bytes"]) / 1e9 for run in _done(group.runs))
+        for group in merge_seeds(members, ("lr", "eval_every", "steps", "lr_schedule")):
+            peaks = tuple(
+                float(run.result["peak_memory_bytes"]) / 1e9 for run in finished(group.runs)
+            )
             if peaks:
                 panel.series.append(Series(group.name, (0.0,), (peaks,)))
         figure.add(panel)

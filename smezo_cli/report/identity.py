@@ -6,7 +6,7 @@ from typing import Any
 from smezo_cli.config.digest import ADDED_LATER, digest, without_later_keys
 from smezo_cli.report.runs import Run
 
-# Where weights, data and computation are does not change what is asked; rows and the model's
+# Where weights and data lie, and what computes, does not change what is asked; rows and the model's
 # fingerprint are compared instead.
 _PLACES = {
     "task": ("data_dir",),
@@ -14,7 +14,7 @@ _PLACES = {
     "method": ("keep_noise",),
 }
 
-# No part of a digest either.
+# Not in a digest either.
 NOT_ASKED = (
     *("name", "runs_dir", "logger", "if_exists", "compile", "full_save_every"),
     *("micro_batch_size", "query_ranks", "rank_backend"),
@@ -22,7 +22,7 @@ NOT_ASKED = (
 
 
 def identity(values: Mapping[str, Any]) -> str:
-    """What runs of one cell and seed have in common: the settings less places and devices."""
+    """Return what runs of one cell and seed have in common: a digest without paths and devices."""
     return digest(stripped(values)) + f" {values.get('steps')}"
 
 
@@ -37,13 +37,13 @@ def stripped(values: Mapping[str, Any]) -> dict[str, Any]:
         if group == "method" and node.get("executor") in ("sequential", "lockstep"):
             node["executor"] = "auto"  # the same numbers
         if group == "model" and node.get("attention") == "auto":
-            node["attention"] = "sdpa"  # likewise
+            node["attention"] = "sdpa"  # the same numbers
         kept[group] = node
     return kept
 
 
 def flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Dotted keys and values of what :func:`identity` compares."""
+    """Yield the dotted keys and values that :func:`identity` compares."""
     for key, value in (node if prefix else without_later_keys(stripped(node))).items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{key}.")
@@ -62,7 +62,7 @@ def differences(its: Mapping[str, object], ours: Mapping[str, object]) -> list[s
 
 
 def version(run: Run) -> str:
-    """Numbers change with the version (CHANGELOG.md), and between versions with the arithmetic."""
+    """Return the version of smezo and of its arithmetic, with which numbers may change."""
     versions = run.result.get("versions") or {}
     numerics = versions.get("numerics")
     return f"{versions.get('smezo')}" + ("" if numerics is None else f", numerics {numerics}")

@@ -11,16 +11,14 @@ from smezo_cli.files import strict_json
 from smezo_cli.report.cells import Cell
 from smezo_cli.report.table import Table
 
-# --- printing --------------------------------------------------------------------------------
-
 
 def command(words: Sequence[str]) -> str:
-    """The line that fills a cell."""
+    """Return the command line that fills a cell."""
     return shlex.join(["smezo", "train", *words])
 
 
 def _digits(table: Table) -> int:
-    return 0 if table.figure == "steps_to" else 1
+    return 0 if table.quantity == "steps_to" else 1
 
 
 def _ours(cell: Cell, table: Table) -> str:
@@ -50,7 +48,7 @@ def _less(cell: Cell, table: Table) -> str:
 
 
 def _grid(table: Table, cells: Sequence[Cell], less: str) -> tuple[list[str], list[list[str]]]:
-    """The head, and for each row its lines: ours, paper, difference; empty ones are left out."""
+    """Return the head, and for each row its lines: ours, paper, difference; no empty ones."""
     columns = list(dict.fromkeys(cell.column.name for cell in cells))
     lines = []
     for row, members in itertools.groupby(cells, key=lambda cell: cell.row.name):
@@ -66,7 +64,7 @@ def _grid(table: Table, cells: Sequence[Cell], less: str) -> tuple[list[str], li
 def shown(
     table: Table, cells: Sequence[Cell], notes: Sequence[str], form: str, less: str = ""
 ) -> str:
-    """The table as text; form: markdown, latex, csv or json; less: of which row `less` is."""
+    """Return a table as markdown, latex, csv or json; `less` names the row that is subtracted."""
     records = [
         {
             **{"row": cell.row.name, "column": cell.column.name},

@@ -1,4 +1,4 @@
-"""`smezo runs`: finished and unfinished runs as a table, filtered, merged over seeds, compared.
+"""Find finished and unfinished runs, filter them, merge them over seeds, compare them.
 
 No torch here: a table of a hundred runs should not wait for it.
 """
@@ -28,7 +28,7 @@ Floats = npt.NDArray[np.float64]
 class Run:
     """One run folder: result.json, the resolved settings, and the outcome of every test row.
 
-    Of a run of which there is but a small file (collected.py) `path` is that file.
+    Of a run that only a collected file is left of (collected.py), `path` is that file.
     """
 
     path: Path
@@ -39,16 +39,16 @@ class Run:
 
     @property
     def metric(self) -> str:
-        """Name of the primary figure: accuracy or f1."""
+        """The name of the metric that counts: accuracy or f1."""
         return str(self.result.get("metric", "accuracy"))
 
     @property
     def score(self) -> float | None:
-        """The primary figure on the test rows."""
+        """The metric on the test rows."""
         return (self.result.get("test") or {}).get(self.metric)
 
-    def looks(self) -> list[tuple[int, float]]:
-        """Step and primary figure (0 to 1) of every look at dev, in order.
+    def evaluations(self) -> list[tuple[int, float]]:
+        """Return step and metric (0 to 1) of every evaluation on dev, in order.
 
         Raises:
             UserError: metrics.jsonl is missing or damaged.
@@ -64,7 +64,7 @@ class Run:
             raise UserError(f"{path} cannot be read: it is damaged.") from error
 
     def get(self, key: str) -> object:
-        """A value by its dotted key: of the table, of result.json, of the settings, in this order.
+        """Return a value by its dotted key: of the table, of result.json or of the settings.
 
         Raises:
             KeyError: there is none.
@@ -83,7 +83,7 @@ class Run:
         raise KeyError(key)
 
     def outcomes(self) -> dict[str, Floats]:
-        """Per test row, float64 (n,): `test`, `zero_shot` and, of classification, `calibrated`.
+        """Return outcomes by test row, float64 (n,): `test`, `zero_shot` and perhaps `calibrated`.
 
         Raises:
             UserError: the run has none, or the file is damaged.
@@ -103,7 +103,7 @@ class Run:
                 for name, rows in load_file(path).items()
                 if name.startswith("outcome.")
             }
-        except (OSError, SafetensorError, TypeError, ValueError) as error:  # of a dtype not ours
+        except (OSError, SafetensorError, TypeError, ValueError) as error:
             raise UserError(f"{path} cannot be read ({error}).") from error
         if "test" not in found:
             raise UserError(f"{self.path} has no outcomes of test rows: it is of an older version.")
@@ -114,7 +114,7 @@ class Run:
 
 
 def find(runs_dir: Path) -> list[Run]:
-    """Every run below a folder, by name; what is no run is passed over.
+    """Return every run below a folder, by name; other folders are passed over.
 
     Raises:
         UserError: there is no such folder.
@@ -130,7 +130,7 @@ def find(runs_dir: Path) -> list[Run]:
 
 
 def load(folder: Path) -> Run | None:
-    """The run in a folder, None where there is none that can be read."""
+    """Return the run in a folder, or None if there is none that can be read."""
     try:
         result = bounded.read_json(folder / "result.json")
         if result is None or not schema.is_sound_result(result):
@@ -141,7 +141,7 @@ def load(folder: Path) -> Run | None:
 
 
 def select(runs: Iterable[Run], filters: Sequence[str]) -> list[Run]:
-    """Those for which every KEY=VALUE holds; VALUE may list several (seed=0,1).
+    """Return the runs for which every KEY=VALUE holds; VALUE may list several (seed=0,1).
 
     Raises:
         UserError: not of that form, or a key that no run has.
@@ -200,7 +200,7 @@ class Group:
 
     @property
     def name(self) -> str:
-        """What they have in common."""
+        """The settings that the runs have in common, in words."""
         first = self.runs[0].result
         words = [f"{first['task']}-{first['model']}-{first['method']}"]
         for key in ("lr", "sparsity", "eps", "steps"):
@@ -212,7 +212,7 @@ class Group:
         return " ".join(words + (seeds if len(seeds) == 1 else []))
 
     def mean(self, rows: str = "test") -> Floats:
-        """Mean outcome of each test row over the seeds, float64 (n,)."""
+        """Return the mean outcome of each test row over the seeds, float64 (n,)."""
         outcomes = [run.outcomes()[rows] for run in self.runs]
         for run, found in zip(self.runs, outcomes, strict=True):
             if len(found) != len(outcomes[0]):
@@ -225,7 +225,7 @@ class Group:
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:
-    """Runs that differ in their seed alone, in the order of their first.
+    """Group runs that differ in their seed alone, in the order of their first runs.
 
     Where each seed draws its training rows, too (data_seed=${seed}), these are no difference of
     their own; the test rows have to be the same.
@@ -248,7 +248,7 @@ def groups(runs: Sequence[Run]) -> list[Group]:
 
 
 def draw_their_rows(runs: Sequence[Run]) -> bool:
-    """Has each of several seeds the training rows that it draws itself?"""
+    """Return whether each of several seeds has the training rows that it draws itself."""
     seeds = {run.result["seed"] for run in runs}
     drawn = {(run.result["seed"], str(run.result.get("train_rows"))) for run in runs}
     own = all(run.config.get("data_seed") == run.result["seed"] for run in runs)
@@ -256,7 +256,7 @@ def draw_their_rows(runs: Sequence[Run]) -> bool:
 
 
 def paired(ours: Floats, theirs: Floats) -> tuple[float, float]:
-    """Mean difference over rows and its standard error.
+    """Return the mean difference over rows and its standard error.
 
     Raises:
         UserError: they are not of the same rows.

@@ -1,4 +1,4 @@
-"""Group runs into the series of a figure."""
+"""Group runs into the panels and series of a figure."""
 
 import json
 import statistics
@@ -11,7 +11,7 @@ from smezo_cli.report.runs import Run, draw_their_rows
 
 MOST_BYTES = 1 << 28  # of metrics.jsonl; 20,000 steps have 3 MB
 
-_MOST_LINES = 7  # colours that everybody tells apart
+_MOST_LINES = 7  # colours that can be told apart
 
 _MOST_PANELS = 6
 
@@ -50,12 +50,12 @@ class Series:
 
     @property
     def mean(self) -> list[float]:
-        """Over the seeds, per x."""
+        """The mean over the seeds, per x."""
         return [statistics.mean(v) for v in self.values]
 
     @property
     def sd(self) -> list[float | None]:
-        """Sample standard deviation over the seeds, per x; None of one seed."""
+        """The sample standard deviation over the seeds, per x; None of one seed."""
         return [statistics.stdev(v) if len(v) > 1 else None for v in self.values]
 
     @property
@@ -78,7 +78,7 @@ class Panel:
 
 @dataclass
 class Figure:
-    """All that is drawn; `notes` says what is not."""
+    """Everything that is drawn; `notes` says what is left out."""
 
     kind: str
     x: str
@@ -86,7 +86,7 @@ class Figure:
     notes: list[str] = field(default_factory=list)
 
     def add(self, panel: Panel) -> None:
-        """Take a panel that shows something.
+        """Add a panel, unless it shows nothing.
 
         Raises:
             UserError: it has more lines than can be told apart.
@@ -112,7 +112,7 @@ class Source:
 
 
 def method_name(run: Run) -> str:
-    """As the papers say it: S-MeZO, R-MeZO, MeZO-LoRA, FT."""
+    """Return the name that the papers give a method: S-MeZO, R-MeZO, MeZO-LoRA, FT."""
     method = str(run.result["method"])
     node = run.config.get("method")
     node = node if isinstance(node, Mapping) else {}
@@ -124,16 +124,14 @@ def method_name(run: Run) -> str:
 
 
 def _full_name(run: Run) -> str:
-    sparsity = _sparsity(run)
+    sparsity = requested_sparsity(run)
     return method_name(run) + (f" {sparsity:g}" if sparsity else "")
 
 
-def _sparsity(run: Run) -> float | None:
+def requested_sparsity(run: Run) -> float | None:
+    """Return the sparsity that the settings asked for; None of a method that has none."""
     value = (run.result.get("sparsity") or {}).get("requested")
     return None if value is None else float(value)
-
-
-# --- groups ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -149,10 +147,10 @@ class Group:
         return {int(run.result["seed"]): run for run in self.runs}
 
 
-def _groups(sources: Iterable[Source], free: Sequence[str]) -> list[Group]:
-    """Runs that differ in the seed and the free keys alone, named so that names differ.
+def merge_seeds(sources: Iterable[Source], free: Sequence[str]) -> list[Group]:
+    """Group runs that differ in the seed and the free keys alone; give the groups unlike names.
 
-    Where the seed draws the rows, too (data_seed=${seed}), these are no difference of their own.
+    Where the seed draws the rows, too (data_seed=${seed}), other rows are no difference.
     """
     buckets: dict[str, list[tuple[Run, Group]]] = {}
     for source in sources:
@@ -179,7 +177,7 @@ def _groups(sources: Iterable[Source], free: Sequence[str]) -> list[Group]:
     named = []
     for group in groups:
         alike = [g.settings for g in groups if g.name == group.name]
-        words = _differing(group.settings, alike)
+        words = differing_settings(group.settings, alike)
         named.append(replace(group, name=" ".join([group.name, *words])))
     return sorted(named, key=lambda g: natural(g.name))
 
@@ -194,8 +192,8 @@ def natural(name: str) -> tuple[int, str]:
     return order.index(stem) if stem in order else len(order), name
 
 
-def _differing(mine: Mapping[str, str], alike: Sequence[Mapping[str, str]]) -> list[str]:
-    """key=value where some others have another value; `method.lr` not beside `lr`."""
+def differing_settings(mine: Mapping[str, str], alike: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return KEY=VALUE of settings that others have differently; no `method.lr` beside `lr`."""
     keys = {key for other in alike for key in (*mine, *other) if mine.get(key) != other.get(key)}
     return [
         f"{key.rpartition('.')[2]}={_word(mine[key])}"
@@ -211,8 +209,8 @@ def _word(value: str) -> str:
         return value.strip('"')
 
 
-def _panels(sources: Sequence[Source], more: Callable[[Run], str]) -> dict[str, list[Source]]:
-    """Sources by task, model and what else must not be mixed, as titles.
+def by_panel(sources: Sequence[Source], more: Callable[[Run], str]) -> dict[str, list[Source]]:
+    """Return the sources by panel: one a task, model and what else must not be mixed.
 
     Raises:
         UserError: there are more than a page holds.
@@ -241,11 +239,11 @@ def one_metric(sources: Sequence[Source]) -> str:
 
 
 def check_rows(title: str, sources: Sequence[Source]) -> None:
-    """Refuse runs of other test rows; a table has done so, for each of its splits."""
+    """Raise UserError if runs were tested on unlike rows; a table has checked that itself."""
     rows = {
         str(run.result.get("test_rows"))
         for source in sources
-        for run in _done(source.runs)
+        for run in finished(source.runs)
         if not source.chosen
     }
     if len(rows) > 1:
@@ -255,13 +253,11 @@ def check_rows(title: str, sources: Sequence[Source]) -> None:
         )
 
 
-# --- scores ----------------------------------------------------------------------------------
-
-
 def score(run: Run) -> float:
     """Return a run's test score in percent."""
     return 100 * float(run.result["test"][run.metric])
 
 
-def _done(runs: Iterable[Run]) -> list[Run]:
+def finished(runs: Iterable[Run]) -> list[Run]:
+    """Return the runs that ended well."""
     return [run for run in runs if run.result["status"] == "done"]

@@ -10,12 +10,10 @@ from smezo_cli.config.fixed import CONF_DIR, WITHOUT_STEPS, plain
 from smezo_cli.errors import UserError, near
 from smezo_cli.files import bounded
 
-FIGURES = ("score", "zero_shot", "peak_gb", "steps_to")
-
 
 @dataclass(frozen=True)
 class Printed:
-    """A value as the paper prints it, its spread, and the mark that says how sure it is."""
+    """A value as the paper prints it, its spread, and a mark that `marks` of the table explains."""
 
     value: float
     sd: float | None
@@ -24,18 +22,18 @@ class Printed:
 
 @dataclass(frozen=True)
 class Line:
-    """A row or a column; without a command, what smezo lacks for it stands in `awaits`."""
+    """A row or a column; one without a command says in `awaits` what smezo lacks for it."""
 
     name: str
     command: tuple[str, ...] | None
     awaits: str = ""
-    figure: str = ""
+    quantity: str = ""
     of: str = ""
     also: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     paper: tuple[Printed | None, ...] = ()
-    without: Mapping[str, str] = field(default_factory=dict)  # columns that it cannot have: why
-    one_seed: bool = False  # nothing in it depends on the seed
-    no_steps: bool = False  # settings of steps, which others of its table may have, are not for it
+    without: Mapping[str, str] = field(default_factory=dict)  # why it has no value, by column
+    one_seed: bool = False  # no value of it depends on the seed
+    no_steps: bool = False  # the table's settings of steps do not hold for it
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Table:
     id: str
     title: str
     source: str
-    figure: str
+    quantity: str
     level: float
     common: tuple[str, ...]
     extra: tuple[str, ...]
@@ -55,7 +53,7 @@ class Table:
     rows: tuple[Line, ...]
 
     def words(self, row: Line, column: Line) -> tuple[str, ...] | None:
-        """What the cell runs: `smezo train` and these; None where something is not in smezo yet."""
+        """Return what follows `smezo train` for a cell; None if smezo cannot run it yet."""
         if row.of:
             row = next(line for line in self.rows if line.name == row.of)
         if row.command is None or column.command is None or column.name in row.without:
@@ -68,18 +66,18 @@ class Table:
 
 
 def last(words: Sequence[str]) -> tuple[str, ...]:
-    """Of settings that are given twice the last."""
+    """Return the last value of each setting that is given more than once."""
     return tuple({word.partition("=")[0]: word for word in words}.values())
 
 
 def names() -> list[str]:
-    """Ids of the tables."""
+    """Return the ids of the tables."""
     folder = CONF_DIR / "table"
     return sorted(f.relative_to(folder).with_suffix("").as_posix() for f in folder.rglob("*.yaml"))
 
 
 def load(name: str, extra: Sequence[str] = ()) -> Table:
-    """A table; `extra` are settings of all its cells, or of one column (COLUMN:KEY=VALUE).
+    """Read a table; `extra` are settings of all its cells, or of one column (COLUMN:KEY=VALUE).
 
     Raises:
         UserError: there is no such table or column.
@@ -102,7 +100,7 @@ def load(name: str, extra: Sequence[str] = ()) -> Table:
         id=name,
         title=node["title"],
         source=node["source"],
-        figure=node.get("figure", "score"),
+        quantity=node.get("quantity", "score"),
         level=float(node.get("level", 0)),
         common=_split(node["command"]),
         extra=tuple(word for word in common if word not in seeds),
@@ -118,11 +116,7 @@ def load(name: str, extra: Sequence[str] = ()) -> Table:
 def check_names(
     table: Table, rows: Sequence[str], columns: Sequence[str], flag_of_rows: str = "row"
 ) -> None:
-    """Has it these rows and columns?
-
-    Raises:
-        UserError: it has not.
-    """
+    """Raise UserError if the table lacks one of these rows or columns."""
     asked = ((flag_of_rows, rows, table.rows), ("column", columns, table.columns))
     for flag, wanted, lines in asked:
         known = [line.name for line in lines]
@@ -142,7 +136,7 @@ def _line(name: str, node: Mapping[str, Any], mark: str, extra: tuple[str, ...])
         name=name,
         command=command,
         awaits=node.get("awaits", ""),
-        figure=node.get("figure", ""),
+        quantity=node.get("quantity", ""),
         of=node.get("of", ""),
         also={str(key): _split(words) for key, words in node.get("also", {}).items()},
         paper=tuple(_printed(value, mark) for value in node.get("paper", ())),

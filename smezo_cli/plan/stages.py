@@ -1,0 +1,327 @@
+"""Say what the stages of a run need on top of the model: evaluation, training, checkpoints.
+
+What differs between methods is asked by the short functions at the end of this file alone.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from smezo_cli.config.settings import Settings
+from smezo_cli.errors import UserError
+from smezo_cli.plan.dry_run import DryRun
+from smezo_cli.plan.trace import Keep, bytes_of, trace
+
+# Measured on Linux with torch 2.13: Numba, LLVM and the compiled passes.
+_NUMBA = 100_000_000
+
+_THRESHOLD = 28  # bytes that masks.kth_magnitude takes for each entry of a chunk
+
+_KEPT = 4 + 1  # bytes a weight of noise that is kept: z in float32, the mask
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the training takes, in bytes by name.
+
+    Attributes:
+        held: from its beginning to its end.
+        stages: on top of that, one after the other.
+    """
+
+    held: dict[str, int]
+    stages: dict[str, int]
+
+
+def evaluation(run: DryRun) -> dict[str, int]:
+    """Return the bytes of a batch of an evaluation and, of a generation task, of the answers."""
+    import torch
+
+    from smezo_cli.scoring import scorer as scoring
+
+    limit = scoring.EVAL_TOKENS if run.device == "cpu" else scoring.EVAL_TOKENS_GPU
+    own, shows = run.lengths.own, run.lengths.demonstrated > 0
+    count = max(1, limit // run.rows(1, own)[0].num_tokens)
+    rows = run.rows(count, own)
+    if shows:  # rows of another first token share nothing but the demonstrations
+        rows = [run.demonstrated(row, 1 + i % 2) for i, row in enumerate(rows * 2)]
+    scorer = run.scorer()
+    scorer.holds_common = shows
+
+    def evaluate() -> None:
+        with scorer.holding(rows):
+            scorer.scores(rows[:count])
+
+    with torch.no_grad():
+        found = {"evaluation": run.count(evaluate)[0]}
+        if run.kind == "generation":
+            found["answers"] = run.count(run.generate)[0]
+    return {name: size + run.cast_bytes for name, size in found.items()}
+
+
+def training(run: DryRun, method: Any, capacity: int) -> Needs:
+    """Return what the training by a method needs.
+
+    Args:
+        run: the model and its rows.
+        method: from :func:`method_on_meta`.
+        capacity: bytes of the device.
+
+    Raises:
+        UserError: the method neither perturbs weights nor computes gradients.
+    """
+    if not takes_steps(method):
+        return Needs({}, {})
+    if computes_gradients(method):
+        return _by_gradients(run, method)
+    if perturbs(method):
+        return _by_perturbations(run, method, capacity)
+    raise UserError(
+        f"method={run.settings.method['name']} has no plan: smezo plan knows methods that perturb "
+        "the weights and methods that compute gradients."
+    )
+
+
+# --- perturbations ----------------------------------------------------------------------------
+
+
+def _by_perturbations(run: DryRun, method: Any, capacity: int) -> Needs:
+    import torch
+
+    sizes = [p.numel() for p in method.trained.values()]
+    weights, largest = sum(sizes), max(sizes)
+    held, found = dict[str, int](), dict[str, int]()
+    if state := state_bytes_per_weight(method) * weights:
+        held["optimizer state"] = state
+    compiles = compiles_passes(run, method)
+    if compiles and run.device == "cpu":
+        held["Numba"] = _NUMBA
+    # Thresholds chunk by chunk, unless every weight is active; active weights are counted by
+    # the mask of one tensor.
+    found["thresholds"] = max(_THRESHOLD * _threshold_chunk(run, largest), largest)
+    batch = run.micro_batch()
+    if writes_in_place(method):
+        scorer = run.scorer()
+        with torch.no_grad():
+            forward = run.count(_objective(run, scorer, batch))[0] + run.cast_bytes
+        # eps m z and the mask of every weight; one tensor in float32, moved and chosen.
+        found["step"] = weights * (_KEPT + 4) + max(forward, 12 * largest)
+        return Needs(held, found)
+    keeps = keeps_noise(run, method, compiles=compiles, capacity=capacity)
+    points = points_at_once(method)
+    step, copies = _probed(run, method, batch)
+    held["scratch of probes"] = points * copies
+    found["step"] = points * step + (_KEPT * weights if keeps else 0)
+    pair, _ = _probed(run, method, batch[:2])
+    # The self-check perturbs some tensors in place, and puts an exact copy of them back.
+    saved = _checked_together(run, method)
+    found["self-check"] = saved * (run.dtype.itemsize + (_KEPT if keeps else 0)) + pair
+    return Needs(held, found)
+
+
+def _threshold_chunk(run: DryRun, largest: int) -> int:
+    """Return how many entries of the largest tensor are sorted at once."""
+    from smezo_cli.zo.selections import masks
+
+    return min(masks._CHUNK, largest) if run.settings.sparsity else 0
+
+
+def _objective(run: DryRun, scorer: Any, batch: Sequence[Any]) -> Callable[[], Any]:
+    """Return the forwards of what steps lower, without what follows from their logits on a CPU."""
+    objective = objective_of(run.settings)
+    if objective == "f1":
+        return run.generate
+    compute = scorer.loss if objective == "loss" else scorer.scores
+    return lambda: compute(batch)
+
+
+def _probed(run: DryRun, method: Any, batch: Sequence[Any]) -> tuple[int, int]:
+    """Return the bytes that a loss at moved weights needs for a while, and those of the scratch.
+
+    The scratch stays; the probe of the run itself goes through the model.
+    """
+    import torch
+
+    from smezo_cli.zo.probe import FunctionalProbe
+
+    named = dict(run.computing.named_parameters())
+    probe = FunctionalProbe(run.computing, [named[name] for name in method.trained])
+    compute = _objective(run, run.scorer(), batch)
+
+    def measure() -> None:
+        with probe.at(Keep()):
+            compute()
+
+    with torch.no_grad():
+        peak, left = run.count(measure)
+    # The scratch has the dtype of the weights.
+    return peak - left + run.cast_bytes, left * run.dtype.itemsize // run.compute_dtype.itemsize
+
+
+def _checked_together(run: DryRun, method: Any) -> int:
+    """Return how many weights the self-check moves together, at most."""
+    from smezo_cli.zo.probe import FunctionalProbe
+    from smezo_cli.zo.reached import checked_together, kinds_to_check
+
+    trained = method.trained
+    names = {id(parameter): name for name, parameter in trained.items()}
+    total = sum(p.numel() for p in trained.values())
+    probe = FunctionalProbe(run.model, list(trained.values()))
+    kinds = kinds_to_check(probe, names, total)
+    sizes = [[int(trained[n].numel()) for n in chosen] for chosen in kinds.values()]
+    return max(sum(of[part]) for of in sizes for part in checked_together(of, total))
+
+
+# --- gradients --------------------------------------------------------------------------------
+
+
+def _by_gradients(run: DryRun, method: Any) -> Needs:
+    parameters = list(method.trained.values())
+    size = bytes_of(parameters)
+    step, state = _optimizer_step(run, parameters)
+    return Needs(
+        {"optimizer state": state},
+        {
+            "forward and backward, gradients included": _forward_and_backward(run, method),
+            "update, gradients included": step - state + size,
+            # On a CPU the allocator still holds the freed gradients then, in pieces (measured).
+            "checkpoint: a copy of the optimizer state": state
+            + (size if run.device == "cpu" else 0),
+        },
+    )
+
+
+def _forward_and_backward(run: DryRun, method: Any) -> int:
+    """Return the most bytes of a step before its update, the gradients among them."""
+    batch = run.micro_batch()
+    scorer = run.scorer()
+    named = dict(run.computing.named_parameters())
+    for name, parameter in named.items():
+        parameter.requires_grad_(name in method.trained)
+    run.computing.train()
+    found, _ = run.count(lambda: scorer.loss(batch).backward())
+    for parameter in named.values():
+        parameter.grad = None
+    if run.compute_dtype != run.dtype:
+        # Gradients are of the weights' dtype; the cast weights stay until they are read back.
+        found += sum(p.numel() for p in method.trained.values()) * run.dtype.itemsize
+    return found
+
+
+def _optimizer_step(run: DryRun, parameters: Sequence[Any]) -> tuple[int, int]:
+    """Return the most bytes of an update with a new optimizer, and those of the state it leaves."""
+    import torch
+
+    from smezo_cli.config.build import build
+
+    optimizer = build(run.settings.method["optimizer"], "method.optimizer", params=parameters)
+    for group in optimizer.param_groups:
+        if run.device == "cuda" and "foreach" in group and group["foreach"] is None:
+            group["foreach"] = True  # torch's own choice there
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    step, _ = trace([*parameters, *(p.grad for p in parameters)], optimizer.step)
+    state = bytes_of(
+        value
+        for of_one in optimizer.state.values()
+        for value in of_one.values()
+        if isinstance(value, torch.Tensor)
+    )
+    return step, state
+
+
+# --- what is asked of a method ----------------------------------------------------------------
+
+
+def method_on_meta(run: DryRun) -> Any:
+    """Build the method of the settings for the model, which has no contents."""
+    from smezo_cli.config.build import build
+
+    node = run.settings.method
+    if "sparsity" in node:  # there are no weights to find thresholds of
+        node = node | {"sparsity": 0.0}
+    runtime = {"model": run.model, "seed": run.settings.seed, "backend": "eager", "check": False}
+    return build(node, "method", **runtime)
+
+
+def takes_steps(method: Any) -> bool:
+    """Return whether the method trains weights of the model."""
+    return hasattr(method, "step")
+
+
+def perturbs(method: Any) -> bool:
+    """Return whether a step is made of losses at moved weights."""
+    from smezo_cli.zo.optimizer import ZeroOrder
+
+    return isinstance(method, ZeroOrder)
+
+
+def computes_gradients(method: Any) -> bool:
+    """Return whether a step is a forward, a backward and an update by an optimizer of torch."""
+    from smezo_cli.methods.first_order import FirstOrder
+
+    return isinstance(method, FirstOrder)
+
+
+def records_steps(method: Any) -> bool:
+    """Return whether steps are recorded as a few numbers that the weights can be made from."""
+    return perturbs(method)
+
+
+def forwards_per_step(method: Any) -> int:
+    """Return how many forwards a step makes; 0 where there are no steps."""
+    if not takes_steps(method):
+        return 0
+    return 2 * int(method.num_scalars) if perturbs(method) else 1
+
+
+def state_bytes_per_weight(method: Any) -> int:
+    """Return what a method that perturbs keeps of its steps: MeZO-Adam two moments of float32."""
+    return 8 if method.keeps_state else 0
+
+
+def writes_in_place(method: Any) -> bool:
+    """Return whether the weights themselves are moved for a loss."""
+    return bool(method.executor == "in_place")
+
+
+def points_at_once(method: Any) -> int:
+    """Return how many moved copies of a module live at once, each with its activations."""
+    return 2 if method.executor in ("lockstep", "auto") else 1
+
+
+def compiles_passes(run: DryRun, method: Any) -> bool:
+    """Return whether passes over the weights will be compiled, as a run decides by itself."""
+    from smezo_cli.zo.directions import dense
+    from smezo_cli.zo.passes import choose
+
+    if run.settings.compile != "auto":
+        return bool(run.settings.compile)
+    if run.device == "cuda":
+        return True
+    total = sum(p.numel() for p in run.model.parameters())
+    worth_it = total * run.settings.steps >= choose.WORTH_IT
+    return bool(worth_it and method.num_weights >= dense.WORTH_COMPILING)
+
+
+def keeps_noise(run: DryRun, method: Any, *, compiles: bool, capacity: int) -> bool:
+    """Return whether the noise of a step is kept between its passes, as a run decides by itself."""
+    stochastic = run.settings.method.get("rounding") == "stochastic"
+    if compiles or run.device != "cpu" or method.num_scalars != 1 or stochastic:
+        return False
+    return bool(capacity > 10 * method.num_weights)
+
+
+def objective_of(settings: Settings) -> str:
+    """Return what steps lower: "loss", "accuracy" or "f1"."""
+    return str(settings.method.get("objective", "loss"))
+
+
+def num_demonstrations(settings: Settings) -> int:
+    """Return how many training rows stand before each row of an evaluation."""
+    return int(settings.method.get("num_demonstrations", 0))
+
+
+def fits_probe(method: Any) -> bool:
+    """Return whether a probe is fitted to hidden states of the training rows."""
+    return hasattr(method, "fit")
