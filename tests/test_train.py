@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from smezo_cli import train
 from smezo_cli.models.load import load_model
 from smezo_cli.run import loaded as job
-from smezo_cli.run import loop, session, watch
+from smezo_cli.run import evaluate, numerics, session
 from smezo_cli.scoring import metrics
 from smezo_cli.scoring import scorer as scoring
 from smezo_cli.scoring.candidates import encode
@@ -89,10 +89,10 @@ class Fault:
         places: dict[str, list[tuple[Any, str]]] = {
             "loss": [(Scorer, "loss")],  # inside a probe, or a first-order step
             "load": [(job, "load_model")],
-            "evaluate": [(loop, "evaluate")],
+            "evaluate": [(evaluate, "evaluate")],
             "rename": [(os, "replace")],  # a file takes its place
             "nan": [(Scorer, "loss")],
-            "noise": [(watch, "loss_noise")],
+            "noise": [(numerics, "loss_noise")],
             "end": [(os, "replace"), (os, "unlink")],  # from where a result is to be written
         }
         places["any"] = [*places["loss"], *places["evaluate"], *places["rename"]]
