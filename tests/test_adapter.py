@@ -17,7 +17,7 @@ from smezo_cli.config.compose import compose
 from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError
 from smezo_cli.models.adapter import attach
-from smezo_cli.run.loaded import Job
+from smezo_cli.run.loaded import Loaded
 from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.scoring.scorer import Scorer
 
@@ -30,18 +30,18 @@ MASKED = ["task.prompt='{text}. It was {mask} .'", "task.labels=[terrible,great]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def made(method: str, model: str = "tiny-llama", *words: str) -> Job:
+def made(method: str, model: str = "tiny-llama", *words: str) -> Loaded:
     prompt = MASKED if model == "tiny-roberta" else []
     words = (*SMALL, f"model={model}", f"method={method}", "steps=4", *prompt, *words)
     settings = check(compose(list(words)))
-    return Job(settings, "cpu", lambda line: None)
+    return Loaded(settings, "cpu", lambda line: None)
 
 
 def bits(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def closure(job: Job) -> Any:
+def closure(job: Loaded) -> Any:
     rows = job.encode(job.task.train, job.prompts[0])[:4]
     return lambda: job.scorer.loss(rows)
 

@@ -360,7 +360,7 @@ def test_probe_run_changes_the_probe_alone_and_is_used_again(
     real = session._Run._zero_shot
 
     def noted(run: Any) -> None:
-        model = run.job.model
+        model = run.loaded.model
         models.append((model, tensors_digest(dict(model.named_parameters()))))
         real(run)
 

@@ -31,8 +31,7 @@ from safetensors.torch import load_file
 
 from smezo_cli import train
 from smezo_cli.models.load import load_model
-from smezo_cli.run import loaded as job
-from smezo_cli.run import evaluate, numerics, session
+from smezo_cli.run import evaluate, loaded, numerics, session
 from smezo_cli.scoring import metrics
 from smezo_cli.scoring import scorer as scoring
 from smezo_cli.scoring.candidates import encode
@@ -88,7 +87,7 @@ class Fault:
         loss = Scorer.loss
         places: dict[str, list[tuple[Any, str]]] = {
             "loss": [(Scorer, "loss")],  # inside a probe, or a first-order step
-            "load": [(job, "load_model")],
+            "load": [(loaded, "load_model")],
             "evaluate": [(evaluate, "evaluate")],
             "rename": [(os, "replace")],  # a file takes its place
             "nan": [(Scorer, "loss")],
@@ -494,7 +493,7 @@ def no_model() -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a model is loaded")
 
-    job.load_model = refuse  # type: ignore[assignment]  # in a child process of its own
+    loaded.load_model = refuse  # type: ignore[assignment]  # in a child process of its own
 
 
 def test_a_finished_run_is_skipped_in_one_line(finished: Callable[[str], Path]) -> None:
@@ -956,7 +955,7 @@ def test_compiled_passes_change_no_bit(finished: Callable[[str], Path], tmp_path
 
 def always_worth_it() -> None:
     """As if every run were long enough to compile for."""
-    job.WORTH_IT = optimizer.WORTH_COMPILING = 0
+    loaded.WORTH_IT = optimizer.WORTH_COMPILING = 0
 
 
 def numba_is_broken() -> None:

@@ -45,7 +45,7 @@ def _differing(task: Task, known: Mapping[str, str]) -> list[str]:
     return [name for name, was in known.items() if was != fingerprint(getattr(task, name))]
 
 
-class Job:
+class Loaded:
     """Task, model and tokenizer of some settings, loaded.
 
     Args:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from smezo_cli.errors import UserError
-from smezo_cli.run.loaded import Job
+from smezo_cli.run.loaded import Loaded
 from smezo_cli.store.folder import RunFolder, State
 from smezo_cli.store.saved import Saved
 from smezo_cli.store.trajectory import Trajectory, replay
@@ -31,7 +31,7 @@ def restore(
 
 
 def rebuild(
-    job: Job,
+    loaded: Loaded,
     method: ZeroOrder,
     folder: RunFolder,
     state: State,
@@ -47,7 +47,7 @@ def rebuild(
     from the first step on where none are saved. Needs no memory beside the model and one tensor.
 
     Args:
-        job: holds the model.
+        loaded: holds the model.
         method: its own.
         folder: of the run.
         state: of the run.
@@ -66,7 +66,7 @@ def rebuild(
         )
     saved = _nearest(method, folder, state, step, say, goes_on)
     if saved is not None and not saved[0] <= method.num_steps <= step:
-        job.set_weights(saved[1], folder.path)
+        loaded.set_weights(saved[1], folder.path)
         numbers = saved[1].about.get("method")
         numbers = numbers if isinstance(numbers, dict) else {}
         restore(method, numbers | {"num_steps": saved[0]}, saved[2], folder)

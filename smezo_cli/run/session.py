@@ -156,7 +156,7 @@ class _Run:
         import torch
 
         from smezo_cli.machine.stop import Stopped
-        from smezo_cli.run.loaded import Job
+        from smezo_cli.run.loaded import Loaded
         from smezo_cli.store.folder import UNSETTLED
         from smezo_cli.store.partial_scores import NAME, PartialScores
         from smezo_cli.zo.step import NonFiniteLoss
@@ -170,9 +170,9 @@ class _Run:
                 self.team.asked = lambda: self.stop.asked
                 self.stop.patient = True  # an exchange that is broken off leaves the others in it
                 self.team.start()
-            self.job = Job(self.settings, str(self.device), self.console.say)
+            self.loaded = Loaded(self.settings, str(self.device), self.console.say)
             self.versions["threads"] = torch.get_num_threads()  # there may be fewer now
-            self.partial = PartialScores(self.folder.path / NAME, self.job.model)
+            self.partial = PartialScores(self.folder.path / NAME, self.loaded.model)
             if self.team is not None:
                 self._agree(self.team)
                 if self._stopped():
@@ -237,7 +237,7 @@ class _Run:
         self.stop.patient = True  # from here on there is a state to save
         self._choose_batching()
         self._as_it_came = True  # followers hear it
-        with self.job.as_it_came():
+        with self.loaded.as_it_came():
             self._zero_shot()
         self._as_it_came = False
         self._restore(method)
@@ -286,7 +286,7 @@ class _Run:
         from smezo_cli.methods.frozen import InContext, LinearProbe
 
         self._check_data()
-        method = self.job.build_frozen()
+        method = self.loaded.build_frozen()
         self.stop.patient = True
         self._choose_batching()
         self._zero_shot()
@@ -320,9 +320,9 @@ class _Run:
         from smezo_cli.run.evaluate import features
         from smezo_cli.store.saved import tensors_digest
 
-        state, folder, scorer = self.state, self.folder, self.job.scorer
+        state, folder, scorer = self.state, self.folder, self.loaded.scorer
         if 0 in state.weights():
-            self.job.set_probe(folder.load_weights(state, 0), folder.path)
+            self.loaded.set_probe(folder.load_weights(state, 0), folder.path)
             return
         start = time.perf_counter()
         self.console.say(f"  hidden states of {len(self.train)} training rows, then the fit")
@@ -346,18 +346,18 @@ class _Run:
         """Put demonstrations before every row: those of the state, or chosen for it."""
         from smezo_cli.scoring.tokens import token_ids
 
-        notes, task = self.state.notes, self.job.task
-        prompt = self.job.prompts[notes["prompt"]]
+        notes, task = self.state.notes, self.loaded.task
+        prompt = self.loaded.prompts[notes["prompt"]]
         is_new = "demonstrations" not in notes
         if is_new:
-            limit = self.job.max_length
+            limit = self.loaded.max_length
             if task.kind == "generation":
                 limit -= self.settings.task["max_new_tokens"]
             kept = {c.id for c in self.train}
             rows = [row for row in task.train if row.id in kept]
             notes["demonstrations"] = method.choose(
                 [(row.id, prompt.candidates(row)[max(0, row.label)]) for row in rows],
-                lambda text: len(token_ids(self.job.tokenizer, [text])[0]),
+                lambda text: len(token_ids(self.loaded.tokenizer, [text])[0]),
                 limit,
                 max(c.width for c in (*self.dev, *self.test)),
             )
@@ -366,11 +366,11 @@ class _Run:
             f"  {note['used']} of {note['asked']} demonstrations before every row, "
             f"{note['tokens']} tokens"
         )
-        self.job.demonstrate(note["text"])
+        self.loaded.demonstrate(note["text"])
         if is_new:  # behind them a row is computed in another way
             self._choose_batching(again=True)
             self.folder.save_state(self.state)
-        self.dev, self.test = (self.job.encode(rows, prompt) for rows in (task.dev, task.test))
+        self.dev, self.test = (self.loaded.encode(rows, prompt) for rows in (task.dev, task.test))
         self.train = []
         self._count_cut()
 
@@ -407,13 +407,13 @@ class _Run:
         """
         from smezo_cli.scoring.batching import Found
 
-        notes, job = self.state.notes, self.job
+        notes, loaded = self.state.notes, self.loaded
         found = Found.of(notes["batching"]) if "batching" in notes else Found()
         if again or "batching" not in notes:
-            prompts = [job.prompts[notes["prompt"]]] if "prompt" in notes else job.prompts
-            found = found.stricter(job.measure_batching(prompts))
+            prompts = [loaded.prompts[notes["prompt"]]] if "prompt" in notes else loaded.prompts
+            found = found.stricter(loaded.measure_batching(prompts))
             notes["batching"] = found.plain()
-        found.to(job.scorer)
+        found.to(loaded.scorer)
         if self.team is not None:
             self.team.tell("batching", found=found.plain())
         if found.line:
@@ -423,11 +423,11 @@ class _Run:
         """The method, and a line on its passes."""
         from smezo_cli.run.measure import Measure
 
-        method = self.method = self.job.build_method()
+        method = self.method = self.loaded.build_method()
         size = self.settings.micro_batch_size
         if size is None and (size := self.state.notes.get("micro_batch_size")) is not None:
             self.console.say(f"  micro_batch_size={size}, as the memory was too small for more")
-        self.measure = Measure(self.job.scorer, self.objective, size, self.team, self._halved)
+        self.measure = Measure(self.loaded.scorer, self.objective, size, self.team, self._halved)
         self.keeps_state = method.keeps_state
         passes = getattr(method, "passes", None)
         if passes is not None:
@@ -444,16 +444,18 @@ class _Run:
 
     def _zero_shot(self) -> None:
         """The model as it comes: choose the prompt and fit label offsets on dev, score the test."""
-        notes, task = self.state.notes, self.job.task
+        notes, task = self.state.notes, self.loaded.task
         if "prompt" not in notes:
             frozen = is_frozen(self.settings.method)
             if self.settings.zero_shot:
                 self.console.say("zero-shot:" if frozen else "zero-shot, before training:")
             self._choose_prompt()
-            if len(self.job.prompts) > 1:
-                self.console.say(f"  chosen on dev: {self.job.prompts[notes['prompt']].template!r}")
+            if len(self.loaded.prompts) > 1:
+                self.console.say(
+                    f"  chosen on dev: {self.loaded.prompts[notes['prompt']].template!r}"
+                )
         self.train, self.dev, self.test = (
-            self.job.encode(rows, self.job.prompts[notes["prompt"]])
+            self.loaded.encode(rows, self.loaded.prompts[notes["prompt"]])
             for rows in (task.train, task.dev, task.test)
         )
         self._leave_out_long()
@@ -487,17 +489,17 @@ class _Run:
         from smezo_cli.scoring import metrics
         from smezo_cli.tasks.base import one_class
 
-        notes, task = self.state.notes, self.job.task
+        notes, task = self.state.notes, self.loaded.task
         tried: list[tuple[float, float, int]] = []
-        for k, prompt in enumerate(self.job.prompts):
+        for k, prompt in enumerate(self.loaded.prompts):
             note: dict[str, Any] = {
                 **{"template": prompt.template, "labels": list(prompt.labels)},
                 "option": prompt.option,
                 **({} if prompt.sfc is None else {"sfc": prompt.sfc}),
             }
             calibrates = self.settings.zero_shot and task.kind == "classification"
-            if len(self.job.prompts) > 1 or calibrates:
-                found = self._evaluate(self.job.encode(task.dev, prompt), "dev", k)
+            if len(self.loaded.prompts) > 1 or calibrates:
+                found = self._evaluate(self.loaded.encode(task.dev, prompt), "dev", k)
                 note["dev"] = best = found.figures()
                 line = f"  dev {best[found.metric]:.4f}"
                 # Of one class alone any offset that favours it is right in all rows.
@@ -528,13 +530,13 @@ class _Run:
         notes = self.state.notes
         # Other ranks have read their rows already.
         alone = self.team is None
-        if changed := self.job.differing_rows(notes.get("rows", {}), may_renumber=alone):
+        if changed := self.loaded.differing_rows(notes.get("rows", {}), may_renumber=alone):
             raise UserError(
                 f"the {' and '.join(changed)} rows are not those that {self.folder.path} began "
                 "with: put the data back, or start over with if_exists=fresh."
             )
-        rows = {n: fingerprint(getattr(self.job.task, n)) for n in ("train", "dev", "test")}
-        model = self.job.fingerprint()
+        rows = {n: fingerprint(getattr(self.loaded.task, n)) for n in ("train", "dev", "test")}
+        model = self.loaded.fingerprint()
         if notes.get("model", model) != model:
             raise UserError(
                 f"the model is not the one that {self.folder.path} began with: put its weights "
@@ -542,11 +544,11 @@ class _Run:
             )
         prompts = notes.get("prompts", [])
         if "prompt" in notes and (
-            len(prompts) != len(self.job.prompts)
+            len(prompts) != len(self.loaded.prompts)
             or any(
                 len(note["labels"]) != len(prompt.labels)
                 or len(note.get("offsets", prompt.labels)) != len(prompt.labels)
-                for note, prompt in zip(prompts, self.job.prompts, strict=True)
+                for note, prompt in zip(prompts, self.loaded.prompts, strict=True)
             )
         ):
             raise UserError(
@@ -577,7 +579,7 @@ class _Run:
         """Say that the training rows that are short enough are of one class alone, or ''."""
         from smezo_cli.tasks.base import one_class
 
-        task = self.job.task
+        task = self.loaded.task
         train = self.train if hasattr(self, "train") else []
         if not one_class([c.label for c in train]) or one_class([r.label for r in task.train]):
             return ""
@@ -588,10 +590,10 @@ class _Run:
 
     def _data_notes(self) -> list[str]:
         """What somebody who reads the figures must know of the rows."""
-        if not hasattr(self, "job"):
+        if not hasattr(self, "loaded"):
             return []
         found = self._one_class_left()
-        return [*self.job.task.notes, *([found] if found else [])]
+        return [*self.loaded.task.notes, *([found] if found else [])]
 
     def _count_cut(self) -> None:
         """Say what of the rows does not reach the model as it was written."""
@@ -609,7 +611,7 @@ class _Run:
                 f"  in {merged} of {len(rows)} prompts the tokenizer merges a candidate with its "
                 "context: scored from the first token that differs"
             )
-        if self.job.task.kind == "classification" and not all(c.shares_prefix for c in rows):
+        if self.loaded.task.kind == "classification" and not all(c.shares_prefix for c in rows):
             self.console.say("  label words of more than one token: a forward scores one candidate")
 
     def _say_test(self, score: float, figures: Mapping[str, Any], words: str) -> None:
@@ -632,7 +634,7 @@ class _Run:
                 if not folder.has_metrics(state):
                     say("  metrics.jsonl is damaged: what it lacks is lost, the training goes on")
                 saved = folder.load_weights(state, state.step)
-                self.job.set_weights(saved, folder.path)
+                self.loaded.set_weights(saved, folder.path)
                 restore(method, state.method, folder.load_optimizer(state, state.step), folder)
             return
         check_length(self.settings.steps, method.num_queries)
@@ -650,7 +652,7 @@ class _Run:
             folder.save_weights(state, 0, method.trained, method.snapshot()[0])
             folder.save_state(state)
         if known is not None:
-            rebuild(self.job, method, folder, state, known, state.step, say, goes_on=True)
+            rebuild(self.loaded, method, folder, state, known, state.step, say, goes_on=True)
         self.recorder = Recorder(path, header, method, known, self._lost)
 
     def _known_steps(self, path: Path, header: Mapping[str, Any]) -> "Trajectory | None":
@@ -700,10 +702,10 @@ class _Run:
         from smezo_cli.run.follower import short_enough
         from smezo_cli.zo.step import NonFiniteLoss
 
-        scorer, is_first = self.job.scorer, rows is None
+        scorer, is_first = self.loaded.scorer, rows is None
         if rows is None:
-            prompt = self.job.prompts[self.state.notes.get("prompt", 0)]
-            some = self.job.encode(self.job.task.train[:_LOOKED_AT], prompt)
+            prompt = self.loaded.prompts[self.state.notes.get("prompt", 0)]
+            some = self.loaded.encode(self.loaded.task.train[:_LOOKED_AT], prompt)
             rows = short_enough(some, self.settings.task["max_train_tokens"]) or some
         two = rows[:2]
         scorer.model.eval()
@@ -743,9 +745,9 @@ class _Run:
         # Of several ranks none may come to compute in a way of its own.
         if check is not None and rows and not self._has_looked and self.team is None:
             self._has_looked = True
-            self.job.scorer.model.eval()
+            self.loaded.scorer.model.eval()
             try:
-                check(lambda: self.job.scorer.loss(rows))
+                check(lambda: self.loaded.scorer.loss(rows))
             except ValueError as error:
                 raise UserError(self._unreached(error)) from error
         found = self._evaluate(self.dev, "dev", step=self.state.step)
@@ -814,7 +816,7 @@ class _Run:
         rows = Batches(self.train, s.batch_size, s.seed, s.batch_order)(self.state.step)
         try:
             batch = [self.train[i] for i in rows][: self.measure.size]
-            return loss_noise(method, self.job.scorer, batch, self.objective, self._check_stop)
+            return loss_noise(method, self.loaded.scorer, batch, self.objective, self._check_stop)
         except (RuntimeError, MemoryError, NonFiniteLoss) as error:  # the run has its result
             line = str(error).partition("\n")[0]
             self.console.say(f"  the loss noise of {s.dtype} was not measured: {line}")
@@ -845,7 +847,7 @@ class _Run:
         """What an evaluation that was stopped has left of these rows."""
         from smezo_cli.store.saved import tensors_digest
 
-        probe = self.job.scorer.probe
+        probe = self.loaded.scorer.probe
         about = {
             "step": step,
             "as_it_came": self._as_it_came,
@@ -881,11 +883,11 @@ class _Run:
                 **{"split": split, "prompt": prompt, "as_it_came": self._as_it_came, "step": made},
                 **{"scored": sorted(part.scored), "answered": sorted(part.answered)},
             )
-        done = len(part.answered if self.job.task.kind == "generation" else part.scored)
+        done = len(part.answered if self.loaded.task.kind == "generation" else part.scored)
         if done:
             self.console.say(f"  {split}: {done} of {len(rows)} rows were scored before the stop")
         bar = self.console.bar(split, len(rows), done)
-        return evaluate(self.job.scorer, rows, bar, self._stopped, team, part)
+        return evaluate(self.loaded.scorer, rows, bar, self._stopped, team, part)
 
     def _check_stop(self) -> None:
         from smezo_cli.machine.stop import Stopped
@@ -902,7 +904,7 @@ class _Run:
         """Have all ranks the same data, model, settings and smezo?"""
         from smezo_cli.run.follower import facts
 
-        team.agree(facts(self.job, self.settings))
+        team.agree(facts(self.loaded, self.settings))
         self.console.say(
             f"  ranks   {team.size}: {team.of_rows} share the rows"
             + (f", {team.of_queries} the queries" if team.of_queries > 1 else "")
@@ -998,11 +1000,11 @@ class _Run:
         last = tensors_digest(method.trained)
         if self.recorder is not None and isinstance(method, ZeroOrder):
             records = self.recorder.trajectory()
-            rebuild(self.job, method, folder, state, records, best, self.console.say)
+            rebuild(self.loaded, method, folder, state, records, best, self.console.say)
             if best not in state.weights():
                 folder.save_weights(state, best, method.trained, method.snapshot()[0])
         elif best != state.step:
-            self.job.set_weights(folder.load_weights(state, best), folder.path)
+            self.loaded.set_weights(folder.load_weights(state, best), folder.path)
         state.notes["weights"] = {
             "best": {"step": best, "sha256": tensors_digest(method.trained)},
             "last": {"step": state.step, "sha256": last},
@@ -1045,7 +1047,7 @@ class _Run:
             "prompt": notes["prompts"][notes["prompt"]] if "prompt" in notes else None,
             "truncated_prompts": notes.get("truncated"),
             "batching": notes.get("batching"),
-            "data_fingerprint": self.job.task.fingerprint if hasattr(self, "job") else None,
+            "data_fingerprint": self.loaded.task.fingerprint if hasattr(self, "loaded") else None,
             "data_notes": self._data_notes(),
             "model_fingerprint": notes.get("model"),
             # Of a model from the hub, what its revision stood for.
@@ -1056,7 +1058,7 @@ class _Run:
             "sparsity": {"requested": s.sparsity, **sparsities},
             "num_trained": notes.get("num_trained"),
             # Of a model that also takes images or sound.
-            "frozen_unread": (self.job.unread or None) if hasattr(self, "job") else None,
+            "frozen_unread": (self.loaded.unread or None) if hasattr(self, "loaded") else None,
             "lr": s.lr,
             "lr_schedule": s.lr_schedule,
             "warmup_steps": s.warmup_steps,
@@ -1083,8 +1085,8 @@ class _Run:
             "dtype": s.dtype,
             "compute_dtype": s.compute_dtype or s.dtype,
             "device": str(self.device),
-            "device_map": self.job.device_map if hasattr(self, "job") else None,
-            "attention": self.job.attention if hasattr(self, "job") else None,
+            "device_map": self.loaded.device_map if hasattr(self, "loaded") else None,
+            "attention": self.loaded.attention if hasattr(self, "loaded") else None,
             "noise": s.method.get("noise"),
             "passes": self.backend,
             "executor": notes.get("executor"),
@@ -1103,11 +1105,13 @@ class _Run:
         """Linear layers that computed by oneDNN; where it was wrong on the way, 0."""
         from smezo_cli.models.onednn import num_onednn
 
-        return num_onednn(self.job.model) if hasattr(self, "job") else None
+        return num_onednn(self.loaded.model) if hasattr(self, "loaded") else None
 
     def _model_commit(self) -> str | None:
         return (
-            getattr(self.job.model.config, "_commit_hash", None) if hasattr(self, "job") else None
+            getattr(self.loaded.model.config, "_commit_hash", None)
+            if hasattr(self, "loaded")
+            else None
         )
 
     def _close(self, result: dict[str, Any]) -> None:
@@ -1139,8 +1143,8 @@ class _Run:
             what = f"{self._split} loss is not finite{at}: {what}"
         # Of the tested weights the dev scores were finite: it is the row that is another.
         if is_score and (not step or self._split == "test"):
-            return f"{what}; {self.job.why_not_finite()}."
-        if not step and (why := self.job.spoilt_weight()):
+            return f"{what}; {self.loaded.why_not_finite()}."
+        if not step and (why := self.loaded.spoilt_weight()):
             return f"{what}; {why}."
         good = (
             f"the last good checkpoint is step {best}"

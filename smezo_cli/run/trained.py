@@ -20,7 +20,7 @@ from smezo_cli.files.bounded import load_yaml
 
 if TYPE_CHECKING:
     from smezo_cli.run.console import Console
-    from smezo_cli.run.loaded import Job
+    from smezo_cli.run.loaded import Loaded
     from smezo_cli.scoring.evaluation import Evaluation
     from smezo_cli.store.folder import RunFolder, State
     from smezo_cli.store.partial_scores import PartialScores
@@ -125,7 +125,7 @@ def _change(cfg: DictConfig, word: str, may_change: Sequence[str]) -> None:
 def trained(
     folder: "RunFolder",
     state: "State",
-    job: "Job",
+    loaded: "Loaded",
     step: int | None,
     say: Callable[[str], None],
 ) -> int:
@@ -135,12 +135,12 @@ def trained(
 
     chosen = state.best_step if step is None else step
     assert chosen is not None  # opened refuses a run without
-    if is_frozen(job.settings.method):
+    if is_frozen(loaded.settings.method):
         if chosen:
             raise UserError(f"--step {step}: {folder.path} took no steps; leave it out.")
-        job.demonstrate(state.notes.get("demonstrations", {}).get("text", ""))
+        loaded.demonstrate(state.notes.get("demonstrations", {}).get("text", ""))
         if 0 in state.weights():
-            job.set_probe(folder.load_weights(state, 0), folder.path)
+            loaded.set_probe(folder.load_weights(state, 0), folder.path)
         return 0
     path = folder.path / "trajectory.bin"
     if not path.exists():
@@ -150,20 +150,20 @@ def trained(
                 f"--step {step}: {folder.path} keeps the weights of step {steps}; "
                 "a run with keep=all keeps those of every look at dev."
             )
-        job.set_weights(folder.load_weights(state, chosen), folder.path)
+        loaded.set_weights(folder.load_weights(state, chosen), folder.path)
         return chosen
     saved = folder.nearest(state, chosen, say)
     if saved is not None and saved[0] == chosen:
-        job.set_weights(saved[1], folder.path)
+        loaded.set_weights(saved[1], folder.path)
         return chosen
     records = read(path)
     if not 0 <= chosen <= len(records):
         raise UserError(f"--step {step}: {folder.path} has made {len(records)} steps.")
-    rebuild(job, replayed(job, records, str(path)), folder, state, records, chosen, say)
+    rebuild(loaded, replayed(loaded, records, str(path)), folder, state, records, chosen, say)
     return chosen
 
 
-def replayed(job: "Job", records: "Trajectory", where: str) -> "ZeroOrder":
+def replayed(loaded: "Loaded", records: "Trajectory", where: str) -> "ZeroOrder":
     """The method that made the records, at their start.
 
     Raises:
@@ -172,14 +172,14 @@ def replayed(job: "Job", records: "Trajectory", where: str) -> "ZeroOrder":
     from smezo_cli.store.trajectory import differences
     from smezo_cli.zo.optimizer import ZeroOrder
 
-    if records.header.get("model") != job.fingerprint():
+    if records.header.get("model") != loaded.fingerprint():
         raise UserError(
-            f"{where} was made from another model than {job.settings.model['name']} is here: "
+            f"{where} was made from another model than {loaded.settings.model['name']} is here: "
             "put its weights back, or leave dtype out."
         )
-    method = job.build_method()
+    method = loaded.build_method()
     if not isinstance(method, ZeroOrder):
-        raise UserError(f"{where}: method {job.settings.method['name']} has no trajectory.")
+        raise UserError(f"{where}: method {loaded.settings.method['name']} has no trajectory.")
     mine = {"identity": method.identity()}
     if other := differences({"identity": records.header["identity"]}, mine):
         raise UserError(
@@ -194,16 +194,16 @@ def _prompt(state: "State") -> "Prompt":
     return as_prompt(state.notes["prompts"][state.notes["prompt"]])
 
 
-def _encoded(job: "Job", rows: Sequence["Row"], prompt: "Prompt", where: str) -> Any:
+def _encoded(loaded: "Loaded", rows: Sequence["Row"], prompt: "Prompt", where: str) -> Any:
     """Rows under a prompt that was noted; UserError where it is none for such rows."""
     try:
-        if len(prompt.labels) == len(job.prompts[0].labels):
-            return job.encode(rows, prompt)
+        if len(prompt.labels) == len(loaded.prompts[0].labels):
+            return loaded.encode(rows, prompt)
     except (LookupError, ValueError):
         pass
     raise UserError(
-        f"{where}: its prompt {prompt.template[:60]!r} does not fit the rows of {job.task.name}; "
-        "the file is damaged, or of another task."
+        f"{where}: its prompt {prompt.template[:60]!r} does not fit the rows of "
+        f"{loaded.task.name}; the file is damaged, or of another task."
     )
 
 
@@ -217,7 +217,7 @@ def as_prompt(note: Mapping[str, Any]) -> "Prompt":
 
 
 def batch(
-    job: "Job",
+    loaded: "Loaded",
     prompt: "Prompt",
     noted: Mapping[str, Any] | None,
     rows: Sequence["Row"] | None,
@@ -226,7 +226,7 @@ def batch(
     """Let rows share forwards as the run did; and as these rows may, which it did not see.
 
     Args:
-        job: task and model, loaded.
+        loaded: task and model, loaded.
         prompt: the run's.
         noted: what the run measured; None: nothing, as it is older, or of other rows.
         rows: that the run did not see; None: those that are scored are its own.
@@ -236,21 +236,21 @@ def batch(
 
     found = Found.of(dict(noted)) if noted is not None else Found()
     if noted is None or rows is not None:
-        found = found.stricter(job.measure_batching([prompt], rows))
-    found.to(job.scorer)
+        found = found.stricter(loaded.measure_batching([prompt], rows))
+    found.to(loaded.scorer)
     if found.line:
         say(found.line)
 
 
-def kept_beside(path: Path, job: "Job") -> "PartialScores":
+def kept_beside(path: Path, loaded: "Loaded") -> "PartialScores":
     """Where the scores are kept of a verb that is stopped: beside the file that it writes."""
     from smezo_cli.store.partial_scores import NAME, PartialScores
 
-    return PartialScores(path.with_name(f".{path.name}.{NAME}"), job.model)
+    return PartialScores(path.with_name(f".{path.name}.{NAME}"), loaded.model)
 
 
 def _scored(
-    job: "Job",
+    loaded: "Loaded",
     rows: Any,
     split: str,
     console: "Console",
@@ -271,13 +271,13 @@ def _scored(
     from smezo_cli.scoring.objectives import NonFiniteScore
     from smezo_cli.store.saved import tensors_digest
 
-    probe, s, scorer = job.scorer.probe, job.settings, job.scorer
+    probe, s, scorer = loaded.scorer.probe, loaded.settings, loaded.scorer
     about = {
         "step": step,
         "as_it_came": as_it_came,
         "probe": None if probe is None else tensors_digest(probe),
         "batching": Found(scorer.batching, scorer.batching_of_answers).plain(),
-        "machine": [str(job.device), s.dtype, s.compute_dtype],
+        "machine": [str(loaded.device), s.dtype, s.compute_dtype],
     }
     with StopRequest(console.say) as stop:
         part = kept.part(about, split, rows)
@@ -288,7 +288,7 @@ def _scored(
         try:
             return evaluate(scorer, rows, bar, lambda: stop.asked, part=part)
         except NonFiniteScore as error:
-            raise UserError(f"{where}: {error}; {job.why_not_finite()}.") from error
+            raise UserError(f"{where}: {error}; {loaded.why_not_finite()}.") from error
         except Stopped:
             try:
                 count = f"{kept.keep()} of {len(rows)} rows"
@@ -298,28 +298,28 @@ def _scored(
             raise KeyboardInterrupt from None
 
 
-def check_model(state: "State", job: "Job", overrides: Sequence[str], run: str) -> None:
+def check_model(state: "State", loaded: "Loaded", overrides: Sequence[str], run: str) -> None:
     """Trained tensors belong on the model that they were trained on, frozen ones included."""
     if any(word.startswith("dtype=") for word in overrides):
         return  # the same weights in another dtype have another fingerprint
-    if state.notes.get("model") not in (None, job.fingerprint()):
+    if state.notes.get("model") not in (None, loaded.fingerprint()):
         raise UserError(
-            f"{run} was trained on another model than {job.settings.model['name']} is now: its "
+            f"{run} was trained on another model than {loaded.settings.model['name']} is now: its "
             "weights on disk or on the hub have changed since."
         )
 
 
-def save_model(job: "Job", target: Path, cfg: DictConfig) -> int:
+def save_model(loaded: "Loaded", target: Path, cfg: DictConfig) -> int:
     """Model, tokenizer and settings in a new folder, whole or not at all; its bytes."""
     from smezo_cli.files.atomic import check_space
 
-    size = job.saved_bytes
+    size = loaded.saved_bytes
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         check_space(target.parent, size)
-        job.save(partial)
+        loaded.save(partial)
         (partial / "smezo.yaml").write_text(redacted(OmegaConf.to_yaml(cfg)), encoding="utf-8")
         os.replace(partial, target)
     except OSError as error:
