@@ -20,6 +20,7 @@ from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError
 from smezo_cli.models.tiny import byte_tokenizer
 from smezo_cli.run.loaded import Loaded
+from smezo_cli.run.method import build_method
 from smezo_cli.scoring.batching import measure
 from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.tasks import Row
@@ -292,7 +293,7 @@ def test_two_sparse_steps_and_what_is_saved_computes_the_same(name: str, tmp_pat
     assert job is not None
     rows = job.encode(job.task.train, job.prompts[0])[:4]
     before = {n: p.detach().clone() for n, p in job.model.named_parameters()}
-    method = job.build_method()
+    method = build_method(job)
     said = ""
     try:
         method.self_check(lambda: job.scorer.loss(rows[:2]))
@@ -303,7 +304,7 @@ def test_two_sparse_steps_and_what_is_saved_computes_the_same(name: str, tmp_pat
         assert "executor=in_place" in said
         assert "\n" not in said
         job = loaded(_MODELS / name, masked, "method.executor=in_place")
-        method = job.build_method()
+        method = build_method(job)
         method.self_check(lambda: job.scorer.loss(rows[:2]))
     losses = [method.step(lambda: job.scorer.loss(rows)).loss for _ in range(2)]
     assert torch.tensor(losses).isfinite().all()

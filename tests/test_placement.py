@@ -27,6 +27,7 @@ from smezo_cli.models.architecture import build_meta
 from smezo_cli.models.placement import devices_of_modules
 from smezo_cli.plan.planner import plan
 from smezo_cli.run.loaded import Loaded
+from smezo_cli.run.method import build_method
 
 GB = 10**9
 SMALL = ["task=toy", "task.num_train=16", "task.num_dev=8", "task.num_test=8"]
@@ -201,7 +202,7 @@ def work(settings: Any, job: Loaded, prepare: Callable[[Any], None] = lambda mod
     """Three steps, then the scores of the dev rows."""
     model: Any = job.model
     prepare(model)
-    method = job.build_method()
+    method = build_method(job)
     rows = job.encode(job.task.train[:4], job.prompts[0])
     objective = settings.method.get("objective", "loss")
     records = [method.step(lambda: job.scorer.objective(rows, objective)) for _ in range(3)]
@@ -329,7 +330,7 @@ def test_accelerates_hooks_change_no_number(
         same(plain, work(settings, job, spread))
         return
     # And around a probe that is there already.
-    method = job.build_method()
+    method = build_method(job)
     rows = job.encode(job.task.train[:4], job.prompts[0])
     spread(job.model)
     records = [method.step(lambda: job.scorer.objective(rows)) for _ in range(3)]

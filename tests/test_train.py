@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 from smezo_cli import train
 from smezo_cli.models.load import load_model
 from smezo_cli.run import evaluate, loaded, numerics, session
+from smezo_cli.run import method as building
 from smezo_cli.scoring import metrics
 from smezo_cli.scoring import scorer as scoring
 from smezo_cli.scoring.candidates import encode
@@ -955,7 +956,7 @@ def test_compiled_passes_change_no_bit(finished: Callable[[str], Path], tmp_path
 
 def always_worth_it() -> None:
     """As if every run were long enough to compile for."""
-    loaded.WORTH_IT = optimizer.WORTH_COMPILING = 0
+    building.WORTH_IT = optimizer.WORTH_COMPILING = 0
 
 
 def numba_is_broken() -> None:

@@ -107,10 +107,11 @@ def _export_delta(run: str, target: Path, step: int | None) -> int:
         noted = {note["step"]: note["sha256"] for note in state.notes.get("weights", {}).values()}
         if chosen not in noted:
             from smezo_cli.run.loaded import Loaded
+            from smezo_cli.run.method import build_method
 
             job = Loaded(*_copying(settings), lambda line: None, with_rows=False)
             trained(folder, state, job, chosen, print)
-            noted[chosen] = tensors_digest(job.build_method().trained)
+            noted[chosen] = tensors_digest(build_method(job).trained)
         result = folder.result() or {}
         about = {
             "config": OmegaConf.to_yaml(cfg),

@@ -27,6 +27,7 @@ from smezo_cli.run.console import Console
 from smezo_cli.run.evaluate import evaluate
 from smezo_cli.run.loaded import Loaded
 from smezo_cli.run.measure import Measure
+from smezo_cli.run.method import build_method
 from smezo_cli.run.ranks import Left, Ranks
 from smezo_cli.scoring.batching import Found
 from smezo_cli.scoring.candidates import Candidates
@@ -138,7 +139,7 @@ class Follower:
     def _advance(self, step: int) -> ZeroOrder:
         """The method after so many steps, of which those that it lacks are in the trajectory."""
         if self.method is None:
-            method = self.loaded.build_method()
+            method = build_method(self.loaded)
             assert isinstance(method, ZeroOrder)
             self.method = method
         while self.method.num_steps < step:

@@ -2,18 +2,15 @@
 
 import dataclasses
 import hashlib
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from fnmatch import filter as matching
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from smezo_cli.config.build import build, target_of
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.files.fetch import cache_dir
@@ -31,12 +28,7 @@ from smezo_cli.scoring.tokens import appended, check_rows
 from smezo_cli.tasks import Prompt, Row, Task, load_task
 from smezo_cli.tasks.base import fingerprint
 from smezo_cli.zo.passes import openmp
-from smezo_cli.zo.passes.by_compiler import NoCompiler
-from smezo_cli.zo.passes.choose import WORTH_IT
 
-if TYPE_CHECKING:
-    from smezo_cli.methods.base import Method
-    from smezo_cli.methods.frozen import InContext, LinearProbe, ZeroShot
 _ENCODED_TOGETHER = 64  # rows behind demonstrations
 _MEASURED = 24  # rows of which some are scored together and alone
 
@@ -176,67 +168,6 @@ class Loaded:
                 self._say("  rows    numbered by line, as the version of smezo did that began here")
         return found
 
-    def build_method(self) -> "Method":
-        """The method; compiled passes only where the run is long enough to earn them.
-
-        Raises:
-            UserError: the settings of the method cannot be had.
-        """
-        s = self.settings
-        runtime: dict[str, Any] = {"model": self.model, "seed": s.seed}
-        parameters = inspect.signature(target_of(s.method, "method")).parameters
-        if "check" in parameters:
-            runtime["check"] = False  # asked by the run, with two rows
-        if "backend" in parameters:
-            chosen = {"True": "compiled", "False": "eager", "auto": "auto"}
-            runtime["backend"] = chosen[str(s.compile)]
-            weights = sum(p.numel() for p in self.model.parameters())
-            if s.compile == "auto" and self.device.type == "cpu" and weights * s.steps < WORTH_IT:
-                runtime["backend"] = "eager"
-        elif s.compile != "auto":
-            raise UserError(
-                f"compile={str(s.compile).lower()}: method {s.method['name']} has no passes to "
-                "compile; leave compile out."
-            )
-        try:
-            method: Method = build(self._without_unread(), "method", **runtime)
-        except NoCompiler as error:
-            raise UserError(f"compile=true: {error}; mend that or leave compile out.") from error
-        return method
-
-    def _without_unread(self) -> Mapping[str, Any]:
-        """The method's node, without globs for what is frozen already because text never reads it.
-
-        Globs that match nothing stay, to be refused.
-        """
-        node = self.settings.method
-        if not self.unread or "freeze" not in node:
-            return node
-        named = [(name, p.requires_grad) for name, p in self.model.named_parameters()]
-        trained = [name for name, is_trained in named if is_trained]
-        unread = [
-            name
-            for name, _ in named
-            if any(name == part or name.startswith(f"{part}.") for part in self.unread)
-        ]
-        kept = [g for g in node["freeze"] if matching(trained, g) or not matching(unread, g)]
-        return {**node, "freeze": kept}
-
-    def build_frozen(self) -> "ZeroShot | InContext | LinearProbe":
-        """The method, where it takes no steps.
-
-        Raises:
-            UserError: the settings of the method cannot be had.
-        """
-        s = self.settings
-        if s.compile != "auto":
-            raise UserError(
-                f"compile={str(s.compile).lower()}: method {s.method['name']} has no passes to "
-                "compile; leave compile out."
-            )
-        method: ZeroShot | InContext | LinearProbe = build(s.method, "method", seed=s.seed)
-        return method
-
     def demonstrate(self, text: str) -> None:
         """Let what is encoded from now on stand behind a text, which all rows have in common."""
         self._head = text
@@ -285,27 +216,6 @@ class Loaded:
     def as_it_came(self) -> AbstractContextManager[None]:
         """Inside, the model computes without its adapter, if it has one."""
         return nullcontext() if self.adapter is None else self.adapter.off()
-
-    def spoilt_weight(self) -> str:
-        """A clause on a weight that holds NaN or inf; empty where there is none."""
-        for name, p in self.model.named_parameters():
-            if p.is_floating_point() and not torch.isfinite(p).all():
-                return (
-                    f"{name} of model={self.settings.model['name']} holds numbers that are not "
-                    "finite: get the model anew, or choose another"
-                )
-        return ""
-
-    def why_not_finite(self) -> str:
-        """What may be the cause of scores that are not finite, and what to do: a clause."""
-        if why := self.spoilt_weight():
-            return why
-        name, s = self.settings.model["name"], self.settings
-        low = [f"{key}={getattr(s, key)}" for key in ("dtype", "compute_dtype")]
-        low = [word for word in low if word.endswith("float16")]
-        if low:
-            return f"{' '.join(low)} may be too narrow: add dtype=float32 compute_dtype=null"
-        return f"model={name} gives none for it: choose another model or task.prompt"
 
     def fingerprint(self) -> str:
         """Twelve hex digits of the model as it is: names, shapes, dtypes, 64 weights of each.

@@ -284,9 +284,10 @@ class _Run:
     def _frozen(self) -> dict[str, Any]:
         """The result of a method that takes no steps: what it asks the model, on dev and test."""
         from smezo_cli.methods.frozen import InContext, LinearProbe
+        from smezo_cli.run.method import build_frozen
 
         self._check_data()
-        method = self.loaded.build_frozen()
+        method = build_frozen(self.loaded)
         self.stop.patient = True
         self._choose_batching()
         self._zero_shot()
@@ -422,8 +423,9 @@ class _Run:
     def _build_method(self) -> "Method":
         """The method, and a line on its passes."""
         from smezo_cli.run.measure import Measure
+        from smezo_cli.run.method import build_method
 
-        method = self.method = self.loaded.build_method()
+        method = self.method = build_method(self.loaded)
         size = self.settings.micro_batch_size
         if size is None and (size := self.state.notes.get("micro_batch_size")) is not None:
             self.console.say(f"  micro_batch_size={size}, as the memory was too small for more")
@@ -1134,6 +1136,7 @@ class _Run:
         self.console.say(line)
 
     def _diverged(self, error: Exception) -> str:
+        from smezo_cli.run.not_finite import spoilt_weight, why_not_finite
         from smezo_cli.scoring.objectives import NonFiniteScore
 
         best, step = self.state.best_step, self.state.step
@@ -1143,8 +1146,8 @@ class _Run:
             what = f"{self._split} loss is not finite{at}: {what}"
         # Of the tested weights the dev scores were finite: it is the row that is another.
         if is_score and (not step or self._split == "test"):
-            return f"{what}; {self.loaded.why_not_finite()}."
-        if not step and (why := self.loaded.spoilt_weight()):
+            return f"{what}; {why_not_finite(self.loaded)}."
+        if not step and (why := spoilt_weight(self.loaded)):
             return f"{what}; {why}."
         good = (
             f"the last good checkpoint is step {best}"

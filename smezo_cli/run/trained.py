@@ -169,6 +169,7 @@ def replayed(loaded: "Loaded", records: "Trajectory", where: str) -> "ZeroOrder"
     Raises:
         UserError: the method or the model is another.
     """
+    from smezo_cli.run.method import build_method
     from smezo_cli.store.trajectory import differences
     from smezo_cli.zo.optimizer import ZeroOrder
 
@@ -177,7 +178,7 @@ def replayed(loaded: "Loaded", records: "Trajectory", where: str) -> "ZeroOrder"
             f"{where} was made from another model than {loaded.settings.model['name']} is here: "
             "put its weights back, or leave dtype out."
         )
-    method = loaded.build_method()
+    method = build_method(loaded)
     if not isinstance(method, ZeroOrder):
         raise UserError(f"{where}: method {loaded.settings.method['name']} has no trajectory.")
     mine = {"identity": method.identity()}
@@ -267,6 +268,7 @@ def _scored(
     """
     from smezo_cli.machine.stop import Stopped, StopRequest
     from smezo_cli.run.evaluate import evaluate
+    from smezo_cli.run.not_finite import why_not_finite
     from smezo_cli.scoring.batching import Found
     from smezo_cli.scoring.objectives import NonFiniteScore
     from smezo_cli.store.saved import tensors_digest
@@ -288,7 +290,7 @@ def _scored(
         try:
             return evaluate(scorer, rows, bar, lambda: stop.asked, part=part)
         except NonFiniteScore as error:
-            raise UserError(f"{where}: {error}; {loaded.why_not_finite()}.") from error
+            raise UserError(f"{where}: {error}; {why_not_finite(loaded)}.") from error
         except Stopped:
             try:
                 count = f"{kept.keep()} of {len(rows)} rows"
