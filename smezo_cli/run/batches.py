@@ -25,7 +25,8 @@ class Batches:
     def __init__(
         self, rows: Sequence[Candidates], batch_size: int, seed: int, order: str = "shuffled"
     ) -> None:
-        self._num_rows, self._size, self._seed = len(rows), batch_size, seed
+        self._rows, self._num_rows = rows, len(rows)
+        self._size, self._seed = batch_size, seed
         self._labels = [row.label for row in rows] if order == "stratified" else []
         self._orders: dict[int, list[int]] = {}
 
@@ -33,6 +34,10 @@ class Batches:
         """Row numbers of the batch."""
         places = range(step * self._size, (step + 1) * self._size)
         return [self._order(i // self._num_rows)[i % self._num_rows] for i in places]
+
+    def rows(self, step: int) -> list[Candidates]:
+        """Return the rows of the batch."""
+        return [self._rows[i] for i in self(step)]
 
     def _order(self, epoch: int) -> list[int]:
         if epoch not in self._orders:

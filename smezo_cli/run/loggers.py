@@ -301,6 +301,74 @@ class TensorBoardLogger:
             raise UserError(f"cannot write {self._folder}: {error.strerror or error}.") from error
 
 
+class Loggers:
+    """All loggers of a run; metrics.jsonl is always one of them.
+
+    Args:
+        lines: of metrics.jsonl.
+        services: the others.
+    """
+
+    def __init__(self, lines: JsonlLogger, *services: Logger) -> None:
+        self._lines, self._all = lines, (lines, *services)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Give one record to each logger."""
+        for logger in self._all:
+            logger.log(record)
+
+    def standing(self) -> tuple[int, str]:
+        """Return the length of metrics.jsonl so far, and its SHA-256."""
+        return self._lines.standing()
+
+    def close(self, summary: Mapping[str, Any], say: Callable[[str], None]) -> None:
+        """Close each logger, whatever another one cannot write.
+
+        Args:
+            summary: result.json's content.
+            say: receives what a logger has to say.
+        """
+
+        def close_one(logger: Logger) -> None:
+            if line := logger.close(summary, summary["status"] == "done"):
+                say(line)
+
+        with contextlib.ExitStack() as stack:
+            for logger in reversed(self._all):
+                stack.callback(close_one, logger)
+
+
+def open_loggers(
+    node: Mapping[str, Any],
+    folder: Path,
+    config: Mapping[str, Any],
+    keep_bytes: int,
+    lost: Callable[[str], None],
+) -> Loggers:
+    """Open metrics.jsonl and the service that the settings name.
+
+    Args:
+        node: the settings of the logger.
+        folder: of the run.
+        config: its settings.
+        keep_bytes: of metrics.jsonl.
+        lost: see :class:`JsonlLogger`.
+
+    Raises:
+        UserError: a file cannot be written, or the service cannot be had as it is asked for.
+    """
+    lines = JsonlLogger(folder / "metrics.jsonl", keep_bytes, lost)
+    with contextlib.ExitStack() as undo:
+        undo.callback(lines.close, {}, False)
+        services: list[Logger] = []
+        if node["name"] == "wandb":
+            services = [WandbLogger(node, folder, config)]
+        elif node["name"] == "tensorboard":
+            services = [TensorBoardLogger(folder, config)]
+        undo.pop_all()
+    return Loggers(lines, *services)
+
+
 def _records(path: Path) -> Iterator[dict[str, Any]]:
     """The records in a metrics.jsonl; a damaged line is left out."""
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -143,6 +143,8 @@ class Measure:
             is too small for them.
         team: the ranks that share the steps; None: this process makes them alone.
         halved: receives a line and the new size where the parts are made smaller.
+        lead: is told of each step before it is taken, and of the step at which dev is evaluated
+            next, for the ranks that take it too.
     """
 
     def __init__(
@@ -152,9 +154,10 @@ class Measure:
         size: int | None,
         team: Team | None,
         halved: Callable[[str, int], None],
+        lead: Callable[[int, int], None] = lambda step, until: None,
     ) -> None:
         self.scorer, self.objective, self.size = scorer, objective, size
-        self._team, self._halved = team, halved
+        self._team, self._halved, self.lead = team, halved, lead
 
     def batch(self, rows: Sequence[Candidates]) -> Batch:
         """The closure of these rows."""

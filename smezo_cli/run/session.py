@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from smezo_cli.methods.base import Method
     from smezo_cli.methods.frozen import InContext, LinearProbe
     from smezo_cli.run.console import Console
-    from smezo_cli.run.loggers import Logger
+    from smezo_cli.run.loggers import Loggers
     from smezo_cli.run.numerics import Numerics
     from smezo_cli.run.ranks import Ranks
     from smezo_cli.run.watch import Watch
@@ -143,7 +143,7 @@ class _Run:
         self.resumed = self.state.step > 0
         self.versions = versions.versions()
         self.backend: str | None = None
-        self.loggers: list[Any] = []
+        self.loggers: Loggers | None = None
         self.recorder: Recorder | None = None
         self.keeps_state = False  # of the method
         self.untrained: dict[str, Evaluation] = {}  # of this process: dev and test, zero-shot
@@ -205,9 +205,7 @@ class _Run:
 
     def settle(self, result: dict[str, Any]) -> dict[str, Any]:
         """Do what a run that was killed right behind its result has not done any more."""
-        self._open_loggers()
-        for logger in self.loggers:
-            self._close_logger(logger, result)
+        self._open_loggers().close(result, self.console.say)
         self._settle(result)
         return result
 
@@ -226,7 +224,8 @@ class _Run:
     def _trained(self) -> dict[str, Any]:
         """The result of a method that takes steps."""
         from smezo_cli.machine import allocator
-        from smezo_cli.run.loop import fit
+        from smezo_cli.run.batches import Batches
+        from smezo_cli.run.loop import Checkpoint, Reporter, fit
         from smezo_cli.run.numerics import Numerics
 
         self._check_data()
@@ -248,30 +247,21 @@ class _Run:
         self._prepare(method)
         allocator.give_back()
         self._open_loggers()
+        s = self.settings
+        bar = self.console.bar("train", s.steps, self.state.step)
+        watch, loggers = self._watch(numerics), self.loggers
+        assert loggers is not None
         fit(
             method,
+            Batches(self.train, s.batch_size, s.seed, s.batch_order),
             self.measure,
-            self.train,
-            on_dev=lambda: self._look(method),
-            lead=self._lead,
-            steps=self.settings.steps,
-            batch_size=self.settings.batch_size,
-            batch_order=self.settings.batch_order,
-            eval_every=self.settings.eval_every,
-            lr_schedule=self.settings.lr_schedule,
-            warmup_steps=self.settings.warmup_steps,
-            keep=self.settings.keep,
-            seed=self.settings.seed,
-            state=self.state,
-            folder=self.folder,
-            recorder=self.recorder,
-            full_save_every=self.settings.full_save_every,
-            loggers=self.loggers,
-            log_standing=lambda: self.loggers[0].standing(),
-            console=self.console,
-            memory=self.memory,
-            watch=(watch := self._watch(numerics)),
-            stopped=self._stopped,
+            lambda: self._look(method),
+            Checkpoint(
+                self.state, self.folder, self.recorder, self.memory, s.keep, s.full_save_every
+            ),
+            Reporter(loggers, self.console, bar, watch),
+            s,
+            self._stopped,
         )
         if watch.why is not None and self.state.step < self.settings.steps:
             early = {"step": self.state.step, "why": watch.why}
@@ -304,11 +294,10 @@ class _Run:
         state = self.state
         state.best_step, state.best_loss, state.notes["best_look"] = 0, look["loss"], look
         state.metrics_bytes = 0  # of the one record, which a start before this may have written
-        self._open_loggers()
+        loggers = self._open_loggers()
         figures = {k: v for k, v in look.items() if k not in ("standard_error", "n")}
-        for logger in self.loggers:
-            logger.log({"step": 0} | {f"dev.{k}": v for k, v in figures.items()})
-        state.metrics_bytes, state.metrics_sha256 = self.loggers[0].standing()
+        loggers.log({"step": 0} | {f"dev.{k}": v for k, v in figures.items()})
+        state.metrics_bytes, state.metrics_sha256 = loggers.standing()
         self.console.say(f"  dev {dev.metric} {look[dev.metric]:.4f}  dev loss {look['loss']:.4f}")
         return self._report(test, dev.scores)
 
@@ -429,7 +418,9 @@ class _Run:
         size = self.settings.micro_batch_size
         if size is None and (size := self.state.notes.get("micro_batch_size")) is not None:
             self.console.say(f"  micro_batch_size={size}, as the memory was too small for more")
-        self.measure = Measure(self.loaded.scorer, self.objective, size, self.team, self._halved)
+        self.measure = Measure(
+            self.loaded.scorer, self.objective, size, self.team, self._halved, self._lead
+        )
         self.keeps_state = method.keeps_state
         passes = getattr(method, "passes", None)
         if passes is not None:
@@ -824,17 +815,12 @@ class _Run:
             self.console.say(f"  the loss noise of {s.dtype} was not measured: {line}")
             return {}
 
-    def _open_loggers(self) -> None:
-        from smezo_cli.run.loggers import JsonlLogger, TensorBoardLogger, WandbLogger
+    def _open_loggers(self) -> "Loggers":
+        from smezo_cli.run.loggers import open_loggers
 
-        folder, node = self.folder.path, self.settings.logger
-        # One after the other into the list: where the second cannot be had, the first is closed.
-        metrics = folder / "metrics.jsonl"
-        self.loggers.append(JsonlLogger(metrics, self.state.metrics_bytes, self._lost))
-        if node["name"] == "wandb":
-            self.loggers.append(WandbLogger(node, folder, self.config))
-        elif node["name"] == "tensorboard":
-            self.loggers.append(TensorBoardLogger(folder, self.config))
+        node, path, kept = self.settings.logger, self.folder.path, self.state.metrics_bytes
+        self.loggers = open_loggers(node, path, self.config, kept, self._lost)
+        return self.loggers
 
     def _keep_scores(self) -> None:
         """Keep what evaluations have scored whose results are not saved."""
@@ -1120,15 +1106,11 @@ class _Run:
         if self.recorder is not None:
             self.recorder.close()
         with contextlib.ExitStack() as stack:  # all are closed, whatever cannot be written
-            for logger in reversed(self.loggers):
-                stack.callback(self._close_logger, logger, result)
+            if self.loggers is not None:
+                stack.callback(self.loggers.close, result, self.console.say)
             self.folder.write_result(result)
             if not _has_config(self.folder, self._cfg):
                 _write_config(self.folder, self._cfg)
-
-    def _close_logger(self, logger: "Logger", result: Mapping[str, Any]) -> None:
-        if line := logger.close(result, result["status"] == "done"):
-            self.console.say(line)
 
     def _lost(self, line: str) -> None:
         """Say that a file was taken from the run; it is written only where the folder is ours."""
