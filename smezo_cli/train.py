@@ -15,10 +15,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from smezo_cli.config.fixed import plain
 from smezo_cli.config.launch import launch
 from smezo_cli.config.settings import check
+from smezo_cli.machine import torchrun
+from smezo_cli.machine.device import choose_device
 from smezo_cli.run import ranks
-from smezo_cli.run.session import _run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,7 +43,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         follow(settings, team)
         return {}
     try:
-        return _run(cfg, settings, team)
+        device_map = settings.model["device_map"]
+        device = choose_device(settings.device, device_map, torchrun.local_rank())
+        # This imports torch, which takes seconds: every cheap check lies above.
+        from smezo_cli.run.start import make
+
+        return make(settings, plain(cfg), device, team)
     finally:
         if team is not None:
             team.leave()

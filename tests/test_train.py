@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 
 from smezo_cli import train
 from smezo_cli.models.load import load_model
-from smezo_cli.run import evaluate, loaded, numerics, session
+from smezo_cli.run import best, closing, evaluate, loaded, numerics
 from smezo_cli.run import method as building
 from smezo_cli.scoring import metrics
 from smezo_cli.scoring import scorer as scoring
@@ -107,8 +107,8 @@ class Fault:
 
             return noted
 
-        for name in ("_report", "settle"):
-            setattr(session._Run, name, ending(getattr(session._Run, name)))
+        for module, name in ((best, "report"), (closing, "settle")):
+            setattr(module, name, ending(getattr(module, name)))
 
         def wrap(real: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(real)

@@ -29,6 +29,7 @@ from smezo_cli.run.loaded import Loaded
 from smezo_cli.run.measure import Measure
 from smezo_cli.run.method import build_method
 from smezo_cli.run.ranks import Left, Ranks
+from smezo_cli.run.rows import short_enough
 from smezo_cli.scoring.batching import Found
 from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.store.partial_scores import Part
@@ -53,11 +54,6 @@ def facts(loaded: Loaded, settings: Settings) -> dict[str, Any]:
         "version of smezo": [__version__, NUMERICS],
     }
     return {"same": {**same, "data": rows, "model": loaded.fingerprint()}}
-
-
-def short_enough(rows: list[Candidates], longest: int | None) -> list[Candidates]:
-    """Training rows of at most so many tokens."""
-    return [row for row in rows if longest is None or row.width <= longest]
 
 
 def follow(settings: Settings, team: Ranks) -> None:

@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from smezo_cli.run.batches import Batches
+from smezo_cli.run.begin import Run
+from smezo_cli.run.measure import Measure
 from smezo_cli.scoring.batching import Found
 from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.scoring.float32 import in_float32
 from smezo_cli.scoring.scorer import Scorer
+from smezo_cli.store.notes import Notes
 from smezo_cli.zo.noise import hash64, stream_key
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.step import NonFiniteLoss, StepRecord
@@ -67,7 +71,7 @@ class Numerics:
         notes: of the run; the figures lie in ``notes["numerics"]``.
     """
 
-    def __init__(self, method: "Method", seed: int, notes: dict[str, Any]) -> None:
+    def __init__(self, method: "Method", seed: int, notes: Notes) -> None:
         self._method = method if isinstance(method, ZeroOrder) else None
         self._notes = notes
         self._samples: list[_Sample] = []
@@ -170,3 +174,26 @@ def loss_noise(
         "projected_grad_noise": noise / (math.sqrt(2) * method.param_groups[0]["eps"]),
         "noise_forwards": 2 * len(errors),
     }
+
+
+def measured_noise(
+    run: Run, method: "Method", measure: Measure, batches: Batches
+) -> dict[str, Any]:
+    """Return :func:`loss_noise` of a run in low precision, at its tested weights; else nothing.
+
+    A line says why where it cannot be measured, as the run has its result.
+
+    Raises:
+        Stopped: asked to, between two forwards.
+    """
+    s = run.settings
+    dtypes = {s.dtype, s.compute_dtype or s.dtype}
+    if dtypes == {"float32"} or not isinstance(method, ZeroOrder):
+        return {}
+    try:
+        batch = batches.rows(run.state.step)[: measure.size]
+        return loss_noise(method, measure.scorer, batch, run.objective, run.check_stop)
+    except (RuntimeError, MemoryError, NonFiniteLoss) as error:
+        line = str(error).partition("\n")[0]
+        run.say(f"  the loss noise of {s.dtype} was not measured: {line}")
+        return {}

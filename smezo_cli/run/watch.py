@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from smezo_cli.run.numerics import Numerics
+from smezo_cli.store.notes import Notes
 from smezo_cli.zo.step import StepRecord
 
 SPIKE = 10.0  # times the running median of |projected_grad|
@@ -36,7 +37,7 @@ class Watch:
 
     def __init__(
         self,
-        notes: dict[str, Any],
+        notes: Notes,
         numerics: "Numerics",
         *,
         stop_if_diverged: float | None = None,
@@ -46,13 +47,19 @@ class Watch:
     ) -> None:
         self._numerics, self._factor, self._patience = numerics, stop_if_diverged, patience
         self._reference, self._objective = reference, objective
-        self._seen: dict[str, Any] = notes.setdefault(
+        self._seen = notes.setdefault(
             "watch",
             {
-                **{"recent": [], "num": 0, "squares": 0.0, "clipped": 0},
-                **{"spikes": 0, "largest_spike": None},
-                **{"losses": 0.0, "num_losses": 0},  # since the last look
-                **{"looks_since": 0, "why": None},
+                "recent": [],
+                "num": 0,
+                "squares": 0.0,
+                "clipped": 0,
+                "spikes": 0,
+                "largest_spike": None,
+                "losses": 0.0,  # since the last evaluation
+                "num_losses": 0,
+                "looks_since": 0,
+                "why": None,
             },
         )
 
@@ -133,7 +140,7 @@ def best_words(objective: str) -> str:
     return "lowest dev loss" if objective == "loss" else f"highest dev {objective}"
 
 
-def spike_report(notes: Mapping[str, Any]) -> dict[str, Any] | None:
+def spike_report(notes: Notes) -> dict[str, Any] | None:
     """result.json's "watch" from a run's notes; None of a run without projected gradients.
 
     Its values: ``projected_grads`` measured, their root mean square ``projected_grad_rms``, how
