@@ -1,4 +1,4 @@
-"""The one entry point: settings -> task, model, method -> zero-shot -> fit -> test -> result.json.
+"""Train and test one run: checked settings in, result.json out.
 
 smezo train [KEY=VALUE ...]        (or: python -m smezo_cli.train ...)
 """
@@ -6,10 +6,10 @@ smezo train [KEY=VALUE ...]        (or: python -m smezo_cli.train ...)
 import sys
 
 if __name__ == "__main__":  # as `smezo train`, from before anything else is imported
-    from smezo_cli.cli.verbs import main as smezo
+    import runpy
 
     sys.argv.insert(1, "train")
-    sys.exit(smezo())
+    runpy.run_module("smezo_cli", run_name="__main__")
 
 from typing import Any
 
@@ -24,12 +24,14 @@ from smezo_cli.run import ranks
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run ``smezo train``; the exit code: 0, 1 crashed, 2 the user's to mend, 130 stopped."""
+    """Run ``smezo train``; return 0, 1 (a crash), 2 (the user's to mend) or 130 (stopped)."""
     return launch(sys.argv[1:] if argv is None else argv, run)
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """One run, or what is left of it; the content of result.json.
+    """Make one run, or what is left of it; return the content of result.json.
+
+    A rank other than 0 follows rank 0, and returns nothing.
 
     Raises:
         UserError: anything that the user can mend.
