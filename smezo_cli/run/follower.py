@@ -1,7 +1,7 @@
-"""A rank other than 0: it loads what the run works on and does what rank 0 tells, without a word.
+"""Run a rank other than 0: follow rank 0's commands; write and print nothing.
 
-It has no folder. Its weights follow from the base model and the losses that all ranks share, or
-from the trajectory that rank 0 sends where the run goes on from an earlier one.
+A follower has no folder. Its weights follow from the base model and the losses that all ranks
+share; if the run goes on from an earlier start, from the trajectory that rank 0 sends.
 """
 
 import dataclasses
@@ -39,12 +39,12 @@ from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.schedule import lr_factor
 from smezo_cli.zo.step import NUMERICS, NonFiniteLoss
 
-# These may differ between machines, or follow from what may.
+# These may differ between machines, or follow from settings that may.
 _OF_A_MACHINE = ("device", "compile", "micro_batch_size", "runs_dir", "logger", "if_exists")
 
 
 def facts(loaded: Loaded, settings: Settings) -> dict[str, Any]:
-    """What every rank must have in common, and what is its own."""
+    """Return what every rank must have in common, as ``{"same": ...}``."""
     rows = {name: fingerprint(getattr(loaded.task, name)) for name in ("train", "dev", "test")}
     asked = {k: v for k, v in dataclasses.asdict(settings).items() if k not in _OF_A_MACHINE}
     text = json.dumps(asked, sort_keys=True, default=str)
@@ -57,10 +57,10 @@ def facts(loaded: Loaded, settings: Settings) -> dict[str, Any]:
 
 
 def follow(settings: Settings, team: Ranks) -> None:
-    """The part of a rank other than 0 in one run.
+    """Follow rank 0 through one run.
 
     Raises:
-        UserError: it cannot go on; the others then hear that it is gone.
+        UserError: this rank cannot go on; the others then notice that it is gone.
     """
     message, _ = team.told()
     if message["do"] == "end":
@@ -82,13 +82,13 @@ def follow(settings: Settings, team: Ranks) -> None:
             if not isinstance(error, Left):
                 team.abandon()
                 raise
-            # Rank 0 says "end" where it left a step, not where the ranks did not agree.
+            # Rank 0 says "end" if it left a step, but not if the ranks did not agree.
             while team.told()[0]["do"] != "end":
                 pass
 
 
 class Follower:
-    """Task, model and method of a rank, and where it stands."""
+    """Hold task, model and method of a rank, and do what rank 0 tells."""
 
     def __init__(self, settings: Settings, team: Ranks, device: str) -> None:
         self.settings, self.team = settings, team
@@ -108,7 +108,7 @@ class Follower:
         )
 
     def do(self, message: dict[str, Any], content: bytes) -> None:
-        """One thing that rank 0 tells.
+        """Carry out one command of rank 0.
 
         Raises:
             Left: rank 0 ends the run in the middle of it.
@@ -133,7 +133,7 @@ class Follower:
             raise AssertionError(do)
 
     def _advance(self, step: int) -> ZeroOrder:
-        """The method after so many steps, of which those that it lacks are in the trajectory."""
+        """Return the method after so many steps; those that it lacks are in the trajectory."""
         if self.method is None:
             method = build_method(self.loaded)
             assert isinstance(method, ZeroOrder)
@@ -198,7 +198,7 @@ class Follower:
                 return  # rank 0 has it, too
 
     def _load(self, path: str, sha256: str) -> None:
-        """Take weights of the run folder, where this machine has it; say whether it has."""
+        """Load weights from the run folder, if it is on this machine; tell all ranks if it is."""
         found = 0.0
         try:
             saved = Saved(Path(path))

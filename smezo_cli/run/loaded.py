@@ -1,4 +1,4 @@
-"""What a run works on, made from its settings: task, model, scorer; shared by all verbs."""
+"""Load the task, model, tokenizer and scorer that the settings name, for every verb."""
 
 import dataclasses
 import hashlib
@@ -38,18 +38,18 @@ def _differing(task: Task, known: Mapping[str, str]) -> list[str]:
 
 
 class Loaded:
-    """Task, model and tokenizer of some settings, loaded.
+    """Hold the task, model and tokenizer that some settings name.
 
     Args:
-        settings: checked ones.
-        device: "cpu", "cuda" or "cuda:N"; of a model that is spread one of its devices.
-        say: receives a line about the data and one about the model.
-        with_rows: False leaves the data alone; then there is no `task` and there are no `prompts`.
-        warn: receives a line where this machine's threads are not what torch takes them for, or
-            not all of torch can be used; default `say`.
+        settings: the checked ones.
+        device: "cpu", "cuda" or "cuda:N"; one of the devices if the model is spread over several.
+        say: receives a line about the data and lines about the model.
+        with_rows: False loads no data; then there is no `task` and there are no `prompts`.
+        warn: receives a line if this machine has not the threads that torch takes it to have, or
+            if a part of torch cannot be used; by default `say`.
 
     Raises:
-        UserError: data or model cannot be had, read, or fitted together.
+        UserError: data or model cannot be found, read, or fitted together.
     """
 
     def __init__(
@@ -80,18 +80,18 @@ class Loaded:
             compute_dtype=compute,
         )
         total = num_weights(self.model)
-        self._of_base: str | None = None  # its fingerprint, where it is changed by an adapter
+        self._of_base: str | None = None  # fingerprint of a model that an adapter changes
         self.adapter: Adapter | None = None
         if (node := settings.method.get("adapter")) is not None:
             self._of_base = self.fingerprint()
             self.adapter = attach(self.model, node, settings.seed)
-        #: modules that text never reads, which are frozen; of a model with an adapter all is
         casts = torch.autocast(
             self.device.type, compute, enabled=compute != self.dtype, cache_enabled=False
         )
         with casts:  # as losses are computed
+            #: modules that text never reads, which are frozen; none with an adapter: it trains none
             self.unread = [] if self.adapter is not None else freeze_unread(self.model)
-        self._head = ""  # before the context of every row: demonstrations
+        self._head = ""  # demonstrations, before the context of every row
         if compute == self.dtype:
             use_onednn(self.model, warn)
         keep_freed_memory()
@@ -118,7 +118,7 @@ class Loaded:
 
     @property
     def device_map(self) -> dict[str, str] | None:
-        """The device of each module, where the model lies on several."""
+        """The device of each module, if the model lies on several; else None."""
         places: Mapping[str, Any] = getattr(self.model, "hf_device_map", None) or {}
         found = {name: str(place) for name, place in places.items()}
         return found if len(set(found.values())) > 1 else None
@@ -138,7 +138,7 @@ class Loaded:
         for note in self.task.notes:
             say(f"  note    {note}")
         masked = settings.model["family"] == "masked"
-        #: those that the model can be asked, of which training chooses one
+        #: prompts that suit the model, of which training chooses one
         self.prompts = self.task.masked if masked else self.task.prompts
         if not self.prompts:
             kind = "masked" if masked else "causal"
@@ -149,11 +149,14 @@ class Loaded:
             )
 
     def differing_rows(self, known: Mapping[str, str], *, may_renumber: bool = True) -> list[str]:
-        """Names of the splits whose rows are not those with the known fingerprints, by split.
+        """Return the names of the splits whose rows do not have the known fingerprints.
 
-        Where rows of the user's own file differ, they are read once more, numbered by line as
-        earlier versions of smezo did; if that gives the known rows, `task` becomes the one of them
-        (not without `may_renumber`).
+        If rows of the user's own file differ, they are read once more, numbered by line as earlier
+        versions of smezo did; if that gives the known rows, `task` becomes the task of these.
+
+        Args:
+            known: fingerprints by the name of the split.
+            may_renumber: False: do not try the earlier numbers.
         """
         found = _differing(self.task, known)
         if found and may_renumber and self.settings.task.get("data"):
@@ -169,19 +172,19 @@ class Loaded:
         return found
 
     def demonstrate(self, text: str) -> None:
-        """Let what is encoded from now on stand behind a text, which all rows have in common."""
+        """Put a text, which all rows then share, before every row that is encoded from now on."""
         self._head = text
         self.scorer.holds_common = bool(text)
 
     def measure_batching(
         self, prompts: Sequence[Prompt], rows: Sequence[Row] | None = None
     ) -> Found:
-        """Return which rows may share forwards, measured with some of unlike length.
+        """Measure with rows of unlike length which rows may share a forward.
 
         Args:
-            prompts: that they may be asked under; of those whose rows are computed in one way the
-                first is measured.
-            rows: of which some are taken; None: all of the task.
+            prompts: that the rows may be asked under; of several that are computed in the same
+                way, the first is measured.
+            rows: from which some are taken; None: all of the task.
         """
         if rows is None:
             rows = [*self.task.train, *self.task.dev, *self.task.test]
@@ -203,7 +206,7 @@ class Loaded:
         """Score by a saved probe from now on.
 
         Raises:
-            UserError: it is of another model, or none.
+            UserError: the tensors are no probe, or that of another model.
         """
         model: Any = self.model  # without types
         probe, head = dict(saved), model.get_output_embeddings()
@@ -214,13 +217,13 @@ class Loaded:
         self.scorer.probe = probe
 
     def as_it_came(self) -> AbstractContextManager[None]:
-        """Inside, the model computes without its adapter, if it has one."""
+        """Switch off the model's adapter, if it has one, inside a context."""
         return nullcontext() if self.adapter is None else self.adapter.off()
 
     def fingerprint(self) -> str:
-        """Twelve hex digits of the model as it is: names, shapes, dtypes, 64 weights of each.
+        """Return twelve hex digits of the model: names, shapes, dtypes, 64 weights of each tensor.
 
-        Of a model with an adapter, those of the model as it came.
+        For a model with an adapter, they are those of the model as it came.
         """
         if self._of_base is not None:
             return self._of_base
@@ -232,14 +235,14 @@ class Loaded:
         return digest.hexdigest()[:12]
 
     def encode(self, rows: Sequence[Row], prompt: Prompt) -> list[Candidates]:
-        """Rows as tokens under a prompt, behind what is demonstrated.
+        """Return rows as tokens under a prompt, behind the demonstrations if there are any.
 
         Raises:
-            UserError: as :func:`smezo_cli.scoring.candidates.encode`; a token that the model has no
-            row for.
+            UserError: as :func:`smezo_cli.scoring.candidates.encode`; or the model's embedding
+                lacks a token.
         """
         prompt = dataclasses.replace(prompt, head=self._head)
-        # A tokenizer takes a hundred bytes a token while it works, and demonstrations are long.
+        # A tokenizer needs a hundred bytes a token while it works, and demonstrations are long.
         size = _ENCODED_TOGETHER if self._head else max(1, len(rows))
         encoded = [
             candidates
@@ -260,13 +263,13 @@ class Loaded:
 
     @property
     def max_length(self) -> int:
-        """Tokens of the window that are left for a prompt and its answer."""
+        """Tokens of the context length that are left for a prompt and its answer."""
         places = self.adapter.num_places if self.adapter else 0
         longest: int = self.settings.model["max_length"]
         return longest - places
 
     def save(self, folder: Path) -> None:
-        """Model (or what its adapter makes of it) and tokenizer in a new folder."""
+        """Save the model, or its adapter, and the tokenizer in a new folder."""
         self.model.config.use_cache = True
         saved: Any = self.model  # without types
         with quiet():
@@ -278,21 +281,21 @@ class Loaded:
 
     @property
     def saved_bytes(self) -> int:
-        """Of what :meth:`save` writes, without the tokenizer."""
+        """Bytes that :meth:`save` writes, without the tokenizer."""
         if self.adapter is not None:
             return self.adapter.saved_bytes
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
     @property
     def loaded_by(self) -> str:
-        """What loads the folder that :meth:`save` writes."""
+        """A line on what loads the folder that :meth:`save` writes."""
         if self.adapter is not None:
             return self.adapter.loaded_by
         family = "Masked" if self.settings.model["family"] == "masked" else "Causal"
         return f"transformers loads it: AutoModelFor{family}LM.from_pretrained(FOLDER)"
 
     def set_weights(self, saved: Mapping[str, Tensor], where: Path) -> None:
-        """Put trained tensors into the model.
+        """Copy trained tensors into the model.
 
         Raises:
             UserError: they are of another model.

@@ -231,7 +231,7 @@ def _take_in(
         {"step": state.step}
         | {f"dev.{k}": v for k, v in metrics.items() if k not in ("standard_error", "n")}
         | {"active_share": share}
-        | reporter.watch.look(metrics["loss"], is_best)
+        | reporter.watch.after_evaluation(metrics["loss"], is_best)
     )
     checkpoint.save(method, reporter.loggers.standing())
     reporter.console.say(

@@ -64,7 +64,7 @@ def _choose_executor(run: Run, method: Method, measure: Measure, batches: Batche
     choose = getattr(method, "choose_executor", None)
     if choose is None:
         return
-    seconds = measure.with_room(choose, batches.rows(run.state.step))
+    seconds = measure.until_it_fits(choose, batches.rows(run.state.step))
     words = ", ".join(f"{name} {spent:.3g} s" for name, spent in seconds.items())
     chosen: str = method.executor  # type: ignore[attr-defined]  # there, where choose_executor is
     run.notes["executor"] = chosen

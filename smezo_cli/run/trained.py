@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from smezo_cli.zo.optimizer import ZeroOrder
 
 
-# Settings that may differ from those of the training: of the task, what rows there are.
+# Settings that may differ from those of the training; of the task, only which rows there are.
 _MAY_CHANGE = ("task", "device", "dtype", "compute_dtype")
 
-_WHERE = "model.device_map"  # may change, and come where there was none
+_WHERE = "model.device_map"  # may change, or be new
 
-SAME_BITS = ("compile",)  # may change where steps are applied again: their bits do not
+SAME_BITS = ("compile",)  # may change where steps are replayed: the bits are the same
 
 _OF_THE_TRAINING = (
     *("name", "kind", "source", "prompt", "prompts", "masked", "option_template"),
@@ -46,7 +46,7 @@ _OF_THE_TRAINING = (
 def opened(
     run: str, overrides: Sequence[str] = ()
 ) -> Iterator[tuple["RunFolder", "State", Settings, DictConfig]]:
-    """A trained run: its folder (locked), its state, its settings with some changed."""
+    """Give a trained run's folder (locked), state, and settings with the overrides."""
     from smezo_cli.store.folder import RunFolder
 
     path = Path(run)
@@ -67,7 +67,7 @@ def opened(
 
 
 def say_code(settings: Settings, say: Callable[[str], None]) -> None:
-    """Tell before it happens that a model's own code runs; the run was allowed to, and says so."""
+    """Announce that a model's own code will be executed, if the run allowed that."""
     if settings.model.get("trust_remote_code"):
         say(
             f"  remote code  Python files of {settings.model['path']} are executed, as the run was "
@@ -78,7 +78,7 @@ def say_code(settings: Settings, say: Callable[[str], None]) -> None:
 def read_config(
     path: Path, overrides: Sequence[str], may_change: Sequence[str] = ()
 ) -> tuple[DictConfig, Settings]:
-    """The settings that a run was trained with, some of them changed."""
+    """Return the settings that a run was trained with, with the overrides."""
     if not (path / "config.yaml").is_file():
         there = "has no config.yaml" if path.is_dir() else "is not there"
         raise UserError(f"{path} {there}: give the folder of a run (smezo runs lists them).")
@@ -99,7 +99,7 @@ def _change(cfg: DictConfig, word: str, may_change: Sequence[str]) -> None:
     """Apply one KEY=VALUE to the settings of the run.
 
     Raises:
-        UserError: not of that form, no such key, or one that must stay as it was trained.
+        UserError: the word is not of that form, or the key does not exist or must not change.
     """
     key, equals, value = word.partition("=")
     if not equals:
@@ -129,7 +129,7 @@ def trained(
     step: int | None,
     say: Callable[[str], None],
 ) -> int:
-    """Put the trained weights into the model; the step that they are of."""
+    """Put the trained weights, of the best step or another, into the model; return their step."""
     from smezo_cli.run.replay import rebuild
     from smezo_cli.store.trajectory import read
 
@@ -164,7 +164,7 @@ def trained(
 
 
 def replayed(loaded: "Loaded", records: "Trajectory", where: str) -> "ZeroOrder":
-    """The method that made the records, at their start.
+    """Return the method that made the records, ready for the first of them.
 
     Raises:
         UserError: the method or the model is another.
@@ -191,12 +191,12 @@ def replayed(loaded: "Loaded", records: "Trajectory", where: str) -> "ZeroOrder"
 
 
 def _prompt(state: "State") -> "Prompt":
-    """The prompt that was trained with."""
+    """Return the prompt that the run was trained with."""
     return as_prompt(state.notes["prompts"][state.notes["prompt"]])
 
 
 def _encoded(loaded: "Loaded", rows: Sequence["Row"], prompt: "Prompt", where: str) -> Any:
-    """Rows under a prompt that was noted; UserError where it is none for such rows."""
+    """Return rows under a noted prompt; raise UserError if it does not suit them."""
     try:
         if len(prompt.labels) == len(loaded.prompts[0].labels):
             return loaded.encode(rows, prompt)
@@ -224,14 +224,14 @@ def batch(
     rows: Sequence["Row"] | None,
     say: Callable[[str], None],
 ) -> None:
-    """Let rows share forwards as the run did; and as these rows may, which it did not see.
+    """Let rows share forwards as the run did, and no more than rows new to it allow.
 
     Args:
-        loaded: task and model, loaded.
+        loaded: task and model.
         prompt: the run's.
-        noted: what the run measured; None: nothing, as it is older, or of other rows.
-        rows: that the run did not see; None: those that are scored are its own.
-        say: receives a line where rows are kept apart.
+        noted: what the run measured; None: nothing, as the run is older, or has other rows.
+        rows: that the run did not see; None: its own rows are scored.
+        say: receives a line if rows are kept apart.
     """
     from smezo_cli.scoring.batching import Found
 
@@ -244,7 +244,7 @@ def batch(
 
 
 def kept_beside(path: Path, loaded: "Loaded") -> "PartialScores":
-    """Where the scores are kept of a verb that is stopped: beside the file that it writes."""
+    """Return where a verb that is stopped keeps its scores: beside the file that it writes."""
     from smezo_cli.store.partial_scores import NAME, PartialScores
 
     return PartialScores(path.with_name(f".{path.name}.{NAME}"), loaded.model)
@@ -260,7 +260,7 @@ def _scored(
     where: str,
     as_it_came: bool = False,
 ) -> "Evaluation":
-    """What the model makes of encoded rows, of which some may be scored from an earlier start.
+    """Return what the model makes of encoded rows; on from an earlier start, if there was one.
 
     Raises:
         KeyboardInterrupt: a signal asked to stop, between two batches; the scores so far are kept.
@@ -301,7 +301,7 @@ def _scored(
 
 
 def check_model(state: "State", loaded: "Loaded", overrides: Sequence[str], run: str) -> None:
-    """Trained tensors belong on the model that they were trained on, frozen ones included."""
+    """Raise UserError if the model is not the one that the run was trained on."""
     if any(word.startswith("dtype=") for word in overrides):
         return  # the same weights in another dtype have another fingerprint
     if state.notes.get("model") not in (None, loaded.fingerprint()):
@@ -312,7 +312,7 @@ def check_model(state: "State", loaded: "Loaded", overrides: Sequence[str], run:
 
 
 def save_model(loaded: "Loaded", target: Path, cfg: DictConfig) -> int:
-    """Model, tokenizer and settings in a new folder, whole or not at all; its bytes."""
+    """Save model, tokenizer and settings in a new folder, whole or not at all; return its bytes."""
     from smezo_cli.files.atomic import check_space
 
     size = loaded.saved_bytes
