@@ -63,8 +63,8 @@ def _check_done(done: Mapping[str, Any], settings: Settings, path: Path) -> None
         )
     if settings.keep == "all" != done.get("keep"):
         raise UserError(
-            f"keep=all: {path} is done, and the weights of its looks are gone; repeat it with "
-            "if_exists=fresh."
+            f"keep=all: {path} is done, and the weights of its evaluations are gone; repeat it "
+            "with if_exists=fresh."
         )
 
 

@@ -132,7 +132,7 @@ def _known_steps(run: Run, path: Path, header: Mapping[str, Any]) -> Trajectory 
         run.say("  metrics.jsonl is damaged: it is written anew")
         state.start_over()
     elif run.settings.keep == "all" and (bad := folder.damaged_weights(state)):
-        run.say(f"  {' and '.join(bad)} damaged or missing: every look is saved anew")
+        run.say(f"  {' and '.join(bad)} damaged or missing: all weights are saved anew")
         state.start_over()
     if count > state.step:
         run.say(f"  {count - state.step} steps after step {state.step} are recorded: applied")

@@ -148,7 +148,7 @@ def trained(
             steps = ", ".join(map(str, state.weights()))
             raise UserError(
                 f"--step {step}: {folder.path} keeps the weights of step {steps}; "
-                "a run with keep=all keeps those of every look at dev."
+                "a run with keep=all keeps those of every evaluation of dev."
             )
         loaded.set_weights(folder.load_weights(state, chosen), folder.path)
         return chosen
