@@ -37,6 +37,7 @@ from smezo_cli.scoring import metrics
 from smezo_cli.scoring import scorer as scoring
 from smezo_cli.scoring.candidates import encode
 from smezo_cli.scoring.scorer import Scorer
+from smezo_cli.store.notes import Notes
 from smezo_cli.store.partial_scores import NAME
 from smezo_cli.tasks import load_task
 from smezo_cli.zo import optimizer
@@ -379,6 +380,7 @@ def test_every_method_trains_to_a_result(finished: Callable[[str], Path], method
     config = OmegaConf.load(folder / "config.yaml")
     assert isinstance(config.method.lr if "mezo" in method else config.lr, float)
     assert (config.steps, config.task.num_dev) == (12, 16)
+    assert state_of(folder)["notes"].keys() <= Notes.__annotations__.keys()
 
 
 @pytest.mark.parametrize("method", METHODS)
