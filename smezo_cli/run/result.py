@@ -95,7 +95,7 @@ def of(
 
 
 def _found(run: Run, notes: Notes) -> dict[str, Any]:
-    """Return what was found before the test."""
+    """Return both zero-shots, the best evaluation of dev, and the digests of the weights."""
     s, shown = run.settings, notes.get("demonstrations")
     return {
         "zero_shot": notes.get("zero_shot"),
@@ -109,7 +109,7 @@ def _found(run: Run, notes: Notes) -> dict[str, Any]:
 
 
 def _of_rows(so_far: SoFar, notes: Notes) -> dict[str, Any]:
-    """Return what is known of the prompt."""
+    """Return the prompt, and what a reader must know of the rows."""
     task = None if so_far.loaded is None else so_far.loaded.task
     data_notes: list[str] = []
     if task is not None:
