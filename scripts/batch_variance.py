@@ -22,7 +22,7 @@ from smezo_cli.config.compose import compose
 from smezo_cli.config.settings import check
 from smezo_cli.files.fetch import cache_dir
 from smezo_cli.methods.sparse_mezo import SparseMeZO
-from smezo_cli.run.loaded import Job
+from smezo_cli.run.loaded import Loaded
 
 EPS = 1e-3
 
@@ -36,7 +36,7 @@ def main() -> None:
     given = parser.parse_args()
     os.environ.setdefault("SMEZO_CACHE", str(cache_dir()))
     settings = check(compose(["dtype=float32"]))
-    job = Job(settings, "cpu", lambda line: None)
+    job = Loaded(settings, "cpu", lambda line: None)
     longest = settings.task["max_train_tokens"]
     rows = [c for c in job.encode(job.task.train, job.prompts[0]) if c.width <= longest]
     batches = [rows[i : i + settings.batch_size] for i in range(0, given.rows, settings.batch_size)]

@@ -21,7 +21,7 @@ from smezo_cli.config.settings import check
 from smezo_cli.files.fetch import cache_dir
 from smezo_cli.methods.sparse_mezo import SparseMeZO
 from smezo_cli.run.batches import Batches
-from smezo_cli.run.loaded import Job
+from smezo_cli.run.loaded import Loaded
 
 KINDS = {  # name: dtype of the weights, of the forward pass
     "float32": ("float32", "float32"),
@@ -36,7 +36,7 @@ def projected_grads(
     """(directions,) float64 by eps; direction k is that of step k, on the batch of step k."""
     dtype, compute = KINDS[kind]
     settings = check(compose([f"dtype={dtype}", f"compute_dtype={compute}"]))
-    job = Job(settings, "cpu", lambda line: None)
+    job = Loaded(settings, "cpu", lambda line: None)
     prompt = job.prompts[0]
     rows = [c for c in job.encode(job.task.train, prompt) if c.width <= 40]
     batches = Batches(rows, settings.batch_size, 0, settings.batch_order)

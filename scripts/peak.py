@@ -27,7 +27,7 @@ def inference(template: str, words: list[str]) -> int:
     from smezo_cli.machine import memory as memory_module
     from smezo_cli.machine.device import choose_device
     from smezo_cli.run.batches import Batches
-    from smezo_cli.run.loaded import Job
+    from smezo_cli.run.loaded import Loaded
     from smezo_cli.zo.passes.choose import choose_passes
     from smezo_cli.zo.passes.draw import Rule
 
@@ -35,7 +35,7 @@ def inference(template: str, words: list[str]) -> int:
     device = torch.device(choose_device(settings.device))
     memory = memory_module.PeakMemory(device)
     choose_passes(Rule(), "auto", device)
-    job = Job(settings, str(device), lambda line: None)
+    job = Loaded(settings, str(device), lambda line: None)
     for weights in job.model.parameters():  # files are mapped: a page counts once it is read
         weights.detach().flatten()[:: 4096 // weights.element_size()].sum()
     longest = settings.task["max_train_tokens"] or settings.model["max_length"]

@@ -41,13 +41,13 @@ import transformers.models.llama.modeling_llama
 import transformers.models.opt.modeling_opt  # noqa: F401 - what children would import
 
 import smezo_cli.cli.replay  # noqa: F401 - as above
-from smezo_cli.cli import evaluate, export, predict  # noqa: F401 - as above
+from smezo_cli.cli import evaluate as _verb  # noqa: F401 - as above
+from smezo_cli.cli import export, predict  # noqa: F401 - as above
 from smezo_cli.cli.verbs import main as smezo
 from smezo_cli.methods import mezo, sparse_mezo  # noqa: F401 - as above
-from smezo_cli.run import loaded, loop, replay, session  # noqa: F401
+from smezo_cli.run import best, evaluate, loaded, replay, session  # noqa: F401
 from smezo_cli.scoring import scorer
-from smezo_cli.store import folder as runs
-from smezo_cli.store import trajectory
+from smezo_cli.store import saved, trajectory
 from smezo_cli.zo import optimizer
 
 COMMON = (
@@ -69,8 +69,8 @@ FILES += ["checkpoint/state.json", "checkpoint/weights-*"]
 PLACES: dict[str, tuple[Any, str, int]] = {  # where, and how often a whole run comes by at most
     "probe": (scorer.Scorer, "loss", 24),
     "update": (optimizer.ZeroOrder, "update", 12),
-    "evaluation": (loop, "evaluate", 7),
-    "write": (runs, "save_file", 10),
+    "evaluation": (evaluate, "evaluate", 7),
+    "write": (saved, "save_file", 10),
     "fsync": (os, "fsync", 25),
     "rename": (os, "replace", 25),
     "record": (os, "pwrite", 12),
@@ -148,14 +148,14 @@ def anywhere(
 
     def install() -> None:
         count = [-(10**9) if at_end else 0]
-        report = session._Run._report
+        report = best.report
 
         def ending(*words: Any) -> Any:
             if at_end:
                 count[0] = 0
             return report(*words)
 
-        setattr(session._Run, "_report", ending)  # noqa: B010 - mypy knows its type
+        setattr(best, "report", ending)  # noqa: B010 - mypy knows its type
 
         def counted(real: Callable[..., Any], *words: Any, **keywords: Any) -> Any:
             count[0] += 1

@@ -1,4 +1,4 @@
-"""The one entry point: settings -> task, model, method -> zero-shot -> fit -> test -> result.json.
+"""Train and test one run: checked settings in, result.json out.
 
 smezo train [KEY=VALUE ...]        (or: python -m smezo_cli.train ...)
 """
@@ -15,19 +15,23 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from smezo_cli.config.fixed import plain
 from smezo_cli.config.launch import launch
 from smezo_cli.config.settings import check
+from smezo_cli.machine import torchrun
+from smezo_cli.machine.device import choose_device
 from smezo_cli.run import ranks
-from smezo_cli.run.session import _run
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run ``smezo train``; the exit code: 0, 1 crashed, 2 the user's to mend, 130 stopped."""
+    """Run ``smezo train``; return 0, 1 (a crash), 2 (the user's to mend) or 130 (stopped)."""
     return launch(sys.argv[1:] if argv is None else argv, run)
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """One run, or what is left of it; the content of result.json.
+    """Make one run, or what is left of it; return the content of result.json.
+
+    A rank other than 0 follows rank 0, and returns nothing.
 
     Raises:
         UserError: anything that the user can mend.
@@ -41,7 +45,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         follow(settings, team)
         return {}
     try:
-        return _run(cfg, settings, team)
+        device_map = settings.model["device_map"]
+        device = choose_device(settings.device, device_map, torchrun.local_rank())
+        # This imports torch, which takes seconds: every cheap check lies above.
+        from smezo_cli.run.start import make
+
+        return make(settings, plain(cfg), device, team)
     finally:
         if team is not None:
             team.leave()

@@ -17,7 +17,8 @@ from smezo_cli.config.compose import compose
 from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError
 from smezo_cli.models.adapter import attach
-from smezo_cli.run.loaded import Job
+from smezo_cli.run.loaded import Loaded
+from smezo_cli.run.method import build_method
 from smezo_cli.scoring import prefix_cache
 from smezo_cli.scoring.candidates import Candidates
 
@@ -30,18 +31,18 @@ MASKED = ["task.prompt='{text}. It was {mask} .'", "task.labels=[terrible,great]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def made(method: str, model: str = "tiny-llama", *words: str) -> Job:
+def made(method: str, model: str = "tiny-llama", *words: str) -> Loaded:
     prompt = MASKED if model == "tiny-roberta" else []
     words = (*SMALL, f"model={model}", f"method={method}", "steps=4", *prompt, *words)
     settings = check(compose(list(words)))
-    return Job(settings, "cpu", lambda line: None)
+    return Loaded(settings, "cpu", lambda line: None)
 
 
 def bits(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def closure(job: Job) -> Any:
+def closure(job: Loaded) -> Any:
     rows = job.encode(job.task.train, job.prompts[0])[:4]
     return lambda: job.scorer.loss(rows)
 
@@ -50,7 +51,7 @@ def closure(job: Job) -> Any:
 @pytest.mark.parametrize("model", ["tiny-mistral", "tiny-opt", "tiny-roberta"])
 def test_only_the_adapter_is_trained(model: str, method: str) -> None:
     job = made(method, model, "lr=0.1")
-    trainer, before = job.build_method(), bits(job.model)
+    trainer, before = build_method(job), bits(job.model)
     trainer.self_check(closure(job))
     for _ in range(3):
         trainer.step(closure(job))
@@ -61,7 +62,7 @@ def test_only_the_adapter_is_trained(model: str, method: str) -> None:
 
 def test_a_sparse_mask_trains_all_of_b_which_begins_as_zeros() -> None:
     job = made("sparse_mezo_lora", "tiny-llama", "lr=0.1", "sparsity=0.75")
-    trainer, before = job.build_method(), bits(job.model)
+    trainer, before = build_method(job), bits(job.model)
     for _ in range(2):
         trainer.step(closure(job))
     for name, p in trainer.trained.items():
@@ -113,7 +114,7 @@ def test_peft_computes_the_same_from_what_is_exported(model: str, tmp_path: Path
     made("mezo", model).save(base)
     for method in ("mezo_lora", "mezo_prefix"):
         job = made(method, "own", f"model.path={base}", "model.max_length=64", "lr=0.05")
-        trainer = job.build_method()
+        trainer = build_method(job)
         trainer.step(closure(job))
         with torch.no_grad():
             mine = job.model(input_ids=ids, use_cache=False).logits
@@ -135,7 +136,7 @@ def test_peft_computes_the_same_of_a_masked_model(attention: str, tmp_path: Path
     made("mezo", "tiny-roberta").save(base)
     own = (f"model.path={base}", "model.family=masked", "model.max_length=64", "lr=0.05")
     job = made("mezo_prefix", "own", *own, f"model.attention={attention}", *MASKED)
-    trainer = job.build_method()
+    trainer = build_method(job)
     trainer.step(closure(job))
     job.save(tmp_path / "prefix")
     model: Any = AutoModelForMaskedLM.from_pretrained(base)

@@ -19,7 +19,8 @@ from smezo_cli.config.compose import compose
 from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError
 from smezo_cli.models.tiny import byte_tokenizer
-from smezo_cli.run.loaded import Job
+from smezo_cli.run.loaded import Loaded
+from smezo_cli.run.method import build_method
 from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.scoring.measured_batching import measure
 from smezo_cli.tasks import Row
@@ -156,7 +157,7 @@ _MODELS = Path()
 
 
 @functools.cache
-def job_of(name: str) -> Job:
+def job_of(name: str) -> Loaded:
     """The model of that name, made, saved and loaded as model=own loads it, on the toy task."""
     masked = name in MASKED
     tokenizer = byte_tokenizer(add_bos=False, add_mask=masked)
@@ -179,14 +180,14 @@ def job_of(name: str) -> Job:
     return loaded(folder, masked)
 
 
-def loaded(folder: Path, masked: bool, *more: str) -> Job:
+def loaded(folder: Path, masked: bool, *more: str) -> Loaded:
     words = ["task=toy", "model=own", f"model.path={folder}", "model.max_length=128"]
     words += ["task.num_train=8", "task.num_dev=4", "task.num_test=8", "device=cpu"]
     words += ["method=sparse_mezo", "steps=2", "lr=1e-3", "eps=1e-3", "compile=false", *more]
     if masked:
         words += ["model.family=masked", "task.prompt='{text}. It was {mask} .'"]
         words += ["task.labels=[bad,good]"]
-    return Job(check(compose(words)), "cpu", lambda line: None)
+    return Loaded(check(compose(words)), "cpu", lambda line: None)
 
 
 @functools.cache
@@ -206,7 +207,7 @@ def test_what_cannot_be_run_is_refused_in_one_sentence(name: str) -> None:
     assert "\n" not in refusal_of(name)
 
 
-def scores_of(job: Job, rows: Sequence[Candidates], together: bool) -> Tensor:
+def scores_of(job: Loaded, rows: Sequence[Candidates], together: bool) -> Tensor:
     """Differences of the scores of each row's first candidates to that of its first."""
     if together:
         found = [(i, row) for of in job.scorer.score_all(rows) for i, row in zip(*of, strict=True)]
@@ -217,7 +218,7 @@ def scores_of(job: Job, rows: Sequence[Candidates], together: bool) -> Tensor:
     return scores - scores[:, :1]
 
 
-def choices(job: Job) -> list[Candidates]:
+def choices(job: Loaded) -> list[Candidates]:
     """Rows of unlike length with options of unlike length."""
     return [
         Candidates(
@@ -255,7 +256,7 @@ def test_options_in_a_batch_are_scored_as_those_of_a_row_alone(name: str) -> Non
     )
 
 
-def plain(job: Job, context: tuple[int, ...], num: int) -> str:
+def plain(job: Loaded, context: tuple[int, ...], num: int) -> str:
     """Greedy tokens by whole forwards of one row, without a cache."""
     ids, answer = list(context), list[int]()
     for _ in range(num):
@@ -292,7 +293,7 @@ def test_two_sparse_steps_and_what_is_saved_computes_the_same(name: str, tmp_pat
     assert job is not None
     rows = job.encode(job.task.train, job.prompts[0])[:4]
     before = {n: p.detach().clone() for n, p in job.model.named_parameters()}
-    method = job.build_method()
+    method = build_method(job)
     said = ""
     try:
         method.self_check(lambda: job.scorer.loss(rows[:2]))
@@ -303,7 +304,7 @@ def test_two_sparse_steps_and_what_is_saved_computes_the_same(name: str, tmp_pat
         assert "executor=in_place" in said
         assert "\n" not in said
         job = loaded(_MODELS / name, masked, "method.executor=in_place")
-        method = job.build_method()
+        method = build_method(job)
         method.self_check(lambda: job.scorer.loss(rows[:2]))
     losses = [method.step(lambda: job.scorer.loss(rows)).loss for _ in range(2)]
     assert torch.tensor(losses).isfinite().all()

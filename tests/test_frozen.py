@@ -227,18 +227,18 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped once demonstrations were chosen, it goes on to the same numbers."""
-    from smezo_cli.run.session import _Run
+    from smezo_cli.run import best
 
     _, whole = run_of(tmp_path / "whole", "method=icl")
-    report = _Run._report
+    report = best.report
 
     def killed(*args: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_Run, "_report", killed)
+    monkeypatch.setattr(best, "report", killed)
     words = ["train", *TINY, f"runs_dir={tmp_path}/part/runs", "method=icl"]
     assert main(words) == 130
-    monkeypatch.setattr(_Run, "_report", report)
+    monkeypatch.setattr(best, "report", report)
     _, again = run_of(tmp_path / "part", "method=icl")
     for key in ("test", "dev", "demonstrations", "zero_shot"):
         assert again[key] == whole[key]
@@ -353,18 +353,18 @@ def test_probe_run_changes_the_probe_alone_and_is_used_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """eval and predict repeat its numbers; the model keeps its bits; nothing is exported."""
-    from smezo_cli.run import session
+    from smezo_cli.run import zero_shot
     from smezo_cli.store.saved import tensors_digest
 
     models: list[tuple[torch.nn.Module, str]] = []
-    real = session._Run._zero_shot
+    real = zero_shot.choose_batching
 
-    def noted(run: Any) -> None:
-        model = run.job.model
+    def noted(run: Any, loaded: Any) -> None:
+        model = loaded.model
         models.append((model, tensors_digest(dict(model.named_parameters()))))
-        real(run)
+        real(run, loaded)
 
-    monkeypatch.setattr(session._Run, "_zero_shot", noted)
+    monkeypatch.setattr(zero_shot, "choose_batching", noted)
     words = [f"model={name}", "task=toy", "device=cpu", "task.num_train=40"]
     words += ["task.num_dev=8", "task.num_test=12", "method=linear_probe"]
     if name == "tiny-roberta":

@@ -29,7 +29,7 @@ from smezo_cli.config.launch import launch
 from smezo_cli.train import run as real
 
 def run(cfg):
-    from smezo_cli.scoring import Scorer
+    from smezo_cli.scoring.scorer import Scorer
 
     loss, count = Scorer.loss, itertools.count(1)
 
@@ -203,18 +203,18 @@ def sent_by(file: Path) -> list[Any]:
 
 STOPPED = """
 import itertools, os, signal, sys
-from smezo_cli import loop
 from smezo_cli.config.launch import launch
+from smezo_cli.run import evaluate as module
 from smezo_cli.train import run
 
-real, count = loop.evaluate, itertools.count(1)
+real, count = module.evaluate, itertools.count(1)
 
 def evaluate(*words):
     if next(count) == 4:  # zero-shot on dev and test, the looks at steps 2 and 4
         os.kill(os.getpid(), signal.SIGTERM)
     return real(*words)
 
-loop.evaluate = evaluate
+module.evaluate = evaluate
 sys.exit(launch(sys.argv[1:], run))
 """
 

@@ -22,7 +22,7 @@ import torch
 
 from smezo_cli.cli.verbs import main
 from smezo_cli.files import fetch
-from smezo_cli.run.loaded import Job
+from smezo_cli.run.loaded import Loaded
 from smezo_cli.run.measure import Measure
 from smezo_cli.store.folder import RunFolder
 from smezo_cli.tasks import hub
@@ -811,7 +811,7 @@ def test_a_finished_run_is_not_called_done_for_other_data_or_another_model(
     capsys.readouterr()
     assert main(["train", *shlex.split(OWN)[1:]]) == 0  # nothing to compare with: still done
     assert main(["export", str(run), "exported"]) == 0  # needs no data at all
-    monkeypatch.setattr(Job, "fingerprint", lambda self: "another")
+    monkeypatch.setattr(Loaded, "fingerprint", lambda self: "another")
     for words in (f"export {run} again", f"predict {run} --field text=x"):
         assert "was trained on another model" in said(words, capsys)
 

@@ -246,8 +246,8 @@ def test_the_train_figure_is_not_taken_for_a_loss() -> None:
             objective=objective,
         )
         watch.after_step(1, StepRecord(1.0, (0.0,), 2))
-        watch.look(0.2, True)
+        watch.after_evaluation(0.2, True)
         assert (watch.why is None) == (why is None)
         assert why is None or why in str(watch.why)
-        watch.look(math.nextafter(0.6, 1), False)
+        watch.after_evaluation(math.nextafter(0.6, 1), False)
         assert "dev loss" in str(watch.why)

@@ -26,7 +26,8 @@ from smezo_cli.models import placement
 from smezo_cli.models.architecture import build_meta
 from smezo_cli.models.placement import devices_of_modules
 from smezo_cli.plan.planner import plan
-from smezo_cli.run.loaded import Job
+from smezo_cli.run.loaded import Loaded
+from smezo_cli.run.method import build_method
 
 GB = 10**9
 SMALL = ["task=toy", "task.num_train=16", "task.num_dev=8", "task.num_test=8"]
@@ -197,11 +198,11 @@ class Done:
     devices: set[str]
 
 
-def work(settings: Any, job: Job, prepare: Callable[[Any], None] = lambda model: None) -> Done:
+def work(settings: Any, job: Loaded, prepare: Callable[[Any], None] = lambda model: None) -> Done:
     """Three steps, then the scores of the dev rows."""
     model: Any = job.model
     prepare(model)
-    method = job.build_method()
+    method = build_method(job)
     rows = job.encode(job.task.train[:4], job.prompts[0])
     objective = settings.method.get("objective", "loss")
     records = [method.step(lambda: job.scorer.objective(rows, objective)) for _ in range(3)]
@@ -266,7 +267,7 @@ def with_places(
 
     with two_devices(monkeypatch), monkeypatch.context() as patched:
         patched.setattr(placement, "devices_of_modules", found)
-        job = Job(settings, "cpu", lambda said: None)
+        job = Loaded(settings, "cpu", lambda said: None)
         if len(kinds) == 1:
             job.model.tie_weights()  # to(...) makes new tensors of such a kind
         return work(settings, job)
@@ -310,7 +311,7 @@ def test_accelerates_hooks_change_no_number(
 ) -> None:
     """Two names of the CPU, so that there are hooks on the way that a real model takes."""
     settings = check(compose([*SMALL, *CASES[case], "device=cpu"]))
-    plain = work(settings, Job(settings, "cpu", lambda said: None))
+    plain = work(settings, Loaded(settings, "cpu", lambda said: None))
 
     def spread(model: Any) -> None:
         layers = [n for n, _ in model.named_modules() if n.endswith("layers.1")]
@@ -324,12 +325,12 @@ def test_accelerates_hooks_change_no_number(
         assert len(places) > 3
         assert hasattr(model, "_hf_hook")
 
-    job = Job(settings, "cpu", lambda said: None)
+    job = Loaded(settings, "cpu", lambda said: None)
     if hooks_first:
         same(plain, work(settings, job, spread))
         return
     # And around a probe that is there already.
-    method = job.build_method()
+    method = build_method(job)
     rows = job.encode(job.task.train[:4], job.prompts[0])
     spread(job.model)
     records = [method.step(lambda: job.scorer.objective(rows)) for _ in range(3)]
@@ -340,7 +341,7 @@ def test_a_folder_is_spread_as_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None, two_names: None
 ) -> None:
     base = check(compose([*LINE, "device=cpu"]))
-    plain = Job(base, "cpu", lambda said: None)
+    plain = Loaded(base, "cpu", lambda said: None)
     plain.save(tmp_path / "base")
     asked: list[Any] = []
     real = devices_of_modules
@@ -356,7 +357,7 @@ def test_a_folder_is_spread_as_it_is_read(
     words = ["model=own", f"model.path={tmp_path / 'base'}", "model.max_length=64"]
     settings = check(compose([*SMALL, "method=mezo", *words, "model.device_map=auto"]))
     said: list[str] = []
-    job = Job(settings, "cpu", said.append)
+    job = Loaded(settings, "cpu", said.append)
     assert asked == [{"meta"}]  # before a weight was read, and never again
     assert job.device_map is not None
     assert job.device_map["model.layers.1"] == "cpu:0"

@@ -17,7 +17,7 @@ from smezo_cli.models.adapter import attach
 from smezo_cli.models.load import load_model
 from smezo_cli.plan.planner import plan
 from smezo_cli.run import loaded
-from smezo_cli.run.loaded import Job
+from smezo_cli.run.loaded import Loaded
 
 LINE = ["task=toy", "model=opt-125m", "method=mezo_lora"]
 QUANTIZED = [*LINE, "+model.quantization=4bit"]
@@ -44,10 +44,10 @@ def test_nothing_is_loaded_where_it_cannot_be_had(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(loaded, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     settings = check(compose(QUANTIZED))
     with pytest.raises(UserError, match="needs CUDA, and the device is cpu"):
-        Job(settings, "cpu", lambda line: None)
+        Loaded(settings, "cpu", lambda line: None)
     monkeypatch.setattr(architecture, "is_bitsandbytes_available", lambda: False)
     with pytest.raises(UserError, match="pip install -U bitsandbytes"):
-        Job(settings, "cuda", lambda line: None)
+        Loaded(settings, "cuda", lambda line: None)
 
 
 def test_runs_without_it_keep_their_digest() -> None:
@@ -62,7 +62,7 @@ def test_what_transformers_is_asked_for(
 ) -> None:
     """A model that comes back is left where it is: without CUDA a move would fail here."""
     base = check(compose(["task=toy", "model=tiny-llama", "method=mezo", "device=cpu"]))
-    Job(base, "cpu", lambda line: None, with_rows=False).save(tmp_path / "base")
+    Loaded(base, "cpu", lambda line: None, with_rows=False).save(tmp_path / "base")
     words = ["model=own", f"model.path={tmp_path / 'base'}", "model.max_length=64"]
     settings = check(compose([*QUANTIZED, *words]))
     asked: dict[str, Any] = {}
@@ -95,7 +95,7 @@ def test_what_transformers_is_asked_for(
 def test_beside_packed_weights_lora_is_saved_alone(tmp_path: Path) -> None:
     """The model only says that it is packed: peft's own forward is the reference."""
     settings = check(compose(["task=toy", "model=tiny-llama", "method=mezo", "device=cpu"]))
-    job = Job(settings, "cpu", lambda line: None, with_rows=False)
+    job = Loaded(settings, "cpu", lambda line: None, with_rows=False)
     job.save(tmp_path / "base")
     model: Any = job.model
     model.is_loaded_in_4bit = True

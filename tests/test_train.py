@@ -31,15 +31,15 @@ from safetensors.torch import load_file
 
 from smezo_cli import train
 from smezo_cli.models.load import load_model
-from smezo_cli.run import loaded as job
-from smezo_cli.run import loop, session, watch
+from smezo_cli.run import best, closing, evaluate, loaded, numerics
+from smezo_cli.run import method as building
 from smezo_cli.scoring import metrics
 from smezo_cli.scoring import scorer as scoring
 from smezo_cli.scoring.candidates import encode
 from smezo_cli.scoring.scorer import Scorer
+from smezo_cli.store.notes import Notes
 from smezo_cli.store.partial_scores import NAME
 from smezo_cli.tasks import load_task
-from smezo_cli.zo import optimizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["task=toy", "task.num_train=32", "task.num_dev=16", "task.num_test=24", "device=cpu"]
@@ -88,11 +88,11 @@ class Fault:
         loss = Scorer.loss
         places: dict[str, list[tuple[Any, str]]] = {
             "loss": [(Scorer, "loss")],  # inside a probe, or a first-order step
-            "load": [(job, "load_model")],
-            "evaluate": [(loop, "evaluate")],
+            "load": [(loaded, "load_model")],
+            "evaluate": [(evaluate, "evaluate")],
             "rename": [(os, "replace")],  # a file takes its place
             "nan": [(Scorer, "loss")],
-            "noise": [(watch, "loss_noise")],
+            "noise": [(numerics, "loss_noise")],
             "end": [(os, "replace"), (os, "unlink")],  # from where a result is to be written
         }
         places["any"] = [*places["loss"], *places["evaluate"], *places["rename"]]
@@ -107,8 +107,8 @@ class Fault:
 
             return noted
 
-        for name in ("_report", "settle"):
-            setattr(session._Run, name, ending(getattr(session._Run, name)))
+        for module, name in ((best, "report"), (closing, "settle")):
+            setattr(module, name, ending(getattr(module, name)))
 
         def wrap(real: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(real)
@@ -379,6 +379,7 @@ def test_every_method_trains_to_a_result(finished: Callable[[str], Path], method
     config = OmegaConf.load(folder / "config.yaml")
     assert isinstance(config.method.lr if "mezo" in method else config.lr, float)
     assert (config.steps, config.task.num_dev) == (12, 16)
+    assert state_of(folder)["notes"].keys() <= Notes.__annotations__.keys()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -494,7 +495,7 @@ def no_model() -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a model is loaded")
 
-    job.load_model = refuse  # type: ignore[assignment]  # in a child process of its own
+    loaded.load_model = refuse  # type: ignore[assignment]  # in a child process of its own
 
 
 def test_a_finished_run_is_skipped_in_one_line(finished: Callable[[str], Path]) -> None:
@@ -956,7 +957,7 @@ def test_compiled_passes_change_no_bit(finished: Callable[[str], Path], tmp_path
 
 def always_worth_it() -> None:
     """As if every run were long enough to compile for."""
-    job.WORTH_IT = optimizer.WORTH_COMPILING = 0
+    building.WORTH_IT = optimizer.WORTH_COMPILING = 0
 
 
 def numba_is_broken() -> None:

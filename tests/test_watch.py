@@ -161,7 +161,7 @@ def test_a_run_ends_at_the_look_that_says_so_also_when_it_was_resumed(
             if half == 0 and number == stopped_after:
                 notes = json.loads(json.dumps(notes))
                 watch = watch_of(notes, **options)
-        watch.look(dev, dev < lowest)
+        watch.after_evaluation(dev, dev < lowest)
         lowest = min(lowest, dev)
         if watch.why is not None:
             found = number
@@ -362,15 +362,15 @@ def test_moves_are_those_of_all_weights_within_the_error_of_a_sample() -> None:
     model, notes = Big(), dict[str, Any]()
     opt = sparse(model)
     numerics = Numerics(opt, 0, notes)
-    assert numerics.look() == {"moved_share": 0.0, "rms_move": 0.0}
+    assert numerics.measure() == {"moved_share": 0.0, "rms_move": 0.0}
     with torch.no_grad():
         model.b[:20] += 0.5
-    small = numerics.look()
+    small = numerics.measure()
     assert small["moved_share"] == pytest.approx(20 / 30050, rel=1e-12)
     assert small["rms_move"] == pytest.approx(math.sqrt(20 * 0.25 / 30050), rel=1e-6)
     with torch.no_grad():
         model.a.view(-1)[torch.rand(30000, generator=torch.Generator().manual_seed(2)) < 0.3] += 2.0
-    both = numerics.look()
+    both = numerics.measure()
     assert both["moved_share"] == pytest.approx(0.3, abs=0.036)
     assert both["rms_move"] == pytest.approx(2 * math.sqrt(0.3), rel=0.06)
     assert notes["numerics"]["sampled"] == 4096 + 50
@@ -426,11 +426,11 @@ def test_underflow_is_the_share_of_the_active_that_the_update_left(
     numerics = Numerics(opt, 0, notes)
     numerics.before_step(False)
     numerics.after_step(opt.step(model))
-    assert "underflow" not in numerics.look()
+    assert "underflow" not in numerics.measure()
     before = model.b.detach().clone()
     numerics.before_step(True)
     numerics.after_step(opt.step(model))
-    found = numerics.look()["underflow"]
+    found = numerics.measure()["underflow"]
     assert low <= found <= high
     active = opt.mask_at(model.b, before, torch.arange(50), 1)
     lost = active & (model.b.detach() == before)
@@ -444,7 +444,7 @@ def test_an_update_of_nothing_has_no_underflow() -> None:
     numerics = Numerics(opt, 0, notes)
     numerics.before_step(True)
     numerics.after_step(opt.step(lambda: torch.ones(())))
-    assert "underflow" not in numerics.look()
+    assert "underflow" not in numerics.measure()
 
 
 # ------------------------------------------------------------------------------- in_float32

@@ -60,7 +60,7 @@ def main(words: Sequence[str]) -> int:
     with opened(given.run, given.overrides) as (folder, state, settings, _):
         from smezo_cli.machine.device import choose_device
         from smezo_cli.run.console import Console
-        from smezo_cli.run.loaded import Job
+        from smezo_cli.run.loaded import Loaded
 
         device = choose_device(settings.device, settings.model["device_map"])
         if given.overrides and given.out is None:
@@ -72,7 +72,7 @@ def main(words: Sequence[str]) -> int:
             raise UserError(f"{folder.path} cannot be written to: add --out FILE.")
         console = Console()
         say_code(settings, console.say)
-        job = Job(settings, device, console.say)
+        job = Loaded(settings, device, console.say)
         check_model(state, job, given.overrides, given.run)
         step = 0 if given.base else trained(folder, state, job, given.step, console.say)
         same_task = not any(word.startswith("task.") for word in given.overrides)

@@ -59,10 +59,10 @@ def main(words: Sequence[str]) -> int:
     if given.delta:
         return _export_delta(given.run, target, given.step)
     with opened(given.run) as (folder, state, settings, cfg):
-        from smezo_cli.run.loaded import Job
+        from smezo_cli.run.loaded import Loaded
 
         say_code(settings, print)
-        job = Job(*_copying(settings), lambda line: None, with_rows=False)
+        job = Loaded(*_copying(settings), lambda line: None, with_rows=False)
         check_model(state, job, [], given.run)
         step = trained(folder, state, job, given.step, print)
         size = save_model(job, target, cfg)
@@ -118,11 +118,12 @@ def _export_delta(run: str, target: Path, step: int | None) -> int:
             raise UserError(f"--step {step}: {run} has {len(records)} good steps in {path.name}.")
         noted = {note["step"]: note["sha256"] for note in state.notes.get("weights", {}).values()}
         if chosen not in noted:
-            from smezo_cli.run.loaded import Job
+            from smezo_cli.run.loaded import Loaded
+            from smezo_cli.run.method import build_method
 
-            job = Job(*_copying(settings), lambda line: None, with_rows=False)
+            job = Loaded(*_copying(settings), lambda line: None, with_rows=False)
             trained(folder, state, job, chosen, print)
-            noted[chosen] = tensors_digest(job.build_method().trained)
+            noted[chosen] = tensors_digest(build_method(job).trained)
         result = folder.result() or {}
         about = {
             "config": OmegaConf.to_yaml(cfg),

@@ -62,7 +62,7 @@ def main(words: Sequence[str]) -> int:
     with opened(given.run, overrides) as (folder, state, settings, _):
         from smezo_cli.machine.device import choose_device
         from smezo_cli.run.console import Console
-        from smezo_cli.run.loaded import Job
+        from smezo_cli.run.loaded import Loaded
         from smezo_cli.tasks.own import unlabelled
 
         # Messages go to stderr if the predictions go to stdout; training rows are not loaded.
@@ -74,7 +74,7 @@ def main(words: Sequence[str]) -> int:
             console.say(f"  note    {note}")
         say_code(settings, console.say)
         device = choose_device(settings.device, settings.model["device_map"])
-        job = Job(settings, device, lambda line: None, with_rows=False, warn=console.say)
+        job = Loaded(settings, device, lambda line: None, with_rows=False, warn=console.say)
         check_model(state, job, overrides, given.run)
         step = trained(folder, state, job, None, console.say)
         encoded = job.encode(rows, prompt)

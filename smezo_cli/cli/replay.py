@@ -91,14 +91,14 @@ def _replay(
 
     from smezo_cli.machine.device import choose_device
     from smezo_cli.run.console import Console
-    from smezo_cli.run.loaded import Job
+    from smezo_cli.run.loaded import Loaded
     from smezo_cli.store.saved import tensors_digest
     from smezo_cli.store.trajectory import replay as apply
 
     console = Console()
     device = choose_device(settings.device, settings.model["device_map"])
     say_code(settings, console.say)
-    job = Job(settings, device, console.say, with_rows=given.split != "none")
+    job = Loaded(settings, device, console.say, with_rows=given.split != "none")
     same_task = not any(word.startswith("task.") for word in given.overrides)
     method = replayed(job, records, given.source)
     if given.split != "none":  # before the steps, as in the run

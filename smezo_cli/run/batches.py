@@ -1,4 +1,4 @@
-"""Give the batch of each step: shuffled by key, split into micro-batches."""
+"""Choose the rows of each step."""
 
 import random
 from collections import Counter
@@ -8,31 +8,36 @@ from smezo_cli.scoring.candidates import Candidates
 
 
 class Batches:
-    """The batch of a step, a function of (seed, step) alone.
+    """Choose the batch of a step, by (seed, step) alone.
 
-    Permutations of all rows, one an epoch, are laid end to end and cut into batches.
+    Permutations of all rows, one for each epoch, are laid end to end and cut into batches.
 
     Args:
         rows: of the train split.
-        batch_size: of them in a batch.
+        batch_size: rows in a batch.
         seed: of the permutations.
-        order: "shuffled"; or "stratified", the rows of each class evenly over the epoch, so that a
-            batch inside an epoch has the share of each within one row (two classes; more where
-            many small classes meet). The mean over an epoch is the same, the spread of batches is
-            smaller (docs/batches.md).
+        order: "shuffled"; or "stratified", which spreads the rows of each class evenly over the
+            epoch: each batch holds them in proportion, within one row (of two classes; within
+            more rows if there are many small classes). The mean over an epoch is the same; batches
+            differ less (docs/batches.md).
     """
 
     def __init__(
         self, rows: Sequence[Candidates], batch_size: int, seed: int, order: str = "shuffled"
     ) -> None:
-        self._num_rows, self._size, self._seed = len(rows), batch_size, seed
+        self._rows, self._num_rows = rows, len(rows)
+        self._size, self._seed = batch_size, seed
         self._labels = [row.label for row in rows] if order == "stratified" else []
         self._orders: dict[int, list[int]] = {}
 
     def __call__(self, step: int) -> list[int]:
-        """Row numbers of the batch."""
+        """Return the row numbers of the batch."""
         places = range(step * self._size, (step + 1) * self._size)
         return [self._order(i // self._num_rows)[i % self._num_rows] for i in places]
+
+    def rows(self, step: int) -> list[Candidates]:
+        """Return the rows of the batch."""
+        return [self._rows[i] for i in self(step)]
 
     def _order(self, epoch: int) -> list[int]:
         if epoch not in self._orders:
@@ -46,7 +51,7 @@ class Batches:
         return self._orders[epoch]
 
     def _stratified(self, order: Sequence[int], rng: random.Random) -> list[int]:
-        """The k-th of the n rows of a class comes at (k + u) / n, u being one number a class."""
+        """Sort rows by (k + u) / n: the k-th of the n rows of its class, with one u a class."""
         sizes = Counter(self._labels)
         start = {label: rng.random() for label in sorted(sizes)}
         met, places = Counter[int](), dict[int, float]()

@@ -1,4 +1,4 @@
-"""Where a run speaks: the console (a bar on a terminal, plain lines elsewhere) and its loggers."""
+"""Write lines and progress bars to the terminal, and lines to console.log."""
 
 import contextlib
 import math
@@ -22,19 +22,19 @@ LINE_EVERY_S = 10.0  # between plain progress lines
 
 
 class _Terminal(RichConsole):
-    """A console whose reader may go away without ending the run of a program that calls us.
+    """Go on in silence when the reader of the output goes away.
 
-    For a process of our own see streams.py.
+    This serves programs that call smezo; for the command itself see machine/streams.py.
     """
 
     def on_broken_pipe(self) -> None:
-        """Say nothing more; rich would end the process."""
+        """Fall silent; rich would end the process."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Console:
-    """Lines to the terminal and, as soon as there is one, to the run folder's console.log."""
+    """Write lines to the terminal and, once :meth:`keep` names it, to console.log."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._rich = _Terminal(file=stream or sys.stdout, highlight=False, soft_wrap=True)
@@ -47,8 +47,8 @@ class Console:
         """Write every line to this file too.
 
         Args:
-            path: of the file; where its name is taken from it, it is put back.
-            check: raises UserError where it must not be, since the folder is another's now.
+            path: of the file; it is put back if somebody removes it.
+            check: raises UserError if the folder is another's now, so that it must not be put back.
         """
         self._path, self._check = path, check
         self._file = TextIOWrapper(
@@ -56,7 +56,7 @@ class Console:
         )
 
     def say(self, text: str = "") -> None:
-        """One line or more; secrets are redacted."""
+        """Write one line or more, without secrets."""
         text = redacted(text)
         if self._file:
             try:
@@ -76,7 +76,7 @@ class Console:
         (self._progress.console if self._progress else self._rich).print(Text(text))
 
     def bar(self, title: str, total: int, done: int = 0) -> "Bar":
-        """A progress bar; use it as a context."""
+        """Return a progress bar; use it as a context."""
         return Bar(self, title, total, done)
 
     def close(self) -> None:
@@ -87,7 +87,7 @@ class Console:
 
 
 class Bar:
-    """Progress of ``total`` things: a moving bar on a terminal, else a line every ten seconds."""
+    """Show progress: a moving bar on a terminal, elsewhere a line every ten seconds."""
 
     def __init__(self, console: Console, title: str, total: int, done: int) -> None:
         self._console, self._title, self._total = console, title, total
@@ -117,7 +117,7 @@ class Bar:
             self._console._progress = None
 
     def step(self, count: int, note: str = "") -> None:
-        """``count`` more are done; ``note`` stands behind the bar."""
+        """Move on by ``count``; ``note`` is shown behind the bar."""
         self._done += count
         now = time.monotonic()
         rate = (self._done - self._first) / max(now - self._start, 1e-9)
@@ -132,7 +132,7 @@ class Bar:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 48 s, 3 min 20 s, 2 h 5 min."""
+    """Return seconds as people say them: 48 s, 3 min 20 s, 2 h 5 min."""
     if not math.isfinite(seconds):
         return "unknown"
     whole = round(seconds)

@@ -1,4 +1,4 @@
-"""Evaluate rows with a model: in batches, stopped and continued, shared by ranks."""
+"""Evaluate rows with a model: in batches, on from an earlier stop, shared by ranks."""
 
 import itertools
 import json
@@ -27,9 +27,9 @@ def evaluate(
     team: Ranks | None = None,
     part: Part | None = None,
 ) -> Evaluation:
-    """Score every row; of a generation task let the model answer, too.
+    """Score every row; for a generation task, let the model answer too.
 
-    Ranks share the batches, which are those of a process alone, and all of them get all scores.
+    Ranks share the batches, which are cut as for one process, and every rank gets all scores.
 
     Args:
         scorer: of the model.
@@ -37,11 +37,11 @@ def evaluate(
         bar: moves with them.
         stopped: asked after each batch.
         team: the ranks that share the batches.
-        part: what is known already is not computed; receives what is found, also before Stopped.
+        part: what is known already, which is not computed again; receives what is found.
 
     Raises:
-        Stopped: between two batches, when that was asked for (of some rank).
-        NonFiniteScore: a score is not finite; with ranks of all of them, after the last batch.
+        Stopped: between two batches, if this rank or another was asked to stop.
+        NonFiniteScore: a score is not finite; several ranks all raise it after the last batch.
     """
     scorer.model.eval()
     part = Part(len(rows)) if part is None else part
@@ -97,7 +97,7 @@ def evaluate(
 
 
 def _put_together(part: Part, team: Ranks, known: Sequence[set[int]], answers: bool) -> None:
-    """Let every rank have what all have found; what was known before is rank 0's to give."""
+    """Give every rank what all have found; rank 0 adds what was known before."""
     before = known if team.rank else [set[int](), set[int]()]
     own = part.scored - before[0], part.answered - before[1]
     found = torch.zeros(2, part.num_rows)
@@ -118,7 +118,7 @@ def features(
     """Return the hidden states of rows, float64 (rows, size); `part` as in :func:`evaluate`.
 
     Raises:
-        Stopped: between two batches, when that was asked for.
+        Stopped: between two batches, if asked to stop.
     """
     scorer.model.eval()
     for chosen, batch in scorer.features_all(rows, set(part.scored)):

@@ -1,7 +1,7 @@
-"""A rank other than 0: it loads what the run works on and does what rank 0 tells, without a word.
+"""Run a rank other than 0: follow rank 0's commands; write and print nothing.
 
-It has no folder. Its weights follow from the base model and the losses that all ranks share, or
-from the trajectory that rank 0 sends where the run goes on from an earlier one.
+A follower has no folder. Its weights follow from the base model and the losses that all ranks
+share; if the run goes on from an earlier start, from the trajectory that rank 0 sends.
 """
 
 import dataclasses
@@ -25,9 +25,11 @@ from smezo_cli.machine.torchrun import local_rank
 from smezo_cli.run.batches import Batches
 from smezo_cli.run.console import Console
 from smezo_cli.run.evaluate import evaluate
-from smezo_cli.run.loaded import Job
+from smezo_cli.run.loaded import Loaded
 from smezo_cli.run.measure import Measure
+from smezo_cli.run.method import build_method
 from smezo_cli.run.ranks import Left, Ranks
+from smezo_cli.run.rows import short_enough
 from smezo_cli.scoring.batching import Found
 from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.store.partial_scores import Part
@@ -37,33 +39,28 @@ from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.schedule import lr_factor
 from smezo_cli.zo.step import NUMERICS, NonFiniteLoss
 
-# These may differ between machines, or follow from what may.
+# These may differ between machines, or follow from settings that may.
 _OF_A_MACHINE = ("device", "compile", "micro_batch_size", "runs_dir", "logger", "if_exists")
 
 
-def facts(job: Job, settings: Settings) -> dict[str, Any]:
-    """What every rank must have in common, and what is its own."""
-    rows = {name: fingerprint(getattr(job.task, name)) for name in ("train", "dev", "test")}
+def facts(loaded: Loaded, settings: Settings) -> dict[str, Any]:
+    """Return what every rank must have in common, as ``{"same": ...}``."""
+    rows = {name: fingerprint(getattr(loaded.task, name)) for name in ("train", "dev", "test")}
     asked = {k: v for k, v in dataclasses.asdict(settings).items() if k not in _OF_A_MACHINE}
     text = json.dumps(asked, sort_keys=True, default=str)
     same = {
-        "kind of device": job.device.type,
+        "kind of device": loaded.device.type,
         "command line": hashlib.sha256(text.encode()).hexdigest(),
         "version of smezo": [__version__, NUMERICS],
     }
-    return {"same": {**same, "data": rows, "model": job.fingerprint()}}
-
-
-def short_enough(rows: list[Candidates], longest: int | None) -> list[Candidates]:
-    """Training rows of at most so many tokens."""
-    return [row for row in rows if longest is None or row.width <= longest]
+    return {"same": {**same, "data": rows, "model": loaded.fingerprint()}}
 
 
 def follow(settings: Settings, team: Ranks) -> None:
-    """The part of a rank other than 0 in one run.
+    """Follow rank 0 through one run.
 
     Raises:
-        UserError: it cannot go on; the others then hear that it is gone.
+        UserError: this rank cannot go on; the others then notice that it is gone.
     """
     message, _ = team.told()
     if message["do"] == "end":
@@ -75,7 +72,7 @@ def follow(settings: Settings, team: Ranks) -> None:
                 follower = Follower(
                     settings, team, choose_device(settings.device, None, local_rank())
                 )
-                said, error = facts(follower.job, settings), None
+                said, error = facts(follower.loaded, settings), None
             except UserError as problem:
                 said, error = {}, str(problem)
             team.agree(said, error)
@@ -85,25 +82,25 @@ def follow(settings: Settings, team: Ranks) -> None:
             if not isinstance(error, Left):
                 team.abandon()
                 raise
-            # Rank 0 says "end" where it left a step, not where the ranks did not agree.
+            # Rank 0 says "end" if it left a step, but not if the ranks did not agree.
             while team.told()[0]["do"] != "end":
                 pass
 
 
 class Follower:
-    """Task, model and method of a rank, and where it stands."""
+    """Hold task, model and method of a rank, and do what rank 0 tells."""
 
     def __init__(self, settings: Settings, team: Ranks, device: str) -> None:
         self.settings, self.team = settings, team
         self.console = Console(io.StringIO())
-        self.job = Job(settings, device, lambda _: None)
-        self.memory = PeakMemory(self.job.device)
+        self.loaded = Loaded(settings, device, lambda _: None)
+        self.memory = PeakMemory(self.loaded.device)
         self.method: ZeroOrder | None = None
         self._is_checked = False
         self._known = np.zeros((2, 0))
         self._encoded: dict[tuple[str, int], list[Candidates]] = {}
         self._measure = Measure(
-            self.job.scorer,
+            self.loaded.scorer,
             settings.method.get("objective", "loss"),
             settings.micro_batch_size,
             team,
@@ -111,7 +108,7 @@ class Follower:
         )
 
     def do(self, message: dict[str, Any], content: bytes) -> None:
-        """One thing that rank 0 tells.
+        """Carry out one command of rank 0.
 
         Raises:
             Left: rank 0 ends the run in the middle of it.
@@ -120,7 +117,7 @@ class Follower:
         if do == "trajectory":
             self._known = np.frombuffer(content, "<f8").reshape(message["queries"] + 1, -1)
         elif do == "batching":
-            Found.of(message["found"]).to(self.job.scorer)
+            Found.of(message["found"]).to(self.loaded.scorer)
         elif do == "evaluate":
             self._evaluate(**message)
         elif do == "steps":
@@ -136,9 +133,9 @@ class Follower:
             raise AssertionError(do)
 
     def _advance(self, step: int) -> ZeroOrder:
-        """The method after so many steps, of which those that it lacks are in the trajectory."""
+        """Return the method after so many steps; those that it lacks are in the trajectory."""
         if self.method is None:
-            method = self.job.build_method()
+            method = build_method(self.loaded)
             assert isinstance(method, ZeroOrder)
             self.method = method
         while self.method.num_steps < step:
@@ -148,8 +145,8 @@ class Follower:
 
     def _rows(self, split: str, prompt: int) -> list[Candidates]:
         if (split, prompt) not in self._encoded:
-            rows = getattr(self.job.task, split)
-            found = self.job.encode(rows, self.job.prompts[prompt])
+            rows = getattr(self.loaded.task, split)
+            found = self.loaded.encode(rows, self.loaded.prompts[prompt])
             if split == "train":
                 found = short_enough(found, self.settings.task["max_train_tokens"])
             self._encoded[split, prompt] = found
@@ -167,11 +164,11 @@ class Follower:
         rows = self._rows(split, prompt)
         if step:
             self._advance(step)
-        with self.job.as_it_came() if as_it_came else nullcontext():
+        with self.loaded.as_it_came() if as_it_came else nullcontext():
             try:
                 bar = self.console.bar("", len(rows))
                 part = Part(len(rows), scored, answered)  # what rank 0 has
-                evaluate(self.job.scorer, rows, bar, self.team.asked, self.team, part)
+                evaluate(self.loaded.scorer, rows, bar, self.team.asked, self.team, part)
             except (Stopped, NonFiniteLoss):
                 return  # rank 0 knows it, too
 
@@ -181,9 +178,9 @@ class Follower:
         method = self._advance(0)  # as it came, like rank 0, if no step was made yet
         if not self._is_checked:  # it also finds where weights must be moved
             self._is_checked = True
-            self.job.scorer.model.eval()
+            self.loaded.scorer.model.eval()
             try:
-                method.self_check(lambda: self.job.scorer.loss(train[:2]))
+                method.self_check(lambda: self.loaded.scorer.loss(train[:2]))
             except NonFiniteLoss:
                 pass  # rank 0 has met it, too, and says it with the row
             except ValueError as error:
@@ -194,19 +191,19 @@ class Follower:
         while team.left > 0:
             step = method.num_steps
             method.set_lr_factor(lr_factor(s.lr_schedule, step, s.steps, s.warmup_steps))
-            self.job.scorer.model.train(method.mode == "train")
+            self.loaded.scorer.model.train(method.mode == "train")
             try:
                 self._measure.step(method, [train[i] for i in batches(step)])
             except NonFiniteLoss:
                 return  # rank 0 has it, too
 
     def _load(self, path: str, sha256: str) -> None:
-        """Take weights of the run folder, where this machine has it; say whether it has."""
+        """Load weights from the run folder, if it is on this machine; tell all ranks if it is."""
         found = 0.0
         try:
             saved = Saved(Path(path))
             if saved.about.get("sha256") == sha256 and saved.is_whole():
-                self.job.set_weights(saved, Path(path))
+                self.loaded.set_weights(saved, Path(path))
                 found = 1.0
         except UserError:
             pass

@@ -1,19 +1,16 @@
-"""What a run works on, made from its settings: task, model, scorer; shared by all verbs."""
+"""Load the task, model, tokenizer and scorer that the settings name, for every verb."""
 
 import dataclasses
 import hashlib
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from fnmatch import filter as matching
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from smezo_cli.config.build import build, target_of
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.files.fetch import cache_dir
@@ -32,12 +29,7 @@ from smezo_cli.scoring.tokens import appended, check_rows
 from smezo_cli.tasks import Prompt, Row, Task, load_task
 from smezo_cli.tasks.base import fingerprint
 from smezo_cli.zo.passes import openmp
-from smezo_cli.zo.passes.by_compiler import NoCompiler
-from smezo_cli.zo.passes.choose import WORTH_IT
 
-if TYPE_CHECKING:
-    from smezo_cli.methods.base import Method
-    from smezo_cli.methods.frozen import InContext, LinearProbe, ZeroShot
 _ENCODED_TOGETHER = 64  # rows behind demonstrations
 _MEASURED = 24  # rows of which some are scored together and alone
 
@@ -46,19 +38,19 @@ def _differing(task: Task, known: Mapping[str, str]) -> list[str]:
     return [name for name, was in known.items() if was != fingerprint(getattr(task, name))]
 
 
-class Job:
-    """Task, model and tokenizer of some settings, loaded.
+class Loaded:
+    """Hold the task, model and tokenizer that some settings name.
 
     Args:
-        settings: checked ones.
-        device: "cpu", "cuda" or "cuda:N"; of a model that is spread one of its devices.
-        say: receives a line about the data and one about the model.
-        with_rows: False leaves the data alone; then there is no `task` and there are no `prompts`.
-        warn: receives a line where this machine's threads are not what torch takes them for, or
-            not all of torch can be used; default `say`.
+        settings: the checked ones.
+        device: "cpu", "cuda" or "cuda:N"; one of the devices if the model is spread over several.
+        say: receives a line about the data and lines about the model.
+        with_rows: False loads no data; then there is no `task` and there are no `prompts`.
+        warn: receives a line if this machine has not the threads that torch takes it to have, or
+            if a part of torch cannot be used; by default `say`.
 
     Raises:
-        UserError: data or model cannot be had, read, or fitted together.
+        UserError: data or model cannot be found, read, or fitted together.
     """
 
     def __init__(
@@ -89,18 +81,18 @@ class Job:
             compute_dtype=compute,
         )
         total = num_weights(self.model)
-        self._of_base: str | None = None  # its fingerprint, where it is changed by an adapter
+        self._of_base: str | None = None  # fingerprint of a model that an adapter changes
         self.adapter: Adapter | None = None
         if (node := settings.method.get("adapter")) is not None:
             self._of_base = self.fingerprint()
             self.adapter = attach(self.model, node, settings.seed)
-        #: modules that text never reads, which are frozen; of a model with an adapter all is
         casts = torch.autocast(
             self.device.type, compute, enabled=compute != self.dtype, cache_enabled=False
         )
         with casts:  # as losses are computed
+            #: modules that text never reads, which are frozen; none with an adapter: it trains none
             self.unread = [] if self.adapter is not None else freeze_unread(self.model)
-        self._head = ""  # before the context of every row: demonstrations
+        self._head = ""  # demonstrations, before the context of every row
         if compute == self.dtype:
             use_onednn(self.model, warn)
         keep_freed_memory()
@@ -127,7 +119,7 @@ class Job:
 
     @property
     def device_map(self) -> dict[str, str] | None:
-        """The device of each module, where the model lies on several."""
+        """The device of each module, if the model lies on several; else None."""
         places: Mapping[str, Any] = getattr(self.model, "hf_device_map", None) or {}
         found = {name: str(place) for name, place in places.items()}
         return found if len(set(found.values())) > 1 else None
@@ -147,7 +139,7 @@ class Job:
         for note in self.task.notes:
             say(f"  note    {note}")
         masked = settings.model["family"] == "masked"
-        #: those that the model can be asked, of which training chooses one
+        #: prompts that suit the model, of which training chooses one
         self.prompts = self.task.masked if masked else self.task.prompts
         if not self.prompts:
             kind = "masked" if masked else "causal"
@@ -158,11 +150,14 @@ class Job:
             )
 
     def differing_rows(self, known: Mapping[str, str], *, may_renumber: bool = True) -> list[str]:
-        """Names of the splits whose rows are not those with the known fingerprints, by split.
+        """Return the names of the splits whose rows do not have the known fingerprints.
 
-        Where rows of the user's own file differ, they are read once more, numbered by line as
-        earlier versions of smezo did; if that gives the known rows, `task` becomes the one of them
-        (not without `may_renumber`).
+        If rows of the user's own file differ, they are read once more, numbered by line as earlier
+        versions of smezo did; if that gives the known rows, `task` becomes the task of these.
+
+        Args:
+            known: fingerprints by the name of the split.
+            may_renumber: False: do not try the earlier numbers.
         """
         found = _differing(self.task, known)
         if found and may_renumber and self.settings.task.get("data"):
@@ -177,81 +172,20 @@ class Job:
                 self._say("  rows    numbered by line, as the version of smezo did that began here")
         return found
 
-    def build_method(self) -> "Method":
-        """The method; compiled passes only where the run is long enough to earn them.
-
-        Raises:
-            UserError: the settings of the method cannot be had.
-        """
-        s = self.settings
-        runtime: dict[str, Any] = {"model": self.model, "seed": s.seed}
-        parameters = inspect.signature(target_of(s.method, "method")).parameters
-        if "check" in parameters:
-            runtime["check"] = False  # asked by the run, with two rows
-        if "backend" in parameters:
-            chosen = {"True": "compiled", "False": "eager", "auto": "auto"}
-            runtime["backend"] = chosen[str(s.compile)]
-            weights = sum(p.numel() for p in self.model.parameters())
-            if s.compile == "auto" and self.device.type == "cpu" and weights * s.steps < WORTH_IT:
-                runtime["backend"] = "eager"
-        elif s.compile != "auto":
-            raise UserError(
-                f"compile={str(s.compile).lower()}: method {s.method['name']} has no passes to "
-                "compile; leave compile out."
-            )
-        try:
-            method: Method = build(self._without_unread(), "method", **runtime)
-        except NoCompiler as error:
-            raise UserError(f"compile=true: {error}; mend that or leave compile out.") from error
-        return method
-
-    def _without_unread(self) -> Mapping[str, Any]:
-        """The method's node, without globs for what is frozen already because text never reads it.
-
-        Globs that match nothing stay, to be refused.
-        """
-        node = self.settings.method
-        if not self.unread or "freeze" not in node:
-            return node
-        named = [(name, p.requires_grad) for name, p in self.model.named_parameters()]
-        trained = [name for name, is_trained in named if is_trained]
-        unread = [
-            name
-            for name, _ in named
-            if any(name == part or name.startswith(f"{part}.") for part in self.unread)
-        ]
-        kept = [g for g in node["freeze"] if matching(trained, g) or not matching(unread, g)]
-        return {**node, "freeze": kept}
-
-    def build_frozen(self) -> "ZeroShot | InContext | LinearProbe":
-        """The method, where it takes no steps.
-
-        Raises:
-            UserError: the settings of the method cannot be had.
-        """
-        s = self.settings
-        if s.compile != "auto":
-            raise UserError(
-                f"compile={str(s.compile).lower()}: method {s.method['name']} has no passes to "
-                "compile; leave compile out."
-            )
-        method: ZeroShot | InContext | LinearProbe = build(s.method, "method", seed=s.seed)
-        return method
-
     def demonstrate(self, text: str) -> None:
-        """Let what is encoded from now on stand behind a text, which all rows have in common."""
+        """Put a text, which all rows then share, before every row that is encoded from now on."""
         self._head = text
         self.scorer.holds_common = bool(text)
 
     def measure_batching(
         self, prompts: Sequence[Prompt], rows: Sequence[Row] | None = None
     ) -> Found:
-        """Return which rows may share forwards, measured with some of unlike length.
+        """Measure with rows of unlike length which rows may share a forward.
 
         Args:
-            prompts: that they may be asked under; of those whose rows are computed in one way the
-                first is measured.
-            rows: of which some are taken; None: all of the task.
+            prompts: that the rows may be asked under; of several that are computed in the same
+                way, the first is measured.
+            rows: from which some are taken; None: all of the task.
         """
         if rows is None:
             rows = [*self.task.train, *self.task.dev, *self.task.test]
@@ -273,7 +207,7 @@ class Job:
         """Score by a saved probe from now on.
 
         Raises:
-            UserError: it is of another model, or none.
+            UserError: the tensors are no probe, or that of another model.
         """
         model: Any = self.model  # without types
         probe, head = dict(saved), model.get_output_embeddings()
@@ -284,34 +218,13 @@ class Job:
         self.scorer.probe = probe
 
     def as_it_came(self) -> AbstractContextManager[None]:
-        """Inside, the model computes without its adapter, if it has one."""
+        """Switch off the model's adapter, if it has one, inside a context."""
         return nullcontext() if self.adapter is None else self.adapter.off()
 
-    def spoilt_weight(self) -> str:
-        """A clause on a weight that holds NaN or inf; empty where there is none."""
-        for name, p in self.model.named_parameters():
-            if p.is_floating_point() and not torch.isfinite(p).all():
-                return (
-                    f"{name} of model={self.settings.model['name']} holds numbers that are not "
-                    "finite: get the model anew, or choose another"
-                )
-        return ""
-
-    def why_not_finite(self) -> str:
-        """What may be the cause of scores that are not finite, and what to do: a clause."""
-        if why := self.spoilt_weight():
-            return why
-        name, s = self.settings.model["name"], self.settings
-        low = [f"{key}={getattr(s, key)}" for key in ("dtype", "compute_dtype")]
-        low = [word for word in low if word.endswith("float16")]
-        if low:
-            return f"{' '.join(low)} may be too narrow: add dtype=float32 compute_dtype=null"
-        return f"model={name} gives none for it: choose another model or task.prompt"
-
     def fingerprint(self) -> str:
-        """Twelve hex digits of the model as it is: names, shapes, dtypes, 64 weights of each.
+        """Return twelve hex digits of the model: names, shapes, dtypes, 64 weights of each tensor.
 
-        Of a model with an adapter, those of the model as it came.
+        For a model with an adapter, they are those of the model as it came.
         """
         if self._of_base is not None:
             return self._of_base
@@ -323,14 +236,14 @@ class Job:
         return digest.hexdigest()[:12]
 
     def encode(self, rows: Sequence[Row], prompt: Prompt) -> list[Candidates]:
-        """Rows as tokens under a prompt, behind what is demonstrated.
+        """Return rows as tokens under a prompt, behind the demonstrations if there are any.
 
         Raises:
-            UserError: as :func:`smezo_cli.scoring.candidates.encode`; a token that the model has no
-            row for.
+            UserError: as :func:`smezo_cli.scoring.candidates.encode`; or the model's embedding
+                lacks a token.
         """
         prompt = dataclasses.replace(prompt, head=self._head)
-        # A tokenizer takes a hundred bytes a token while it works, and demonstrations are long.
+        # A tokenizer needs a hundred bytes a token while it works, and demonstrations are long.
         size = _ENCODED_TOGETHER if self._head else max(1, len(rows))
         encoded = [
             candidates
@@ -351,13 +264,13 @@ class Job:
 
     @property
     def max_length(self) -> int:
-        """Tokens of the window that are left for a prompt and its answer."""
+        """Tokens of the context length that are left for a prompt and its answer."""
         places = self.adapter.num_places if self.adapter else 0
         longest: int = self.settings.model["max_length"]
         return longest - places
 
     def save(self, folder: Path) -> None:
-        """Model (or what its adapter makes of it) and tokenizer in a new folder."""
+        """Save the model, or its adapter, and the tokenizer in a new folder."""
         self.model.config.use_cache = True
         saved: Any = self.model  # without types
         with quiet():
@@ -369,21 +282,21 @@ class Job:
 
     @property
     def saved_bytes(self) -> int:
-        """Of what :meth:`save` writes, without the tokenizer."""
+        """Bytes that :meth:`save` writes, without the tokenizer."""
         if self.adapter is not None:
             return self.adapter.saved_bytes
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
     @property
     def loaded_by(self) -> str:
-        """What loads the folder that :meth:`save` writes."""
+        """A line on what loads the folder that :meth:`save` writes."""
         if self.adapter is not None:
             return self.adapter.loaded_by
         family = "Masked" if self.settings.model["family"] == "masked" else "Causal"
         return f"transformers loads it: AutoModelFor{family}LM.from_pretrained(FOLDER)"
 
     def set_weights(self, saved: Mapping[str, Tensor], where: Path) -> None:
-        """Put trained tensors into the model.
+        """Copy trained tensors into the model.
 
         Raises:
             UserError: they are of another model.

@@ -23,7 +23,7 @@ from smezo_cli.files import bounded, strict_json
 
 
 def open_log(path: Path) -> FileIO:
-    """Open a log of a run to append to it; raise UserError where it cannot be."""
+    """Open a log of a run to append to it; raise UserError if that fails."""
     try:
         return bounded.open_own_bytes(path)
     except OSError as error:
@@ -33,13 +33,13 @@ def open_log(path: Path) -> FileIO:
 
 
 class Logger(Protocol):
-    """Receives the records of a run."""
+    """Receive the records of a run."""
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """One record; it has the key ``step``."""
+        """Take one record; it has the key ``step``."""
 
     def close(self, summary: Mapping[str, Any], ok: bool) -> str:
-        """No more records; ``summary`` is result.json's content. Return a line to say, or ''."""
+        """End the log; ``summary`` is result.json's content. Return a line to say, or ''."""
 
 
 def removed(path: Path) -> str:
@@ -48,11 +48,11 @@ def removed(path: Path) -> str:
 
 
 class JsonlLogger:
-    """metrics.jsonl: one JSON object a line.
+    """Write metrics.jsonl, one JSON object a line.
 
     Args:
-        path: of the file; where its name is taken from it, it is put back.
-        keep_bytes: of what is there.
+        path: of the file; it is put back if somebody removes it.
+        keep_bytes: length that is kept of the file that is there.
         lost: is told before the file is put back, and of lines that somebody else took out.
     """
 
@@ -62,7 +62,7 @@ class JsonlLogger:
         self._path, self._lost = path, lost
         self._file = open_log(path)
         with self._saying():
-            # What lies after the checkpoint is done again; a shorter file must not grow by zeros.
+            # Steps after the checkpoint are logged anew; a shorter file must not grow by zeros.
             self._file.truncate(min(keep_bytes, path.stat().st_size))
             self._file.seek(0)
             self._digest = hashlib.sha256(self._file.read())
@@ -82,7 +82,7 @@ class JsonlLogger:
         self._digest.update(line)
 
     def standing(self) -> tuple[int, str]:
-        """Length of the file so far, and its SHA-256."""
+        """Return the length of the file so far, and its SHA-256."""
         return self._file.tell(), self._digest.hexdigest()
 
     def close(self, summary: Mapping[str, Any], ok: bool) -> str:
@@ -94,7 +94,7 @@ class JsonlLogger:
         return ""
 
     def _stay(self) -> None:
-        """See that the file is where it was, with what was in it."""
+        """Put the file back if it was removed; say so if it was changed."""
         if os.fstat(self._file.fileno()).st_size != self._file.tell():
             self._lost(
                 f"  {self._path.name} was changed while the run went on: lines are lost; after the "
@@ -118,13 +118,13 @@ class JsonlLogger:
 
 
 class WandbLogger:
-    """Weights & Biases, offline or online; the run's id is its digest, so a resumed run goes on.
+    """Log to Weights & Biases, offline or online; the run's id is its digest, so a resume goes on.
 
     Each start of an offline run leaves a folder `wandb/offline-run-TIME-ID` with the steps that no
-    folder before it has; all say that they resume the run, so that `wandb sync` appends one to the
-    other in the order of their times. The lines that metrics.jsonl has kept and W&B lacks (what it
-    had not written when the run was killed) are sent first. A step is sent when it is complete,
-    with its look at dev: W&B takes no second row of a step.
+    folder before it has. Each folder says that it resumes the run, so that `wandb sync` appends one
+    to the other in the order of their times. Lines that metrics.jsonl has kept and W&B lacks, since
+    it had not written them when the run was killed, are sent first. A step is sent when it is
+    complete, with its evaluation of dev: W&B takes no second row for a step.
 
     Args:
         node: the settings of the logger.
@@ -132,7 +132,7 @@ class WandbLogger:
         config: of the run.
 
     Raises:
-        UserError: W&B cannot be had as it is asked for.
+        UserError: W&B refuses the settings, or cannot be reached.
     """
 
     def __init__(self, node: Mapping[str, Any], folder: Path, config: Mapping[str, Any]) -> None:
@@ -184,8 +184,8 @@ class WandbLogger:
         self._row = {}
 
     def close(self, summary: Mapping[str, Any], ok: bool) -> str:
-        """See :class:`Logger`; the command that uploads what is offline is the line to say."""
-        if summary["status"] not in ("stopped", "failed"):  # else it may lack its look at dev
+        """See :class:`Logger`; the line is the command that uploads an offline run."""
+        if summary["status"] not in ("stopped", "failed"):  # else it may lack its evaluation
             self._send()
         self._run.summary.update(
             strict_json.finite(
@@ -201,7 +201,7 @@ class WandbLogger:
 
 
 def _last_step(path: Path) -> int:
-    """The last step in a .wandb file, -1 where there is none; what is damaged ends it.
+    """Return the last step in a .wandb file, -1 if there is none; damage ends the reading.
 
     A header of 7 bytes, then LevelDB's log format: blocks of 32 KiB; a record is one piece or some,
     each with a checksum (4 bytes), its length (2), and whether it is whole (1), the first (2), a
@@ -231,10 +231,10 @@ def _last_step(path: Path) -> int:
 
 
 class TensorBoardLogger:
-    """Event files in the folder `tensorboard` of a run, a series for each number of a record.
+    """Write event files to the run's folder `tensorboard`, a series for each number of a record.
 
-    Values are float32 there. A run that goes on writes them anew from the lines that metrics.jsonl
-    has kept: every step is there once, those of a run that began with another logger too.
+    Values are float32 there. A resumed run writes the files anew from the lines that metrics.jsonl
+    has kept: every step is there once, also if the run began with another logger.
 
     Args:
         folder: of the run; its metrics.jsonl is open, and cut to what is kept.
@@ -258,7 +258,7 @@ class TensorBoardLogger:
             self._folder.mkdir(exist_ok=True)
             for file in self._folder.glob("events.out.tfevents.*"):
                 file.unlink()
-            # Who looks at the files meanwhile is told to forget what was in them.
+            # A reader of the files is told to forget what was in them.
             self._writer: Any = SummaryWriter(str(self._folder), purge_step=0, flush_secs=10)
             text = strict_json.dumps(redacted_tree(config), indent=1)
             self._writer.add_text("config", f"```\n{text}\n```")
@@ -279,12 +279,12 @@ class TensorBoardLogger:
             self._add(record, record["step"], None)
 
     def close(self, summary: Mapping[str, Any], ok: bool) -> str:
-        """See :class:`Logger`; the figures of the test rows are a last point each."""
+        """See :class:`Logger`; each metric of the test rows is one last point."""
         names = ("test", "zero_shot", "zero_shot_calibrated")
         with self._saying():
             if ok:
-                figures = {name: summary[name] for name in names if summary.get(name)}
-                self._add(figures, summary["step"], None)
+                metrics = {name: summary[name] for name in names if summary.get(name)}
+                self._add(metrics, summary["step"], None)
             self._writer.close()
         return ""
 
@@ -301,8 +301,76 @@ class TensorBoardLogger:
             raise UserError(f"cannot write {self._folder}: {error.strerror or error}.") from error
 
 
+class Loggers:
+    """All loggers of a run; metrics.jsonl is always one of them.
+
+    Args:
+        lines: of metrics.jsonl.
+        services: the others.
+    """
+
+    def __init__(self, lines: JsonlLogger, *services: Logger) -> None:
+        self._lines, self._all = lines, (lines, *services)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Give one record to each logger."""
+        for logger in self._all:
+            logger.log(record)
+
+    def standing(self) -> tuple[int, str]:
+        """Return the length of metrics.jsonl so far, and its SHA-256."""
+        return self._lines.standing()
+
+    def close(self, summary: Mapping[str, Any], say: Callable[[str], None]) -> None:
+        """Close each logger, whatever another one cannot write.
+
+        Args:
+            summary: result.json's content.
+            say: receives what a logger has to say.
+        """
+
+        def close_one(logger: Logger) -> None:
+            if line := logger.close(summary, summary["status"] == "done"):
+                say(line)
+
+        with contextlib.ExitStack() as stack:
+            for logger in reversed(self._all):
+                stack.callback(close_one, logger)
+
+
+def open_loggers(
+    node: Mapping[str, Any],
+    folder: Path,
+    config: Mapping[str, Any],
+    keep_bytes: int,
+    lost: Callable[[str], None],
+) -> Loggers:
+    """Open metrics.jsonl and the service that the settings name.
+
+    Args:
+        node: the settings of the logger.
+        folder: of the run.
+        config: its settings.
+        keep_bytes: of metrics.jsonl.
+        lost: see :class:`JsonlLogger`.
+
+    Raises:
+        UserError: a file cannot be written, or the service cannot be had as it is asked for.
+    """
+    lines = JsonlLogger(folder / "metrics.jsonl", keep_bytes, lost)
+    with contextlib.ExitStack() as undo:
+        undo.callback(lines.close, {}, False)
+        services: list[Logger] = []
+        if node["name"] == "wandb":
+            services = [WandbLogger(node, folder, config)]
+        elif node["name"] == "tensorboard":
+            services = [TensorBoardLogger(folder, config)]
+        undo.pop_all()
+    return Loggers(lines, *services)
+
+
 def _records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records in a metrics.jsonl; a damaged line is left out."""
+    """Return the records in a metrics.jsonl, without damaged lines."""
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
@@ -311,7 +379,7 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """Every finite number in a record, with its keys; one alone in a list has no place."""
+    """Return every finite number in a record with its keys, and its place in a longer list."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _numbers(item, f"{name}.{key}" if name else str(key))

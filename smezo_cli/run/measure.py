@@ -1,8 +1,8 @@
-"""The rows of a step as a process measures them: in micro-batches, and its share among ranks.
+"""Measure the loss of a step in micro-batches, and this rank's shard of it.
 
-Sums over parts of a batch are rounded to multiples of 2^-32. Adding them up is then exact, so that
+Sums over micro-batches are rounded to multiples of 2^-32. Adding them up is then exact, so that
 neither their order nor who adds them matters: any number of ranks gives the same bits as long as
-the rows are cut into the same parts (a forward over other rows rounds in another way).
+the rows are cut into the same micro-batches (a forward over other rows rounds in another way).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,30 +25,30 @@ _GRID = 2.0**32  # sums of up to 2^21 are exact in float64
 
 
 class Steps(Protocol):
-    """Takes steps; see :class:`smezo_cli.methods.base.Method`."""
+    """Take steps; see :class:`smezo_cli.methods.base.Method`."""
 
     def step(self, closure: Closure) -> StepRecord: ...
 
 
 class Team(Protocol):
-    """The ranks that make a step together; see :class:`smezo_cli.run.ranks.Ranks`."""
+    """Divide a step among ranks; see :class:`smezo_cli.run.ranks.Ranks`."""
 
     @property
     def shares_rows(self) -> bool:
-        """More than one rank measures a query, each on rows of its own."""
+        """Whether several ranks measure a query, each on rows of its own."""
 
     def rows(self, num: int) -> slice:
-        """Those, of so many, that this rank measures."""
+        """Return which of so many rows this rank measures."""
 
     def queries(self, num: int) -> Sequence[int]:
-        """Those, of so many, that this rank measures."""
+        """Return which of so many queries this rank measures."""
 
     def add(self, numbers: Sequence[float]) -> list[float]:
-        """Sums over the ranks."""
+        """Return sums over the ranks."""
 
 
 class Batch:
-    """A closure over the rows of a step, in parts of at most ``size`` rows."""
+    """Compute the objective of the rows of a step, in micro-batches of at most ``size`` rows."""
 
     def __init__(
         self, scorer: Scorer, rows: Sequence[Candidates], objective: str, size: int | None
@@ -68,10 +68,10 @@ class Batch:
         return len(self._parts) == 1 and len(self._parts[0]) == len(self._rows)
 
     def __call__(self) -> Tensor:
-        """The objective of the rows, ().
+        """Return the objective of the rows, ().
 
         Raises:
-            OutOfMemory: the memory is too small for a part.
+            OutOfMemory: the memory is too small for a micro-batch.
         """
         if self._is_whole:
             with detecting_out_of_memory():
@@ -79,7 +79,7 @@ class Batch:
         return self._sum() / self._weight
 
     def _sum(self) -> Tensor:
-        """Of the parts: float64 (), a multiple of 2^-32."""
+        """Return the sum over the micro-batches: float64 (), a multiple of 2^-32."""
         sums = []
         for part in self._parts:
             with detecting_out_of_memory():
@@ -99,8 +99,8 @@ class Batch:
         return self._scorer.objective_sum(part, self._objective) / self._weight
 
 
-class SharedBatch(Batch):
-    """The share of a rank; see :class:`smezo_cli.zo.step.Shared`."""
+class ShardedBatch(Batch):
+    """Compute this rank's shard of a step; see :class:`smezo_cli.zo.step.Shared`."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class SharedBatch(Batch):
             self._cut(rows[team.rows(len(rows))], size)
 
     def __call__(self) -> Tensor:
-        """The objective of the rows, or where they are shared the sum of this rank's, ()."""
+        """Return the objective of the rows; if ranks share them, the sum over this rank's, ()."""
         return self._sum() if self._team.shares_rows else super().__call__()
 
     def queries(self, num: int) -> Sequence[int]:
@@ -126,7 +126,7 @@ class SharedBatch(Batch):
     def join(
         self, losses: Mapping[int, Sequence[float]], sizes: Sequence[int]
     ) -> list[list[float]]:
-        """See :class:`Shared`; a float64 a loss is all that goes over the wire."""
+        """Return the losses of all queries; a float64 a loss is all that ranks exchange."""
         flat = [x for i, size in enumerate(sizes) for x in losses.get(i, [0.0] * size)]
         weight = self._weight if self._team.shares_rows else 1
         sums = iter([total / weight for total in self._team.add(flat)])
@@ -134,15 +134,17 @@ class SharedBatch(Batch):
 
 
 class Measure:
-    """Takes the steps of a run, in parts that the memory has room for.
+    """Take the steps of a run, in micro-batches that fit into the memory.
 
     Args:
         scorer: computes the losses.
         objective: "loss", "accuracy" or "f1".
         size: most rows in a forward; None: all that this process has of a batch, until the memory
             is too small for them.
-        team: the ranks that share the steps; None: this process makes them alone.
-        halved: receives a line and the new size where the parts are made smaller.
+        team: the ranks that share the steps; None: this process takes them alone.
+        halved: receives a line and the new size when micro-batches are made smaller.
+        lead: is told of each step before it is taken, and of the step at which dev is evaluated
+            next, so that other ranks take it too.
     """
 
     def __init__(
@@ -152,27 +154,28 @@ class Measure:
         size: int | None,
         team: Team | None,
         halved: Callable[[str, int], None],
+        lead: Callable[[int, int], None] = lambda step, until: None,
     ) -> None:
         self.scorer, self.objective, self.size = scorer, objective, size
-        self._team, self._halved = team, halved
+        self._team, self._halved, self.lead = team, halved, lead
 
     def batch(self, rows: Sequence[Candidates]) -> Batch:
-        """The closure of these rows."""
+        """Return the closure over these rows."""
         if self._team is None:
             return Batch(self.scorer, rows, self.objective, self.size)
-        return SharedBatch(self.scorer, rows, self.objective, self.size, self._team)
+        return ShardedBatch(self.scorer, rows, self.objective, self.size, self._team)
 
     def step(self, method: Steps, rows: Sequence[Candidates]) -> StepRecord:
-        """One step, again with parts of half the size as long as the memory is too small.
+        """Take one step; halve the micro-batches and repeat while the memory is too small.
 
         Raises:
             NonFiniteLoss: before anything was written.
             UserError: a single row is too much.
         """
-        return self.with_room(lambda batch: method.step(batch), rows)
+        return self.until_it_fits(lambda batch: method.step(batch), rows)
 
-    def with_room(self, use: Callable[[Batch], T], rows: Sequence[Candidates]) -> T:
-        """What ``use`` makes of the rows' closure; see :meth:`step`."""
+    def until_it_fits(self, use: Callable[[Batch], T], rows: Sequence[Candidates]) -> T:
+        """Return what ``use`` makes of the closure over the rows, repeated as in :meth:`step`."""
         while True:
             batch = self.batch(rows)
             try:
@@ -183,7 +186,7 @@ class Measure:
                         f"the memory is too small for a forward over one row ({error}): lower "
                         "task.max_train_tokens or model.max_length, or take dtype=bfloat16."
                     ) from error
-            # Only here are the tensors free that the error held.
+            # The error held tensors, which are free only here.
             self.size = batch.largest // 2
             release_memory()
             self._halved(

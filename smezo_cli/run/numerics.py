@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from smezo_cli.run.batches import Batches
+from smezo_cli.run.begin import Run
+from smezo_cli.run.measure import Measure
 from smezo_cli.scoring.batching import Found
 from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.scoring.float32 import in_float32
 from smezo_cli.scoring.scorer import Scorer
+from smezo_cli.store.notes import Notes
 from smezo_cli.zo.noise import hash64, stream_key
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.step import NonFiniteLoss, StepRecord
@@ -21,21 +25,21 @@ if TYPE_CHECKING:
     from smezo_cli.methods.base import Method
 
 
-SAMPLE = 4096  # entries looked at of each tensor
+SAMPLE = 4096  # entries that are watched of each tensor
 
 PROBED_QUERIES = 2  # of the loss noise, two losses each
 
 
-# --- what steps did to the weights -------------------------------------------------------------
+# --- what steps do to the weights --------------------------------------------------------------
 
 
 @dataclass
 class _Sample:
-    """Some entries of a tensor: all of a small one, else drawn with replacement."""
+    """Hold some entries of a tensor: all of a small one, else drawn with replacement."""
 
     name: str
     parameter: nn.Parameter
-    index: Tensor | None  # int32 (int64 in huge tensors), flat; None is all
+    index: Tensor | None  # int32 (int64 for huge tensors), flat; None: all entries
     base: Tensor  # of the base model, in the parameter's dtype
 
     @property
@@ -51,23 +55,23 @@ class _Sample:
 
 
 class Numerics:
-    """How far weights moved since the base model, and which updates low precision swallowed.
+    """Measure how far weights moved since the base model, and which updates were rounded away.
 
-    Estimates from at most :data:`SAMPLE` entries of each tensor, drawn by a key and weighted by the
-    size of the tensor; exact for tensors that are not larger. Its figures at a look:
+    These are estimates from at most :data:`SAMPLE` entries of each tensor, drawn by a key and
+    weighted by the size of the tensor; exact for tensors that are not larger. At an evaluation:
 
-    * ``moved_share``: share of the trained weights that differ from the base model's;
+    * ``moved_share``: fraction of the trained weights that differ from the base model's;
     * ``rms_move``: root mean square of the difference, over all trained weights;
-    * ``underflow``: share of the weights under the mask that the last update before the look left
-      as they were though their coefficient was not 0; None for first-order methods.
+    * ``underflow``: fraction of the weights under the mask that the last update before the
+      evaluation left as they were though their coefficient was not 0; None for first-order methods.
 
     Args:
         method: its ``trained`` tensors hold the base model's weights now.
         seed: draws the sample.
-        notes: of the run; the figures lie in ``notes["numerics"]``.
+        notes: of the run; the values lie in ``notes["numerics"]``.
     """
 
-    def __init__(self, method: "Method", seed: int, notes: dict[str, Any]) -> None:
+    def __init__(self, method: "Method", seed: int, notes: Notes) -> None:
         self._method = method if isinstance(method, ZeroOrder) else None
         self._notes = notes
         self._samples: list[_Sample] = []
@@ -84,21 +88,20 @@ class Numerics:
             self._samples.append(sample)
 
     @property
-    def _figures(self) -> dict[str, Any]:
-        figures: dict[str, Any] = self._notes.setdefault("numerics", {})
-        return figures
+    def _values(self) -> dict[str, Any]:
+        return self._notes.setdefault("numerics", {})
 
     def before_step(self, is_last: bool) -> None:
-        """Keep the sampled weights where dev is looked at right after the step."""
+        """Keep the sampled weights if dev is evaluated right after the step."""
         if is_last and self._method is not None:
             self._before = [s.now for s in self._samples]
 
     def after_step(self, record: StepRecord) -> None:
-        """Which of the weights kept did the update leave as they were?"""
+        """Note which of the weights kept the update left as they were."""
         method, before, self._before = self._method, self._before, []
         if method is None or not before:
             return
-        self._figures["underflow"] = None
+        self._values["underflow"] = None
         if not any(record.projected_grad):
             return
         active = lost = 0.0
@@ -107,20 +110,20 @@ class Numerics:
             mask = method.mask_at(s.parameter, was, index, method.num_steps - 1)
             active += s.weight * int(mask.sum())
             lost += s.weight * int((mask & (s.now == was)).sum())
-        self._figures["underflow"] = lost / active if active else None
+        self._values["underflow"] = lost / active if active else None
 
-    def look(self) -> dict[str, Any]:
-        """The figures at the present weights."""
+    def measure(self) -> dict[str, Any]:
+        """Return, and note, how far the present weights have moved."""
         moved = squares = 0.0
         total = sum(s.parameter.numel() for s in self._samples)
         for s in self._samples:
             now = s.now
             moved += s.weight * int((now != s.base).sum())
             squares += s.weight * float((now.double() - s.base.double()).square().sum())
-        self._figures.update({"moved_share": moved / total, "rms_move": math.sqrt(squares / total)})
-        self._figures["sampled"] = sum(len(s.base) for s in self._samples)
+        self._values.update({"moved_share": moved / total, "rms_move": math.sqrt(squares / total)})
+        self._values["sampled"] = sum(len(s.base) for s in self._samples)
         names = ("moved_share", "rms_move", "underflow")
-        return {name: self._figures[name] for name in names if self._figures.get(name) is not None}
+        return {name: self._values[name] for name in names if self._values.get(name) is not None}
 
 
 def loss_noise(
@@ -130,11 +133,11 @@ def loss_noise(
     objective: str = "loss",
     between: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """How far the losses of a run in low precision are from those of the same weights in float32.
+    """Measure how far losses in low precision are from those of the same weights in float32.
 
-    On one batch at four probes of the next step, theta +- eps z of two queries, stored in the
-    weights' dtype: four forwards in the run's precision and four in float32. Of a run with another
-    objective "losses" are that objective. ``between`` is called before each forward, and may raise.
+    It takes one batch at four probes of the next step, theta +- eps z of two queries, stored in the
+    weights' dtype: four forwards in the run's precision and four in float32. For a run with another
+    objective, "losses" are that objective. ``between`` is called before each forward; it may raise.
 
     Returns:
         ``loss_error_rms`` and ``loss_error_mean`` of the differences; ``loss_noise``, their
@@ -170,3 +173,26 @@ def loss_noise(
         "projected_grad_noise": noise / (math.sqrt(2) * method.param_groups[0]["eps"]),
         "noise_forwards": 2 * len(errors),
     }
+
+
+def measured_noise(
+    run: Run, method: "Method", measure: Measure, batches: Batches
+) -> dict[str, Any]:
+    """Return :func:`loss_noise` of a run in low precision, at its tested weights; else nothing.
+
+    A line says why where it cannot be measured, as the run has its result.
+
+    Raises:
+        Stopped: asked to, between two forwards.
+    """
+    s = run.settings
+    dtypes = {s.dtype, s.compute_dtype or s.dtype}
+    if dtypes == {"float32"} or not isinstance(method, ZeroOrder):
+        return {}
+    try:
+        batch = batches.rows(run.state.step)[: measure.size]
+        return loss_noise(method, measure.scorer, batch, run.objective, run.check_stop)
+    except (RuntimeError, MemoryError, NonFiniteLoss) as error:
+        line = str(error).partition("\n")[0]
+        run.say(f"  the loss noise of {s.dtype} was not measured: {line}")
+        return {}

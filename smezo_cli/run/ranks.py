@@ -1,9 +1,9 @@
-"""Several processes that make one run together: who they are, and all that they exchange.
+"""Connect the processes that make one run together, and exchange all that they exchange.
 
 torchrun starts them and torch.distributed carries the numbers; nothing is scheduled here. Rank 0 is
 the run: it has the folder, the console and the loggers, and tells the others (the followers,
 :mod:`smezo_cli.run.follower`) what comes next. Every rank holds all weights and moves them by
-itself; of a step the ranks exchange two losses a query.
+itself; in a step the ranks exchange two losses a query.
 """
 
 import atexit
@@ -27,8 +27,8 @@ from smezo_cli.machine.torchrun import VARIABLES, _mistake, local_rank
 _joined: "Ranks | None" = None
 _ALONE = "unset RANK WORLD_SIZE"
 
-# Who has died closes its connections, which is noticed at once. What may take long is one rank's
-# work alone: a checkpoint of a large model, or a trajectory that is applied again.
+# A rank that dies closes its connections, which the others notice at once. What may take long is
+# the work of one rank alone: a checkpoint of a large model, or a trajectory that is replayed.
 _TIMEOUT = timedelta(hours=4)
 
 
@@ -37,18 +37,18 @@ class RankLost(UserError):
 
 
 class Left(Exception):
-    """The run has ended for this rank; the reason is rank 0's to tell."""
+    """Rank 0 has ended the run, and says why."""
 
 
-# Ranks come within seconds of each other, unless there are none.
+# Seconds; ranks start within a few of each other, unless there are no others.
 _PATIENCE = 5.0
 
 
 def join(settings: Settings) -> "Ranks | None":
-    """The ranks of this run, None for a process of its own.
+    """Connect to the other ranks and return them all; None for a process that runs alone.
 
     Raises:
-        UserError: these settings are not for so many ranks.
+        UserError: the settings do not suit so many ranks.
         RankLost: the others cannot be reached.
     """
     global _joined  # a process joins once; the jobs of a sweep follow each other
@@ -102,12 +102,12 @@ def _check(settings: Settings, size: int) -> None:
 
 
 def _meet(rank: int, size: int) -> Any:
-    """Wait until all ranks have come, and say what is waited for; return their store.
+    """Wait for all ranks, say what is waited for, and return their store.
 
-    A process that has the variables from an earlier start by mistake would else wait in silence.
+    A process that inherits the variables from an earlier start would else wait in silence.
 
     Raises:
-        RuntimeError: rank 0 cannot listen, has gone again, or not all came in time.
+        RuntimeError: rank 0 cannot listen or has ended, or a rank does not come in time.
     """
     from torch import distributed
 
@@ -150,20 +150,20 @@ def _meet(rank: int, size: int) -> Any:
 
 
 class Ranks:
-    """All ranks of a run. A collective that fails ends the run on every rank.
+    """Exchange numbers among all ranks of a run; a collective that fails ends it on every rank.
 
     Args:
-        backend: "gloo", or "nccl" with a CUDA device a rank.
+        backend: "gloo", or "nccl" with one CUDA device for each rank.
 
     Attributes:
         rank: of this process, from 0.
-        size: how many there are.
-        asked: was this rank asked to stop?
-        stop_asked: some rank was asked to stop; known to all after a step.
-        of_rows: ranks that share the rows of a query.
-        of_queries: ranks, or groups of such, that share the queries.
+        size: number of ranks.
+        asked: says whether this rank was asked to stop.
+        stop_asked: whether some rank was asked to stop; known to all after a step.
+        of_rows: number of ranks that share the rows of a query.
+        of_queries: number of groups of such ranks, which share the queries.
         left: steps that the followers take before they ask rank 0 what comes next.
-        lost: a collective has failed.
+        lost: whether a collective has failed.
     """
 
     def __init__(self, backend: str) -> None:
@@ -172,7 +172,7 @@ class Ranks:
 
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.backend, self.lost = backend, False
-        # Numbers go over gloo from the host, where losses are read anyway.
+        # gloo sends numbers from the host, where losses are read anyway.
         self._device = torch.device("cpu" if backend == "gloo" else f"cuda:{local_rank()}")
         try:
             store = _meet(self.rank, self.size)
@@ -194,7 +194,7 @@ class Ranks:
             distributed.destroy_process_group()
 
     def abandon(self) -> None:
-        """Have the others hear that this rank is gone, though its process may go on."""
+        """Close the connections, so that the others notice even if this process goes on."""
         from torch import distributed
 
         if not self.lost:
@@ -202,7 +202,7 @@ class Ranks:
             distributed.destroy_process_group()
 
     def begin(self, settings: Settings) -> None:
-        """Before a run: how its steps are shared."""
+        """Start a run: decide how its steps are shared, and forget the run before."""
         if self.lost:
             raise RankLost("the ranks have lost each other; start them again.")
         self.of_queries, self.of_rows = settings.query_ranks, self.size // settings.query_ranks
@@ -211,26 +211,28 @@ class Ranks:
         self._expected: int | None = None  # numbers in the sum that the followers wait in
         self._stage = "before"
 
-    # --- shares -------------------------------------------------------------------------------
+    # --- shards -------------------------------------------------------------------------------
 
     @property
     def shares_rows(self) -> bool:
-        """More than one rank measures a query, each on rows of its own."""
+        """Whether several ranks measure a query, each on rows of its own."""
         return self.of_rows > 1
 
     def rows(self, num: int) -> slice:
-        """Those, of so many, that this rank measures."""
+        """Return which of so many rows this rank measures."""
         place = self.rank % self.of_rows
         return slice(place * num // self.of_rows, (place + 1) * num // self.of_rows)
 
     def queries(self, num: int) -> Sequence[int]:
-        """Those, of so many, that this rank measures."""
+        """Return which of so many queries this rank measures."""
         return range(self.rank // self.of_rows, num, self.of_queries)
 
     # --- what is exchanged --------------------------------------------------------------------
 
     def add(self, numbers: Sequence[float]) -> list[float]:
-        """Sums over the ranks: the one exchange of a step, two more numbers with it.
+        """Return sums over the ranks; this is the one exchange of a step.
+
+        Two more numbers go with them: whether a rank was asked to stop, and whether rank 0 leaves.
 
         Raises:
             Left: rank 0 ends the run.
@@ -243,7 +245,7 @@ class Ranks:
         self.stop_asked = self.stop_asked or stop > 0
         self.left -= 1
         if self.stop_asked or not all(map(math.isfinite, sums)):
-            self.left = 0  # all ranks know it, and wait for what rank 0 says
+            self.left = 0  # all ranks know it, and wait for rank 0's next command
         elif self.left > 0:
             self._expected = len(sums)
         return sums
@@ -253,7 +255,7 @@ class Ranks:
         from torch import distributed
 
         vector = torch.tensor(numbers, dtype=torch.float64, device=self._device)
-        # To rank 0 and back, two trips over the slowest link; a ring would take 2 (size - 1).
+        # To rank 0 and back: two trips over the slowest link; a ring would take 2 (size - 1).
         parts = [torch.zeros_like(vector) for _ in self._all] if self.rank == 0 else None
         self._call(distributed.gather, vector, parts)
         if parts is not None:
@@ -263,9 +265,9 @@ class Ranks:
         return found
 
     def goes_on(self, has_scored: bool) -> bool:
-        """Between two batches of an evaluation, hear whether any rank has scored one just now.
+        """Return whether any rank has just scored a batch of an evaluation.
 
-        As :meth:`add`; where it is False, or a stop was asked for, no other exchange of this kind
+        It raises as :meth:`add` does. After False, or a stop, no other exchange of this kind
         follows.
         """
         self.left = 2  # another may follow, whatever comes of this one
@@ -275,7 +277,7 @@ class Ranks:
         return goes_on
 
     def add_tensor(self, tensor: Any) -> Any:
-        """The sum of float tensors over the ranks, on the CPU."""
+        """Return the sum of float tensors over the ranks, on the CPU."""
         from torch import distributed
 
         tensor = tensor.to(self._device)
@@ -283,7 +285,7 @@ class Ranks:
         return tensor.cpu()
 
     def gather(self, content: bytes) -> list[bytes]:
-        """What each rank gives, by rank."""
+        """Return what each rank gives, by rank."""
         import torch
         from torch import distributed
 
@@ -302,15 +304,15 @@ class Ranks:
     # --- rank 0 -------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Let the followers load what the run works on."""
+        """Let the followers load task and model."""
         self.tell("start")
         self._stage = "agreeing"
 
     def agree(self, facts: Mapping[str, Any], error: str | None = None) -> list[dict[str, Any]]:
-        """What every rank says of itself, where all say the same of what must be the same.
+        """Return what every rank says of itself; refuse ranks that differ from rank 0.
 
         Args:
-            facts: of this rank; what "same" holds must be that of rank 0.
+            facts: of this rank; its "same" must equal rank 0's.
             error: why it cannot take part.
 
         Raises:
@@ -335,36 +337,36 @@ class Ranks:
         return said
 
     def tell(self, do: str, content: bytes = b"", **about: Any) -> None:
-        """What the followers do next."""
+        """Send the followers a command, with numbers and bytes about it."""
         head = json.dumps({"do": do, **about}).encode()
         self._send([len(head), len(content)])
         self._send_bytes(head + content)
 
     def take_steps(self, step: int, until: int, queries: int, **about: Any) -> None:
-        """Let the followers take the steps from ``step`` on, with this rank, if they do not yet."""
+        """Let the followers take the steps from ``step`` on with this rank, unless they do."""
         if self.left <= 0:
             self.tell("steps", step=step, until=until, **about)
             self.left = until - step
             self._expected = 2 * queries
 
     def evaluate(self, **about: Any) -> None:
-        """Let the followers score their share of some rows; see :func:`evaluate`."""
+        """Let the followers score their shard of some rows; see :func:`evaluate`."""
         self.tell("evaluate", **about)
         self._expected = 1  # number in each exchange of `goes_on`
 
     def hand_out(self, path: str, sha256: str) -> bool:
-        """Let the followers load a file of weights; True where all of them have it."""
+        """Let the followers load a file of weights; return whether all of them have it."""
         self.tell("weights", path=path, sha256=sha256)
         self._expected = 1
         return self.add([1.0])[0] == self.size
 
     def memory(self) -> list[dict[str, Any]]:
-        """Of each of the other ranks `peak` in bytes, `micro_batch_size` at the end, `halved`."""
+        """Return of each follower its `peak` in bytes, its `micro_batch_size`, and if `halved`."""
         self.tell("memory")
         return [json.loads(part) for part in self.gather(b"")[1:]]
 
     def leave(self) -> None:
-        """End the run for the followers, wherever they are; nothing where they are gone."""
+        """End the run for the followers, wherever they are, if they are not gone."""
         if self.lost or self._stage == "ended":
             return
         try:
@@ -381,7 +383,7 @@ class Ranks:
     # --- followers ----------------------------------------------------------------------------
 
     def told(self) -> tuple[dict[str, Any], bytes]:
-        """What rank 0 tells, and its content."""
+        """Return rank 0's next command, and its bytes."""
         head, content = self._send([0, 0])
         text = self._send_bytes(bytes(head + content))
         message: dict[str, Any] = json.loads(text[:head])
@@ -419,6 +421,6 @@ class Ranks:
 
 
 def _first_line(error: Exception) -> str:
-    """Without the place in gloo's source before it, and its guesses behind it."""
+    """Return the first line without gloo's place in its source, and without its guesses."""
     line = re.sub(r"^\[\S+:\d+\] ", "", str(error).partition("\n")[0])
     return line.partition(". This is")[0][:200]

@@ -1,4 +1,4 @@
-"""Weights of any step of a zeroth-order run: from what is saved, the rest replayed."""
+"""Rebuild the weights of any step of a zeroth-order run: load what is saved, replay the rest."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from smezo_cli.errors import UserError
-from smezo_cli.run.loaded import Job
+from smezo_cli.run.loaded import Loaded
 from smezo_cli.store.folder import RunFolder, State
 from smezo_cli.store.saved import Saved
 from smezo_cli.store.trajectory import Trajectory, replay
@@ -16,10 +16,10 @@ from smezo_cli.zo.optimizer import ZeroOrder
 def restore(
     method: Any, numbers: dict[str, Any], tensors: Mapping[str, Tensor], folder: RunFolder
 ) -> None:
-    """Give a method its own numbers and tensors back.
+    """Give a method back its own numbers and tensors.
 
     Raises:
-        UserError: they are of another method, or no run has written them.
+        UserError: they are of another method, or damaged.
     """
     try:
         method.restore(numbers, tensors)
@@ -31,7 +31,7 @@ def restore(
 
 
 def rebuild(
-    job: Job,
+    loaded: Loaded,
     method: ZeroOrder,
     folder: RunFolder,
     state: State,
@@ -42,19 +42,19 @@ def rebuild(
 ) -> None:
     """Put the weights after ``step`` steps into the model and its method.
 
-    They begin at the nearest that is good: what the model holds (``method.num_steps`` steps after
-    the base), or what is saved; with the method's own tensors, if it has some, which are made again
-    from the first step on where none are saved. Needs no memory beside the model and one tensor.
+    The replay begins at the nearest good weights: those that the model holds, of step
+    ``method.num_steps``, or saved ones. If the method has tensors of its own, they are loaded too,
+    or replayed from the first step on. It needs no memory beside the model and one tensor.
 
     Args:
-        job: holds the model.
-        method: its own.
+        loaded: holds the model.
+        method: that moves its weights.
         folder: of the run.
         state: of the run.
         records: its steps.
         step: how many of them.
         say: receives what is damaged.
-        goes_on: steps follow, so that saved weights without the method's own tensors will not do.
+        goes_on: whether steps follow, for which saved weights need the method's own tensors.
 
     Raises:
         UserError: nothing good is left before that step, or the records end before it.
@@ -66,7 +66,7 @@ def rebuild(
         )
     saved = _nearest(method, folder, state, step, say, goes_on)
     if saved is not None and not saved[0] <= method.num_steps <= step:
-        job.set_weights(saved[1], folder.path)
+        loaded.set_weights(saved[1], folder.path)
         numbers = saved[1].about.get("method")
         numbers = numbers if isinstance(numbers, dict) else {}
         restore(method, numbers | {"num_steps": saved[0]}, saved[2], folder)
@@ -86,7 +86,7 @@ def _nearest(
     say: Callable[[str], None],
     goes_on: bool,
 ) -> tuple[int, Saved, Mapping[str, Tensor]] | None:
-    """The last good weights up to a step from which the method can be brought there."""
+    """Return the last good weights up to a step from which the method can be replayed to it."""
     last: int = step
     while (found := folder.nearest(state, last, say)) is not None:
         at, weights = found

@@ -20,7 +20,7 @@ from smezo_cli.files.bounded import load_yaml
 
 if TYPE_CHECKING:
     from smezo_cli.run.console import Console
-    from smezo_cli.run.loaded import Job
+    from smezo_cli.run.loaded import Loaded
     from smezo_cli.scoring.evaluation import Evaluation
     from smezo_cli.store.folder import RunFolder, State
     from smezo_cli.store.partial_scores import PartialScores
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from smezo_cli.zo.optimizer import ZeroOrder
 
 
-# Settings that may differ from those of the training: of the task, what rows there are.
+# Settings that may differ from those of the training; of the task, only which rows there are.
 _MAY_CHANGE = ("task", "device", "dtype", "compute_dtype")
 
-_WHERE = "model.device_map"  # may change, and come where there was none
+_WHERE = "model.device_map"  # may change, or be new
 
-SAME_BITS = ("compile",)  # may change where steps are applied again: their bits do not
+SAME_BITS = ("compile",)  # may change where steps are replayed: the bits are the same
 
 _OF_THE_TRAINING = (
     *("name", "kind", "source", "prompt", "prompts", "masked", "option_template"),
@@ -46,7 +46,7 @@ _OF_THE_TRAINING = (
 def opened(
     run: str, overrides: Sequence[str] = ()
 ) -> Iterator[tuple["RunFolder", "State", Settings, DictConfig]]:
-    """A trained run: its folder (locked), its state, its settings with some changed."""
+    """Give a trained run's folder (locked), state, and settings with the overrides."""
     from smezo_cli.store.folder import RunFolder
 
     path = Path(run)
@@ -67,7 +67,7 @@ def opened(
 
 
 def say_code(settings: Settings, say: Callable[[str], None]) -> None:
-    """Tell before it happens that a model's own code runs; the run was allowed to, and says so."""
+    """Announce that a model's own code will be executed, if the run allowed that."""
     if settings.model.get("trust_remote_code"):
         say(
             f"  remote code  Python files of {settings.model['path']} are executed, as the run was "
@@ -78,7 +78,7 @@ def say_code(settings: Settings, say: Callable[[str], None]) -> None:
 def read_config(
     path: Path, overrides: Sequence[str], may_change: Sequence[str] = ()
 ) -> tuple[DictConfig, Settings]:
-    """The settings that a run was trained with, some of them changed."""
+    """Return the settings that a run was trained with, with the overrides."""
     if not (path / "config.yaml").is_file():
         there = "has no config.yaml" if path.is_dir() else "is not there"
         raise UserError(f"{path} {there}: give the folder of a run (smezo runs lists them).")
@@ -99,7 +99,7 @@ def _change(cfg: DictConfig, word: str, may_change: Sequence[str]) -> None:
     """Apply one KEY=VALUE to the settings of the run.
 
     Raises:
-        UserError: not of that form, no such key, or one that must stay as it was trained.
+        UserError: the word is not of that form, or the key does not exist or must not change.
     """
     key, equals, value = word.partition("=")
     if not equals:
@@ -125,22 +125,22 @@ def _change(cfg: DictConfig, word: str, may_change: Sequence[str]) -> None:
 def trained(
     folder: "RunFolder",
     state: "State",
-    job: "Job",
+    loaded: "Loaded",
     step: int | None,
     say: Callable[[str], None],
 ) -> int:
-    """Put the trained weights into the model; the step that they are of."""
+    """Put the trained weights, of the best step or another, into the model; return their step."""
     from smezo_cli.run.replay import rebuild
     from smezo_cli.store.trajectory import read
 
     chosen = state.best_step if step is None else step
     assert chosen is not None  # opened refuses a run without
-    if is_frozen(job.settings.method):
+    if is_frozen(loaded.settings.method):
         if chosen:
             raise UserError(f"--step {step}: {folder.path} took no steps; leave it out.")
-        job.demonstrate(state.notes.get("demonstrations", {}).get("text", ""))
+        loaded.demonstrate(state.notes.get("demonstrations", {}).get("text", ""))
         if 0 in state.weights():
-            job.set_probe(folder.load_weights(state, 0), folder.path)
+            loaded.set_probe(folder.load_weights(state, 0), folder.path)
         return 0
     path = folder.path / "trajectory.bin"
     if not path.exists():
@@ -148,38 +148,39 @@ def trained(
             steps = ", ".join(map(str, state.weights()))
             raise UserError(
                 f"--step {step}: {folder.path} keeps the weights of step {steps}; "
-                "a run with keep=all keeps those of every look at dev."
+                "a run with keep=all keeps those of every evaluation of dev."
             )
-        job.set_weights(folder.load_weights(state, chosen), folder.path)
+        loaded.set_weights(folder.load_weights(state, chosen), folder.path)
         return chosen
     saved = folder.nearest(state, chosen, say)
     if saved is not None and saved[0] == chosen:
-        job.set_weights(saved[1], folder.path)
+        loaded.set_weights(saved[1], folder.path)
         return chosen
     records = read(path)
     if not 0 <= chosen <= len(records):
         raise UserError(f"--step {step}: {folder.path} has made {len(records)} steps.")
-    rebuild(job, replayed(job, records, str(path)), folder, state, records, chosen, say)
+    rebuild(loaded, replayed(loaded, records, str(path)), folder, state, records, chosen, say)
     return chosen
 
 
-def replayed(job: "Job", records: "Trajectory", where: str) -> "ZeroOrder":
-    """The method that made the records, at their start.
+def replayed(loaded: "Loaded", records: "Trajectory", where: str) -> "ZeroOrder":
+    """Return the method that made the records, ready for the first of them.
 
     Raises:
         UserError: the method or the model is another.
     """
+    from smezo_cli.run.method import build_method
     from smezo_cli.store.trajectory import differences
     from smezo_cli.zo.optimizer import ZeroOrder
 
-    if records.header.get("model") != job.fingerprint():
+    if records.header.get("model") != loaded.fingerprint():
         raise UserError(
-            f"{where} was made from another model than {job.settings.model['name']} is here: "
+            f"{where} was made from another model than {loaded.settings.model['name']} is here: "
             "put its weights back, or leave dtype out."
         )
-    method = job.build_method()
+    method = build_method(loaded)
     if not isinstance(method, ZeroOrder):
-        raise UserError(f"{where}: method {job.settings.method['name']} has no trajectory.")
+        raise UserError(f"{where}: method {loaded.settings.method['name']} has no trajectory.")
     mine = {"identity": method.identity()}
     if other := differences({"identity": records.header["identity"]}, mine):
         raise UserError(
@@ -190,20 +191,20 @@ def replayed(job: "Job", records: "Trajectory", where: str) -> "ZeroOrder":
 
 
 def _prompt(state: "State") -> "Prompt":
-    """The prompt that was trained with."""
+    """Return the prompt that the run was trained with."""
     return as_prompt(state.notes["prompts"][state.notes["prompt"]])
 
 
-def _encoded(job: "Job", rows: Sequence["Row"], prompt: "Prompt", where: str) -> Any:
-    """Rows under a prompt that was noted; UserError where it is none for such rows."""
+def _encoded(loaded: "Loaded", rows: Sequence["Row"], prompt: "Prompt", where: str) -> Any:
+    """Return rows under a noted prompt; raise UserError if it does not suit them."""
     try:
-        if len(prompt.labels) == len(job.prompts[0].labels):
-            return job.encode(rows, prompt)
+        if len(prompt.labels) == len(loaded.prompts[0].labels):
+            return loaded.encode(rows, prompt)
     except (LookupError, ValueError):
         pass
     raise UserError(
-        f"{where}: its prompt {prompt.template[:60]!r} does not fit the rows of {job.task.name}; "
-        "the file is damaged, or of another task."
+        f"{where}: its prompt {prompt.template[:60]!r} does not fit the rows of "
+        f"{loaded.task.name}; the file is damaged, or of another task."
     )
 
 
@@ -217,40 +218,40 @@ def as_prompt(note: Mapping[str, Any]) -> "Prompt":
 
 
 def batch(
-    job: "Job",
+    loaded: "Loaded",
     prompt: "Prompt",
     noted: Mapping[str, Any] | None,
     rows: Sequence["Row"] | None,
     say: Callable[[str], None],
 ) -> None:
-    """Let rows share forwards as the run did; and as these rows may, which it did not see.
+    """Let rows share forwards as the run did, and no more than rows new to it allow.
 
     Args:
-        job: task and model, loaded.
+        loaded: task and model.
         prompt: the run's.
-        noted: what the run measured; None: nothing, as it is older, or of other rows.
-        rows: that the run did not see; None: those that are scored are its own.
-        say: receives a line where rows are kept apart.
+        noted: what the run measured; None: nothing, as the run is older, or has other rows.
+        rows: that the run did not see; None: its own rows are scored.
+        say: receives a line if rows are kept apart.
     """
     from smezo_cli.scoring.batching import Found
 
     found = Found.of(dict(noted)) if noted is not None else Found()
     if noted is None or rows is not None:
-        found = found.stricter(job.measure_batching([prompt], rows))
-    found.to(job.scorer)
+        found = found.stricter(loaded.measure_batching([prompt], rows))
+    found.to(loaded.scorer)
     if found.line:
         say(found.line)
 
 
-def kept_beside(path: Path, job: "Job") -> "PartialScores":
-    """Where the scores are kept of a verb that is stopped: beside the file that it writes."""
+def kept_beside(path: Path, loaded: "Loaded") -> "PartialScores":
+    """Return where a verb that is stopped keeps its scores: beside the file that it writes."""
     from smezo_cli.store.partial_scores import NAME, PartialScores
 
-    return PartialScores(path.with_name(f".{path.name}.{NAME}"), job.model)
+    return PartialScores(path.with_name(f".{path.name}.{NAME}"), loaded.model)
 
 
 def _scored(
-    job: "Job",
+    loaded: "Loaded",
     rows: Any,
     split: str,
     console: "Console",
@@ -259,7 +260,7 @@ def _scored(
     where: str,
     as_it_came: bool = False,
 ) -> "Evaluation":
-    """What the model makes of encoded rows, of which some may be scored from an earlier start.
+    """Return what the model makes of encoded rows; on from an earlier start, if there was one.
 
     Raises:
         KeyboardInterrupt: a signal asked to stop, between two batches; the scores so far are kept.
@@ -267,17 +268,18 @@ def _scored(
     """
     from smezo_cli.machine.stop import Stopped, StopRequest
     from smezo_cli.run.evaluate import evaluate
+    from smezo_cli.run.not_finite import why_not_finite
     from smezo_cli.scoring.batching import Found
     from smezo_cli.scoring.objectives import NonFiniteScore
     from smezo_cli.store.saved import tensors_digest
 
-    probe, s, scorer = job.scorer.probe, job.settings, job.scorer
+    probe, s, scorer = loaded.scorer.probe, loaded.settings, loaded.scorer
     about = {
         "step": step,
         "as_it_came": as_it_came,
         "probe": None if probe is None else tensors_digest(probe),
         "batching": Found(scorer.batching, scorer.batching_of_answers).plain(),
-        "machine": [str(job.device), s.dtype, s.compute_dtype],
+        "machine": [str(loaded.device), s.dtype, s.compute_dtype],
     }
     with StopRequest(console.say) as stop:
         part = kept.part(about, split, rows)
@@ -288,7 +290,7 @@ def _scored(
         try:
             return evaluate(scorer, rows, bar, lambda: stop.asked, part=part)
         except NonFiniteScore as error:
-            raise UserError(f"{where}: {error}; {job.why_not_finite()}.") from error
+            raise UserError(f"{where}: {error}; {why_not_finite(loaded)}.") from error
         except Stopped:
             try:
                 count = f"{kept.keep()} of {len(rows)} rows"
@@ -298,28 +300,28 @@ def _scored(
             raise KeyboardInterrupt from None
 
 
-def check_model(state: "State", job: "Job", overrides: Sequence[str], run: str) -> None:
-    """Trained tensors belong on the model that they were trained on, frozen ones included."""
+def check_model(state: "State", loaded: "Loaded", overrides: Sequence[str], run: str) -> None:
+    """Raise UserError if the model is not the one that the run was trained on."""
     if any(word.startswith("dtype=") for word in overrides):
         return  # the same weights in another dtype have another fingerprint
-    if state.notes.get("model") not in (None, job.fingerprint()):
+    if state.notes.get("model") not in (None, loaded.fingerprint()):
         raise UserError(
-            f"{run} was trained on another model than {job.settings.model['name']} is now: its "
+            f"{run} was trained on another model than {loaded.settings.model['name']} is now: its "
             "weights on disk or on the hub have changed since."
         )
 
 
-def save_model(job: "Job", target: Path, cfg: DictConfig) -> int:
-    """Model, tokenizer and settings in a new folder, whole or not at all; its bytes."""
+def save_model(loaded: "Loaded", target: Path, cfg: DictConfig) -> int:
+    """Save model, tokenizer and settings in a new folder, whole or not at all; return its bytes."""
     from smezo_cli.files.space import check_space
 
-    size = job.saved_bytes
+    size = loaded.saved_bytes
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         check_space(target.parent, size, "the model", "choose a folder on another disk")
-        job.save(partial)
+        loaded.save(partial)
         (partial / "smezo.yaml").write_text(redacted(OmegaConf.to_yaml(cfg)), encoding="utf-8")
         os.replace(partial, target)
     except OSError as error:

@@ -1,8 +1,8 @@
-"""Watchdogs over a run, and what the precision of its numbers did to it.
+"""Monitor a run: spikes of the projected gradient, divergence, early stopping.
 
-All is a function of what a run records (steps, losses, projected gradients, looks at dev) and of
-its weights, and what must outlive a process lies in the run's notes: a resumed run decides, and
-reports, as one that was never stopped.
+What the watch decides follows from what the run records (steps, losses, projected gradients,
+evaluations of dev). What it counts lies in the run's notes, so that a resumed run decides and
+reports as one that was never stopped.
 """
 
 import math
@@ -11,32 +11,33 @@ from collections.abc import Mapping
 from typing import Any
 
 from smezo_cli.run.numerics import Numerics
+from smezo_cli.store.notes import Notes
 from smezo_cli.zo.step import StepRecord
 
 SPIKE = 10.0  # times the running median of |projected_grad|
-HISTORY = 100  # projected gradients that the median is of
-ENOUGH = 20  # as many must there be before anything is called a spike
+HISTORY = 100  # the last projected gradients, of which the median is taken
+ENOUGH = 20  # with fewer projected gradients nothing is called a spike
 
 
 class Watch:
-    """Counts spikes and clips of the projected gradient, and says when a run should end early.
+    """Count spikes and clips of the projected gradient, and say when a run should end early.
 
     Args:
-        notes: of the run; what is counted lies in ``notes["watch"]``.
+        notes: of the run; the counts lie in ``notes["watch"]``.
         numerics: measures what steps do to the weights.
-        stop_if_diverged: end the run where the dev loss of a look, or the mean train loss since the
-            look before, is above this many times ``reference``; None never. The reference is the
-            dev loss before training, for a run may have diverged long before its first look; the
-            train loss (the same objective, at perturbed weights) shows what dev rows do not. It is
-            not asked where steps lower another objective.
-        patience: end it after so many looks in a row that were not the best so far; None never.
-        reference: the dev loss before training; needed by ``stop_if_diverged`` alone.
+        stop_if_diverged: end the run if the dev loss, or the mean train loss since the evaluation
+            before, exceeds this many times ``reference``; None: never. The reference is the dev
+            loss before training, since a run may diverge long before its first evaluation. The
+            train loss (the same objective, at perturbed weights) shows what dev rows do not; it is
+            left out if steps lower another objective.
+        patience: end the run after so many evaluations in a row without a new best; None: never.
+        reference: the dev loss before training; only ``stop_if_diverged`` needs it.
         objective: what steps lower: "loss", or 1 less the "accuracy" or "f1".
     """
 
     def __init__(
         self,
-        notes: dict[str, Any],
+        notes: Notes,
         numerics: "Numerics",
         *,
         stop_if_diverged: float | None = None,
@@ -46,22 +47,28 @@ class Watch:
     ) -> None:
         self._numerics, self._factor, self._patience = numerics, stop_if_diverged, patience
         self._reference, self._objective = reference, objective
-        self._seen: dict[str, Any] = notes.setdefault(
+        self._seen = notes.setdefault(
             "watch",
             {
-                **{"recent": [], "num": 0, "squares": 0.0, "clipped": 0},
-                **{"spikes": 0, "largest_spike": None},
-                **{"losses": 0.0, "num_losses": 0},  # since the last look
-                **{"looks_since": 0, "why": None},
+                "recent": [],
+                "num": 0,
+                "squares": 0.0,
+                "clipped": 0,
+                "spikes": 0,
+                "largest_spike": None,
+                "losses": 0.0,  # since the last evaluation
+                "num_losses": 0,
+                "looks_since": 0,
+                "why": None,
             },
         )
 
     def before_step(self, is_last: bool) -> None:
-        """A step follows; ``is_last`` says that dev is looked at right after it."""
+        """Prepare for a step; ``is_last`` says that dev is evaluated right after it."""
         self._numerics.before_step(is_last)
 
     def after_step(self, step: int, record: StepRecord) -> str:
-        """Take in what the step numbered ``step`` (from 1) measured; a line to say, or ""."""
+        """Record what the step numbered ``step`` (from 1) measured; return a warning, or ""."""
         self._numerics.after_step(record)
         seen, line = self._seen, ""
         seen["losses"] += record.loss
@@ -72,7 +79,7 @@ class Watch:
         for g in record.projected_grad:
             recent: list[float] = seen["recent"]
             scale = statistics.median(recent) if len(recent) >= ENOUGH else 0.0
-            # In low precision most losses of a pair may be equal: 0 is no scale.
+            # In low precision the losses of most pairs may be equal: a median of 0 is no scale.
             if scale > 0 and abs(g) > SPIKE * scale:
                 if not seen["spikes"]:
                     line = (
@@ -89,15 +96,15 @@ class Watch:
             seen["squares"] += g * g
         return line
 
-    def look(self, loss: float, is_best: bool) -> dict[str, float]:
-        """Take in the dev loss of a look, after which :attr:`why` is decided anew.
+    def after_evaluation(self, loss: float, is_best: bool) -> dict[str, float]:
+        """Record an evaluation of dev, and decide :attr:`why` anew.
 
         Args:
             loss: on dev.
-            is_best: no look before was as good.
+            is_best: no evaluation before was as good.
 
         Returns:
-            The numerics report so far, for the look's record.
+            What :meth:`Numerics.measure` found, for the log.
         """
         seen = self._seen
         seen["looks_since"] = 0 if is_best else seen["looks_since"] + 1
@@ -119,26 +126,26 @@ class Watch:
                 f"{seen['looks_since']} looks without a new {best_words(self._objective)} "
                 f"(patience={self._patience})"
             )
-        return self._numerics.look()
+        return self._numerics.measure()
 
     @property
     def why(self) -> str | None:
-        """Why the run should end at the look just taken, None where it should not."""
+        """Why the run should end at the evaluation just recorded; None: it should go on."""
         why: str | None = self._seen["why"]
         return why
 
 
 def best_words(objective: str) -> str:
-    """What the best look at dev is the best by."""
+    """Return the words for what the best evaluation of dev is the best by."""
     return "lowest dev loss" if objective == "loss" else f"highest dev {objective}"
 
 
-def spike_report(notes: Mapping[str, Any]) -> dict[str, Any] | None:
-    """result.json's "watch" from a run's notes; None of a run without projected gradients.
+def spike_report(notes: Notes) -> dict[str, Any] | None:
+    """Return result.json's "watch"; None for a run without projected gradients.
 
-    Its values: ``projected_grads`` measured, their root mean square ``projected_grad_rms``, how
-    many were ``clipped``, how many were ``spikes``, the ``largest_spike`` (times the median), and
-    how many were 0, their probes ``unmoved``: two losses that are the same number.
+    Its values: the number of ``projected_grads``, their root mean square ``projected_grad_rms``,
+    how many were ``clipped``, how many were ``spikes``, the ``largest_spike`` (times the median),
+    and how many probes left the loss ``unmoved``: both losses were the same number.
     """
     seen = notes.get("watch")
     if not seen or not seen["num"]:
@@ -152,7 +159,7 @@ def spike_report(notes: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def report_lines(numerics: Mapping[str, Any] | None, watch: Mapping[str, Any] | None) -> list[str]:
-    """The closing lines of a run about its numbers."""
+    """Return the closing lines about weights, precision, spikes and clips."""
     lines = []
     if numerics and "moved_share" in numerics:
         moved, rms = numerics["moved_share"], numerics["rms_move"]

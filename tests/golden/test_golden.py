@@ -20,7 +20,8 @@ from torch.nn import functional
 from smezo_cli import train
 from smezo_cli.config.compose import compose
 from smezo_cli.config.settings import check
-from smezo_cli.run.loaded import Job
+from smezo_cli.run.loaded import Loaded
+from smezo_cli.run.method import build_method
 from smezo_cli.store.saved import tensors_digest
 from smezo_cli.store.trajectory import read
 from smezo_cli.zo.optimizer import ZeroOrder
@@ -166,10 +167,10 @@ def test_recorded_steps_give_the_recorded_weights(name: str, golden: dict[str, A
     given = shlex.split(CASES[name])
     keys = {word.partition("=")[0] for word in given}
     words = [*(w for w in COMMON if w.partition("=")[0] not in keys), *given]
-    job = Job(check(compose(words)), "cpu", lambda line: None)
+    job = Loaded(check(compose(words)), "cpu", lambda line: None)
     if job.fingerprint() != wanted["result"]["model_fingerprint"]:
         pytest.skip("the first weights of the tiny model are others on this processor")
-    method = job.build_method()
+    method = build_method(job)
     assert isinstance(method, ZeroOrder)
     assert method.identity() == wanted["identity"]
     for lr, *projected_grad in zip(*wanted["columns"], strict=True):

@@ -1,0 +1,125 @@
+"""Test the best weights of a run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from smezo_cli.errors import UserError
+from smezo_cli.files import atomic, strict_json
+from smezo_cli.methods.base import Method
+from smezo_cli.run.begin import Run
+from smezo_cli.run.evaluator import Evaluator
+from smezo_cli.run.leader import Dismissed, dismiss, hand_out
+from smezo_cli.run.loaded import Loaded
+from smezo_cli.run.measure import Measure
+from smezo_cli.run.replay import rebuild
+from smezo_cli.run.rows import Rows
+from smezo_cli.scoring import metrics
+from smezo_cli.scoring.candidates import Candidates
+from smezo_cli.scoring.evaluation import Evaluation
+from smezo_cli.store.notes import Metrics
+from smezo_cli.store.saved import tensors_digest
+from smezo_cli.store.trajectory import Recorder
+from smezo_cli.tasks.base import one_class
+from smezo_cli.zo.optimizer import ZeroOrder
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What the best weights made of the test rows.
+
+    Attributes:
+        metrics: beside both zero-shots.
+        dismissed: what the ranks said when they were let go.
+    """
+
+    metrics: Metrics
+    dismissed: Dismissed | None
+
+
+def test(
+    run: Run,
+    evaluate: Evaluator,
+    method: Method,
+    recorder: Recorder | None,
+    measure: Measure,
+    rows: Rows,
+) -> Tested:
+    """Put the best weights into the model, test them, and let the other ranks go.
+
+    Raises:
+        UserError: the checkpoint is not what a run leaves.
+        Stopped: asked to, between two batches.
+    """
+    state, notes, team, dismissed = run.state, run.notes, run.team, None
+    if "executor" in notes:
+        notes["executor"] = getattr(method, "executor", None)
+    if (best := state.best_step) is None:  # dev is evaluated after the last step
+        raise UserError(
+            f"{run.folder.path}/checkpoint/state.json is not what a run leaves: start over "
+            "with if_exists=fresh."
+        )
+    _put_best(run, evaluate.loaded, method, recorder, best)
+    made = getattr(method, "num_steps", 0)
+    if team is not None and best != state.step:
+        made = 0  # the ranks load these weights, or do not take part
+        if not hand_out(run, team, best):  # they do not see the folder
+            dismissed, team = dismiss(run, team, measure), None
+    evaluate = replace(evaluate, team=team)
+    found = evaluate(rows.test, "test", step=best, made=made)
+    dev = run.folder.scores_so_far().get("dev")
+    shape = (len(rows.dev), *found.scores.shape[1:])
+    if dev is None or (found.kind == "classification" and dev.shape != shape):  # it was damaged
+        dev = evaluate(rows.dev, "dev", step=best, made=made).scores
+    if team is not None:
+        dismissed = dismiss(run, team, measure)
+    return Tested(report(run, found, rows.dev, dev), dismissed)
+
+
+def _put_best(
+    run: Run, loaded: Loaded, method: Method, recorder: Recorder | None, best: int
+) -> None:
+    """Have the model hold the best weights, and the folder too; note what they are."""
+    state, folder = run.state, run.folder
+    last = tensors_digest(method.trained)
+    if recorder is not None and isinstance(method, ZeroOrder):
+        records = recorder.trajectory()
+        rebuild(loaded, method, folder, state, records, best, run.say)
+        if best not in state.weights():
+            folder.save_weights(state, best, method.trained, method.snapshot()[0])
+    elif best != state.step:
+        loaded.set_weights(folder.load_weights(state, best), folder.path)
+    run.notes["weights"] = {
+        "best": {"step": best, "sha256": tensors_digest(method.trained)},
+        "last": {"step": state.step, "sha256": last},
+    }
+    folder.save_state(state)
+
+
+def report(
+    run: Run, found: Evaluation, dev_rows: Sequence[Candidates], dev_scores: Tensor
+) -> Metrics:
+    """Save scores and predictions of the test rows; return their metrics beside both zero-shots.
+
+    Args:
+        run: whose rows they are.
+        found: what the tested weights made of the test rows.
+        dev_rows: on which label offsets are fitted.
+        dev_scores: of the same weights.
+    """
+    scores = run.folder.scores_so_far() | {"dev": dev_scores}
+    scores |= {"labels": found.labels, "test": found.scores, "outcome.test": found.per_row()}
+    run.folder.save_scores(scores)
+    lines = [strict_json.dumps(line, ensure_ascii=False) + "\n" for line in found.predictions()]
+    atomic.write_text(run.folder.path / "predictions-test.jsonl", "".join(lines))
+    tested = found.figures()
+    dev = Evaluation(dev_rows, dev_scores)
+    if found.kind == "classification" and not one_class(dev.labels.tolist()):
+        offsets = metrics.fit_offsets(dev.scores, dev.labels)
+        tested["calibrated_accuracy"] = found.figures(offsets)["accuracy"]
+    for name, key in (("zero_shot", "zero_shot"), ("calibrated", "zero_shot_calibrated")):
+        if f"outcome.{name}" in scores:
+            gain, error = metrics.paired_gain(found.per_row(), scores[f"outcome.{name}"])
+            tested[f"over_{key}"] = {"gain": gain, "standard_error": error}
+    return tested

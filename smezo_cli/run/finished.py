@@ -1,0 +1,98 @@
+"""Check whether a run folder holds the finished run that is asked for."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from smezo_cli.config.digest import digest
+from smezo_cli.config.settings import Settings
+from smezo_cli.errors import UserError, redacted_tree
+from smezo_cli.files import bounded
+from smezo_cli.files.atomic import write_text
+from smezo_cli.store.folder import RunFolder
+from smezo_cli.store.trajectory import Damaged, read
+from smezo_cli.tasks.load import local_fingerprint
+
+
+def finished(
+    folder: RunFolder,
+    settings: Settings,
+    config: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> dict[str, Any] | None:
+    """Return the result of a run that is done and whole; None where it is to begin or go on.
+
+    Raises:
+        UserError: the folder has another run than the settings ask for.
+    """
+    path, done, state = folder.path, folder.result(), folder.load_state()
+    if done is not None and settings.if_exists == "error":
+        raise UserError(
+            f"{path} exists already; add if_exists=resume or if_exists=fresh, or name=NAME."
+        )
+    if state is not None and state.step > settings.steps:
+        raise UserError(
+            f"steps={settings.steps}: {path} has done {state.step} steps already; a shorter "
+            "run needs a name of its own: add name=NAME."
+        )
+    if done is None or done.get("status") != "done":
+        return None
+    if done["steps"] != settings.steps:
+        # What it goes on from was a result; the longer run may never end.
+        folder.write_result(done, f"result-{done['steps']}.json")
+        return None
+    _check_done(done, settings, path)
+    if damaged := _damaged(folder, done["step"]):
+        say(f"{path}: done, but {' and '.join(damaged)} damaged: mended")
+        return None
+    if not has_config(folder, config):
+        write_config(folder, config)
+    return done
+
+
+def _check_done(done: Mapping[str, Any], settings: Settings, path: Path) -> None:
+    """Refuse to call a run done that asks for more than the finished one has."""
+    now = local_fingerprint(settings.task)
+    if now is not None and done.get("data_fingerprint") not in (None, now):
+        raise UserError(
+            f"{path} is done, and its data has changed since: start over with if_exists=fresh, or "
+            "give the new run a name, name=NAME."
+        )
+    if settings.keep == "all" != done.get("keep"):
+        raise UserError(
+            f"keep=all: {path} is done, and the weights of its evaluations are gone; repeat it "
+            "with if_exists=fresh."
+        )
+
+
+def _damaged(folder: RunFolder, steps: int) -> list[str]:
+    """Return the names of files of a finished run that are there and not what was written."""
+    found, path = folder.damaged(), folder.path / "trajectory.bin"
+    if path.exists():
+        state = folder.load_state()
+        found += folder.damaged_weights(state) if state is not None else []
+        try:
+            records = read(path)
+            if records.damage or len(records) < steps:
+                found.append(path.name)
+        except Damaged:
+            found.append(path.name)
+    return found
+
+
+def write_config(folder: RunFolder, config: Mapping[str, Any]) -> None:
+    """Write config.yaml: the resolved settings, without secrets."""
+    text = OmegaConf.to_yaml(OmegaConf.create(redacted_tree(dict(config))))
+    write_text(folder.path / "config.yaml", text)
+
+
+def has_config(folder: RunFolder, config: Mapping[str, Any]) -> bool:
+    """Say whether config.yaml is there, and is that of a run with these settings."""
+    try:
+        found = bounded.load_yaml(folder.path / "config.yaml")
+        return digest(found) == digest(redacted_tree(dict(config)))
+    except (OmegaConfBaseException, UserError):
+        return False

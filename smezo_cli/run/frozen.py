@@ -1,0 +1,119 @@
+"""Run a method that takes no steps: what it makes of the model, on dev and test."""
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from smezo_cli.methods.frozen import InContext, LinearProbe, ZeroShot
+from smezo_cli.run import zero_shot
+from smezo_cli.run.begin import Run
+from smezo_cli.run.evaluate import features
+from smezo_cli.run.evaluator import Evaluator
+from smezo_cli.run.loggers import Loggers
+from smezo_cli.run.rows import Rows, count_cut
+from smezo_cli.scoring.evaluation import Evaluation
+from smezo_cli.scoring.tokens import token_ids
+from smezo_cli.store.notes import WeightsNote
+from smezo_cli.store.saved import tensors_digest
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a method without steps made of dev and test."""
+
+    dev: Evaluation
+    test: Evaluation
+
+
+def demonstrate(run: Run, evaluate: Evaluator, method: InContext, rows: Rows) -> Rows:
+    """Put demonstrations before every row: those noted, or newly chosen ones; return the rows."""
+    notes, loaded = run.notes, evaluate.loaded
+    task, prompt = loaded.task, loaded.prompts[notes["prompt"]]
+    is_new = "demonstrations" not in notes
+    if is_new:
+        limit = loaded.max_length
+        if task.kind == "generation":
+            limit -= run.settings.task["max_new_tokens"]
+        kept = {c.id for c in rows.train}
+        of_train = [row for row in task.train if row.id in kept]
+        notes["demonstrations"] = method.choose(  # type: ignore[typeddict-item]  # plain values
+            [(row.id, prompt.candidates(row)[max(0, row.label)]) for row in of_train],
+            lambda text: len(token_ids(loaded.tokenizer, [text])[0]),
+            limit,
+            max(c.width for c in (*rows.dev, *rows.test)),
+        )
+    note = notes["demonstrations"]
+    run.say(
+        f"  {note['used']} of {note['asked']} demonstrations before every row, "
+        f"{note['tokens']} tokens"
+    )
+    loaded.demonstrate(note["text"])
+    if is_new:  # behind them a row is computed in another way
+        zero_shot.choose_batching(run, loaded, again=True)
+        run.folder.save_state(run.state)
+    dev, test = (loaded.encode(of, prompt) for of in (task.dev, task.test))
+    behind = replace(rows, train=[], dev=dev, test=test)
+    count_cut(run, task.kind, behind)
+    return behind
+
+
+def probe(run: Run, evaluate: Evaluator, method: LinearProbe, rows: Rows) -> None:
+    """Score by a probe from here on: the one that is saved, or one fitted on the train rows."""
+    state, folder, loaded = run.state, run.folder, evaluate.loaded
+    if 0 in state.weights():
+        loaded.set_probe(folder.load_weights(state, 0), folder.path)
+        return
+    start = time.perf_counter()
+    run.say(f"  hidden states of {len(rows.train)} training rows, then the fit")
+    part = evaluate.part(rows.train, "train")
+    states = features(loaded.scorer, rows.train, run.stopped, part)
+    run.stop.patient = False  # nothing of a fit is kept before it is there
+    labels = torch.tensor([c.label for c in rows.train])
+    fitted = method.fit(states, labels, len(rows.train[0].full))
+    run.stop.patient = True
+    state.train_seconds = time.perf_counter() - start
+    state.num_forwards = part.num_forwards
+    run.notes["num_trained"] = sum(t.numel() for t in fitted.values())
+    note: WeightsNote = {"step": 0, "sha256": tensors_digest(fitted)}
+    run.notes["weights"] = {"best": note, "last": note}
+    folder.save_weights(state, 0, fitted, {})
+    folder.save_state(state)
+    evaluate.partial.forget()
+    loaded.scorer.probe = fitted
+
+
+def ask(
+    run: Run,
+    evaluate: Evaluator,
+    method: ZeroShot | InContext | LinearProbe,
+    rows: Rows,
+    dev: Evaluation | None,
+    test: Evaluation | None,
+) -> Asked:
+    """Evaluate dev and test, unless the method is the zero-shot that found `dev` and `test`.
+
+    Args:
+        run: that notes what the method makes of dev.
+        evaluate: evaluates the rows.
+        method: of the run.
+        rows: dev and test.
+        dev: as the model comes; None: it was not evaluated.
+        test: the same.
+    """
+    if not isinstance(method, ZeroShot):
+        dev = test = None
+    asked = Asked(dev or evaluate(rows.dev, "dev"), test or evaluate(rows.test, "test"))
+    state, of_dev = run.state, asked.dev.figures()
+    state.best_step, state.best_loss, run.notes["best_look"] = 0, of_dev["loss"], of_dev
+    state.metrics_bytes = 0  # of the one record, which a start before this may have written
+    return asked
+
+
+def log_dev(run: Run, dev: Evaluation, loggers: Loggers) -> None:
+    """Log and say what the method makes of dev: the one record of such a run."""
+    state, of_dev = run.state, run.notes["best_look"]
+    logged = {k: v for k, v in of_dev.items() if k not in ("standard_error", "n")}
+    loggers.log({"step": 0} | {f"dev.{k}": v for k, v in logged.items()})
+    state.metrics_bytes, state.metrics_sha256 = loggers.standing()
+    run.say(f"  dev {dev.metric} {of_dev[dev.metric]:.4f}  dev loss {of_dev['loss']:.4f}")

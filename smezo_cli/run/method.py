@@ -1,0 +1,82 @@
+"""Build the method that the settings name, for the model that is loaded."""
+
+import inspect
+from collections.abc import Mapping
+from fnmatch import filter as matching
+from typing import TYPE_CHECKING, Any
+
+from smezo_cli.config.build import build, target_of
+from smezo_cli.errors import UserError
+from smezo_cli.run.loaded import Loaded
+from smezo_cli.zo.passes.by_compiler import NoCompiler
+from smezo_cli.zo.passes.choose import WORTH_IT
+
+if TYPE_CHECKING:
+    from smezo_cli.methods.base import Method
+    from smezo_cli.methods.frozen import InContext, LinearProbe, ZeroShot
+
+
+def build_method(loaded: Loaded) -> "Method":
+    """Return the method; its passes are compiled only where the run is long enough to earn that.
+
+    Raises:
+        UserError: the method refuses its settings.
+    """
+    s = loaded.settings
+    runtime: dict[str, Any] = {"model": loaded.model, "seed": s.seed}
+    parameters = inspect.signature(target_of(s.method, "method")).parameters
+    if "check" in parameters:
+        runtime["check"] = False  # the run checks by itself, with two rows
+    if "backend" in parameters:
+        chosen = {"True": "compiled", "False": "eager", "auto": "auto"}
+        runtime["backend"] = chosen[str(s.compile)]
+        weights = sum(p.numel() for p in loaded.model.parameters())
+        if s.compile == "auto" and loaded.device.type == "cpu" and weights * s.steps < WORTH_IT:
+            runtime["backend"] = "eager"
+    elif s.compile != "auto":
+        raise _nothing_to_compile(loaded)
+    try:
+        method: Method = build(_without_unread(loaded), "method", **runtime)
+    except NoCompiler as error:
+        raise UserError(f"compile=true: {error}; mend that or leave compile out.") from error
+    return method
+
+
+def build_frozen(loaded: Loaded) -> "ZeroShot | InContext | LinearProbe":
+    """Return the method, where it takes no steps.
+
+    Raises:
+        UserError: the method refuses its settings.
+    """
+    s = loaded.settings
+    if s.compile != "auto":
+        raise _nothing_to_compile(loaded)
+    method: ZeroShot | InContext | LinearProbe = build(s.method, "method", seed=s.seed)
+    return method
+
+
+def _nothing_to_compile(loaded: Loaded) -> UserError:
+    s = loaded.settings
+    return UserError(
+        f"compile={str(s.compile).lower()}: method {s.method['name']} has no passes to "
+        "compile; leave compile out."
+    )
+
+
+def _without_unread(loaded: Loaded) -> Mapping[str, Any]:
+    """Return the method's node without globs for what is frozen because text never reads it.
+
+    Globs that match nothing stay, to be refused.
+    """
+    node = loaded.settings.method
+    if not loaded.unread or "freeze" not in node:
+        return node
+    named = [(name, p.requires_grad) for name, p in loaded.model.named_parameters()]
+    trained = [name for name, is_trained in named if is_trained]
+    unread = [
+        name
+        for name, _ in named
+        if any(name == part or name.startswith(f"{part}.") for part in loaded.unread)
+    ]
+    kept = [g for g in node["freeze"] if matching(trained, g) or not matching(unread, g)]
+    return {**node, "freeze": kept}

@@ -1,0 +1,93 @@
+"""Check on rows of the run that probes reach all that the model reads, before it counts."""
+
+import json
+import shlex
+from collections.abc import Callable, Sequence
+
+from smezo_cli.errors import UserError
+from smezo_cli.methods.base import Method
+from smezo_cli.run.begin import Run
+from smezo_cli.run.evaluator import Evaluator
+from smezo_cli.run.loaded import Loaded
+from smezo_cli.run.rows import Rows, short_enough
+from smezo_cli.scoring.candidates import Candidates
+from smezo_cli.scoring.evaluation import Evaluation
+from smezo_cli.zo.reached import Unreached
+from smezo_cli.zo.step import NonFiniteLoss
+
+_ENCODED = 64  # training rows, for two that are short enough
+
+
+def check_early(run: Run, loaded: Loaded, method: Method) -> bool:
+    """Check with two training rows before the prompt is chosen, as scoring takes its time.
+
+    Returns:
+        False where losses of the model as it came are not finite, which its scores will say with
+        the row; then :func:`check` is to follow.
+
+    Raises:
+        UserError: probes cannot reach some weights.
+    """
+    prompt = loaded.prompts[run.notes.get("prompt", 0)]
+    some = loaded.encode(loaded.task.train[:_ENCODED], prompt)
+    rows = short_enough(some, run.settings.task["max_train_tokens"]) or some
+    try:
+        check(run, loaded, method, rows)
+    except NonFiniteLoss:
+        return False
+    return True
+
+
+def check(run: Run, loaded: Loaded, method: Method, rows: Sequence[Candidates]) -> None:
+    """Check with the first two of some rows, at any weights of the run.
+
+    Raises:
+        NonFiniteLoss: a loss is NaN or infinite.
+        UserError: probes cannot reach some weights.
+    """
+    two = rows[:2]
+    loaded.scorer.model.eval()
+    try:
+        checked = method.self_check(lambda: loaded.scorer.loss(two))
+    except ValueError as error:
+        raise _unreached(run, error) from error
+    if checked:
+        run.say(f"  self-check: {checked} kinds of parameters probed exactly")
+
+
+def on_dev(run: Run, evaluate: Evaluator, method: Method, rows: Rows) -> Callable[[], Evaluation]:
+    """Return what evaluates dev at the present weights; the loop saves what it finds.
+
+    The first time, two rows of dev are checked as those of train were: a model may take another
+    path at other rows, or after some steps.
+    """
+    check = getattr(method, "check_reads", None)
+    two = [row for row in rows.dev if row.gold >= 0][:2]
+    # Of several ranks none may come to compute in a way of its own.
+    left = [check] if check is not None and two and evaluate.team is None else []
+
+    def evaluated() -> Evaluation:
+        if left:
+            scorer = evaluate.loaded.scorer
+            scorer.model.eval()
+            try:
+                left.pop()(lambda: scorer.loss(two))
+            except ValueError as error:
+                raise _unreached(run, error) from error
+        made = getattr(method, "num_steps", 0)
+        found = evaluate(rows.dev, "dev", step=run.state.step, made=made)
+        evaluate.partial.forget()
+        return found
+
+    return evaluated
+
+
+def _unreached(run: Run, error: ValueError) -> UserError:
+    """Return the error of a self-check that fails, with the words that let the run go."""
+    if not isinstance(error, Unreached):
+        return UserError(f"method: {error}.")
+    globs = [*run.settings.method["freeze"], *error.globs]
+    word = f"method.freeze=[{','.join(json.dumps(glob) for glob in globs)}]"
+    return UserError(
+        f"method: {error.what}freeze them by {shlex.quote(word)}, or use method.executor=in_place."
+    )
