@@ -957,7 +957,7 @@ def test_compiled_passes_change_no_bit(finished: Callable[[str], Path], tmp_path
 
 def always_worth_it() -> None:
     """As if every run were long enough to compile for."""
-    building.WORTH_IT = optimizer.WORTH_COMPILING = 0
+    building.WORTH_IT = dense.WORTH_COMPILING = 0
 
 
 def numba_is_broken() -> None:
