@@ -26,6 +26,7 @@ from smezo_cli.run.loaded import Loaded
 from smezo_cli.run.measure import Measure
 from smezo_cli.store.folder import RunFolder
 from smezo_cli.tasks import hub
+from tests import ROOT
 
 SPEED = "device=cpu batch_size=2 eval_every=1"
 TINY = f"model=tiny-llama {SPEED} steps=2"
@@ -865,7 +866,7 @@ def test_who_reads_no_further_gets_no_complaint(tmp_path: Path) -> None:
     """`smezo show task rte | true`: exit code 0, silence on stderr."""
     reader, writer = os.pipe()
     os.close(reader)
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "smezo_cli", "show", "task", "rte"]
     ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=env, cwd=tmp_path)
     os.close(writer)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests import ROOT
+
 TOOLS = ["awk", "bash", "cat", "cut", "df", "dirname", "grep", "rm", "sha256sum", "tail"]
 
 Setup = Callable[..., subprocess.CompletedProcess[str]]

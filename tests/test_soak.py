@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests import ROOT
 
 
 def test_runs_that_suffer_faults_end_as_if_they_had_not(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError, redacted, redacted_tree
 from smezo_cli.files import bounded
 from smezo_cli.models.load import load_model
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "smezo_cli").rglob("*.py"))
 TOY = ["task=toy", "model=tiny-llama", "device=cpu", "steps=1", "batch_size=2", "compile=false"]
 SMALL = [*TOY, "task.num_train=4", "task.num_dev=2", "task.num_test=2"]

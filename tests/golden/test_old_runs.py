@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_golden import canary
 
 from smezo_cli.cli import main
+from tests.test_golden import canary
 
 OLD = Path(__file__).with_name("old")
 NUMBERS: dict[str, Any] = json.loads((OLD / "numbers.json").read_text(encoding="utf-8"))

@@ -1,0 +1,602 @@
+"""Several ranks train the weights of one process: shares, steps, deaths, and going on as fewer.
+
+Ranks are forked with the variables that torchrun sets; one test has torchrun itself.
+"""
+
+import functools
+import importlib.util
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from smezo_cli import train
+from smezo_cli.config.compose import compose
+from smezo_cli.config.settings import check
+from smezo_cli.errors import UserError
+from smezo_cli.machine import torchrun
+from smezo_cli.machine.out_of_memory import OutOfMemory
+from smezo_cli.run import follower, measure, ranks
+from smezo_cli.scoring import scorer
+from smezo_cli.store.partial_scores import NAME
+from tests import ROOT
+from tests.run.test_session import (
+    METHODS,
+    SMALL,
+    Ended,
+    Fault,
+    Started,
+    count_batches,
+    records_of,
+    result_of,
+    run_folder,
+    smezo,
+    until,
+)
+
+# Two looks; rows that no number of ranks divides evenly but 1, 2, 4.
+RUN = [*SMALL, "steps=6", "eval_every=3", "batch_size=8"]
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def few_tokens() -> None:
+    """Rows are scored some at a time, so that there is something to share."""
+    scorer.EVAL_TOKENS = 64
+
+
+class Group:
+    """Ranks under way; also a context that leaves no process behind."""
+
+    def __init__(self, size: int, words: Sequence[str], cwd: Path, **keywords: Any) -> None:
+        common = {
+            **{"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"},
+            **{"MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"},
+        }
+        self.ranks = [
+            Started(
+                words,
+                cwd / ("" if rank == 0 else f"rank{rank}"),
+                env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                **keywords,
+            )
+            for rank in range(size)
+        ]
+
+    def __enter__(self) -> "Group":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for rank in self.ranks:
+            rank.kill()
+
+    def wait(self) -> list[Ended]:
+        return [rank.wait() for rank in self.ranks]
+
+
+def together(size: int, words: Sequence[str], cwd: Path, faults: Sequence[Any] = ()) -> list[Ended]:
+    """All ranks to their ends; every one of them in a folder of its own."""
+    with Group(size, words, cwd, faults=faults) as group:
+        return group.wait()
+
+
+def weights_of(folder: Path) -> Mapping[str, Any]:
+    found = result_of(folder)["weights"]
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("method", "size", "more", "alone"),
+    [
+        # Rows are cut as micro-batches of one process are: the same bits.
+        ("sparse_mezo", 2, [], ["micro_batch_size=4"]),
+        ("mezo", 4, [], ["micro_batch_size=2"]),
+        (
+            "sparse_mezo",
+            2,
+            ["micro_batch_size=2", "batch_order=stratified"],
+            ["micro_batch_size=2"],
+        ),
+        # Queries are measured as one process measures them.
+        ("mezo", 2, ["method.num_queries=3", "query_ranks=2"], []),
+        ("mezo_adam", 4, ["method.num_queries=2", "query_ranks=2"], ["micro_batch_size=4"]),
+    ],
+)
+def test_ranks_train_the_weights_of_one_process(
+    method: str, size: int, more: list[str], alone: list[str], tmp_path: Path
+) -> None:
+    """Bit for bit: losses, projected gradients, looks at dev, test scores and weights."""
+    words = [*METHODS[method], *RUN, *more]
+    ended = together(size, words, tmp_path / "many", [few_tokens])
+    assert [one.code for one in ended] == [0] * size, ended[0].err
+    assert all(one.out == "" for one in ended[1:])  # one writer, one voice
+    written = [f for k in range(1, size) for f in (tmp_path / f"many/rank{k}/runs").rglob("*")]
+    assert not [f for f in written if f.is_file()]
+    by_one = [word for word in words if not word.startswith("query_ranks")]
+    assert smezo([*by_one, *alone], tmp_path / "one", faults=[few_tokens]).code == 0
+    many, one = run_folder(tmp_path / "many"), run_folder(tmp_path / "one")
+    assert weights_of(many) == weights_of(one)
+    assert records_of(many) == records_of(one)
+    for name in ("scores.safetensors", "predictions-test.jsonl"):
+        assert (many / name).read_bytes() == (one / name).read_bytes()
+    result = result_of(many)
+    assert (result["rank"], result["world_size"]) == (0, size)
+    assert len(result["rank_peak_memory_bytes"]) == size
+    assert min(result["rank_peak_memory_bytes"]) > 1 << 20
+
+
+def crowded() -> None:
+    """Rank 1 has room for two rows."""
+    whole = scorer.Scorer.objective_sum
+
+    def narrow(self: Any, batch: Any, name: str = "loss") -> Any:
+        if os.environ["RANK"] == "1" and len(batch) > 2:
+            raise OutOfMemory("no room")
+        return whole(self, batch, name)
+
+    scorer.Scorer.objective_sum = narrow  # type: ignore[method-assign]  # in this process alone
+
+
+def test_a_rank_that_has_less_room_halves_its_rows_and_that_is_said(tmp_path: Path) -> None:
+    ended = together(2, [*METHODS["mezo"], *RUN], tmp_path, [few_tokens, crowded])
+    assert [one.code for one in ended] == [0, 0], ended[0].err
+    assert result_of(run_folder(tmp_path))["rank_micro_batch_sizes"] == [None, 2]
+    assert "rank 1 was out of memory: it ended with 2 rows at once" in ended[0].out
+
+
+def test_ranks_share_answers_that_are_generated(tmp_path: Path) -> None:
+    """Their texts go over the wire at looks; of a step the sums of F1 alone."""
+    rows = [{"question": f"word {i}", "answer": f"word {i % 3}"} for i in range(60)]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["task=generation", f"task.data={tmp_path}/qa.jsonl", "task.prompt='{question}:'"]
+    words += ["task.num_train=16", "task.num_dev=19", "task.num_test=17", "task.max_new_tokens=3"]
+    words += ["device=cpu", *METHODS["mezo"], *RUN[5:], "method.objective=f1"]
+    assert [one.code for one in together(2, words, tmp_path / "many")] == [0, 0]
+    assert smezo([*words, "micro_batch_size=4"], tmp_path / "one").code == 0
+    many, one = run_folder(tmp_path / "many"), run_folder(tmp_path / "one")
+    assert records_of(many) == records_of(one)
+    name = "predictions-test.jsonl"
+    assert (many / name).read_bytes() == (one / name).read_bytes()
+
+
+def test_the_losses_of_another_number_of_ranks_agree_to_rounding(tmp_path: Path) -> None:
+    """Other rows in a forward round otherwise: float32, 1e-6 of a loss, 1 / 2 eps of that."""
+    words = [*METHODS["mezo"], *RUN, "steps=1", "eps=1e-2"]
+    found = {}
+    for size in (1, 3):
+        if size == 1:
+            assert smezo(words, tmp_path / "1").code == 0
+        else:
+            assert all(one.code == 0 for one in together(size, words, tmp_path / "3"))
+        found[size] = records_of(run_folder(tmp_path / str(size)))[0]
+    assert found[1]["loss"] == pytest.approx(found[3]["loss"], rel=3e-6)
+    (one,), (three,) = found[1]["projected_grad"], found[3]["projected_grad"]
+    assert one == pytest.approx(three, abs=3e-6 / 2e-2)
+    assert found[1] != found[3]  # else the tolerance says nothing
+
+
+def trajectory_bytes(cwd: Path) -> int:
+    found = list(cwd.glob("runs/*/*/trajectory.bin"))
+    return found[0].stat().st_size if found else 0
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_dies_ends_all_and_fewer_go_on(victim: int, tmp_path: Path) -> None:
+    words = [*METHODS["sparse_mezo"], *RUN, "steps=150", "eval_every=75"]
+    with Group(2, words, tmp_path) as group:
+        until(lambda: trajectory_bytes(tmp_path) > 2200)
+        os.kill(group.ranks[victim].pid, signal.SIGKILL)
+        group.ranks[victim].kill()
+        other = group.ranks[1 - victim].wait(60)
+    assert other.code == 2
+    assert "another rank has ended" in other.err
+    assert "the same command (without if_exists=fresh) goes on" in other.err
+    assert "Traceback" not in other.err
+    # The rest alone, with a forward's rows as they were: nothing is lost, nothing differs.
+    ended = smezo([*words, "micro_batch_size=4"], tmp_path)
+    assert ended.code == 0, ended.err
+    assert "are recorded: applied" in ended.out or "going on from step" in ended.out
+    assert smezo([*words, "micro_batch_size=4"], tmp_path / "one").code == 0
+    assert weights_of(run_folder(tmp_path)) == weights_of(run_folder(tmp_path / "one"))
+
+
+def test_one_process_is_gone_on_with_by_more(tmp_path: Path) -> None:
+    """Followers have the base model and the recorded steps alone; refreshed masks and all."""
+    words = [*METHODS["sparse_mezo"], *RUN, "micro_batch_size=2"]
+    assert smezo(words, tmp_path).code == 0
+    longer = [*words, "steps=11"]
+    ended = together(2, longer, tmp_path)
+    assert [one.code for one in ended] == [0, 0], ended
+    assert smezo(longer, tmp_path / "one").code == 0
+    assert weights_of(run_folder(tmp_path)) == weights_of(run_folder(tmp_path / "one"))
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_stop_of_any_rank_stops_all_between_two_steps(asked: int, tmp_path: Path) -> None:
+    words = [*METHODS["sparse_mezo"], *RUN, "steps=150", "eval_every=75"]
+    with Group(2, words, tmp_path) as group:
+        until(lambda: trajectory_bytes(tmp_path) > 2200)
+        os.kill(group.ranks[asked].pid, signal.SIGTERM)
+        ended = group.wait()
+    assert [one.code for one in ended] == [130, 0]
+    assert "stopped; the same command goes on" in ended[0].out
+    assert result_of(run_folder(tmp_path))["status"] == "stopped"
+
+
+def term_at_batch(rank: int, number: int) -> None:
+    """SIGTERM to one rank at its n-th batch of all evaluations; every rank notes its batches."""
+    mine = os.environ.get("RANK") == str(rank)
+    count_batches(number if mine else math.inf)
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_stop_of_any_rank_stops_all_between_two_batches(asked: int, tmp_path: Path) -> None:
+    """All ranks break off at once, what all have scored is kept, and no rank scores it again."""
+    words = [*METHODS["sparse_mezo"], *RUN, "task.prompt=0"]
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert [one.code for one in together(2, words, whole, [count_batches])] == [0, 0]
+    made, batches = [0, 0], [(whole / of / "batches").read_text() for of in ("", "rank1")]
+    total = [text.count("\n") for text in batches]
+    # In dev before training, in a look, in the test.
+    for number in (1, total[asked] // 2, 1, total[asked] // 3):
+        stop = functools.partial(term_at_batch, asked, number)
+        ended = together(2, words, part, [stop])
+        assert [one.code for one in ended] == [130, 0], [one.err for one in ended]
+        assert "kept the scores of" in ended[0].out
+        now = [(part / of / "batches").read_text().count("\n") for of in ("", "rank1")]
+        assert max(abs(now[k] - made[k] - number) for k in (0, 1)) <= 2
+        made = now
+    assert [one.code for one in together(2, words, part, [count_batches])] == [0, 0]
+    found = [(part / of / "batches").read_text() for of in ("", "rank1")]
+    assert sorted("".join(found).split("\n")) == sorted("".join(batches).split("\n"))
+    assert weights_of(run_folder(part)) == weights_of(run_folder(whole))
+    for name in ("scores.safetensors", "predictions-test.jsonl"):
+        files = [(run_folder(of) / name).read_bytes() for of in (part, whole)]
+        assert files[0] == files[1]
+    assert not (run_folder(part) / NAME).exists()
+
+
+def test_the_jobs_of_a_sweep_follow_each_other_on_all_ranks(tmp_path: Path) -> None:
+    """One is done already, one is refused for its folder, one trains; a run is one folder."""
+    words = [*METHODS["mezo"], *RUN]
+    assert smezo([*words, "seed=0"], tmp_path).code == 0
+    taken = tmp_path / "runs" / "default"
+    with Started([*words, "seed=1", "steps=100000"], tmp_path) as held:
+        until(lambda: list(taken.glob("*-s1-*/trajectory.bin")))
+        assert held.alive
+        ended = together(2, ["--multirun", *words, "seed=0,1,2"], tmp_path)
+    assert [one.code for one in ended] == [2, 0]
+    assert "done already" in ended[0].out
+    assert "is in use by process" in ended[0].err
+    scores = [result_of(f)["status"] for f in sorted(taken.iterdir()) if "-s2-" in f.name]
+    assert scores == ["done"]
+
+
+def test_a_nan_ends_all_ranks(tmp_path: Path) -> None:
+    words = [*METHODS["mezo"], *RUN, "lr=1e30"]
+    ended = together(2, words, tmp_path)
+    assert [one.code for one in ended] == [2, 0]
+    assert "lower it" in ended[0].err
+    assert result_of(run_folder(tmp_path))["status"] == "diverged"
+
+
+def test_ranks_with_other_data_are_refused(tmp_path: Path) -> None:
+    """Each machine reads its own files."""
+    for place, word in (("", "good"), ("rank1", "bad")):
+        (tmp_path / place).mkdir(exist_ok=True)
+        rows = [{"text": f"{word} {i}", "label": i % 2} for i in range(40)]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / place / "my.jsonl").write_text(lines)
+    own = ["task=classification", "task.data=my.jsonl", "task.prompt='{text} is'"]
+    own += ["task.labels={0: bad, 1: good}", "task.num_train=16", "task.num_dev=8"]
+    words = [*METHODS["mezo"], *RUN[5:], *own, "device=cpu"]
+    ended = together(2, words, tmp_path)
+    assert [one.code for one in ended] == [2, 0]
+    assert "rank 1 has another data than rank 0" in ended[0].err
+    (tmp_path / "rank1" / "my.jsonl").unlink()
+    ended = together(2, words, tmp_path)
+    assert [one.code for one in ended] == [2, 0]
+    assert "rank 1: task.data=my.jsonl" in ended[0].err
+
+
+def as_rank(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Rank 0 of so many, as torchrun says it."""
+    for name, value in (("RANK", 0), ("WORLD_SIZE", size), ("MASTER_PORT", 1)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+
+
+def settings_of(*words: str) -> Any:
+    steps = [] if "method=zero_shot" in words else RUN[5:]
+    return check(compose(["task=toy", "model=tiny-opt", "method=mezo", *steps, *words]))
+
+
+@pytest.mark.parametrize(
+    ("words", "size", "message"),
+    [
+        (["method=adamw"], 2, "method=adamw would exchange whole gradients"),
+        (["method=zero_shot"], 2, "method=zero_shot takes no steps"),
+        (["query_ranks=2"], 3, "query_ranks=2: the 3 ranks must be a multiple"),
+        (["query_ranks=2"], 2, "query_ranks=2: there are 1 queries to share"),
+        ([], 9, "batch_size=8: 9 ranks share the rows"),
+        (["query_ranks=2", "method.num_queries=2"], 1, "query_ranks=2 is for several ranks"),
+        (["+model.device_map=auto"], 2, "model.device_map spreads the model of one process"),
+        (["rank_backend=nccl"], 1, "rank_backend=nccl is for several ranks"),
+    ],
+)
+def test_what_ranks_cannot_share_is_refused(
+    words: list[str], size: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_rank(monkeypatch, size)
+    monkeypatch.setattr(ranks.Ranks, "__init__", lambda *_: None)  # no others to wait for
+    with pytest.raises(UserError, match=message):
+        ranks.join(settings_of(*words))
+
+
+@pytest.mark.parametrize(("size", "of_queries"), [(1, 1), (3, 1), (4, 2), (6, 3), (5, 5)])
+def test_shares_are_all_of_it_and_overlap_nowhere(size: int, of_queries: int) -> None:
+    settings = replace(settings_of(), query_ranks=of_queries)
+    measured = []
+    for rank in range(size):
+        team = object.__new__(ranks.Ranks)
+        team.rank, team.size, team.lost = rank, size, False
+        team.begin(settings)
+        measured += [(q, r) for q in team.queries(7) for r in range(16)[team.rows(16)]]
+    assert sorted(measured) == [(q, r) for q in range(7) for r in range(16)]
+
+
+def test_torchrun(tmp_path: Path) -> None:
+    """As the README has it; the exit code is torchrun's."""
+    words = [*METHODS["mezo"], *RUN, "steps=2", "name=t"]
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ended = subprocess.run(
+        [sys.executable, *start, "-m", "smezo_cli.train", *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "  ranks   2: 2 share the rows" in ended.stdout
+    assert result_of(run_folder(tmp_path, "t"))["status"] == "done"
+    assert torch.distributed.is_available()
+
+
+def test_a_slow_link_carries_a_step(tmp_path: Path) -> None:
+    """1 Mbit/s, 30 ms: the weights of one process, and less than 1 KB of IP packets a step."""
+    if os.geteuid() != 0 or not Path("/dev/net/tun").exists() or shutil.which("ip") is None:
+        pytest.skip("network namespaces and TUN devices need root on Linux, and iproute2")
+    script = ROOT / "scripts" / "slow_link.py"
+    words = ["--delay", "0.03", "--steps", "8", "--json", "link.json"]
+    ended = subprocess.run(
+        [sys.executable, str(script), *words, *SMALL[1:]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    if "Operation not permitted" in ended.stderr:
+        pytest.skip("this system allows no network namespaces")
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads((tmp_path / "link.json").read_text())
+    assert found["same_weights"]
+    assert all(32 < count < 1024 for count in found["bytes_per_step"])
+    assert found["seconds_per_step"] > 2 * 0.03  # there and back
+
+
+def test_what_volunteers_would_do_is_computed_from_the_measured_bytes(tmp_path: Path) -> None:
+    """With a link that carries ten times the bytes of a step, exchanging takes more of the time."""
+    script = ROOT / "scripts" / "volunteers.py"
+    shares = []
+    for count in (400, 4000):
+        (tmp_path / "link.json").write_text(json.dumps({"bytes_per_step": [count, 1]}))
+        words = ["--link", "link.json", "--volunteers", "8", "--rows", "16", "--steps", "500"]
+        ended = subprocess.run(
+            [sys.executable, str(script), *words],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        line = ended.stdout.splitlines()[-1].split("|")
+        assert line[1:3] == [" 16 ", " 8 "]
+        shares.append(float(line[5].strip().rstrip("%")))
+    assert shares[0] < shares[1]
+
+
+def blind() -> None:
+    """This machine does not see rank 0's folder."""
+
+    def missing(path: Path) -> None:
+        raise UserError(f"{path} cannot be read")
+
+    follower.Saved = missing  # type: ignore[assignment,misc]  # in this process alone
+
+
+@pytest.mark.parametrize("faults", [[], [blind]], ids=["seen", "unseen"])
+def test_the_best_weights_are_tested_where_they_are_not_the_last(
+    faults: list[Any], tmp_path: Path
+) -> None:
+    """By all ranks that have them: those of rank 0's folder, or by rank 0 alone."""
+    words = [*METHODS["mezo"], *RUN, "lr=0.3"]
+    ended = together(2, words, tmp_path / "many", [few_tokens, *faults])
+    assert [one.code for one in ended] == [0, 0]
+    alone = [*words, "micro_batch_size=4"]
+    assert smezo(alone, tmp_path / "one", faults=[few_tokens]).code == 0
+    many, one = (result_of(run_folder(tmp_path / name)) for name in ("many", "one"))
+    assert one["dev"]["best"]["step"] < one["step"]
+    assert many["test"] == one["test"]
+    assert many["weights"] == one["weights"]
+    assert len(many["rank_peak_memory_bytes"]) == 2
+
+
+def test_launchers_of_processes_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each of their workers would take itself for the rank that started it."""
+    as_rank(monkeypatch, 2)
+    assert train.main(["--multirun", "hydra/launcher=joblib", "seed=0,1"]) == 2
+    assert "hydra/launcher=joblib starts processes of its own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("logger", ["wandb", "tensorboard"])
+def test_one_rank_logs(logger: str, tmp_path: Path) -> None:
+    """Many ranks, one W&B run or one set of event files, one metrics.jsonl; in rank 0's folder."""
+    if importlib.util.find_spec(logger) is None:
+        pytest.skip(f"{logger} is not installed")
+    words = [*METHODS["mezo"], *RUN, f"logger={logger}"]
+    assert [one.code for one in together(2, words, tmp_path)] == [0, 0]
+    folder = run_folder(tmp_path)
+    pattern = {"wandb": "wandb/offline-run-*", "tensorboard": "**/events.out.tfevents.*"}[logger]
+    assert len(list(folder.glob(pattern))) == 1
+    assert [r["step"] for r in records_of(folder) if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert not [f for f in (tmp_path / "rank1" / "runs").rglob("*") if f.is_file()]
+
+
+def test_a_run_that_ended_before_its_test_is_tested_by_ranks(tmp_path: Path) -> None:
+    """Followers then have no method yet, and the tested weights are not the last."""
+    words = [*METHODS["mezo"], *RUN, "lr=0.3"]
+    killed = Fault("evaluate", 6, signal.SIGKILL)  # two prompts, zero-shot, two looks, the test
+    assert smezo(words, tmp_path, faults=[few_tokens, killed.install]).code == -signal.SIGKILL
+    assert result_of(run_folder(tmp_path))["status"] == "running"
+    assert [one.code for one in together(2, words, tmp_path, [few_tokens])] == [0, 0]
+    assert smezo(words, tmp_path / "one", faults=[few_tokens]).code == 0
+    many, one = (result_of(run_folder(path)) for path in (tmp_path, tmp_path / "one"))
+    assert one["dev"]["best"]["step"] < one["step"]
+    assert many["test"] == one["test"]
+
+
+def rank_1_fails() -> None:
+    """In its first step."""
+
+    def fail(*_: object) -> None:
+        raise UserError("no room")
+
+    if os.environ["RANK"] == "1":
+        measure.Measure.step = fail  # type: ignore[assignment]  # in this process alone
+
+
+def test_a_follower_that_fails_ends_a_sweep_on_all_ranks(tmp_path: Path) -> None:
+    """Its process goes on to the next job, so no connection is closed by its death."""
+    words = ["--multirun", *METHODS["mezo"], *RUN, "seed=0,1"]
+    with Group(2, words, tmp_path, faults=[rank_1_fails]) as group:
+        first, second = (rank.wait(100) for rank in group.ranks)
+    assert (first.code, second.code) == (2, 2)
+    assert "rank 1: job 0" in second.err
+    assert "no room" in second.err
+    assert "another rank has ended" in first.err
+
+
+def stopped_late() -> None:
+    """Rank 0 is asked to stop just after the ranks have told each other that none was."""
+    real = ranks.Ranks.goes_on
+
+    def goes_on(self: ranks.Ranks, has_scored: bool) -> bool:
+        found = real(self, has_scored)
+        if not found and self.rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    ranks.Ranks.goes_on = goes_on  # type: ignore[method-assign]  # in this process alone
+
+
+def test_a_stop_between_an_evaluation_and_its_sum_leaves_nobody_behind(tmp_path: Path) -> None:
+    with Group(2, [*METHODS["mezo"], *RUN], tmp_path, faults=[stopped_late]) as group:
+        ended = [rank.wait(100) for rank in group.ranks]
+    assert [one.code for one in ended] == [130, 0]
+    assert "stopped; the same command goes on" in ended[0].out
+
+
+# ----------------------------------------------------------------- variables that were left behind
+
+
+def impatient() -> None:
+    ranks._PATIENCE = 0.2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_waits_for_others_says_so_within_seconds(rank: int, tmp_path: Path) -> None:
+    """Which variables, which address, how many have come, how to run alone; then it goes on."""
+    port = free_port()
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    env |= {"GLOO_SOCKET_IFNAME": "lo"}
+    words = [*METHODS["mezo"], *RUN, "steps=2"]
+    cwd = {k: tmp_path / str(k) for k in (0, 1)}
+    first = Started(words, cwd[rank], env={**env, "RANK": str(rank)}, faults=[impatient])
+    with first:
+        until(lambda: list(cwd[rank].glob("0.err")) and (cwd[rank] / "0.err").read_text())
+        said = (cwd[rank] / "0.err").read_text()
+        assert said.count("\n") == 1
+        assert said.startswith(f"smezo: rank {rank} waits for the others: ")
+        what = f"1 of 2 have come to 127.0.0.1:{port} (" if rank == 0 else "nobody answers at "
+        assert what in said
+        for name in ("RANK=", "WORLD_SIZE=2", "MASTER_ADDR=", f"MASTER_PORT={port} "):
+            assert name in said
+        assert said.endswith("to run alone: unset RANK WORLD_SIZE\n")
+        other = smezo(words, cwd[1 - rank], env={**env, "RANK": str(1 - rank)})
+        assert (other.code, first.wait().code) == (0, 0)
+
+
+def test_a_rank_that_waits_can_be_stopped(tmp_path: Path) -> None:
+    """Ctrl-C, and there is no traceback."""
+    env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    env |= {"MASTER_PORT": str(free_port())}
+    words = [*METHODS["mezo"], *RUN]
+    with Started(words, tmp_path, env=env, faults=[impatient]) as waiting:
+        until(lambda: list(tmp_path.glob("0.err")) and (tmp_path / "0.err").read_text())
+        os.kill(waiting.pid, signal.SIGINT)
+        ended = waiting.wait(60)
+    assert ended.code == 130
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"RANK": "2"}, "RANK=2 must be less than WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "0"}, "RANK=0 must be less than WORLD_SIZE=0"),
+        ({"RANK": "-1"}, "RANK=-1 is no whole number"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is no whole number"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x is no whole number"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 is no port"),
+        ({"RANK": ""}, None),
+        ({"WORLD_SIZE": ""}, None),
+        ({"WORLD_SIZE": "1"}, None),
+        ({"MASTER_ADDR": ""}, None),
+    ],
+)
+def test_variables_that_make_no_rank_are_a_sentence_or_none(
+    more: dict[str, str], words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An incomplete set, or a world of one, is a process of its own."""
+    whole = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in (whole | more).items():
+        monkeypatch.setenv(name, value)
+    settings = check(compose([*METHODS["mezo"], *RUN]))
+    assert torchrun.local_rank() is None
+    assert torchrun.speaker() == ""  # nobody else will say it
+    if words is None:
+        assert ranks.join(settings) is None
+        return
+    with pytest.raises(UserError, match=words) as caught:
+        ranks.join(settings)
+    assert "unset RANK WORLD_SIZE" in str(caught.value)
