@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from smezo_cli.cli import main
-from tests.test_golden import canary
+from tests.golden.test_golden import canary
 
 OLD = Path(__file__).with_name("old")
 NUMBERS: dict[str, Any] = json.loads((OLD / "numbers.json").read_text(encoding="utf-8"))
