@@ -40,9 +40,10 @@ import torch
 import transformers.models.llama.modeling_llama
 import transformers.models.opt.modeling_opt  # noqa: F401 - what children would import
 
+import smezo_cli.cli.evaluate
+import smezo_cli.cli.export
+import smezo_cli.cli.predict
 import smezo_cli.cli.replay  # noqa: F401 - as above
-from smezo_cli.cli import evaluate as _verb  # noqa: F401 - as above
-from smezo_cli.cli import export, predict  # noqa: F401 - as above
 from smezo_cli.cli.verbs import main as smezo
 from smezo_cli.methods import mezo, sparse_mezo  # noqa: F401 - as above
 from smezo_cli.run import best, evaluate, loaded, replay, session  # noqa: F401
