@@ -206,8 +206,8 @@ def check_steps(checked: Mapping[str, Any]) -> None:
     if checked["full_save_every"] != FULL_SAVE_EVERY and "eps" not in method:
         raise UserError(
             f"full_save_every={checked['full_save_every']}: {method['name']} is no "
-            "zeroth-order method, whose steps are recorded: it saves its weights at each evaluation, "
-            "and full_save_every would be ignored: leave it out, and set eval_every."
+            "zeroth-order method, whose steps are recorded: it saves its weights at each "
+            "evaluation, and full_save_every would be ignored: leave it out, and set eval_every."
         )
     if checked["warmup_steps"] >= steps:
         raise UserError(
