@@ -25,7 +25,7 @@ _MODULES = {
     "unlabelled": "smezo_cli.tasks.own",
 }
 # Names in it that a file of settings must never reach.
-WRITERS = ("smezo_cli.files.atomic.write_text", "smezo_cli.config.compose.shutil.rmtree")
+WRITERS = ("smezo_cli.files.atomic.write_text", "smezo_cli.store.folder.shutil.rmtree")
 
 
 def __getattr__(name: str) -> Any:

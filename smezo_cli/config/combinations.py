@@ -162,7 +162,7 @@ def check_objective(objective: str, task: Mapping[str, Any]) -> None:
     if objective not in ("loss", metric):
         raise UserError(
             f"method.objective={objective}: task {task['name']} is of kind {task['kind']}, whose "
-            f"figure is {metric}: add method.objective={metric}, or leave it out."
+            f"metric is {metric}: add method.objective={metric}, or leave it out."
         )
 
 
@@ -206,19 +206,19 @@ def check_steps(checked: Mapping[str, Any]) -> None:
     if checked["full_save_every"] != FULL_SAVE_EVERY and "eps" not in method:
         raise UserError(
             f"full_save_every={checked['full_save_every']}: {method['name']} is no "
-            "zeroth-order method, whose steps are recorded: it saves its weights at each look, and "
-            "full_save_every would be ignored: leave it out, and set eval_every."
+            "zeroth-order method, whose steps are recorded: it saves its weights at each "
+            "evaluation, and full_save_every would be ignored: leave it out, and set eval_every."
         )
     if checked["warmup_steps"] >= steps:
         raise UserError(
             f"warmup_steps={checked['warmup_steps']} leaves nothing of steps={steps}: "
             "set it below the steps."
         )
-    looks = math.ceil(steps / checked["eval_every"])
-    if checked["patience"] is not None and checked["patience"] + 1 >= looks:
+    evaluations = math.ceil(steps / checked["eval_every"])
+    if checked["patience"] is not None and checked["patience"] + 1 >= evaluations:
         raise UserError(
-            f"patience={checked['patience']} cannot end a run of {looks} looks early (the first is "
-            "always the lowest so far): lower patience or eval_every."
+            f"patience={checked['patience']} cannot end a run of {evaluations} evaluations "
+            "early (the first is always the best so far): lower patience or eval_every."
         )
 
 

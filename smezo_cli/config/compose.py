@@ -24,8 +24,6 @@ from smezo_cli.words import quoted
 
 _LEAST_FREE_BYTES = 250_000_000
 
-VERSION_BASE = "1.3"
-
 
 @dataclass(frozen=True)
 class Composed:
@@ -144,6 +142,7 @@ def every(composer: Composer, request: Request) -> Iterator[Composed]:
 
 
 def _every(composer: Composer, request: Request) -> Iterator[Composed]:
+    """Yield each run, without a word on whose train.yaml it is."""
     overrides = [composer.parse(text) for text in request.overrides]
     multirun, swept = _asked_by_experiment(composer, overrides)
     multirun = multirun or request.multirun

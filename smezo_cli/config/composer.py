@@ -89,6 +89,7 @@ class Composer:
         return override
 
     def _unreadable(self, text: str, why: str) -> str:
+        """Return a sentence on a word that is no KEY=VALUE, and what to type instead."""
         key, equals, value = text.partition("=")
         if equals and not key.isascii():
             group = re.match(r"[+]*([\w.]*)\.", key, re.ASCII)

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from smezo_cli.config import fork, sweep
 from smezo_cli.config.command_line import Request
-from smezo_cli.config.compose import VERSION_BASE, prepare
+from smezo_cli.config.compose import prepare
 from smezo_cli.config.describe import (
     as_command_line,
     is_sweep,
@@ -26,6 +26,7 @@ from smezo_cli.config.describe import (
 )
 from smezo_cli.config.fixed import CONF_DIR, sentence
 from smezo_cli.config.help import help
+from smezo_cli.config.searchpath import VERSION_BASE
 from smezo_cli.errors import UserError, redacted
 from smezo_cli.machine import process, streams, torchrun
 

@@ -21,7 +21,7 @@ from smezo_cli.files import bounded
 
 PRIMARY = "train"  # the file that names all groups, train.yaml
 _PACKAGE = "pkg://"
-_VERSION_BASE = "1.3"
+VERSION_BASE = "1.3"  # of Hydra, whose defaults these are
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class SearchPath:
         """Initialise Hydra to read from here as long as the context is open."""
         from hydra import initialize_config_dir
 
-        with self.used(), initialize_config_dir(str(CONF_DIR), "smezo", _VERSION_BASE):
+        with self.used(), initialize_config_dir(str(CONF_DIR), "smezo", VERSION_BASE):
             yield
 
     def check(self, groups: Sequence[str]) -> None:

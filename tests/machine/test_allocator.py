@@ -9,7 +9,7 @@ from smezo_cli.machine import allocator
 
 PROBE = """
 import resource, torch
-from smezo_cli import allocator
+from smezo_cli.machine import allocator
 def faults_of_forty_tensors():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(40):
