@@ -8,9 +8,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from smezo_cli.config.fixed import CONF_DIR, FULL_SAVE_EVERY, load_yaml
-from smezo_cli.config.types import shown
 from smezo_cli.errors import UserError
 from smezo_cli.kinds import METRICS
+from smezo_cli.zo.ranges import shown
 
 
 def check_counts(task: Mapping[str, Any]) -> None:

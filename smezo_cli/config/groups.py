@@ -9,23 +9,17 @@ from smezo_cli.config.types import (
     FILE,
     FOLDER_NAME,
     WORD,
-    Betas,
-    Choice,
     DeviceMap,
-    Names,
     NamesOrName,
-    Number,
     Pairs,
-    SettingType,
     SomeNames,
     Source,
     Template,
     Text,
-    Whole,
     checked_value,
-    shown,
 )
 from smezo_cli.errors import UserError, near
+from smezo_cli.zo.ranges import Betas, Choice, Names, Number, SettingType, Whole, shown
 
 # Settings inside the groups, checked where they are present.
 GROUP_TYPES: dict[str, SettingType] = {

@@ -14,8 +14,8 @@ from smezo_cli.config.combinations import lacks
 from smezo_cli.config.composer import Composer
 from smezo_cli.config.fixed import OPTIONAL_SETTINGS, sentence
 from smezo_cli.config.settings import check
-from smezo_cli.config.types import shown
 from smezo_cli.errors import UserError, near
+from smezo_cli.zo.ranges import shown
 
 
 def values_of(override: Any, multirun: bool) -> list[str]:

@@ -39,17 +39,13 @@ from smezo_cli.config.types import (
     FOLDER_NAME,
     NULLABLE,
     SEED,
-    Choice,
     Fixed,
     Node,
-    Number,
-    SettingType,
     Text,
-    Whole,
     checked_value,
-    shown,
 )
 from smezo_cli.errors import UserError, near, redacted_tree
+from smezo_cli.zo.ranges import Choice, Number, SettingType, Whole, shown
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,111 @@
+"""The types and ranges of arguments, with the words that a message about them uses."""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+
+def shown(value: object) -> str:
+    """Return a value as it is written on the command line."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+class SettingType(Protocol):
+    """The type of a setting: its range, and the words for it."""
+
+    @property
+    def words(self) -> str:
+        """Ends the sentence "KEY must be ..."."""
+
+    @property
+    def example(self) -> str:
+        """A value that is allowed."""
+
+    def __call__(self, value: object) -> object:
+        """Return the value in its own type, or raise ValueError."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A whole number of at least `low` and below `end`; 2e4 counts as one."""
+
+    low: int = 0
+    end: float = math.inf
+    example: str = "1"
+
+    @property
+    def words(self) -> str:
+        end = f" and below 2^{math.log2(self.end):g}" if self.end < math.inf else ""
+        return f"a whole number of at least {self.low}{end}"
+
+    def __call__(self, value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
+            raise ValueError
+        if not self.low <= value < self.end:
+            raise ValueError
+        return int(value)
+
+
+@dataclass(frozen=True)
+class Number:
+    """A finite number between two bounds; `above` leaves the lower one out, the upper is out."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+    example: str = "0.5"
+
+    @property
+    def words(self) -> str:
+        if self.high < math.inf:
+            return f"a number in {'(' if self.above else '['}{self.low:g}, {self.high:g})"
+        return f"a number {'above' if self.above else 'of at least'} {self.low:g}"
+
+    def __call__(self, value: object) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError
+        if not self.low <= value < self.high or (self.above and value == self.low):
+            raise ValueError  # nan and inf end here too
+        return float(value)
+
+
+class Choice:
+    """One of a few words; `true` and `false` among them are booleans."""
+
+    def __init__(self, *options: str | bool) -> None:
+        self.options = options
+        words = [shown(option) for option in options]
+        self.words = f"{', '.join(words[:-1])} or {words[-1]}"
+        self.example = words[0]
+
+    def __call__(self, value: object) -> str | bool:
+        for option in self.options:
+            if value == option and isinstance(value, bool) == isinstance(option, bool):
+                return option
+        raise ValueError
+
+
+class Betas:
+    """The two decays of Adam."""
+
+    words = "a list of two numbers in [0, 1)"
+    example = "[0.9,0.999]"
+
+    def __call__(self, value: object) -> list[float]:
+        if not isinstance(value, list) or len(value) != 2:
+            raise ValueError
+        return [Number(0, 1)(item) for item in value]
+
+
+class Names:
+    """A list of strings."""
+
+    words = 'a list of strings, such as ["*embed_tokens*"]'
+    example = "[]"
+
+    def __call__(self, value: object) -> list[str]:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise ValueError
+        return value
