@@ -102,9 +102,7 @@ def _keywords(
 
 def _compares_losses(target: Callable[..., Any]) -> bool:
     """Return whether a method compares losses alone, so that any metric may be its objective."""
-    from smezo_cli.zo.optimizer import ZeroOrder
-
-    return inspect.isclass(target) and issubclass(target, ZeroOrder)
+    return bool(getattr(target, "compares_losses", False))
 
 
 def _signature(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:

@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from smezo_cli.config.fixed import CONF_DIR, FULL_SAVE_EVERY, load_yaml
+from smezo_cli.config.method_keys import trait
 from smezo_cli.errors import UserError
 from smezo_cli.kinds import METRICS
 from smezo_cli.zo.ranges import shown
@@ -35,7 +36,7 @@ def check_sfc(task: Mapping[str, Any], model: Mapping[str, Any], method: Mapping
                 "be ignored: add task.sfc=true, or leave it out."
             )
         return
-    if "l2" in method:
+    if not trait(method, "scores_words", default=True):
         raise UserError(
             f"task.sfc=true: method {method['name']} scores no label words that could be "
             "calibrated: leave task.sfc out."
@@ -179,12 +180,12 @@ def check_frozen(
     task: Mapping[str, Any], model: Mapping[str, Any], method: Mapping[str, Any]
 ) -> None:
     """Refuse a model or a task that a method without steps is not made for."""
-    if model["family"] == "masked" and "num_demonstrations" in method:
+    if model["family"] == "masked" and trait(method, "shows_demonstrations", default=False):
         raise UserError(
             f"model={model['name']} fills masks, and method {method['name']} is for models that go "
             "on from demonstrations: choose a causal model, or method=zero_shot."
         )
-    if "l2" in method and task["kind"] != "classification":
+    if not trait(method, "scores_words", default=True) and task["kind"] != "classification":
         raise UserError(
             f"task={task['name']} is of kind {task['kind']}, and method {method['name']} tells "
             "classes apart: choose a task of kind classification, or method=zero_shot."
@@ -203,7 +204,8 @@ def check_steps(checked: Mapping[str, Any]) -> None:
             f"batch_order=stratified gives a batch its share of each class, and "
             f"task={task['name']} is of kind {task['kind']}: leave it out."
         )
-    if checked["full_save_every"] != FULL_SAVE_EVERY and "eps" not in method:
+    records_steps = trait(method, "replays", default=False)
+    if checked["full_save_every"] != FULL_SAVE_EVERY and not records_steps:
         raise UserError(
             f"full_save_every={checked['full_save_every']}: {method['name']} is no "
             "zeroth-order method, whose steps are recorded: it saves its weights at each "

@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from smezo_cli.config.fixed import FULL_SAVE_EVERY, plain
+from smezo_cli.config.method_keys import trait
 from smezo_cli.config.settings import SETTINGS
 
 # Cannot change a result, hence not part of a run's digest.
@@ -91,7 +92,9 @@ def with_later_keys(cfg: DictConfig) -> None:
             cfg[key] = value
     if isinstance(task := cfg.get("task"), DictConfig) and "data" in task and "quoting" not in task:
         task.quoting = ADDED_LATER["quoting"]
-    if isinstance(method := cfg.get("method"), DictConfig) and "eps" not in method:
+    if isinstance(method := cfg.get("method"), DictConfig) and not trait(
+        {"_target_": method.get("_target_")}, "replays", default=False
+    ):
         cfg.full_save_every = FULL_SAVE_EVERY
 
 

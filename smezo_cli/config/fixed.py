@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from smezo_cli.config.method_keys import trait
 from smezo_cli.errors import UserError
 from smezo_cli.files.bounded import check_expansion
 from smezo_cli.words import with_mappings
@@ -37,8 +38,7 @@ WITHOUT_STEPS: dict[str, object] = {
 
 def is_frozen(method: object) -> bool:
     """Return whether this is the node of a method that takes no steps."""
-    target = method.get("_target_") if isinstance(method, Mapping) else None
-    return isinstance(target, str) and target.startswith("smezo_cli.methods.frozen.")
+    return not trait(method, "takes_steps", default=True)
 
 
 def load_yaml(file: Path) -> DictConfig:

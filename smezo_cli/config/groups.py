@@ -19,7 +19,7 @@ from smezo_cli.config.types import (
     checked_value,
 )
 from smezo_cli.errors import UserError, near
-from smezo_cli.zo.ranges import Betas, Choice, Names, Number, SettingType, Whole, shown
+from smezo_cli.zo.ranges import Choice, Number, SettingType, Whole, shown
 
 # Settings inside the groups, checked where they are present.
 GROUP_TYPES: dict[str, SettingType] = {
@@ -64,25 +64,7 @@ GROUP_TYPES: dict[str, SettingType] = {
     "task.revision": WORD,
     "task.splits": Pairs(),
     "model.max_length": Whole(8, example="2048"),
-    "method.num_queries": COUNT,
-    "method.weight_decay": Number(0, example="0.0"),
-    "method.clip_projected_grad": Number(0, above=True, example="100.0"),
     "method.objective": Choice("loss", "accuracy", "f1"),
-    "method.betas": Betas(),
-    "method.adam_eps": Number(0, above=True, example="1e-8"),
-    "method.mask": Choice("small", "large", "random", "none"),
-    "method.mask_refresh_every": Whole(0, example="0"),
-    "method.mask_resample": Choice("run", "step"),
-    "method.constant_tensors": Choice("dense", "frozen"),
-    "method.noise": Choice("gaussian", "rademacher"),
-    "method.rounding": Choice("nearest", "stochastic"),
-    "method.executor": Choice("auto", "sequential", "lockstep", "in_place"),
-    "method.keep_noise": Choice("auto", True, False),
-    "method.num_demonstrations": Whole(1, example="32"),
-    "method.l2": Number(0, above=True, example="1.0"),
-    "method.max_grad_norm": Number(0, above=True, example="1.0"),
-    "method.freeze": Names(),
-    "method.dense": Names(),
     "logger.mode": Choice("offline", "online"),
 }
 

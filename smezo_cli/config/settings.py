@@ -32,6 +32,7 @@ from smezo_cli.config.groups import (
     checked_adapter,
     task_keys,
 )
+from smezo_cli.config.method_keys import describe
 from smezo_cli.config.types import (
     COUNT,
     DEVICE,
@@ -161,9 +162,28 @@ def _groups(checked: Mapping[str, Any]) -> dict[str, Any]:
         group, _, name = key.partition(".")
         if name in nodes[group]:
             nodes[group][name] = checked_value(key, nodes[group][name], type_)
-    if "adapter" in nodes["method"]:
-        nodes["method"]["adapter"] = checked_adapter(nodes["method"]["adapter"])
+    nodes["method"] = _method(nodes["method"])
     return nodes
+
+
+# Keys of a method's node that are not arguments of its class.
+_BESIDE_ARGUMENTS = ("name", "_target_", "adapter", "objective")
+
+
+def _method(node: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the node of a method with all values in the types that its class names."""
+    checked = dict(node)
+    if "adapter" in node:
+        checked["adapter"] = checked_adapter(node["adapter"])
+    if (known := describe(node)) is None:
+        return checked
+    for name, value in node.items():
+        key = known.keys.get(name)
+        if key is None and name not in _BESIDE_ARGUMENTS:
+            raise UserError(f"method takes no {name}{near(name, known.keys)}.")
+        if key is not None and key.type is not None and name not in OPTIONAL_SETTINGS:
+            checked[name] = checked_value(f"method.{name}", value, key.type, key.may_be_null)
+    return checked
 
 
 def check_spelling(key: str, text: str, value: object) -> None:

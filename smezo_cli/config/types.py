@@ -166,8 +166,6 @@ NULLABLE = {
     "task.splits",
     "task.data_name",
     "task.revision",
-    "method.max_grad_norm",
-    "method.clip_projected_grad",
 }
 
 
@@ -190,14 +188,24 @@ class Fixed:
         return value
 
 
-def checked_value(key: str, value: object, type_: SettingType) -> Any:
-    """Return a value in its own type, or raise UserError with what is allowed."""
-    if value is None and key in NULLABLE and not isinstance(type_, Fixed):
+def checked_value(
+    key: str, value: object, type_: SettingType, may_be_null: bool | None = None
+) -> Any:
+    """Return a value in its own type, or raise UserError with what is allowed.
+
+    Args:
+        key: of the setting.
+        value: as it was given.
+        type_: what it has to be.
+        may_be_null: None: if the key is in :data:`NULLABLE`.
+    """
+    may_be_null = key in NULLABLE if may_be_null is None else may_be_null
+    if value is None and may_be_null and not isinstance(type_, Fixed):
         return None
     try:
         return type_(value)
     except ValueError:
-        null = " or null" if key in NULLABLE else ""
+        null = " or null" if may_be_null else ""
         got = shown(value)
         got = got if len(got) <= 200 else got[:197] + "..."
         raise UserError(

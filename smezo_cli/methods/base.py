@@ -1,7 +1,7 @@
 """What the loop asks of a method."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -11,6 +11,9 @@ from smezo_cli.zo.step import Closure, StepRecord
 class Method(Protocol):
     """What the loop asks of a method; see :mod:`smezo_cli.methods`."""
 
+    takes_steps: ClassVar[bool]
+    replays: ClassVar[bool]  # its steps can be made again from what is recorded of them
+    compares_losses: ClassVar[bool]  # so that no gradient is needed, and any metric may be lowered
     mode: str  # "eval" (dropout off) or "train"
 
     @property

@@ -2,14 +2,15 @@
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from smezo_cli.machine.out_of_memory import detecting_out_of_memory
 from smezo_cli.zo.noise import stream_key
+from smezo_cli.zo.ranges import Globs, Positive
 from smezo_cli.zo.step import Closure, InParts, NonFiniteLoss, StepRecord
 
 
@@ -27,6 +28,9 @@ class FirstOrder:
         ValueError: a glob matches nothing, or nothing is left to train.
     """
 
+    takes_steps: ClassVar = True
+    replays: ClassVar = False
+    compares_losses: ClassVar = False
     mode = "train"
     keeps_state = True
 
@@ -36,8 +40,8 @@ class FirstOrder:
         *,
         optimizer: Callable[..., torch.optim.Optimizer],
         seed: int = 0,
-        freeze: Iterable[str] = (),
-        max_grad_norm: float | None = None,
+        freeze: Globs = (),
+        max_grad_norm: Positive | None = None,
     ) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         for glob in (freeze := list(freeze)):

@@ -5,22 +5,33 @@ Zero-shot, in-context learning, and a linear probe of what the model makes of a 
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from smezo_cli.errors import UserError
+from smezo_cli.zo.ranges import Positive, Shown
 
 SEPARATOR = "\n\n"  # between demonstrations, and between them and the row, as in MeZO
 
 
-class ZeroShot:
+class Frozen:
+    """Trains no weights of the model."""
+
+    takes_steps: ClassVar = False
+    replays: ClassVar = False
+    compares_losses: ClassVar = False
+    shows_demonstrations: ClassVar = False  # labelled rows before every row
+    scores_words: ClassVar = True  # as answers; else it tells classes apart by itself
+
+
+class ZeroShot(Frozen):
     """The model as it came, asked with the prompt that is best on dev."""
 
 
-class InContext:
+class InContext(Frozen):
     """Some labelled training rows before every row (MeZO, arXiv 2305.17333, appendix E).
 
     They are drawn at random, as in MeZO, by ``seed`` alone, and are the same for all rows.
@@ -30,7 +41,9 @@ class InContext:
         seed: keys the draw.
     """
 
-    def __init__(self, *, num_demonstrations: int, seed: int = 0) -> None:
+    shows_demonstrations: ClassVar = True
+
+    def __init__(self, *, num_demonstrations: Shown, seed: int = 0) -> None:
         self.num_demonstrations = num_demonstrations
         self.seed = seed
 
@@ -83,7 +96,7 @@ class InContext:
         )
 
 
-class LinearProbe:
+class LinearProbe(Frozen):
     """Logistic regression on the frozen model's last hidden state (MeZO, appendix E: LP).
 
     That of the last token of the prompt, or of its mask, as it enters the output layer; each of
@@ -95,10 +108,11 @@ class LinearProbe:
         l2: strength of the penalty.
     """
 
+    scores_words: ClassVar = False
     GRADIENT = 1e-6  # largest entry of the gradient at which the fit has converged
     STEPS = 5000  # of LBFGS, at most
 
-    def __init__(self, *, l2: float) -> None:
+    def __init__(self, *, l2: Positive) -> None:
         self.l2 = l2
 
     def fit(self, features: Tensor, labels: Tensor, num_classes: int) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from smezo_cli.zo.directions.dense import Dense
 from smezo_cli.zo.estimators.two_sided import TwoSided
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
+from smezo_cli.zo.ranges import Count, Noise
 from smezo_cli.zo.selections.masked import Everything
 from smezo_cli.zo.updates.sgd import SGD
 
@@ -33,8 +34,8 @@ class MeZO(ZeroOrder):
         self,
         model: nn.Module,
         *,
-        num_queries: int = 1,
-        noise: str = "gaussian",
+        num_queries: Count = 1,
+        noise: Noise = "gaussian",
         **common: Unpack[Common],
     ) -> None:
         super().__init__(

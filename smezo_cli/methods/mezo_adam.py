@@ -1,6 +1,5 @@
 """MeZO-Adam: Adam on MeZO's gradient estimate (arXiv 2305.17333; Adam: arXiv 1412.6980)."""
 
-from collections.abc import Sequence
 from typing import ClassVar, Unpack
 
 from torch import nn
@@ -9,6 +8,7 @@ from smezo_cli.zo.directions.dense import Dense
 from smezo_cli.zo.estimators.two_sided import TwoSided
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
+from smezo_cli.zo.ranges import Count, Decays, Epsilon, Noise
 from smezo_cli.zo.selections.masked import Everything
 from smezo_cli.zo.updates.adam import Adam
 
@@ -37,10 +37,10 @@ class MeZOAdam(ZeroOrder):
         self,
         model: nn.Module,
         *,
-        betas: Sequence[float] = (0.9, 0.999),
-        adam_eps: float = 1e-8,
-        num_queries: int = 1,
-        noise: str = "gaussian",
+        betas: Decays = (0.9, 0.999),
+        adam_eps: Epsilon = 1e-8,
+        num_queries: Count = 1,
+        noise: Noise = "gaussian",
         **common: Unpack[Common],
     ) -> None:
         super().__init__(

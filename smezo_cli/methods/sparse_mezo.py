@@ -1,6 +1,5 @@
 """Sparse-MeZO: perturb and update only the small weights of each tensor (arXiv 2402.15751)."""
 
-from collections.abc import Iterable
 from typing import ClassVar, Unpack
 
 from torch import nn
@@ -9,6 +8,16 @@ from smezo_cli.zo.directions.dense import Dense
 from smezo_cli.zo.estimators.two_sided import TwoSided
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
+from smezo_cli.zo.ranges import (
+    ConstantTensors,
+    Count,
+    Globs,
+    MaskRule,
+    Noise,
+    Resample,
+    Sparsity,
+    StepsBetween,
+)
 from smezo_cli.zo.selections.masked import Masked
 from smezo_cli.zo.updates.sgd import SGD
 
@@ -42,14 +51,14 @@ class SparseMeZO(ZeroOrder):
         self,
         model: nn.Module,
         *,
-        sparsity: float = 0.0,
-        mask: str = "small",
-        mask_refresh_every: int = 0,
-        mask_resample: str = "run",
-        constant_tensors: str = "dense",
-        dense: Iterable[str] = (),
-        num_queries: int = 1,
-        noise: str = "gaussian",
+        sparsity: Sparsity = 0.0,
+        mask: MaskRule = "small",
+        mask_refresh_every: StepsBetween = 0,
+        mask_resample: Resample = "run",
+        constant_tensors: ConstantTensors = "dense",
+        dense: Globs = (),
+        num_queries: Count = 1,
+        noise: Noise = "gaussian",
         **common: Unpack[Common],
     ) -> None:
         masked = Masked(

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Required, TypedDict, Unpack
 
 import torch
@@ -17,6 +17,16 @@ from smezo_cli.zo.executors.choose import Executors
 from smezo_cli.zo.move import Key, Move, Term
 from smezo_cli.zo.passes.choose import Passes
 from smezo_cli.zo.probe import FunctionalProbe
+from smezo_cli.zo.ranges import (
+    ExecutorName,
+    Globs,
+    KeepNoise,
+    Limit,
+    NotNegative,
+    Radius,
+    RoundingMode,
+    StepSize,
+)
 from smezo_cli.zo.selections.base import Selection
 from smezo_cli.zo.state import State
 from smezo_cli.zo.step import NUMERICS
@@ -46,16 +56,16 @@ class Common(TypedDict, total=False):
     check: ask :meth:`ZeroOrder.self_check` at the first step; False where that was done already.
     """
 
-    lr: Required[float]
-    eps: Required[float]
+    lr: Required[StepSize]
+    eps: Required[Radius]
     seed: int
-    weight_decay: float
-    clip_projected_grad: float | None
-    freeze: Iterable[str]
-    rounding: str
-    executor: str
+    weight_decay: NotNegative
+    clip_projected_grad: Limit | None
+    freeze: Globs
+    rounding: RoundingMode
+    executor: ExecutorName
     backend: str
-    keep_noise: bool | str
+    keep_noise: KeepNoise
     check: bool
 
 

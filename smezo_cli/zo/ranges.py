@@ -1,8 +1,13 @@
-"""The types and ranges of arguments, with the words that a message about them uses."""
+"""The types and ranges of arguments, with the words that a message about them uses.
+
+Signatures of methods name them (``rank: Count = 2``), so the range of an argument stands once. No
+torch in this module: settings are checked without it.
+"""
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 
 def shown(value: object) -> str:
@@ -109,3 +114,27 @@ class Names:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise ValueError
         return value
+
+
+# --- names for signatures ---------------------------------------------------------------------
+
+Count = Annotated[int, Whole(1, example="16")]
+Shown = Annotated[int, Whole(1, example="32")]
+StepsBetween = Annotated[int, Whole(0, example="0")]
+Positive = Annotated[float, Number(0, above=True, example="1.0")]
+NotNegative = Annotated[float, Number(0, example="0.0")]
+Fraction = Annotated[float, Number(0, 1, example="0.9")]
+Sparsity = Annotated[float, Number(0, 1, example="0.75")]
+StepSize = Annotated[float, Number(0, above=True, example="1e-4")]
+Radius = Annotated[float, Number(0, above=True, example="1e-3")]
+Epsilon = Annotated[float, Number(0, above=True, example="1e-8")]
+Limit = Annotated[float, Number(0, above=True, example="100.0")]
+Decays = Annotated[Sequence[float], Betas()]
+Globs = Annotated[Iterable[str], Names()]
+MaskRule = Annotated[str, Choice("small", "large", "random", "none")]
+Resample = Annotated[str, Choice("run", "step")]
+ConstantTensors = Annotated[str, Choice("dense", "frozen")]
+Noise = Annotated[str, Choice("gaussian", "rademacher")]
+RoundingMode = Annotated[str, Choice("nearest", "stochastic")]
+ExecutorName = Annotated[str, Choice("auto", "sequential", "lockstep", "in_place")]
+KeepNoise = Annotated[bool | str, Choice("auto", True, False)]
