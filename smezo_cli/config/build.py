@@ -29,7 +29,7 @@ def build(node: Mapping[str, Any], key: str = "method", /, **runtime: Any) -> An
     """
     values = plain(node)
     target = target_of(values, key)
-    parameters = _signature(target)
+    parameters = parameters_of(target)
     given = _keywords(values, key, target, runtime)
     given |= {name: value for name, value in runtime.items() if name in parameters}
     for name, parameter in parameters.items():
@@ -81,7 +81,7 @@ def target_of(node: Mapping[str, Any], key: str) -> Callable[..., Any]:
 def _keywords(
     node: Mapping[str, Any], key: str, target: Callable[..., Any], runtime: Collection[str] = ()
 ) -> dict[str, Any]:
-    parameters = _signature(target)
+    parameters = parameters_of(target)
     taken = [name for name in parameters if name not in runtime]
     keywords: dict[str, Any] = {}
     for name, value in node.items():
@@ -105,8 +105,8 @@ def _compares_losses(target: Callable[..., Any]) -> bool:
     return bool(getattr(target, "compares_losses", False))
 
 
-def _signature(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The arguments of a target, with those that ``**common: Unpack[Common]`` stands for."""
+def parameters_of(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Return the arguments of a target, with those that ``**common: Unpack[Common]`` stands for."""
     found: dict[str, inspect.Parameter] = {}
     for name, parameter in inspect.signature(target).parameters.items():
         if parameter.kind is not parameter.VAR_KEYWORD:

@@ -1,7 +1,7 @@
 """Begin a run: gather what all its stages are given, and say on the console what it is."""
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -54,7 +54,7 @@ class Run:
     @property
     def notes(self) -> Notes:
         """What the state notes beside steps."""
-        return cast(Notes, self.state.notes)
+        return self.state.notes
 
     @property
     def objective(self) -> str:

@@ -18,9 +18,9 @@ from smezo_cli.run.rows import Rows
 from smezo_cli.scoring import metrics
 from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.scoring.evaluation import Evaluation
-from smezo_cli.store.notes import Metrics
 from smezo_cli.store.saved import tensors_digest
 from smezo_cli.store.trajectory import Recorder
+from smezo_cli.store.values import Metrics
 from smezo_cli.tasks.base import one_class
 from smezo_cli.zo.optimizer import ZeroOrder
 

@@ -14,8 +14,8 @@ from smezo_cli.run.loggers import Loggers
 from smezo_cli.run.rows import Rows, count_cut
 from smezo_cli.scoring.evaluation import Evaluation
 from smezo_cli.scoring.tokens import token_ids
-from smezo_cli.store.notes import WeightsNote
 from smezo_cli.store.saved import tensors_digest
+from smezo_cli.store.values import SavedWeights
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def probe(run: Run, evaluate: Evaluator, method: LinearProbe, rows: Rows) -> Non
     state.train_seconds = time.perf_counter() - start
     state.num_forwards = part.num_forwards
     run.notes["num_trained"] = sum(t.numel() for t in fitted.values())
-    note: WeightsNote = {"step": 0, "sha256": tensors_digest(fitted)}
+    note: SavedWeights = {"step": 0, "sha256": tensors_digest(fitted)}
     run.notes["weights"] = {"best": note, "last": note}
     folder.save_weights(state, 0, fitted, {})
     folder.save_state(state)

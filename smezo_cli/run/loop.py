@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 from smezo_cli.config.settings import Settings
 from smezo_cli.machine.memory import PeakMemory
@@ -47,7 +46,7 @@ class Checkpoint:
     @property
     def notes(self) -> Notes:
         """The notes of the state."""
-        return cast(Notes, self.state.notes)
+        return self.state.notes
 
     def is_due(self) -> bool:
         """Say whether a recorded run lacks weights of this step that it should have saved."""

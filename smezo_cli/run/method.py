@@ -1,11 +1,10 @@
 """Build the method that the settings name, for the model that is loaded."""
 
-import inspect
 from collections.abc import Mapping
 from fnmatch import filter as matching
 from typing import TYPE_CHECKING, Any
 
-from smezo_cli.config.build import build, target_of
+from smezo_cli.config.build import build, parameters_of, target_of
 from smezo_cli.errors import UserError
 from smezo_cli.run.loaded import Loaded
 from smezo_cli.zo.passes.by_compiler import NoCompiler
@@ -24,7 +23,7 @@ def build_method(loaded: Loaded) -> "Method":
     """
     s = loaded.settings
     runtime: dict[str, Any] = {"model": loaded.model, "seed": s.seed}
-    parameters = inspect.signature(target_of(s.method, "method")).parameters
+    parameters = parameters_of(target_of(s.method, "method"))
     if "check" in parameters:
         runtime["check"] = False  # the run checks by itself, with two rows
     if "backend" in parameters:

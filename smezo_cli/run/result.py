@@ -21,9 +21,10 @@ from smezo_cli.run.rows import Rows, one_class_left
 from smezo_cli.run.watch import report_lines, spike_report
 from smezo_cli.store import versions
 from smezo_cli.store.folder import SCHEMA
-from smezo_cli.store.notes import Metrics, Notes
+from smezo_cli.store.notes import Notes
 from smezo_cli.store.partial_scores import PartialScores
 from smezo_cli.store.trajectory import Recorder
+from smezo_cli.store.values import Metrics
 
 
 @dataclass

@@ -12,7 +12,8 @@ from smezo_cli.run.rows import Rows
 from smezo_cli.scoring import metrics
 from smezo_cli.scoring.batching import Found
 from smezo_cli.scoring.evaluation import Evaluation
-from smezo_cli.store.notes import Metrics, PromptNote
+from smezo_cli.store.values import Metrics
+from smezo_cli.store.values import Prompt as PromptNote
 from smezo_cli.tasks.base import one_class
 
 

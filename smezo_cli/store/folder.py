@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Final, TextIO
 
 from torch import Tensor
 
@@ -26,11 +26,13 @@ from smezo_cli.errors import UserError, redacted_tree
 from smezo_cli.files import bounded, sealed, strict_json
 from smezo_cli.files.atomic import write_text
 from smezo_cli.store import schema
+from smezo_cli.store.notes import Notes
 from smezo_cli.store.saved import Saved, save_tensors
 
 SCHEMA = 2  # of result.json; 1 had no checksum
 _STATE = 2  # of checkpoint/state.json
-UNSETTLED = "unsettled"  # note of a run that has its result, and has not removed the rest yet
+# The note of a run that has its result, and has not removed the rest yet.
+UNSETTLED: Final = "unsettled"
 
 
 @dataclass
@@ -44,7 +46,7 @@ class State:
         best_loss: its dev loss.
         method: the method's own numbers.
         notes: what was found on the way, such as the prompt and zero-shot metrics; their types
-            are in :class:`smezo_cli.store.schema.Notes`.
+            are in :class:`smezo_cli.store.notes.Notes`.
         train_seconds: spent in steps, evaluation apart.
         num_forwards: forward passes of steps.
         peak_memory_bytes: of the process so far.
@@ -58,7 +60,7 @@ class State:
     best_step: int | None = None
     best_loss: float | None = None
     method: dict[str, Any] = field(default_factory=dict)
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: Notes = field(default_factory=Notes)
     train_seconds: float = 0.0
     num_forwards: int = 0
     peak_memory_bytes: int = 0
@@ -74,7 +76,7 @@ class State:
     def start_over(self) -> None:
         """Reset to before the first step; keep what was found before training."""
         for name in _OF_TRAINING:
-            self.notes.pop(name, None)
+            self.notes.pop(name, None)  # type: ignore[misc]  # keys of Notes
         self.__dict__.update(State(notes=self.notes).__dict__)
 
 

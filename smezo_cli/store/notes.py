@@ -1,61 +1,69 @@
-"""Name what a run notes in state.json beside its steps: every key, with its type."""
+"""Name what a run notes in state.json beside its steps: every key, its type, how it is checked."""
 
-from typing import Any, TypedDict
+from collections.abc import Mapping
+from typing import Annotated, Any, NotRequired
 
-Metrics = dict[str, Any]  # of an evaluation, by name; see scoring.evaluation
+from typing_extensions import TypedDict
 
+from smezo_cli.files.bounded import is_number
+from smezo_cli.store.values import (
+    Batching,
+    ComparedMetrics,
+    Count,
+    FiniteSize,
+    Flag,
+    Metrics,
+    Number,
+    Prompt,
+    SavedWeights,
+    Size,
+    Text,
+    also,
+    by,
+    no_others,
+    only,
+)
 
-class PromptNote(TypedDict, total=False):
-    """A prompt that was asked on dev, and what it gave there."""
-
-    template: str
-    labels: list[str]
-    option: str
-    sfc: str | None
-    dev: Metrics
-    dev_calibrated: Metrics
-    offsets: list[float]
+_Compared = Annotated[Metrics, by(ComparedMetrics)]
 
 
 class Demonstrations(TypedDict):
     """The rows before every row of in-context learning."""
 
-    asked: int
-    used: int
-    tokens: int
-    rows: list[str]
-    text: str
-
-
-class WeightsNote(TypedDict):
-    """Digest of the weights after a step."""
-
-    step: int
-    sha256: str
+    asked: Count
+    used: Count
+    tokens: Count
+    rows: NotRequired[Annotated[list[str], only(lambda value: True)]]
+    text: Text
 
 
 class Spike(TypedDict):
     """A projected gradient far above the median."""
 
-    step: int
-    value: float
-    times_median: float
+    step: Count
+    value: Number
+    times_median: Number
 
 
-class WatchNotes(TypedDict, total=False):
-    """What the watchdogs have counted; all keys but ``unmoved``, which came later, are there."""
+class WatchNotes(TypedDict):
+    """What the watchdogs have counted."""
 
-    recent: list[float]
-    num: int
-    squares: float
-    clipped: int
-    unmoved: int
-    spikes: int
+    recent: list[FiniteSize]
+    num: Count
+    squares: Size
+    clipped: Count
+    unmoved: NotRequired[Count]  # a run may be older than this count
+    spikes: Count
     largest_spike: Spike | None
-    losses: float  # since the last evaluation of dev
-    num_losses: int
-    looks_since: int
-    why: str | None
+    losses: Number  # since the last evaluation of dev
+    num_losses: Count
+    looks_since: Count
+    why: Text | None
+
+
+def _agrees(watch: WatchNotes) -> bool:
+    has_recent, has_spike = bool(watch["recent"]), watch["largest_spike"] is not None
+    return (watch["num"] > 0) is has_recent and (watch["spikes"] > 0) is has_spike
 
 
 class Early(TypedDict):
@@ -68,35 +76,41 @@ class Early(TypedDict):
 class Unsettled(TypedDict):
     """Said of a run that has its result, and has not removed what it no longer needs."""
 
-    goes_on: bool
+    goes_on: Flag
+
+
+def _moves_come_together(numerics: Mapping[str, Any]) -> bool:
+    return ("moved_share" in numerics) == ("rms_move" in numerics)
 
 
 class Notes(TypedDict, total=False):
     """The notes of a run; each key is there from when it is found."""
 
     # before the training
-    rows: dict[str, str]  # fingerprint of each split
-    model: str  # fingerprint
-    batching: dict[str, Any]  # scoring.batching.Found in plain values
-    prompts: list[PromptNote]
-    prompt: int  # the chosen one
-    truncated: int  # prompts that were cut
-    zero_shot: Metrics
-    zero_shot_calibrated: Metrics
-    dev_loss_before: float
+    rows: Annotated[  # fingerprint of each split
+        dict[Text, Text], also(lambda rows: rows.keys() >= {"train", "dev", "test"})
+    ]
+    model: Text  # fingerprint
+    batching: Annotated[dict[str, Any], by(Batching)]  # scoring.batching.Found in plain values
+    prompts: list[Prompt]
+    prompt: Count  # the chosen one
+    truncated: Count  # prompts that were cut
+    zero_shot: _Compared
+    zero_shot_calibrated: _Compared
+    dev_loss_before: Number
     demonstrations: Demonstrations
-    active_share: float | None
-    num_trained: int
-    executor: str | None
-    micro_batch_size: int
+    active_share: Number | None
+    num_trained: Count
+    executor: Text | None
+    micro_batch_size: Annotated[Count, also(bool)]
     # by the training; State.start_over forgets these
-    lowest_loss: float
-    highest_metric: float
-    best_look: Metrics
-    final_share: float | None
-    watch: WatchNotes
-    numerics: dict[str, Any]
-    stopped_early: Early
+    lowest_loss: Annotated[float, only(lambda value: value is None or is_number(value))]
+    highest_metric: Number
+    best_look: _Compared
+    final_share: Number | None
+    watch: Annotated[WatchNotes, also(_agrees)]
+    numerics: Annotated[dict[str, Any], by(dict[Text, Number | None]), also(_moves_come_together)]
+    stopped_early: Annotated[Early, only(lambda value: isinstance(value, dict))]
     # behind the training
-    weights: dict[str, WeightsNote]  # "best" and "last"
-    unsettled: Unsettled
+    weights: dict[Text, SavedWeights]  # "best" and "last"
+    unsettled: Annotated[Unsettled, no_others(Unsettled)]

@@ -15,20 +15,17 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from smezo_cli.files.bounded import is_count, is_text
+from smezo_cli.store.notes import Notes
 from smezo_cli.store.values import (
     Anything,
     Batching,
-    ComparedMetrics,
     Count,
     Dev,
-    FiniteSize,
-    Flag,
     MetricsOfRows,
     MetricsOfTest,
     Number,
     Prompt,
     SavedWeights,
-    Size,
     TensorFile,
     Text,
     also,
@@ -40,85 +37,6 @@ from smezo_cli.store.values import (
 _MOST_VALUES = 1 << 16
 
 # --- state.json ------------------------------------------------------------------------------
-
-
-class Spike(TypedDict):
-    """The largest projected gradient."""
-
-    step: Count
-    value: Number
-    times_median: Number
-
-
-class _WatchCounts(TypedDict, total=False):
-    unmoved: Count  # a run may be older than this count
-
-
-class Watch(_WatchCounts):
-    """What :class:`smezo_cli.run.watch.Watch` has counted so far."""
-
-    recent: list[FiniteSize]
-    num: Count
-    squares: Size
-    clipped: Count
-    spikes: Count
-    largest_spike: Spike | None
-    losses: Number
-    num_losses: Count
-    looks_since: Count
-    why: Text | None
-
-
-def _agrees(watch: Watch) -> bool:
-    has_recent, has_spike = bool(watch["recent"]), watch["largest_spike"] is not None
-    return (watch["num"] > 0) is has_recent and (watch["spikes"] > 0) is has_spike
-
-
-class Demonstrations(TypedDict):
-    """The demonstrations before every row."""
-
-    asked: Count
-    used: Count
-    tokens: Count
-    text: Text
-
-
-class Unsettled(TypedDict):
-    """A run that has its result, and has not removed yet what it no longer needs."""
-
-    goes_on: Flag
-
-
-def _moves_come_together(numerics: Mapping[str, Any]) -> bool:
-    return ("moved_share" in numerics) == ("rms_move" in numerics)
-
-
-class Notes(TypedDict, total=False):
-    """What a run notes on its way, beside its numbers."""
-
-    batching: Batching
-    prompts: list[Prompt]
-    prompt: Count  # the chosen one
-    rows: Annotated[dict[Text, Text], also(lambda rows: rows.keys() >= {"train", "dev", "test"})]
-    model: Text  # fingerprint
-    zero_shot: ComparedMetrics
-    zero_shot_calibrated: ComparedMetrics
-    truncated: Count
-    active_share: Number | None
-    final_share: Number | None
-    num_trained: Count
-    executor: Text | None
-    micro_batch_size: Annotated[Count, also(bool)]
-    best_look: ComparedMetrics
-    lowest_loss: Number | None
-    highest_metric: Number
-    watch: Annotated[Watch, also(_agrees)]
-    numerics: Annotated[dict[Text, Number | None], also(_moves_come_together)]
-    weights: dict[Text, SavedWeights]
-    dev_loss_before: Number
-    stopped_early: Anything
-    unsettled: Annotated[Unsettled, no_others(Unsettled)]
-    demonstrations: Demonstrations
 
 
 class _MethodNumbers(TypedDict, total=False):
@@ -192,7 +110,7 @@ class Result(TypedDict, total=False):
     ]
     demonstrations: Annotated[
         Any,
-        says("Of method=icl: asked, used (their numbers) and tokens (their length)."),
+        says("Of method=icl: asked and used (their numbers), tokens (their length), rows (ids)."),
     ]
     dev: Annotated[Dev | None, says("Evaluations on dev.")]
     weights: Annotated[

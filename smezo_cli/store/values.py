@@ -32,6 +32,11 @@ def also(is_right: Callable[[Any], bool]) -> AfterValidator:
     return AfterValidator(check)
 
 
+def by(of: Any) -> PlainValidator:
+    """Check a value as another type than the one that mypy sees."""
+    return PlainValidator(TypeAdapter[Any](of).validate_python)
+
+
 def no_others(of: type) -> BeforeValidator:
     """Refuse a mapping that has keys besides those of a TypedDict."""
 
@@ -65,7 +70,8 @@ Metric = TypeAliasType(
         Field(union_mode="left_to_right"),
     ],
 )
-Metrics = dict[Text, Metric | Text | None]
+# By name, of an evaluation.
+Metrics = Annotated[dict[str, Any], by(dict[Text, Metric | Text | None])]
 
 
 def says(text: str) -> Any:
@@ -109,16 +115,10 @@ class _MetricsOfTest(_MetricsOfRows, total=False):
     ]
 
 
-_every_metric = TypeAdapter[Any](Metrics)
-
-
-def _are_metrics(value: Any) -> Any:
-    return _every_metric.validate_python(value)
-
-
+_all_are_metrics = BeforeValidator(TypeAdapter[Any](Metrics).validate_python)
 # Beside the keys above there may be others, of newer versions; they too are metrics.
-MetricsOfRows = Annotated[_MetricsOfRows, BeforeValidator(_are_metrics)]
-MetricsOfTest = Annotated[_MetricsOfTest, BeforeValidator(_are_metrics)]
+MetricsOfRows = Annotated[_MetricsOfRows, _all_are_metrics]
+MetricsOfTest = Annotated[_MetricsOfTest, _all_are_metrics]
 
 
 def _is_compared(metrics: Mapping[str, Any]) -> bool:
@@ -135,7 +135,7 @@ class _Best(TypedDict, total=False):
     step: Annotated[Count | None, says("Its step. null before the first evaluation.")]
 
 
-Best = Annotated[_Best, BeforeValidator(_are_metrics)]
+Best = Annotated[_Best, _all_are_metrics]
 
 
 class Dev(TypedDict, total=False):
