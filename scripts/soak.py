@@ -69,7 +69,7 @@ FILES = ["trajectory.bin", "metrics.jsonl", "scores.safetensors", "result.json",
 FILES += ["checkpoint/state.json", "checkpoint/weights-*"]
 PLACES: dict[str, tuple[Any, str, int]] = {  # where, and how often a whole run comes by at most
     "probe": (scorer.Scorer, "loss", 24),
-    "update": (optimizer.ZeroOrder, "update", 12),
+    "update": (optimizer.ZeroOrder, "_apply", 12),
     "evaluation": (evaluate, "evaluate", 7),
     "write": (saved, "save_file", 10),
     "fsync": (os, "fsync", 25),
