@@ -6,10 +6,10 @@ smezo train [KEY=VALUE ...]        (or: python -m smezo_cli.train ...)
 import sys
 
 if __name__ == "__main__":  # the same as `python -m smezo_cli train ...`, before other imports
-    import runpy  # is loaded already
+    import importlib  # is loaded already
 
     sys.argv.insert(1, "train")
-    runpy.run_module("smezo_cli", run_name="__main__", alter_sys=True)
+    importlib.import_module("smezo_cli.__main__")
 
 from typing import Any
 
