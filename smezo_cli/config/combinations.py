@@ -245,10 +245,17 @@ def _is_variant(cfg: DictConfig) -> bool:
 
 
 def lacks(key: str, method: object, others: Sequence[str]) -> str:
-    """Return a sentence that the method has no such setting, and which methods have it."""
+    """Return a sentence that the method has no such setting, and which methods have it.
+
+    It advises the default method, if that has it.
+    """
     have = "has" if len(others) == 1 else "have"
-    return f"method {method} has no {key}" + (
-        f"; {', '.join(others)} {have}: add method={others[-1]}, or leave {key} out."
-        if others
-        else f": leave {key} out."
+    defaults = load_yaml(CONF_DIR / "train.yaml").get("defaults", [])
+    usual = [entry["method"] for entry in defaults if "method" in entry]
+    if not others:
+        return f"method {method} has no {key}: leave {key} out."
+    advised = next((name for name in usual if name in others), others[0])
+    return (
+        f"method {method} has no {key}; {', '.join(others)} {have}: add method={advised}, or leave "
+        f"{key} out."
     )

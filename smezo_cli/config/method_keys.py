@@ -15,6 +15,8 @@ from typing import Any
 from smezo_cli.zo import ranges
 from smezo_cli.zo.ranges import SettingType
 
+# Arguments that the run gives, so that no setting of a method does.
+_BY_THE_RUN = ("model", "seed", "backend", "check")
 _ROOT = Path(__file__).resolve().parent.parent  # of the package
 
 
@@ -38,7 +40,7 @@ class MethodClass:
     """What the class of a method takes and can.
 
     Attributes:
-        keys: its keyword arguments, by name.
+        keys: its keyword arguments, by name, but for those that the run gives.
         traits: constants of the class, such as ``takes_steps``.
     """
 
@@ -73,7 +75,8 @@ def _described(module: str, name: str) -> MethodClass | None:
     for module, node in classes:
         found = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
         if found:
-            keys = dict(_arguments(module, found[0]))
+            taken = dict(_arguments(module, found[0]))
+            keys = {name: key for name, key in taken.items() if name not in _BY_THE_RUN}
             break
     return MethodClass(keys, traits)
 

@@ -1,0 +1,320 @@
+"""What every method of conf/method/ promises. A new one is tested by being there."""
+
+import copy
+import functools
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from smezo_cli.cli.verbs import main
+from smezo_cli.config.build import build
+from smezo_cli.config.compose import compose
+from smezo_cli.config.fixed import plain
+from smezo_cli.config.method_keys import describe, trait
+from smezo_cli.zo.asked import Asked
+from smezo_cli.zo.optimizer import ZeroOrder
+from tests import CONF
+from tests.zo.test_optimizer import bits, closure_of, mlp, same, seeded, weights_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# What settings of a method have besides arguments of its class.
+_BESIDE = {"name", "_target_", "adapter", "objective"}
+_TINY = (
+    "model=tiny-llama task=toy task.num_train=8 task.num_dev=4 task.num_test=4 device=cpu "
+    "task.prompt=0"
+)
+NAMES = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+
+
+@functools.cache
+def node_of(name: str) -> dict[str, Any]:
+    words = [f"method={name}", "model=tiny-llama", "task=toy", "device=cpu"]
+    return dict(plain(compose(words))["method"])
+
+
+ZEROTH_ORDER = [name for name in NAMES if trait(node_of(name), "compares_losses", default=False)]
+
+
+def made(name: str, model: nn.Module, **values: Any) -> ZeroOrder:
+    """The method with its own YAML's values, but step sizes for a small network."""
+    node = {key: value for key, value in node_of(name).items() if key not in ("adapter", "seed")}
+    node |= {"lr": 1e-2, "eps": 1e-3, "executor": "sequential"}
+    node |= {"sparsity": 0.5, "mask_refresh_every": 2} if "mask" in node else {}
+    node |= {key: value for key, value in values.items() if key in describe(node).keys}  # type: ignore[union-attr]  # one of ours
+    found: ZeroOrder = build(node, model=model, seed=0, backend="eager", check=False)
+    return found
+
+
+def state_of(opt: ZeroOrder) -> dict[str, Tensor]:
+    return {name: bits(tensor) for name, tensor in opt.snapshot()[1].items()}
+
+
+@pytest.mark.parametrize("name", ZEROTH_ORDER)
+def test_an_update_goes_along_what_was_probed(name: str) -> None:
+    """At every step, refreshes of thresholds included: it draws no key that no probe has drawn."""
+    model = mlp()
+    opt: Any = made(name, model)
+    probed: set[Any] = set()
+    updated: set[Any] = set()
+    of_update = [False]
+    mover, apply = opt.direction.mover, opt._apply
+
+    def noted(step: int, move: Any) -> Any:
+        (updated if of_update[0] else probed).update(key for key, _ in move.terms)
+        return mover(step, move)
+
+    def applied(scalars: Sequence[float]) -> None:
+        of_update[0] = True
+        apply(scalars)
+        of_update[0] = False
+
+    opt.direction.mover, opt._apply = noted, applied
+    for step in range(5):
+        updated.clear()
+        opt.step(closure_of(model))
+        assert updated
+        assert updated <= probed
+        assert any(key.step == step for key in updated)
+
+
+@pytest.mark.parametrize("name", ZEROTH_ORDER)
+def test_what_fails_while_losses_are_measured_changes_nothing(name: str) -> None:
+    model = mlp()
+    opt = made(name, model)
+    closure = closure_of(model)
+    record = opt.step(closure)
+    before, state, numbers = weights_of(model), state_of(opt), opt.snapshot()[0]
+    for failing in range(record.num_forwards):
+        calls = [0]
+
+        def closure_that_fails(failing: int = failing, calls: list[int] = calls) -> Tensor:
+            calls[0] += 1
+            if calls[0] > failing:
+                raise RuntimeError("no loss")
+            return closure()
+
+        with pytest.raises(RuntimeError, match="no loss"):
+            opt.step(closure_that_fails)
+        assert same(weights_of(model), before)
+        assert same(state_of(opt), state)
+        assert opt.snapshot()[0] == numbers
+
+
+@pytest.mark.parametrize("name", ZEROTH_ORDER)
+def test_forwards_counted_are_forwards_made(name: str) -> None:
+    model = mlp()
+    opt, closure, calls = made(name, model), closure_of(model), [0]
+
+    def counted() -> Tensor:
+        calls[0] += 1
+        return closure()
+
+    for _ in range(4):
+        calls[0] = 0
+        assert opt.step(counted).num_forwards == calls[0]
+
+
+class ByName(nn.Module):
+    """A quadratic over named tensors, registered in some order."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        for name in names:
+            weight = torch.randn(5, generator=seeded(len(name)))
+            self.register_parameter(name, nn.Parameter(weight))
+
+    def forward(self) -> Tensor:
+        named = dict(self.named_parameters())
+        return torch.stack([(named[n].double() - 1).square().sum() for n in sorted(named)]).sum()
+
+
+@pytest.mark.parametrize("name", ZEROTH_ORDER)
+def test_the_order_of_tensors_changes_nothing(name: str) -> None:
+    names, found = ["a", "bb", "ccc"], []
+    for order in (names, names[::-1]):
+        model = ByName(order)
+        opt = made(name, model)
+        records = [opt.step(model) for _ in range(4)]
+        found.append((weights_of(model), [r.projected_grad for r in records]))
+    assert same(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize("name", ZEROTH_ORDER)
+def test_a_replay_is_the_run(name: str) -> None:
+    """Weights and state bit for bit, from the recorded scalars alone; and it is the same method."""
+    first, second = mlp(), mlp()
+    ran, replayed = made(name, first), made(name, second)
+    closure = closure_of(first)
+    for _ in range(5):
+        replayed.replay(1e-2, ran.step(closure).projected_grad)
+    assert same(weights_of(first), weights_of(second))
+    assert same(state_of(ran), state_of(replayed))
+    assert ran.identity() == replayed.identity()
+
+
+@pytest.mark.parametrize("name", ZEROTH_ORDER)
+def test_a_run_goes_on_from_any_step(name: str) -> None:
+    whole = mlp()
+    opt = made(name, whole)
+    saved = []
+    for _ in range(5):
+        numbers, tensors = opt.snapshot()
+        saved.append((copy.deepcopy(whole), numbers, {n: x.clone() for n, x in tensors.items()}))
+        opt.step(closure_of(whole))
+    for step, (model, numbers, tensors) in enumerate(saved):
+        again = made(name, model)
+        again.restore(numbers, tensors)
+        for _ in range(5 - step):
+            again.step(closure_of(model))
+        assert same(weights_of(model), weights_of(whole))
+        assert same(state_of(again), state_of(opt))
+
+
+@pytest.mark.parametrize("name", ZEROTH_ORDER)
+def test_only_what_a_probe_has_moved_is_updated(name: str) -> None:
+    model = mlp()
+    opt: Any = made(name, model, mask_refresh_every=0)
+    moved: dict[str, Tensor] = {}
+    mover = opt.direction.mover
+
+    def noted(step: int, move: Any) -> Any:
+        found = mover(step, move)
+        for target in opt.targets:
+            out = torch.empty_like(target.flat)
+            found.whole(target.parameter, out)
+            moved[target.name] |= (out != target.flat).view(target.parameter.shape)
+        return found
+
+    for _ in range(4):
+        before = weights_of(model)
+        moved.update((n, torch.zeros_like(x, dtype=torch.bool)) for n, x in before.items())
+        opt.direction.mover = noted
+        scalars = opt.estimator.measure(_asked(opt, closure_of(model)))
+        opt.direction.mover = mover
+        opt.replay(1e-2, scalars)
+        for tensor, now in weights_of(model).items():
+            assert not ((now != before[tensor]) & ~moved[tensor]).any()
+
+
+def _asked(opt: ZeroOrder, closure: Callable[[], Tensor]) -> Asked:
+    eps = opt.param_groups[0]["eps"]
+    return Asked(closure, opt.direction, opt.executors, eps, opt.num_steps, lambda: None)
+
+
+@pytest.mark.parametrize("name", ZEROTH_ORDER)
+def test_a_quadratic_is_descended(name: str) -> None:
+    """In 30 dimensions at lr 1e-2 the distance falls below 0.7 of what it was in 300 steps."""
+    target = torch.randn(30, generator=seeded(5), dtype=torch.float64)
+
+    class Quadratic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(30, generator=seeded(6)))
+
+        def forward(self) -> Tensor:
+            return (self.w.double() - target).square().sum() / 2
+
+    model = Quadratic()
+    opt = made(name, model, sparsity=0.0)
+    first = model().item()
+    for _ in range(300):
+        opt.step(model)
+    assert model().item() < 0.7 * first
+
+
+class Ranks:
+    """Processes that share the queries of a step, played by threads."""
+
+    def __init__(self, num: int) -> None:
+        self._barrier = threading.Barrier(num)
+        self._found: list[Mapping[int, Sequence[float]]] = [{}] * num
+
+    def closure(self, rank: int, loss: Callable[[], Tensor]) -> Any:
+        outer = self
+
+        class Closure:
+            def __call__(self) -> Tensor:
+                return loss()
+
+            def queries(self, num: int) -> Sequence[int]:
+                return range(num)[rank :: len(outer._found)]
+
+            def join(
+                self, losses: Mapping[int, Sequence[float]], sizes: Sequence[int]
+            ) -> list[list[float]]:
+                outer._found[rank] = losses
+                outer._barrier.wait(60)
+                joined = {i: list(x) for found in outer._found for i, x in found.items()}
+                outer._barrier.wait(60)
+                return [joined[i] for i in range(len(sizes))]
+
+        return Closure()
+
+
+@pytest.mark.parametrize("name", ZEROTH_ORDER)
+def test_two_ranks_make_the_steps_of_one(name: str) -> None:
+    alone, models = mlp(), [mlp(), mlp()]
+    of_one = made(name, alone, num_queries=2)
+    for _ in range(3):
+        of_one.step(closure_of(alone))
+    ranks = Ranks(2)
+
+    def steps(rank: int) -> None:
+        opt = made(name, models[rank], num_queries=2)
+        for _ in range(3):
+            opt.step(ranks.closure(rank, closure_of(models[rank])))
+
+    threads = [threading.Thread(target=steps, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for model in models:
+        assert same(weights_of(model), weights_of(alone))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_yaml_gives_every_argument_and_no_other(name: str) -> None:
+    node = node_of(name)
+    found = describe(node)
+    assert found is not None
+    assert node.keys() - _BESIDE == found.keys.keys()
+    assert ("objective" in node) == found.traits["compares_losses"]
+
+
+def test_each_is_listed_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ls", "methods"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:])
+    assert lines.keys() >= set(NAMES)
+    assert all(lines[name].endswith((".", "?")) for name in NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_planned(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", f"method={name}", *_TINY.split()]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"toy | tiny-llama | {name} |")
+    assert "held all the time" in said
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_trains_and_is_replayed(
+    name: str, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", f"method={name}", *_TINY.split(), f"runs_dir={tmp_path}"]
+    if trait(node_of(name), "takes_steps", default=True):
+        words += ["steps=3", "batch_size=2", "eval_every=2", "lr_schedule=constant"]
+    assert main(words) == 0
+    (run,) = (tmp_path / "default").iterdir()
+    assert (run / "result.json").exists()
+    if "steps=3" in words:  # a constant lr: the finished run goes on
+        assert main([word if word != "steps=3" else "steps=4" for word in words]) == 0
+    if trait(node_of(name), "replays", default=False):
+        assert main(["replay", str(run), "--split", "none"]) == 0
+    capsys.readouterr()
