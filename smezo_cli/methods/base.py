@@ -1,10 +1,11 @@
 """What the loop asks of a method."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeGuard
 
 from torch import Tensor, nn
 
+from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.step import Closure, StepRecord
 
 
@@ -45,3 +46,13 @@ class Method(Protocol):
 
     def restore(self, numbers: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Undo :meth:`snapshot`."""
+
+
+def compares_losses(method: object) -> TypeGuard[ZeroOrder]:
+    """Return whether a method's steps come from losses at moved weights, without a gradient."""
+    return bool(getattr(method, "compares_losses", False))
+
+
+def replays(method: object) -> TypeGuard[ZeroOrder]:
+    """Return whether a method's steps can be made again from what is recorded of them."""
+    return bool(getattr(method, "replays", False))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from smezo_cli.config.settings import Settings
-from smezo_cli.errors import UserError
 from smezo_cli.plan.dry_run import DryRun
 from smezo_cli.plan.trace import Keep, bytes_of, trace
 
@@ -66,20 +65,12 @@ def training(run: DryRun, method: Any, capacity: int) -> Needs:
         run: the model and its rows.
         method: from :func:`method_on_meta`.
         capacity: bytes of the device.
-
-    Raises:
-        UserError: the method neither perturbs weights nor computes gradients.
     """
     if not takes_steps(method):
         return Needs({}, {})
-    if computes_gradients(method):
-        return _by_gradients(run, method)
     if perturbs(method):
         return _by_perturbations(run, method, capacity)
-    raise UserError(
-        f"method={run.settings.method['name']} has no plan: smezo plan knows methods that perturb "
-        "the weights and methods that compute gradients."
-    )
+    return _by_gradients(run, method)
 
 
 # --- perturbations ----------------------------------------------------------------------------
@@ -91,8 +82,8 @@ def _by_perturbations(run: DryRun, method: Any, capacity: int) -> Needs:
     sizes = [p.numel() for p in method.trained.values()]
     weights, largest = sum(sizes), max(sizes)
     held, found = dict[str, int](), dict[str, int]()
-    if state := state_bytes_per_weight(method) * weights:
-        held["optimizer state"] = state
+    if method.state_bytes:
+        held["optimizer state"] = method.state_bytes
     compiles = compiles_passes(run, method)
     if compiles and run.device == "cpu":
         held["Numba"] = _NUMBA
@@ -246,38 +237,24 @@ def method_on_meta(run: DryRun) -> Any:
 
 def takes_steps(method: Any) -> bool:
     """Return whether the method trains weights of the model."""
-    return hasattr(method, "step")
+    return bool(method.takes_steps)
 
 
 def perturbs(method: Any) -> bool:
     """Return whether a step is made of losses at moved weights."""
-    from smezo_cli.zo.optimizer import ZeroOrder
-
-    return isinstance(method, ZeroOrder)
-
-
-def computes_gradients(method: Any) -> bool:
-    """Return whether a step is a forward, a backward and an update by an optimizer of torch."""
-    from smezo_cli.methods.first_order import FirstOrder
-
-    return isinstance(method, FirstOrder)
+    return bool(method.compares_losses)
 
 
 def records_steps(method: Any) -> bool:
     """Return whether steps are recorded as a few numbers that the weights can be made from."""
-    return perturbs(method)
+    return bool(method.replays)
 
 
 def forwards_per_step(method: Any) -> int:
     """Return how many forwards a step makes; 0 where there are no steps."""
     if not takes_steps(method):
         return 0
-    return 2 * int(method.num_scalars) if perturbs(method) else 1
-
-
-def state_bytes_per_weight(method: Any) -> int:
-    """Return what a method that perturbs keeps of its steps: MeZO-Adam two moments of float32."""
-    return 8 if method.keeps_state else 0
+    return int(method.estimator.forwards(0)) if perturbs(method) else 1
 
 
 def writes_in_place(method: Any) -> bool:
@@ -324,4 +301,4 @@ def num_demonstrations(settings: Settings) -> int:
 
 def fits_probe(method: Any) -> bool:
     """Return whether a probe is fitted to hidden states of the training rows."""
-    return hasattr(method, "fit")
+    return not getattr(method, "scores_words", True)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from smezo_cli.errors import UserError
 from smezo_cli.files import atomic, strict_json
-from smezo_cli.methods.base import Method
+from smezo_cli.methods.base import Method, replays
 from smezo_cli.run.begin import Run
 from smezo_cli.run.evaluator import Evaluator
 from smezo_cli.run.leader import Dismissed, dismiss, hand_out
@@ -22,7 +22,6 @@ from smezo_cli.store.saved import tensors_digest
 from smezo_cli.store.trajectory import Recorder
 from smezo_cli.store.values import Metrics
 from smezo_cli.tasks.base import one_class
-from smezo_cli.zo.optimizer import ZeroOrder
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def _put_best(
     """Have the model hold the best weights, and the folder too; note what they are."""
     state, folder = run.state, run.folder
     last = tensors_digest(method.trained)
-    if recorder is not None and isinstance(method, ZeroOrder):
+    if recorder is not None and replays(method):
         records = recorder.trajectory()
         rebuild(loaded, method, folder, state, records, best, run.say)
         if best not in state.weights():

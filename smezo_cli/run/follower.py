@@ -22,6 +22,7 @@ from smezo_cli.machine.device import choose_device
 from smezo_cli.machine.memory import PeakMemory
 from smezo_cli.machine.stop import Stopped, StopRequest
 from smezo_cli.machine.torchrun import local_rank
+from smezo_cli.methods.base import replays
 from smezo_cli.run.batches import Batches
 from smezo_cli.run.console import Console
 from smezo_cli.run.evaluate import evaluate
@@ -136,7 +137,7 @@ class Follower:
         """Return the method after so many steps; those that it lacks are in the trajectory."""
         if self.method is None:
             method = build_method(self.loaded)
-            assert isinstance(method, ZeroOrder)
+            assert replays(method)
             self.method = method
         while self.method.num_steps < step:
             lr, *projected_grad = self._known[:, self.method.num_steps].tolist()

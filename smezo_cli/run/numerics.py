@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from smezo_cli.methods.base import compares_losses
 from smezo_cli.run.batches import Batches
 from smezo_cli.run.begin import Run
 from smezo_cli.run.measure import Measure
@@ -72,7 +73,7 @@ class Numerics:
     """
 
     def __init__(self, method: "Method", seed: int, notes: Notes) -> None:
-        self._method = method if isinstance(method, ZeroOrder) else None
+        self._method = method if compares_losses(method) else None
         self._notes = notes
         self._samples: list[_Sample] = []
         self._before: list[Tensor] = []
@@ -187,7 +188,7 @@ def measured_noise(
     """
     s = run.settings
     dtypes = {s.dtype, s.compute_dtype or s.dtype}
-    if dtypes == {"float32"} or not isinstance(method, ZeroOrder):
+    if dtypes == {"float32"} or not compares_losses(method):
         return {}
     try:
         batch = batches.rows(run.state.step)[: measure.size]

@@ -6,7 +6,7 @@ from typing import Any
 
 from smezo_cli.config.digest import digest
 from smezo_cli.errors import UserError
-from smezo_cli.methods.base import Method
+from smezo_cli.methods.base import Method, replays
 from smezo_cli.run.begin import Run
 from smezo_cli.run.loaded import Loaded
 from smezo_cli.run.replay import rebuild, restore
@@ -21,7 +21,6 @@ from smezo_cli.store.trajectory import (
 )
 from smezo_cli.tasks import Prompt
 from smezo_cli.tasks.base import fingerprint
-from smezo_cli.zo.optimizer import ZeroOrder
 
 
 def check_data(run: Run, loaded: Loaded) -> None:
@@ -71,7 +70,7 @@ def put_back(run: Run, loaded: Loaded, method: Method) -> Recorder | None:
     Raises:
         UserError: the folder is of another run, or cannot be written.
     """
-    if not isinstance(method, ZeroOrder):
+    if not replays(method):
         _put_back_saved(run, loaded, method)
         return None
     state, folder = run.state, run.folder

@@ -17,6 +17,7 @@ from smezo_cli.config.fixed import is_frozen, sentence
 from smezo_cli.config.settings import Settings, check
 from smezo_cli.errors import UserError, near, redacted
 from smezo_cli.files.bounded import load_yaml
+from smezo_cli.methods.base import replays
 
 if TYPE_CHECKING:
     from smezo_cli.run.console import Console
@@ -171,7 +172,6 @@ def replayed(loaded: "Loaded", records: "Trajectory", where: str) -> "ZeroOrder"
     """
     from smezo_cli.run.method import build_method
     from smezo_cli.store.trajectory import differences
-    from smezo_cli.zo.optimizer import ZeroOrder
 
     if records.header.get("model") != loaded.fingerprint():
         raise UserError(
@@ -179,7 +179,7 @@ def replayed(loaded: "Loaded", records: "Trajectory", where: str) -> "ZeroOrder"
             "put its weights back, or leave dtype out."
         )
     method = build_method(loaded)
-    if not isinstance(method, ZeroOrder):
+    if not replays(method):
         raise UserError(f"{where}: method {loaded.settings.method['name']} has no trajectory.")
     mine = {"identity": method.identity()}
     if other := differences({"identity": records.header["identity"]}, mine):
