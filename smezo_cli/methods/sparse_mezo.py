@@ -36,7 +36,7 @@ class SparseMeZO(ZeroOrder):
         model: any module; parameters with ``requires_grad`` are trained.
         sparsity: fraction NOT perturbed, in [0, 1).
         mask: "none", "small", "large" or "random" (see :mod:`smezo_cli.zo.selections.masks`).
-        mask_refresh_every: recompute thresholds every so many steps; 0 keeps the initial ones.
+        mask_refresh_every: refresh thresholds every so many steps; 0 keeps the initial ones.
         mask_resample: "run" or "step": when the random mask is drawn anew.
         constant_tensors: "dense" or "frozen": tensors whose magnitudes are all equal.
         dense: globs of parameter names perturbed without a mask.

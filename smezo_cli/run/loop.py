@@ -48,7 +48,7 @@ class Checkpoint:
         """The notes of the state."""
         return self.state.notes
 
-    def is_due(self) -> bool:
+    def saves_now(self) -> bool:
         """Say whether a recorded run lacks weights of this step that it should have saved."""
         if self.recorder is None or not self._is_whole():
             return False
@@ -107,7 +107,7 @@ def fit(
     method: Method,
     batches: Batches,
     measure: Measure,
-    on_dev: Callable[[], Evaluation],
+    evaluate_dev: Callable[[], Evaluation],
     checkpoint: Checkpoint,
     reporter: Reporter,
     settings: Settings,
@@ -127,7 +127,7 @@ def fit(
         method: at the weights of the checkpoint's state.
         batches: the rows of each step.
         measure: takes the steps.
-        on_dev: evaluates dev at the present weights.
+        evaluate_dev: evaluates dev at the present weights.
         checkpoint: where the run stands, and where it is saved.
         reporter: is told of each step.
         settings: of the run.
@@ -144,21 +144,21 @@ def fit(
     note = ""
     with reporter.bar as bar:
         while True:
-            if state.looked < state.step and _is_evaluated(state.step, settings):
+            if state.looked < state.step and _evaluates_after(state.step, settings):
                 try:
-                    found = on_dev()
+                    found = evaluate_dev()
                 except Stopped:
                     checkpoint.save(method, loggers.standing())
                     raise
                 note = _take_in(found, method, measure.objective, checkpoint, reporter)
-            elif checkpoint.is_due():
+            elif checkpoint.saves_now():
                 checkpoint.save(method, loggers.standing())
             if state.step == settings.steps or watch.why is not None:
                 return
             if stopped():
                 checkpoint.save(method, loggers.standing())
                 raise Stopped
-            watch.before_step(_is_evaluated(state.step + 1, settings))
+            watch.before_step(_evaluates_after(state.step + 1, settings))
             record, seconds = _step(method, batches, measure, checkpoint, settings)
             state.step += 1
             state.train_seconds += seconds
@@ -178,7 +178,7 @@ def fit(
             bar.step(1, f"loss {record.loss:.4f}  {note}")
 
 
-def _is_evaluated(step: int, settings: Settings) -> bool:
+def _evaluates_after(step: int, settings: Settings) -> bool:
     """Say whether dev is evaluated after a step."""
     return step % settings.eval_every == 0 or step == settings.steps
 

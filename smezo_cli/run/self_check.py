@@ -2,16 +2,14 @@
 
 import json
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from smezo_cli.errors import UserError
 from smezo_cli.methods.base import Method
 from smezo_cli.run.begin import Run
-from smezo_cli.run.evaluator import Evaluator
 from smezo_cli.run.loaded import Loaded
-from smezo_cli.run.rows import Rows, short_enough
+from smezo_cli.run.rows import short_enough
 from smezo_cli.scoring.candidates import Candidates
-from smezo_cli.scoring.evaluation import Evaluation
 from smezo_cli.zo.reached import Unreached
 from smezo_cli.zo.step import NonFiniteLoss
 
@@ -55,31 +53,20 @@ def check(run: Run, loaded: Loaded, method: Method, rows: Sequence[Candidates]) 
         run.say(f"  self-check: {checked} kinds of parameters probed exactly")
 
 
-def on_dev(run: Run, evaluate: Evaluator, method: Method, rows: Rows) -> Callable[[], Evaluation]:
-    """Return what evaluates dev at the present weights; the loop saves what it finds.
+def check_reads(run: Run, method: Method, loaded: Loaded, rows: Sequence[Candidates]) -> None:
+    """Ask with rows of dev, too: a model may take another path at other rows.
 
-    The first time, two rows of dev are checked as those of train were: a model may take another
-    path at other rows, or after some steps.
+    Raises:
+        UserError: probes cannot reach some weights.
     """
     check = getattr(method, "check_reads", None)
-    two = [row for row in rows.dev if row.gold >= 0][:2]
-    # Of several ranks none may come to compute in a way of its own.
-    left = [check] if check is not None and two and evaluate.team is None else []
-
-    def evaluated() -> Evaluation:
-        if left:
-            scorer = evaluate.loaded.scorer
-            scorer.model.eval()
-            try:
-                left.pop()(lambda: scorer.loss(two))
-            except ValueError as error:
-                raise _unreached(run, error) from error
-        made = getattr(method, "num_steps", 0)
-        found = evaluate(rows.dev, "dev", step=run.state.step, made=made)
-        evaluate.partial.forget()
-        return found
-
-    return evaluated
+    if check is None:
+        return
+    loaded.scorer.model.eval()
+    try:
+        check(lambda: loaded.scorer.loss(rows))
+    except ValueError as error:
+        raise _unreached(run, error) from error
 
 
 def _unreached(run: Run, error: ValueError) -> UserError:

@@ -21,6 +21,7 @@ from smezo_cli.run import (
 from smezo_cli.run.batches import Batches
 from smezo_cli.run.begin import Run, announce
 from smezo_cli.run.closing import clean, close, keep_scores, loggers_of
+from smezo_cli.run.dev import evaluate_dev
 from smezo_cli.run.evaluator import Evaluator
 from smezo_cli.run.loaded import Loaded
 from smezo_cli.run.loop import Checkpoint, Reporter, fit
@@ -134,7 +135,7 @@ def _with_steps(run: Run, so_far: SoFar, loaded: Loaded, evaluate: Evaluator) ->
         method,
         batches,
         measure,
-        self_check.on_dev(run, evaluate, method, so_far.rows),
+        evaluate_dev(run, evaluate, method, so_far.rows),
         Checkpoint(state, run.folder, so_far.recorder, run.memory, s.keep, s.full_save_every),
         Reporter(so_far.loggers, run.console, bar, watch),
         s,

@@ -1,4 +1,4 @@
-"""Points to probe and updates to make, as plain numbers: terms c * u(key) beside the weights."""
+"""Describe a perturbation or an update as a combination of directions: theta + sum c u(key)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -37,17 +37,17 @@ class Move:
 
 @dataclass(frozen=True)
 class Gradient:
-    """What an estimator makes of the scalars of a step: 1 / ``over`` times a sum of terms.
+    """What an estimator makes of the scalars of a step: a sum of terms over ``divisor``.
 
     Attributes:
         terms: one for each direction that was probed; a coefficient is a projected gradient.
-        over: the number that the sum is divided by. It stands apart because a coefficient of an
-            update is ``scale * c / over`` in this order, to the last bit.
+        divisor: the number that the sum is divided by. It stands apart because a coefficient of an
+            update is ``scale * c / divisor`` in this order, to the last bit.
         also: other numbers that an update of the method reads, such as a curvature.
     """
 
     terms: tuple[Term, ...]
-    over: float = 1.0
+    divisor: float = 1.0
     also: Mapping[str, float] = field(default_factory=dict)
 
     def clipped(self, limit: float) -> "Gradient":
@@ -57,4 +57,4 @@ class Gradient:
 
     def move(self, scale: float, decay: float = 0.0) -> Move:
         """Return the move of ``scale`` times the gradient."""
-        return Move(tuple(Term(key, scale * c / self.over) for key, c in self.terms), decay)
+        return Move(tuple(Term(key, scale * c / self.divisor) for key, c in self.terms), decay)

@@ -11,14 +11,14 @@ from typing import ClassVar
 
 import torch
 
-from smezo_cli.zo.asked import Asked
-from smezo_cli.zo.directions.dense import DenseMover
+from smezo_cli.zo.directions.base import PointMover
+from smezo_cli.zo.loss_meter import LossMeter
 from smezo_cli.zo.move import Gradient
 from smezo_cli.zo.parts import Parts
 from smezo_cli.zo.self_check import SelfCheck
 from smezo_cli.zo.step import Closure, StepRecord
 from smezo_cli.zo.targets import check, number
-from smezo_cli.zo.updates.base import Do
+from smezo_cli.zo.updates.base import WeightWriter
 
 
 class ZeroOrder(Parts):
@@ -55,18 +55,20 @@ class ZeroOrder(Parts):
             self.self_check(closure)
         self.direction.begin(self.num_steps)
         self.choose_executor(closure)
-        self._begin()
+        self._refresh_thresholds()
 
-        def on_equal() -> None:
+        def on_equal_losses() -> None:
             # The loss may be a step function; or the model has taken another path.
             if self._asks_again:
                 self._asks_again = False
                 self.check_reads(closure)
 
         eps = self.param_groups[0]["eps"]
-        ask = Asked(closure, self.direction, self.executors, eps, self.num_steps, on_equal)
+        ask = LossMeter(
+            closure, self.direction, self.executors, eps, self.num_steps, on_equal_losses
+        )
         scalars = self.estimator.measure(ask)
-        record = self.record(sum(ask.heard) / len(ask.heard), scalars)
+        record = self.record(sum(ask.all_losses) / len(ask.all_losses), scalars)
         self._apply(scalars)
         return record
 
@@ -81,15 +83,15 @@ class ZeroOrder(Parts):
         """
         check(len(scalars) == self.estimator.num_scalars, "one projected gradient a query")
         self.direction.begin(self.num_steps)
-        self._begin()
+        self._refresh_thresholds()
         self.param_groups[0]["lr"] = lr
         if self.executors.is_in_place:  # its probes leave rounding errors in the weights
             eps, nothing = self.param_groups[0]["eps"], torch.zeros(())
             self.executors.used.losses(lambda: nothing, self._pair(0, eps))
         self._apply(scalars)
 
-    def _begin(self) -> None:
-        if self.selection.is_due(self.num_steps):
+    def _refresh_thresholds(self) -> None:
+        if self.selection.refreshes_at(self.num_steps):
             self.set_thresholds()
 
     def _apply(self, scalars: Sequence[float]) -> None:
@@ -101,9 +103,11 @@ class ZeroOrder(Parts):
         if self.update.slots and self.num_steps and not self.state_of_update:
             raise ValueError(f"the moments of step {self.num_steps} were not restored")
         group = self.param_groups[0]
-        do = Do(self.direction, self.state_of_update, self.num_steps, group["weight_decay"])
+        writer = WeightWriter(
+            self.direction, self.state_of_update, self.num_steps, group["weight_decay"]
+        )
         gradient = self._gradient(scalars).clipped(self.clip_projected_grad)
-        self.update.apply(do, gradient, group["lr"])
+        self.update.apply(writer, gradient, group["lr"])
         self.direction.end()
         torch.clear_autocast_cache()  # of a loop inside of torch.autocast: casts of the old weights
         self.num_steps += 1
@@ -123,7 +127,7 @@ class ZeroOrder(Parts):
         clipped = sum(abs(g) > self.clip_projected_grad for g in found)
         return StepRecord(loss, tuple(found), self.estimator.forwards(self.num_steps), clipped)
 
-    def _pair(self, query: int, eps: float) -> list[DenseMover]:
+    def _pair(self, query: int, eps: float) -> list[PointMover]:
         return [self.mover([query], [eps]), self.mover([query], [-eps])]
 
     @torch.inference_mode(False)
@@ -162,13 +166,12 @@ class ZeroOrder(Parts):
     @torch.inference_mode(False)
     @torch.no_grad()
     def self_check(self, closure: Closure) -> int:
-        """Is the functional loss the loss of an exactly saved copy perturbed in place?
+        """Check that a probe gives the loss that perturbing the weights in place gives.
 
-        Asked for each kind of (module class, parameter name), together where the saved copies stay
-        small beside the model, so that a parameter which some forward reads without its wrapped
-        owner is found before it spoils a run; of all parameters an operation that reads them so is
-        seen. One that a module around its owner reads is moved for the whole forward of that
-        module from then on. "Is" means: but for what rounding does to a loss.
+        Up to rounding. Parameters are perturbed by kind (module class, parameter name), several at
+        once while their copies stay small beside the model; of every parameter it is seen if an
+        operation reads it directly. One that only a module around its owner reads is perturbed for
+        the whole forward of that module from then on.
 
         Args:
             closure: as for :meth:`step`.

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from smezo_cli.zo import dynamo
-from smezo_cli.zo.directions.base import Bound
-from smezo_cli.zo.directions.dense import Dense, DenseMover
+from smezo_cli.zo.directions.base import Direction, DirectionContext, PointMover
 from smezo_cli.zo.estimators.base import Estimator
 from smezo_cli.zo.executors.choose import Executors
 from smezo_cli.zo.move import Key, Move, Term
@@ -83,7 +82,7 @@ DEFAULTS: Mapping[str, Any] = {
 
 
 class Parts(torch.optim.Optimizer):
-    """What a method trains, keeps and is; :class:`ZeroOrder` has what it does.
+    """Combines the parts of a method for a model and holds its state; ZeroOrder adds the step.
 
     Args:
         model: any module; parameters with ``requires_grad`` are trained.
@@ -98,7 +97,8 @@ class Parts(torch.optim.Optimizer):
         ValueError: an argument out of range, a glob that matches nothing, nothing left to train.
     """
 
-    # Trajectories say which method made them; those of the first three methods have no such key.
+    # Trajectories say which method made them. The first three methods' say nothing, as they did
+    # before there were others: a new method leaves this as it is.
     names_itself: ClassVar = True
 
     def __init__(
@@ -106,7 +106,7 @@ class Parts(torch.optim.Optimizer):
         model: nn.Module,
         *,
         selection: Selection,
-        direction: Dense,
+        direction: Direction,
         estimator: Estimator,
         update: Update,
         **common: Unpack[Common],
@@ -130,7 +130,7 @@ class Parts(torch.optim.Optimizer):
         self.executors = Executors(given["executor"], model, self.targets, self._probe)
         self._rounding = given["rounding"]
         direction.bind(
-            Bound(
+            DirectionContext(
                 targets=self.targets,
                 selection=selection,
                 seed=self.seed,
@@ -145,7 +145,7 @@ class Parts(torch.optim.Optimizer):
         self._unchecked = self._asks_again = given["check"]  # by the self-check
 
     def identity(self) -> dict[str, Any]:
-        """Return what an update follows from, beside weights, lr and scalars; plain JSON."""
+        """Return all that determines an update but weights, lr and scalars, as plain JSON."""
         tensors = [[t.name, list(t.parameter.shape), str(t.parameter.dtype)] for t in self.targets]
         dense = [t.name for t in self.targets if not t.masked]
         group = self.param_groups[0]
@@ -210,9 +210,8 @@ class Parts(torch.optim.Optimizer):
     @torch.no_grad()
     def active_share(self) -> float:
         """Return the fraction of the trained weights that the present mask perturbs."""
-        mover = self.mover([0], [0.0])
         # Not .sum(): it would write the mask out as int64.
-        active = sum(int(self.direction.mask(t, mover).count_nonzero()) for t in self.targets)
+        active = sum(int(m.count_nonzero()) for m in self.direction.masks(self.num_steps))
         return active / self.num_weights
 
     def mask_at(self, parameter: Tensor, picked: Tensor, index: Tensor, step: int) -> Tensor:
@@ -222,12 +221,12 @@ class Parts(torch.optim.Optimizer):
             parameter: one that is trained.
             picked: (n,), what the entries were when the step began.
             index: int64 (n,), where they are in the flat parameter.
-            step: from 0; of thresholds that are renewed, the present ones are taken.
+            step: from 0; of thresholds that are refreshed, the present ones are taken.
         """
         target = self.direction.target_of(parameter)
         return self.selection.active_at(target, picked, index, step, self.seed)
 
-    def mover(self, queries: Sequence[int], coefficients: Sequence[float]) -> DenseMover:
+    def mover(self, queries: Sequence[int], coefficients: Sequence[float]) -> PointMover:
         """Return what moves weights along ``sum_q a_q m u_q`` of the next step."""
         keys = [Key(self.num_steps, query) for query in queries]
         move = Move(tuple(map(Term, keys, coefficients)))

@@ -17,7 +17,7 @@ from smezo_cli.zo.turns import Turns, refuse
 
 
 class Mover(Protocol):
-    """Writes moved copies of parameters; see :class:`smezo_cli.zo.directions.dense.Direction`."""
+    """Writes moved copies of parameters; see :class:`smezo_cli.zo.directions.dense.DenseMover`."""
 
     def whole(self, parameter: Tensor, out: Tensor) -> None:
         """Write the moved parameter to ``out`` (flat, of the parameter's dtype)."""

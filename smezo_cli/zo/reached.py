@@ -1,6 +1,7 @@
-"""What tells whether every perturbed parameter reaches the loss through its probe.
+"""Decide whether every perturbed parameter reaches the loss through its probe.
 
-A parameter that some forward reads without its owner's is not moved by a probe. Two things tell:
+A probe replaces parameters only inside the forward of the module that owns them; one that is read
+elsewhere keeps its value. Two things tell:
 an operation takes it while a probe is active (:class:`Reads`), and the loss at the moved copy is
 not that of the weights overwritten in place (:class:`Rounding` says what counts as equal).
 """
@@ -206,8 +207,8 @@ class Rounding(NamedTuple):
     of_loss: float
     noise: float
 
-    def of(self, loss: float) -> float:
-        """A difference that is nothing, at such a loss."""
+    def tolerance(self, loss: float) -> float:
+        """Return the largest difference of losses of this size that rounding alone explains."""
         most = math.sqrt(self.eps) * abs(loss)
         return max(4 * self.of_loss * abs(loss), min(_SAFETY * self.noise, most))
 
@@ -223,7 +224,7 @@ class Rounding(NamedTuple):
         return abs(first - second) > (0.0 if is_drawn else math.sqrt(self.eps) / 8 * size)
 
 
-class Base(NamedTuple):
+class Reference(NamedTuple):
     """The loss of the weights as they are, what rounding does to it, and is anything drawn?"""
 
     unmoved: float
@@ -231,7 +232,7 @@ class Base(NamedTuple):
     is_drawn: bool
 
 
-def is_reached(ask: Callable[[float], Losses], rounding: Rounding, is_read: bool) -> bool:
+def is_reached(ask: Callable[[float], Losses], rounding: Rounding, was_read_directly: bool) -> bool:
     """Return whether a probe of one parameter gives the loss of the weight overwritten.
 
     The move is enlarged until its effect is well above the rounding. A parameter that is not
@@ -241,23 +242,24 @@ def is_reached(ask: Callable[[float], Losses], rounding: Rounding, is_read: bool
     Args:
         ask: the losses of a move enlarged by a factor.
         rounding: of the losses.
-        is_read: an operation took the parameter itself, so that there must be agreement in every
-            digit to call it reached.
+        was_read_directly: an operation took the parameter itself, so that there must be agreement
+        in
+            every digit to call it reached.
     """
     share = max(math.sqrt(rounding.eps), 0.01)
     seen = False
-    for scale in (*SCALES, *(-scale for scale in SCALES)) if is_read else SCALES:
+    for scale in (*SCALES, *(-scale for scale in SCALES)) if was_read_directly else SCALES:
         losses = ask(scale)
         if not all(map(math.isfinite, losses)):
             break
-        least = max(rounding.of(x) for x in losses)
+        least = max(rounding.tolerance(x) for x in losses)
         if losses.effect <= _SAFETY * least:
             continue
         seen = True
-        agrees = losses.error <= (least if is_read else max(least, share * losses.effect))
-        if agrees != is_read:
+        agrees = losses.error <= (least if was_read_directly else max(least, share * losses.effect))
+        if agrees != was_read_directly:
             return agrees
-    return seen if is_read else not seen
+    return seen if was_read_directly else not seen
 
 
 def search(asked: Sequence[T], agree: Callable[[Sequence[T]], bool]) -> list[T]:

@@ -10,7 +10,7 @@ from smezo_cli.zo import reached
 from smezo_cli.zo.directions.base import PointMover
 from smezo_cli.zo.executors.choose import Executors
 from smezo_cli.zo.probe import FunctionalProbe
-from smezo_cli.zo.reached import Base, Losses, Reads, Rounding, Unreached
+from smezo_cli.zo.reached import Losses, Reads, Reference, Rounding, Unreached
 from smezo_cli.zo.step import Closure, NonFiniteLoss
 from smezo_cli.zo.targets import Target, number
 from smezo_cli.zo.turns import refuse
@@ -57,11 +57,11 @@ class SelfCheck:
             base = self._base(closure)
             if self._executors.is_in_place:
                 return 0
-            wrong, base = self._read_past(closure, base)
+            wrong, base = self._direct_reads(closure, base)
             kinds = self._kinds()
             for kind, targets in kinds.items():
                 asked = [t for t in targets if t.name not in wrong]
-                found = self._unlike(kind, asked, closure, base)
+                found = self._disagreeing(kind, asked, closure, base)
                 wrong |= {t.name: kind for t in found if t.name not in wrong}
             self._refuse(wrong, closure, base)
             if self._executors.used is self._executors.lockstep:
@@ -78,13 +78,13 @@ class SelfCheck:
             return
         with self._executors.compiler():
             if self._reads(closure).read:
-                wrong, base = self._read_past(closure, self._base(closure))
+                wrong, base = self._direct_reads(closure, self._base(closure))
                 self._refuse(wrong, closure, base)
 
     def _moves_nothing(self) -> Reads:
         return Reads([t.parameter for t in self._targets])
 
-    def _base(self, closure: Closure) -> Base:
+    def _base(self, closure: Closure) -> Reference:
         """The loss of the weights as they are, twice.
 
         Raises:
@@ -104,7 +104,7 @@ class SelfCheck:
         rounding = Rounding(coarsest, of_loss, abs(one - other))
         if rounding.is_random(one, other, is_drawn):
             raise ValueError(reached.random_closure(one, other, is_drawn))
-        return Base(one, rounding, is_drawn)
+        return Reference(one, rounding, is_drawn)
 
     def _reads(self, closure: Closure) -> Reads:
         """What is read past the probe, and the loss of a probe that moves nothing."""
@@ -113,7 +113,7 @@ class SelfCheck:
             reads.loss = number(closure())
         return reads
 
-    def _read_past(self, closure: Closure, base: Base) -> tuple[dict[str, str], Base]:
+    def _direct_reads(self, closure: Closure, base: Reference) -> tuple[dict[str, str], Reference]:
         """Names and kinds of those read past their probes, if it matters; and what is known now.
 
         A module around the owner that reads them holds their moved copies from now on, if that
@@ -128,19 +128,21 @@ class SelfCheck:
             found = self._reads(closure).read
             return [t for t in targets if id(t.parameter) in found]
 
-        def harmless(targets: Sequence[Target]) -> bool:
-            return self._is_reached(targets, closure, base, is_read=True)
+        def agrees_exactly(targets: Sequence[Target]) -> bool:
+            return self._is_reached(targets, closure, base, was_read_directly=True)
 
-        read_past = self._lend([t for t in self._targets if id(t.parameter) in reads.read], read)
+        read_past = self._widen_scope(
+            [t for t in self._targets if id(t.parameter) in reads.read], read
+        )
         sizes = [t.parameter.numel() for t in read_past]
         parts = reached.checked_together(sizes, self._num_weights)
-        wrong = [t for part in parts for t in reached.search(read_past[part], harmless)]
+        wrong = [t for part in parts for t in reached.search(read_past[part], agrees_exactly)]
         return {target.name: self._kind_of(target) for target in wrong}, base
 
-    def _lend(
+    def _widen_scope(
         self, wrong: list[Target], still: Callable[[list[Target]], list[Target]]
     ) -> list[Target]:
-        """Those that no module around their owners reaches, by trying one after the other."""
+        """Perturb each for the whole forward of a module around it; return those unhelped."""
         around = {t.name: iter(reached.enclosing(self._model, t.parameter)) for t in wrong}
         while wrong:
             modules = [next(around[t.name], None) for t in wrong]
@@ -151,8 +153,8 @@ class SelfCheck:
             wrong = still(wrong)
         return wrong
 
-    def _unlike(
-        self, kind: str, targets: list[Target], closure: Closure, base: Base
+    def _disagreeing(
+        self, kind: str, targets: list[Target], closure: Closure, base: Reference
     ) -> list[Target]:
         """Parameters of a kind whose functional loss is another than that in place."""
 
@@ -160,7 +162,7 @@ class SelfCheck:
             losses = self._losses_of_move(asked, closure, base, 1.0)
             if not all(map(math.isfinite, losses)):
                 raise NonFiniteLoss(f"loss {losses.in_place} at weights moved by eps")
-            return losses.error <= max(map(base.rounding.of, losses))
+            return losses.error <= max(map(base.rounding.tolerance, losses))
 
         def wrong_of(targets: list[Target]) -> list[Target]:
             sizes = [t.parameter.numel() for t in targets]
@@ -173,18 +175,22 @@ class SelfCheck:
         names = {id(t.parameter): t.name for t in self._targets}
         by_name = {t.name: t for t in self._targets}
         everyone = [by_name[name] for name in reached.alike(self._probe, names, kind)]
-        return self._lend(wrong_of(everyone), wrong_of)
+        return self._widen_scope(wrong_of(everyone), wrong_of)
 
     def _is_reached(
-        self, targets: Sequence[Target], closure: Closure, base: Base, is_read: bool = False
+        self,
+        targets: Sequence[Target],
+        closure: Closure,
+        base: Reference,
+        was_read_directly: bool = False,
     ) -> bool:
         def ask(scale: float) -> Losses:
             return self._losses_of_move(targets, closure, base, scale)
 
-        return reached.is_reached(ask, base.rounding, is_read)
+        return reached.is_reached(ask, base.rounding, was_read_directly)
 
     def _losses_of_move(
-        self, targets: Sequence[Target], closure: Closure, base: Base, scale: float
+        self, targets: Sequence[Target], closure: Closure, base: Reference, scale: float
     ) -> Losses:
         """Losses where these are moved alone, by a multiple of the self-check's step."""
         mover = self._mover(scale * max(self._eps, 1e-2))
@@ -203,7 +209,7 @@ class SelfCheck:
             torch.clear_autocast_cache()
         return Losses(functional, in_place, base.unmoved)
 
-    def _refuse(self, wrong: Mapping[str, str], closure: Closure, base: Base) -> None:
+    def _refuse(self, wrong: Mapping[str, str], closure: Closure, base: Reference) -> None:
         """Name what is not reached; a closure whose losses differ by chance is told apart."""
         if not wrong:
             return
@@ -217,7 +223,7 @@ class SelfCheck:
             {t.name: wrong[t.name] for t in found}, [t.name for t in self._targets], hint
         )
 
-    def _check_lockstep(self, closure: Closure, base: Base) -> None:
+    def _check_lockstep(self, closure: Closure, base: Reference) -> None:
         movers = [self._mover(1e-2), self._mover(-1e-2)]
         pairs: list[list[Tensor]] = [
             executor.losses(closure, movers)
@@ -225,7 +231,7 @@ class SelfCheck:
         ]
         self._forget()
         for a, b in zip(*(map(number, pair) for pair in pairs), strict=True):
-            if not abs(a - b) <= base.rounding.of(a):
+            if not abs(a - b) <= base.rounding.tolerance(a):
                 refuse("its losses differ from those of one forward after the other")
 
     def _kind_of(self, target: Target) -> str:

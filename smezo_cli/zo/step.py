@@ -53,7 +53,7 @@ class StepRecord:
         projected_grad: one directional derivative per query, as measured (empty for first-order
             methods).
         num_forwards: forward passes over the batch.
-        clipped: how many of them were cut for the update.
+        clipped: how many projected gradients were cut for the update.
     """
 
     loss: float

@@ -25,7 +25,7 @@ from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
 from smezo_cli.zo.ranges import Count, Fraction, Noise
 from smezo_cli.zo.selections.masked import Everything
-from smezo_cli.zo.updates.base import Do
+from smezo_cli.zo.updates.base import WeightWriter
 
 
 class Sign:
@@ -36,12 +36,12 @@ class Sign:
     def __init__(self, beta: float) -> None:
         self.beta = beta
 
-    def apply(self, do: Do, gradient: Gradient, lr: float) -> None:
+    def apply(self, weights: WeightWriter, gradient: Gradient, lr: float) -> None:
         def change(g: Tensor, mean: Tensor) -> Tensor:
             mean.mul_(self.beta).add_(g * (1 - self.beta))
             return mean.sign().mul_(-lr)
 
-        do.elementwise(gradient, change, decay=lr * do.weight_decay)
+        weights.elementwise(gradient, change, decay=lr * weights.weight_decay)
 
     def identity(self) -> dict[str, Any]:
         return {"beta": self.beta}

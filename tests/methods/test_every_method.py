@@ -15,7 +15,7 @@ from smezo_cli.config.build import build
 from smezo_cli.config.compose import compose
 from smezo_cli.config.fixed import plain
 from smezo_cli.config.method_keys import describe, trait
-from smezo_cli.zo.asked import Asked
+from smezo_cli.zo.loss_meter import LossMeter
 from smezo_cli.zo.optimizer import ZeroOrder
 from tests import CONF
 from tests.zo.test_optimizer import bits, closure_of, mlp, same, seeded, weights_of
@@ -202,9 +202,9 @@ def test_only_what_a_probe_has_moved_is_updated(name: str) -> None:
             assert not ((now != before[tensor]) & ~moved[tensor]).any()
 
 
-def _asked(opt: ZeroOrder, closure: Callable[[], Tensor]) -> Asked:
+def _asked(opt: ZeroOrder, closure: Callable[[], Tensor]) -> LossMeter:
     eps = opt.param_groups[0]["eps"]
-    return Asked(closure, opt.direction, opt.executors, eps, opt.num_steps, lambda: None)
+    return LossMeter(closure, opt.direction, opt.executors, eps, opt.num_steps, lambda: None)
 
 
 @pytest.mark.parametrize("name", ZEROTH_ORDER)

@@ -285,7 +285,7 @@ def losses_of(functional: float, in_place: float) -> Callable[[float], Losses]:
 
 
 @pytest.mark.parametrize(
-    ("functional", "in_place", "is_read", "answer"),
+    ("functional", "in_place", "was_read_directly", "answer"),
     [
         (0.1, 0.1, False, True),
         (0.0, 0.1, False, False),  # where it was
@@ -298,10 +298,10 @@ def losses_of(functional: float, in_place: float) -> Callable[[float], Losses]:
     ],
 )
 def test_a_parameter_is_reached_if_its_move_is_seen(
-    functional: float, in_place: float, is_read: bool, answer: bool
+    functional: float, in_place: float, was_read_directly: bool, answer: bool
 ) -> None:
     rounding = Rounding(1.2e-7, 1.2e-7, 1e-6)
-    assert is_reached(losses_of(functional, in_place), rounding, is_read) == answer
+    assert is_reached(losses_of(functional, in_place), rounding, was_read_directly) == answer
 
 
 class Dead(nn.Module):

@@ -1,12 +1,13 @@
-"""What a step asks of a direction: u(key) of each tensor, at the weights as they are."""
+"""Define the interface that every direction implements: u(key) of each tensor."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from smezo_cli.zo.move import Move
+from smezo_cli.zo.passes.choose import Passes
 from smezo_cli.zo.probe import PairMover
 from smezo_cli.zo.selections.base import Selection
 from smezo_cli.zo.targets import Target
@@ -16,7 +17,7 @@ Change = Callable[[slice, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Bound:
+class DirectionContext:
     """What a direction is made for: the tensors of one optimizer, and how it computes.
 
     Attributes:
@@ -50,7 +51,21 @@ class PointMover(PairMover, Protocol):
 class Direction(Protocol):
     """Perturbs tensors along u(key), the same in the probe and in the update."""
 
-    def bind(self, bound: Bound, num_terms: int) -> None:
+    @property
+    def passes(self) -> Passes:
+        """What computes a pass over a tensor."""
+
+    @property
+    def why_eager(self) -> str:
+        """Why passes are not fused; "" where they are, or that was asked for."""
+
+    def target_of(self, parameter: Tensor) -> Target:
+        """Return the target that this parameter is."""
+
+    def masks(self, step: int) -> Iterator[Tensor]:
+        """Yield, target by target, which weights a step selects: bool, flat."""
+
+    def bind(self, context: DirectionContext, num_terms: int) -> None:
         """Get ready for these tensors, and moves of so many terms."""
 
     def begin(self, step: int) -> None:

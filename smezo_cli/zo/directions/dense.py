@@ -1,14 +1,14 @@
 """Perturb tensors along a dense direction: one keyed number of noise for every weight."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from smezo_cli.zo.directions.base import Bound, Change
-from smezo_cli.zo.move import Move
+from smezo_cli.zo.directions.base import Change, DirectionContext
+from smezo_cli.zo.move import Key, Move, Term
 from smezo_cli.zo.noise import KINDS, stream_key
 from smezo_cli.zo.passes.choose import Passes, choose_passes
 from smezo_cli.zo.passes.draw import Draw, Numbers, Rule, as_draws
@@ -33,20 +33,20 @@ class Dense:
         one_of("noise", noise, KINDS)
         self.noise = noise
 
-    def bind(self, bound: Bound, num_terms: int) -> None:
+    def bind(self, context: DirectionContext, num_terms: int) -> None:
         """See :class:`Direction`.
 
         Raises:
             ValueError: noise cannot be kept with these arguments, or has to be.
         """
-        self.targets, self.selection, self._seed = bound.targets, bound.selection, bound.seed
-        self._by_id = {id(t.parameter): t for t in bound.targets}
-        self._rule = Rule(bound.selection.rule, self.noise, bound.is_stochastic)
-        devices = [t.parameter.device for t in bound.targets]
+        self.targets, self.selection, self._seed = context.targets, context.selection, context.seed
+        self._by_id = {id(t.parameter): t for t in context.targets}
+        self._rule = Rule(context.selection.rule, self.noise, context.is_stochastic)
+        devices = [t.parameter.device for t in context.targets]
         # Numba's passes are for CPUs alone, torch.compile's for tensors here and there.
         device = next((d for d in devices if d.type != "cpu"), devices[0])
-        num_weights = sum(t.parameter.numel() for t in bound.targets)
-        backend = bound.backend
+        num_weights = sum(t.parameter.numel() for t in context.targets)
+        backend = context.backend
         if backend == "auto" and device.type == "cpu" and num_weights < WORTH_COMPILING:
             backend = "eager"
         self.passes, self.why_eager = choose_passes(self._rule, backend, device)
@@ -54,19 +54,19 @@ class Dense:
         self.probe_passes: Passes = self.passes
         if self._rule.stochastic:
             self.probe_passes = type(self.passes)(Rule(self._rule.mask, self.noise, False))
-        self.keeps = self._whether_to_keep(bound, num_terms, num_weights, device)
+        self.keeps = self._whether_to_keep(context, num_terms, num_weights, device)
         self._kept: dict[str, tuple[Tensor, Tensor]] = {}
         self._streams: dict[tuple[str | int, ...], list[tuple[int, int]]] = {}
 
     def _whether_to_keep(
-        self, bound: Bound, num_terms: int, num_weights: int, device: torch.device
+        self, context: DirectionContext, num_terms: int, num_weights: int, device: torch.device
     ) -> bool:
         """Return whether z is drawn once a step and kept."""
-        wish, can_keep = bound.keep_noise, num_terms == 1 and not bound.is_stochastic
-        rounding = "stochastic" if bound.is_stochastic else "nearest"
+        wish, can_keep = context.keep_noise, num_terms == 1 and not context.is_stochastic
+        rounding = "stochastic" if context.is_stochastic else "nearest"
         needs = f"num_queries=1 and rounding=nearest, not {num_terms} and {rounding}"
         check(can_keep or wish is not True, f"keep_noise=true needs {needs}: leave it out")
-        if bound.is_in_place:
+        if context.is_in_place:
             check(can_keep, f"executor=in_place needs {needs}: leave it out")
             check(
                 wish is not False,
@@ -127,11 +127,13 @@ class Dense:
         """The mask of a whole tensor (bool, flat), before it is written to; None: all is active."""
         if self.selection.stream(0) is None and target.h == float("inf"):
             return None
-        return self.mask(target, mover)
-
-    def mask(self, target: Target, mover: "DenseMover") -> Tensor:
-        """Return the mask of a tensor: bool, flat."""
         return EagerPasses(self._rule).mask_of(target.flat, mover.draw(target))
+
+    def masks(self, step: int) -> Iterator[Tensor]:
+        """See :class:`Direction`."""
+        mover, eager = self.mover(step, Move((Term(Key(step), 0.0),))), EagerPasses(self._rule)
+        for target in self.targets:
+            yield eager.mask_of(target.flat, mover.draw(target))
 
     def kept(self, target: Target, mover: "DenseMover") -> tuple[Tensor, Tensor]:
         """Return z (float32, flat) of the first term and the mask; of the step's start, if kept."""

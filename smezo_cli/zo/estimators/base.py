@@ -1,4 +1,4 @@
-"""What a step asks of an estimator, and what an estimator may ask of the weights: losses alone."""
+"""Define the interface that every estimator implements, and what it may ask for: losses alone."""
 
 from collections.abc import Sequence
 from typing import Protocol

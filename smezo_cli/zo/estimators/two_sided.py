@@ -38,4 +38,4 @@ class TwoSided:
     def read(self, scalars: Sequence[float], step: int) -> Gradient:
         """See :class:`Estimator`."""
         terms = tuple(map(Term, self.keys(step), scalars))
-        return Gradient(terms, over=self.num_scalars)
+        return Gradient(terms, divisor=self.num_scalars)

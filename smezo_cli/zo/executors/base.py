@@ -1,4 +1,4 @@
-"""What a step asks of an executor."""
+"""Define the interface that every executor implements."""
 
 from collections.abc import Sequence
 from typing import Protocol

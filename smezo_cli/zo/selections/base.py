@@ -1,4 +1,4 @@
-"""What a step asks of a selection: which coordinates of each tensor it perturbs and updates."""
+"""Define the interface that every selection implements: which coordinates a step changes."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -17,8 +17,8 @@ class Selection(Protocol):
     def set_thresholds(self, targets: Sequence[Target]) -> None:
         """Set the threshold of every tensor from its present weights."""
 
-    def is_due(self, step: int) -> bool:
-        """Return whether thresholds are set anew before this step."""
+    def refreshes_at(self, step: int) -> bool:
+        """Return whether thresholds are refreshed before this step."""
 
     def stream(self, step: int) -> tuple[str | int, ...] | None:
         """Return the stream that the mask of a step is drawn from; None: it is not random."""

@@ -17,7 +17,7 @@ class Masked:
     Args:
         mask: "none", "small", "large" or "random".
         sparsity: fraction NOT perturbed, in [0, 1).
-        refresh_every: set thresholds anew every so many steps; 0 keeps the first ones.
+        refresh_every: refresh thresholds every so many steps; 0 keeps the first ones.
         resample: "run" or "step": when the random mask is drawn anew.
         constant_tensors: "dense" or "frozen": tensors whose magnitudes are all equal.
         dense: globs of parameter names perturbed without a mask.
@@ -56,7 +56,7 @@ class Masked:
             sparsity = self.sparsity if target.masked else 0.0
             target.h = masks.threshold(target.parameter, self.rule, sparsity, self.constant_tensors)
 
-    def is_due(self, step: int) -> bool:
+    def refreshes_at(self, step: int) -> bool:
         """See :class:`Selection`."""
         return bool(self.refresh_every and step and not step % self.refresh_every)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from smezo_cli.zo.move import Gradient
 from smezo_cli.zo.targets import check
-from smezo_cli.zo.updates.base import Do
+from smezo_cli.zo.updates.base import WeightWriter
 
 
 class Adam:
@@ -38,9 +38,9 @@ class Adam:
         check(adam_eps > 0 and math.isfinite(adam_eps), f"adam_eps={adam_eps}: must be above 0")
         self.betas, self.adam_eps = (float(betas[0]), float(betas[1])), adam_eps
 
-    def apply(self, do: Do, gradient: Gradient, lr: float) -> None:
+    def apply(self, weights: WeightWriter, gradient: Gradient, lr: float) -> None:
         """See :class:`Update`."""
-        (beta1, beta2), adam_eps, t = self.betas, self.adam_eps, do.step + 1
+        (beta1, beta2), adam_eps, t = self.betas, self.adam_eps, weights.step + 1
         size = -lr / (1 - beta1**t)
         root = math.sqrt(1 - beta2**t)
 
@@ -49,7 +49,7 @@ class Adam:
             v.mul_(beta2).add_((g * g).mul_(1 - beta2))
             return (m / v.sqrt().div_(root).add_(adam_eps)).mul_(size)
 
-        do.elementwise(gradient, change, decay=lr * do.weight_decay)
+        weights.elementwise(gradient, change, decay=lr * weights.weight_decay)
 
     def identity(self) -> dict[str, Any]:
         """See :class:`Update`."""

@@ -1,4 +1,4 @@
-"""What a step asks of an update, and what an update may do to the weights."""
+"""Define the interface that every update implements, and the writes that an update may make."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -11,7 +11,7 @@ from smezo_cli.zo.state import State
 from smezo_cli.zo.targets import Target
 
 
-class Do:
+class WeightWriter:
     """Moves the weights for an update, along the directions that were probed.
 
     Args:
@@ -56,8 +56,8 @@ class Update(Protocol):
 
     slots: tuple[str, ...]  # names of what it keeps: float32, one number a weight each
 
-    def apply(self, do: Do, gradient: Gradient, lr: float) -> None:
+    def apply(self, weights: WeightWriter, gradient: Gradient, lr: float) -> None:
         """Move the weights."""
 
     def identity(self) -> dict[str, Any]:
-        """Return what the update follows from, beside its arguments, as plain JSON."""
+        """Return the arguments of the update, as plain JSON."""

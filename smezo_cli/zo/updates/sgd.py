@@ -3,7 +3,7 @@
 from typing import Any
 
 from smezo_cli.zo.move import Gradient
-from smezo_cli.zo.updates.base import Do
+from smezo_cli.zo.updates.base import WeightWriter
 
 
 class SGD:
@@ -11,9 +11,9 @@ class SGD:
 
     slots: tuple[str, ...] = ()
 
-    def apply(self, do: Do, gradient: Gradient, lr: float) -> None:
+    def apply(self, weights: WeightWriter, gradient: Gradient, lr: float) -> None:
         """See :class:`Update`."""
-        do.move(gradient, -lr, decay=lr * do.weight_decay)
+        weights.move(gradient, -lr, decay=lr * weights.weight_decay)
 
     def identity(self) -> dict[str, Any]:
         """See :class:`Update`."""

@@ -1,4 +1,4 @@
-"""Measure the losses that an estimator asks for, alone or with other processes."""
+"""Measure the losses that an estimator asks for, in one process or in several."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,16 +11,16 @@ from smezo_cli.zo.move import Key, Move, Term
 from smezo_cli.zo.step import Closure, NonFiniteLoss, Shared
 
 
-class Asked:
-    """The :class:`Ask` of one step.
+class LossMeter:
+    """Measures the losses that the estimator asks for in one step; the :class:`Ask` of the step.
 
     Args:
         closure: computes the loss of the batch.
         direction: of the method.
-        executors: measure.
+        executors: run the forwards.
         eps: radius of the probes.
         step: number of the step.
-        on_equal: called where the two losses of a pair are the same number.
+        on_equal_losses: called where the two losses of a pair are the same number.
     """
 
     def __init__(
@@ -30,12 +30,12 @@ class Asked:
         executors: Executors,
         eps: float,
         step: int,
-        on_equal: Callable[[], None],
+        on_equal_losses: Callable[[], None],
     ) -> None:
         self._closure, self._direction, self._executors = closure, direction, executors
-        self.eps, self.step, self._on_equal = eps, step, on_equal
+        self.eps, self.step, self._on_equal_losses = eps, step, on_equal_losses
         #: all losses of the step so far
-        self.heard: list[float] = []
+        self.all_losses: list[float] = []
 
     def losses(self, groups: Sequence[Sequence[Move]]) -> list[list[float]]:
         """See :class:`Ask`."""
@@ -49,14 +49,14 @@ class Asked:
             if shared is None:
                 self._check_finite(losses)
                 if len(losses) == 2 and losses[0] == losses[1]:
-                    self._on_equal()
+                    self._on_equal_losses()
             measured[i] = losses
         joined = list(measured.values())
         if shared is not None:
             joined = shared.join(measured, list(map(len, groups)))
             for losses in joined:  # of all, so that every process raises or none
                 self._check_finite(losses)
-        self.heard += [loss for losses in joined for loss in losses]
+        self.all_losses += [loss for losses in joined for loss in losses]
         return joined
 
     def two_sided(self, keys: Sequence[Key]) -> list[float]:
