@@ -12,7 +12,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from smezo_cli import train
-from smezo_cli.cli import evaluate
+from smezo_cli.cli import main
 from smezo_cli.config.compose import compose
 from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError
@@ -347,13 +347,13 @@ def test_a_run_is_kept_scored_and_replayed(
     # The adapter alone is saved (float32; an optimizer has as much again, twice).
     sizes = [f.stat().st_size for f in (run / "checkpoint").rglob("*.safetensors")]
     assert max(sizes) < 3 * 4 * trained + 8000
-    assert evaluate.main("eval", [str(run)]) == 0
+    assert main(["eval", str(run)]) == 0
     assert f"test accuracy {result['test']['accuracy']:.4f}" in capsys.readouterr().out
-    assert evaluate.main("eval", [str(run), "--base", "--out", "base.jsonl"]) == 0
+    assert main(["eval", str(run), "--base", "--out", "base.jsonl"]) == 0
     assert f"test accuracy {result['zero_shot']['accuracy']:.4f}" in capsys.readouterr().out
     if "mezo" in method:
-        assert evaluate.main("replay", [str(run), "--out", "saved"]) == 0
+        assert main(["replay", str(run), "--out", "saved"]) == 0
         assert "NOT" not in capsys.readouterr().out
-    assert evaluate.main("export", [str(run), "exported"]) == 0
+    assert main(["export", str(run), "exported"]) == 0
     what = "peft loads it" if "prefix" in method else "transformers loads it"
     assert what in capsys.readouterr().out

@@ -321,7 +321,7 @@ def test_what_was_measured_is_written_and_read_as_json() -> None:
 
 
 def test_other_ranks_go_by_what_rank_0_tells() -> None:
-    rank: Any = SimpleNamespace(job=SimpleNamespace(scorer=scorer_of("llama")))
+    rank: Any = SimpleNamespace(loaded=SimpleNamespace(scorer=scorer_of("llama")))
     Follower.do(rank, {"do": "batching", "found": Found(NO_CACHE, ONE_LENGTH).plain()}, b"")
     assert rank.loaded.scorer.batching == NO_CACHE
     assert rank.loaded.scorer.batching_of_answers == ONE_LENGTH
