@@ -1,10 +1,12 @@
 """Load a language model and its tokenizer: embedded, local, GGUF, hub, or tiny and random."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is documented there
     HTTPError,
 )
@@ -29,6 +31,17 @@ from smezo_cli.models.embedded import embedded
 from smezo_cli.models.output_layer import settle_output_layer
 from smezo_cli.models.pretrained import local_or_hub_id, pretrained
 from smezo_cli.models.tiny import tiny_model
+
+
+@contextlib.contextmanager
+def _hub_left_alone(offline: bool) -> Iterator[None]:
+    """Inside, nothing asks a hub that does not answer: each question would be repeated for 12 s."""
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or offline
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def load_model(
@@ -64,7 +77,7 @@ def load_model(
     quantized = quantization_arguments(cfg, device, compute_dtype or dtype)
     where = local_or_hub_id(str(cfg["path"])) if "path" in routes else None
     offline = isinstance(where, str) and not fetch.hub_answers()
-    with quiet():
+    with quiet(), _hub_left_alone(offline):
         try:
             if "tiny" in routes:
                 model, tokenizer = tiny_model(cfg, dtype)

@@ -113,7 +113,7 @@ class Watch:
         seen["losses"], seen["num_losses"] = 0.0, 0
         if self._factor is not None and self._reference is not None:
             limit = self._factor * self._reference
-            found = (("dev loss", loss), ("mean train loss since the last look", train_loss))
+            found = (("dev loss", loss), ("mean train loss since the last evaluation", train_loss))
             for name, value in found if self._objective == "loss" else found[:1]:
                 if value > limit and seen["why"] is None:
                     seen["why"] = (
@@ -123,7 +123,7 @@ class Watch:
                     )
         if self._patience is not None and seen["looks_since"] >= self._patience:
             seen["why"] = seen["why"] or (
-                f"{seen['looks_since']} looks without a new {best_words(self._objective)} "
+                f"{seen['looks_since']} evaluations without a new {best_words(self._objective)} "
                 f"(patience={self._patience})"
             )
         return self._numerics.measure()

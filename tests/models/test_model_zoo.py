@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -711,6 +712,7 @@ def test_a_model_of_the_hub_tells_its_commit(
     (cached / "refs" / "main").write_text(commit)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(fetch, "hub_answers", lambda: False)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits for the hub"))
     net, _ = load(at("who/what"))
     assert net.config._commit_hash == commit
     assert "is not in the hub's cache" in message_of(at("who/else"))
