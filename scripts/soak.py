@@ -412,7 +412,9 @@ def soak(faults: int, seed: int, work: Path) -> dict[str, Any]:
             counts[name]["faults"] += 1
             if code not in EXPECTED or "Traceback" in trial.log.read_text():
                 counts[name]["unclean"] += 1
-                wrong.append(f"trial {number}: {suffered}: {trial.log.read_text()[-600:]}")
+                said = trial.log.read_text()
+                shown = said[said.find("Traceback") :][:900] if "Traceback" in said else said[-600:]
+                wrong.append(f"trial {number}: {suffered}: {shown}")
                 trial.log.write_text("")
         code = trial.run()
         try:
