@@ -205,8 +205,9 @@ def reseal(case: Case, tree: Any) -> Any:
     """A spoiled state.json or result.json with a checksum that is right, most of the time."""
     if not isinstance(tree, dict) or case.chance(0.1):
         return tree
-    with contextlib.suppress(ValueError, TypeError):
-        # As it will be read: what JSON cannot tell apart (1 and True as keys) is one already.
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        # As it will be read: what JSON cannot tell apart (1 and True as keys) is one already. What
+        # nests too deep for a checksum stays without one.
         tree = json.loads(as_json(tree))
         return product.sealed(tree) if isinstance(tree, dict) else tree
     return tree

@@ -75,12 +75,26 @@ def read_text(path: Path, most_bytes: int) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object in a file, or None if the file is missing or holds no object."""
+    """Return the JSON object in a file, or None if the file is missing or holds no object.
+
+    One that nests deeper than any file of ours or of a model does is none, either: what walks
+    through it would reach the limit of recursion.
+    """
     try:
         value = json.loads(read_text(path, MOST_JSON_BYTES))
     except (UserError, ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    return value if isinstance(value, dict) and not _nests_too_deep(value) else None
+
+
+def _nests_too_deep(value: object) -> bool:
+    level: list[Any] = [value]
+    for _ in range(2 * _MOST_DEPTH):
+        inside = [item.values() if isinstance(item, dict) else item for item in level]
+        level = [x for items in inside for x in items if isinstance(x, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def open_own(path: Path) -> TextIO:
