@@ -137,7 +137,7 @@ LOOKS = [2.0, 1.9, 1.95, 1.8, 1.9, 2.0, 2.1, 9.0]
 @pytest.mark.parametrize(
     ("options", "ends_at", "says"),
     [
-        ({"patience": 3}, 7, ["3 looks", "patience=3"]),
+        ({"patience": 3}, 7, ["3 evaluations", "patience=3"]),
         ({"patience": 4}, 8, ["patience=4"]),
         ({"patience": 5}, None, []),
         ({"stop_if_diverged": 4.0, "reference": 2.2}, 8, ["dev loss, 9,", "4 times", "2.2"]),
