@@ -100,8 +100,8 @@ def _sorted(runs: list[Run], key: str) -> list[Run]:
 
     def place(run: Run) -> tuple[bool, float, str]:
         value = run.get(key) if has(run, key) else None
-        number = isinstance(value, int | float)
-        return value is None, value if number else 0.0, str(value)  # type: ignore[return-value]
+        number = value if isinstance(value, int | float) else 0.0
+        return value is None, number, str(value)
 
     return sorted(runs, key=place)
 
