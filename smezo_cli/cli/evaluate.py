@@ -11,14 +11,14 @@ from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.machine import streams
 from smezo_cli.run.trained import (
-    _encoded,
-    _prompt,
-    _scored,
     batch,
     check_model,
+    encode_rows,
     kept_beside,
     opened,
+    prompt_of_run,
     say_code,
+    score_rows,
     trained,
 )
 
@@ -82,15 +82,17 @@ def main(words: Sequence[str]) -> int:
                 f"the {given.split} rows are not those that {given.run} was trained with: the data "
                 "has changed since; put it back, or say which to use (such as task.data=FILE)."
             )
-        rows, prompt = getattr(job.task, given.split), _prompt(state)
-        encoded = _encoded(job, rows, prompt, given.run)
+        rows, prompt = getattr(job.task, given.split), prompt_of_run(state)
+        encoded = encode_rows(job, rows, prompt, given.run)
         batch(job, prompt, state.notes.get("batching"), None if same_task else rows, console.say)
         which = "-base" if given.base else "" if given.step is None else f"-step{step}"
         name = f"predictions-{given.split}{which}.jsonl"
         out = Path(given.out) if given.out else folder.path / name
         kept = kept_beside(out, job)
         with job.as_it_came() if given.base else contextlib.nullcontext():
-            found = _scored(job, encoded, given.split, console, kept, step, given.run, given.base)
+            found = score_rows(
+                job, encoded, given.split, console, kept, step, given.run, given.base
+            )
         metrics = found.figures()
         write_lines(
             out,

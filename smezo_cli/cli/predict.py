@@ -10,13 +10,13 @@ from smezo_cli.errors import UserError
 from smezo_cli.files import strict_json
 from smezo_cli.machine import streams
 from smezo_cli.run.trained import (
-    _prompt,
-    _scored,
     batch,
     check_model,
     kept_beside,
     opened,
+    prompt_of_run,
     say_code,
+    score_rows,
     trained,
 )
 
@@ -67,7 +67,7 @@ def main(words: Sequence[str]) -> int:
 
         # Messages go to stderr if the predictions go to stdout; training rows are not loaded.
         console = Console(sys.stdout if given.out else sys.stderr)
-        prompt = _prompt(state)
+        prompt = prompt_of_run(state)
         notes: list[str] = []
         rows = unlabelled(settings.task, prompt, files[0] if files else fields, notes)
         for note in notes:
@@ -80,7 +80,7 @@ def main(words: Sequence[str]) -> int:
         encoded = job.encode(rows, prompt)
         batch(job, prompt, state.notes.get("batching"), rows, console.say)
         kept = kept_beside(Path(given.out) if given.out else folder.path / "predictions", job)
-        found = _scored(job, encoded, "predict", console, kept, step, given.run)
+        found = score_rows(job, encoded, "predict", console, kept, step, given.run)
         predictions = [
             {"fields": dict(row.fields)}
             | {key: value for key, value in prediction.items() if value is not None}

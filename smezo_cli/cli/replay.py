@@ -15,16 +15,16 @@ from smezo_cli.files.bounded import parse_yaml
 from smezo_cli.machine import streams
 from smezo_cli.run.trained import (
     SAME_BITS,
-    _encoded,
-    _scored,
     as_prompt,
     batch,
+    encode_rows,
     kept_beside,
     parsed,
     read_config,
     replayed,
     save_model,
     say_code,
+    score_rows,
 )
 from smezo_cli.store.schema import is_batching, is_known, is_prompt
 
@@ -102,7 +102,7 @@ def _replay(
     same_task = not any(word.startswith("task.") for word in given.overrides)
     method = replayed(job, records, given.source)
     if given.split != "none":  # before the steps, as in the run
-        _encoded(job, getattr(job.task, given.split)[:1], prompt, given.source)
+        encode_rows(job, getattr(job.task, given.split)[:1], prompt, given.source)
         batch(job, prompt, known.get("batching") if same_task else None, None, console.say)
     start = time.perf_counter()
     apply(method, records, step)
@@ -125,10 +125,10 @@ def _replay(
             "put it back, say which to use (such as task.data=FILE), or add --split none."
         )
     rows = getattr(job.task, given.split)
-    encoded = _encoded(job, rows, prompt, given.source)
+    encoded = encode_rows(job, rows, prompt, given.source)
     beside = Path(given.source) / "replay" if Path(given.source).is_dir() else Path(given.source)
     kept = kept_beside(beside, job)
-    scored = _scored(job, encoded, given.split, console, kept, step, given.source)
+    scored = score_rows(job, encoded, given.split, console, kept, step, given.source)
     metrics = scored.figures()
     kept.remove()
     recorded = known[given.split] if step == known["step"] and same_task else None

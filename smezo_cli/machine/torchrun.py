@@ -10,12 +10,12 @@ VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torchru
 
 def local_rank() -> int | None:
     """Return the number of this process on its machine; None if it is the only one."""
-    if not all(os.environ.get(name) for name in VARIABLES) or _mistake() is not None:
+    if not all(os.environ.get(name) for name in VARIABLES) or mistake_in_variables() is not None:
         return None
     return None if int(os.environ["WORLD_SIZE"]) == 1 else int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def _mistake() -> str | None:
+def mistake_in_variables() -> str | None:
     """Return what is wrong with the variables of a rank, which are all set; None if nothing is."""
     for name in (*(v for v in VARIABLES if v != "MASTER_ADDR"), "LOCAL_RANK"):
         value = os.environ.get(name, "0")

@@ -114,7 +114,7 @@ def _threshold_chunk(run: DryRun, largest: int) -> int:
     """Return how many entries of the largest tensor are sorted at once."""
     from smezo_cli.zo.selections import masks
 
-    return min(masks._CHUNK, largest) if run.settings.sparsity else 0
+    return min(masks.CHUNK, largest) if run.settings.sparsity else 0
 
 
 def _objective(run: DryRun, scorer: Any, batch: Sequence[Any]) -> Callable[[], Any]:

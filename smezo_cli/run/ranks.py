@@ -22,7 +22,7 @@ from smezo_cli.config.fixed import is_frozen
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.machine import torchrun
-from smezo_cli.machine.torchrun import VARIABLES, _mistake, local_rank
+from smezo_cli.machine.torchrun import VARIABLES, local_rank, mistake_in_variables
 
 _joined: "Ranks | None" = None
 _ALONE = "unset RANK WORLD_SIZE"
@@ -52,7 +52,10 @@ def join(settings: Settings) -> "Ranks | None":
         RankLost: the others cannot be reached.
     """
     global _joined  # a process joins once; the jobs of a sweep follow each other
-    if all(os.environ.get(name) for name in VARIABLES) and (mistake := _mistake()) is not None:
+    if (
+        all(os.environ.get(name) for name in VARIABLES)
+        and (mistake := mistake_in_variables()) is not None
+    ):
         raise UserError(f"{mistake}: start ranks by torchrun, or to run alone: {_ALONE}.")
     if local_rank() is None:
         for key, alone in (("query_ranks", 1), ("rank_backend", "gloo")):

@@ -190,12 +190,12 @@ def replayed(loaded: "Loaded", records: "Trajectory", where: str) -> "ZeroOrder"
     return method
 
 
-def _prompt(state: "State") -> "Prompt":
+def prompt_of_run(state: "State") -> "Prompt":
     """Return the prompt that the run was trained with."""
     return as_prompt(state.notes["prompts"][state.notes["prompt"]])
 
 
-def _encoded(loaded: "Loaded", rows: Sequence["Row"], prompt: "Prompt", where: str) -> Any:
+def encode_rows(loaded: "Loaded", rows: Sequence["Row"], prompt: "Prompt", where: str) -> Any:
     """Return rows under a noted prompt; raise UserError if it does not suit them."""
     try:
         if len(prompt.labels) == len(loaded.prompts[0].labels):
@@ -250,7 +250,7 @@ def kept_beside(path: Path, loaded: "Loaded") -> "PartialScores":
     return PartialScores(path.with_name(f".{path.name}.{NAME}"), loaded.model)
 
 
-def _scored(
+def score_rows(
     loaded: "Loaded",
     rows: Any,
     split: str,

@@ -16,7 +16,7 @@ from smezo_cli.store.trajectory import (
     VERSION,
     Damaged,
     Trajectory,
-    _queries,
+    num_queries_of,
     opened,
     read_start,
     record_type,
@@ -49,7 +49,7 @@ def read_delta(path: Path) -> tuple[dict[str, Any], Trajectory]:
     header, steps = about.get("header"), about.get("step")
     if not isinstance(header, dict) or type(steps) is not int or steps < 0:
         raise damaged
-    kind = record_type(_queries(path, header))
+    kind = record_type(num_queries_of(path, header))
     columns = 1 + kind["projected_grad"].shape[0]
     size = columns * steps * 8
     if size > MAX_BYTES:

@@ -134,7 +134,7 @@ def read(path: Path) -> Trajectory:
     """
     with opened(path) as file:
         header, crc = read_start(path, file, _RUN)
-        kind = record_type(_queries(path, header))
+        kind = record_type(num_queries_of(path, header))
         stored = _CRC.unpack(_exactly(path, file, _CRC.size))[0]
         if stored != crc:
             raise Damaged(f"{path} is damaged in its header.")
@@ -204,7 +204,8 @@ def read_start(path: Path, file: Any, magic: bytes) -> tuple[dict[str, Any], int
     return header, zlib.crc32(text, zlib.crc32(start))
 
 
-def _queries(path: Path, header: Mapping[str, Any]) -> int:
+def num_queries_of(path: Path, header: Mapping[str, Any]) -> int:
+    """Return how many scalars a record of the file holds; raise Damaged if it does not say."""
     identity = header.get("identity")
     queries = identity.get("num_queries") if isinstance(identity, dict) else None
     if type(queries) is not int or not 1 <= queries <= _MAX_QUERIES:

@@ -14,12 +14,12 @@ from smezo_cli.zo.passes.draw import Draw, Rule
 from smezo_cli.zo.passes.eager import (
     EagerPasses,
     Use,
-    _directions,
     move_at,
     move_pairs,
     move_pairs_both,
     over_chunks,
     round_bits,
+    sum_of_draws,
 )
 
 _numbers = itertools.count()  # of what was compiled
@@ -59,7 +59,7 @@ class CompiledPasses:
         self._picked = _compile(picked)  # type: ignore[arg-type]  # likewise
 
         def directions(counter: Tensor, *draw: Tensor | None) -> Tensor:
-            return torch.stack(_directions(counter, rule, Draw(*draw)))  # type: ignore[arg-type]  # spread
+            return torch.stack(sum_of_draws(counter, rule, Draw(*draw)))  # type: ignore[arg-type]  # spread
 
         self._directions = _compile(directions)  # type: ignore[arg-type]  # likewise
 
@@ -104,7 +104,7 @@ class CompiledPasses:
         if weight.numel() % 2:
             counter = torch.tensor([pairs], device=weight.device)
             bits = round_bits(counter, self.rule, draw)
-            use(slice(2 * pairs, None), _directions(counter, self.rule, draw)[0], bits[0])
+            use(slice(2 * pairs, None), sum_of_draws(counter, self.rule, draw)[0], bits[0])
 
     def move_at(self, weight: Tensor, index: Tensor, numel: int, draw: Draw) -> Tensor:
         """See :func:`move_at`."""
@@ -150,7 +150,7 @@ def _compile_alone(function: types.FunctionType) -> Callable[..., Tensor]:
     return compiled
 
 
-def _switches() -> str:
+def compiler_settings() -> str:
     """Say which settings of the compilers are in the environment: one may be why they fail."""
     prefixes = ("NUMBA_", "TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE_")
     # The folder of what is compiled is torch's own to set, and turns nothing off.

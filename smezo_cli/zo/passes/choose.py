@@ -13,7 +13,7 @@ import warnings
 
 import torch
 
-from smezo_cli.zo.passes.by_compiler import CompiledPasses, NoCompiler, _switches
+from smezo_cli.zo.passes.by_compiler import CompiledPasses, NoCompiler, compiler_settings
 from smezo_cli.zo.passes.by_numba import NumbaPasses
 from smezo_cli.zo.passes.draw import Draw, Rule
 from smezo_cli.zo.passes.eager import EagerPasses
@@ -58,7 +58,7 @@ def choose_passes(rule: Rule, backend: str, device: torch.device) -> tuple[Passe
             draw = Draw(key[None], key, key, scalar, scalar[None])
             passes.move(sample, torch.empty_like(sample), draw)
     except Exception as error:  # whatever a missing or broken tool chain raises
-        why = f"{missing}: {_first_line(error)}{_switches()}"
+        why = f"{missing}: {_first_line(error)}{compiler_settings()}"
         if backend == "compiled":
             raise NoCompiler(why) from error
         return EagerPasses(rule), why

@@ -37,7 +37,7 @@ def _blend(
     return torch.where(mask, value.to(dtype), weight.to(dtype))
 
 
-def _directions(counter: Tensor, rule: Rule, draw: Draw) -> tuple[Tensor, Tensor]:
+def sum_of_draws(counter: Tensor, rule: Rule, draw: Draw) -> tuple[Tensor, Tensor]:
     """sum_q a_q z_q for both elements of each pair."""
     first, second = noise.pair(counter, draw.keys[0], rule.noise)
     first, second = first * draw.coefficients[0], second * draw.coefficients[0]
@@ -77,7 +77,7 @@ def move_pairs(
     draw: Draw,
 ) -> None:
     """The pass over pairs (i, i + pairs), written to the out tensors (which may be the inputs)."""
-    directions = _directions(counter, rule, draw)
+    directions = sum_of_draws(counter, rule, draw)
     active = _masks(first, second, counter, rule, draw)
     bits = round_bits(counter, rule, draw)
     dtype = out_first.dtype
@@ -99,7 +99,7 @@ def move_pairs_both(
 
     Negation is exact, so that these are the bits of two passes; rounds to nearest.
     """
-    there = _directions(counter, rule, draw)
+    there = sum_of_draws(counter, rule, draw)
     active = _masks(first, second, counter, rule, draw)
     for (out_first, out_second), (a, b) in ((plus, there), (minus, (-there[0], -there[1]))):
         out_second.copy_(_blend(second, b, active[1], None, draw, out_second.dtype))
@@ -120,7 +120,7 @@ def move_at(weight: Tensor, index: Tensor, numel: int | Tensor, rule: Rule, draw
         The moved entries in the weight's dtype and shape.
     """
     counter, is_first = noise.locate(index, numel)
-    directions = _directions(counter, rule, draw)
+    directions = sum_of_draws(counter, rule, draw)
     active = _masks(weight, weight, counter, rule, draw)
     bits = round_bits(counter, rule, draw)
     own_bits = None
@@ -196,7 +196,7 @@ class EagerPasses:
         """
 
         def one(first: slice, second: slice, counter: Tensor) -> None:
-            directions = _directions(counter, self.rule, draw)
+            directions = sum_of_draws(counter, self.rule, draw)
             bits = round_bits(counter, self.rule, draw)
             use(first, directions[0], bits[0])
             if second != first:  # an odd last entry is both

@@ -22,7 +22,7 @@ RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 _EVERYTHING = {"small": math.inf, "large": 0.0, "random": 2.0}
 _NOTHING = {"small": -1.0, "large": math.inf, "random": -1.0}
-_CHUNK = 1 << 20  # entries looked at together, so that no full-size copy is made
+CHUNK = 1 << 20  # entries looked at together, so that no full-size copy is made
 
 
 def threshold(weight: Tensor, rule: str, sparsity: float, constant_tensors: str = "dense") -> float:
@@ -104,5 +104,5 @@ def _bucket_of(counts: Tensor, k: int) -> tuple[int, int]:
 
 
 def _chunks(weight: Tensor) -> tuple[Tensor, ...]:
-    parts: tuple[Tensor, ...] = torch.split(weight.detach().reshape(-1), _CHUNK)
+    parts: tuple[Tensor, ...] = torch.split(weight.detach().reshape(-1), CHUNK)
     return parts

@@ -83,7 +83,7 @@ def test_kth_magnitude_over_every_finite_number(dtype: torch.dtype) -> None:
 def test_kth_magnitude_of_more_entries_than_one_chunk_holds() -> None:
     """A tensor of several chunks, not contiguous, gives the value of a sort."""
     weight = torch.randn(1100, 1003, generator=generator()).T
-    assert weight.numel() > masks._CHUNK
+    assert weight.numel() > masks.CHUNK
     ordered = weight.abs().reshape(-1).sort().values
     for k in (1, 275_825, weight.numel() // 2, weight.numel()):
         assert kth_magnitude(weight, k) == float(ordered[k - 1])
