@@ -152,7 +152,7 @@ def test_a_replay_is_the_run(name: str) -> None:
     ran, replayed = made(name, first), made(name, second)
     closure = closure_of(first)
     for _ in range(5):
-        replayed.replay(1e-2, ran.step(closure).projected_grad)
+        replayed.replay(1e-2, ran.step(closure).scalars)
     assert same(weights_of(first), weights_of(second))
     assert same(state_of(ran), state_of(replayed))
     assert ran.identity() == replayed.identity()
