@@ -54,6 +54,8 @@ def prepare(run: Run, method: Method, measure: Measure, batches: Batches) -> Non
         f"  trains {method.num_weights / 1e6:.1f} M weights, "
         f"{notes['active_share']:.4f} of them active"
     )
+    if remark := getattr(method, "remark", ""):
+        run.say(f"  method  {remark}")
 
 
 def _choose_executor(run: Run, method: Method, measure: Measure, batches: Batches) -> None:

@@ -190,6 +190,11 @@ class Parts(torch.optim.Optimizer):
         }
 
     @property
+    def remark(self) -> str:
+        """What a user should know of the method on this model, as words after "method"; or ""."""
+        return ""
+
+    @property
     def num_scalars(self) -> int:
         """How many scalars a step records."""
         return self.estimator.num_scalars + (self.step_size is not None)
