@@ -12,7 +12,7 @@ def sum_of_squares(flat: Tensor) -> float:
     Whole numbers are added, so the sum is the same in any order, on any device, up to 2^31.
     """
     total = 0
-    for part in flat.detach().split(1 << 20):
+    for part in torch.split(flat.detach(), 1 << 20):
         squares = part.double().square_().mul_(_GRID).round_()
         total += int(squares.to(torch.int64).sum())
     return total / _GRID

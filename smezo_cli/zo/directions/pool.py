@@ -42,8 +42,9 @@ class Pool(Dense):
     """u(key) is a pool of N = 2^bits - 1 numbers in (-1, 1), laid end to end over all weights.
 
     The weights count as one vector, tensor after tensor by name. ``generators=0``: the pool is
-    drawn once, and each direction begins where the one before ended, at place (t Q + q) d mod N
-    (d weights; 1 in the place of d where N divides it). ``generators=G``: the pool is the sequence
+    drawn once, and each direction begins where the one before ended: number t Q + q at place
+    (t Q + q) s mod N, with s the number of weights, or the next above it that has no factor in
+    common with N, so that N directions pass before one comes again. ``generators=G``: the pool is the sequence
     of a shift register; G of them run side by side from places that the key draws, and weight i
     reads number i // G of register (i + i // G) mod G, so that they take turns.
 
@@ -65,15 +66,20 @@ class Pool(Dense):
         check(generators >= 0, f"generators={generators}: 0 or more")
         one_of("modulus", modulus, ("exact", "power_of_two"))
         self.bits, self.generators, self.modulus = bits, generators, modulus
-        self._num_queries, self.size = num_queries, 2**bits - 1
+        self._num_queries = num_queries
+        self.size: int = 2**bits - 1
 
     def bind(self, context: DirectionContext, num_terms: int) -> None:
         """See :class:`Direction`."""
         self._pools: dict[torch.device, Tensor] = {}
         self._pool = self._drawn(context.seed)
         squares = [x * x for x in self._pool.tolist()]
-        self._sums = [0.0, *itertools.accumulate(squares + squares)]  # over the pool, twice
-        self._starts, self._total = {}, 0
+        self._sums: list[float] = [
+            0.0,
+            *itertools.accumulate(squares + squares),
+        ]  # over the pool, twice
+        self._starts: dict[str, int] = {}
+        self._total = 0  # weights
         for target in sorted(context.targets, key=lambda t: t.name):
             self._starts[target.name] = self._total
             self._total += target.parameter.numel()
@@ -82,9 +88,10 @@ class Pool(Dense):
     def _drawn(self, seed: int) -> Tensor:
         if self.generators:
             states = torch.tensor(register_states(self.bits), dtype=torch.float32)
-            return (states * 2 - 2**self.bits) / 2**self.bits  # k / 2^bits, without 0 in the mean
+            numbers: Tensor = (states * 2 - 2**self.bits) / 2**self.bits
+            return numbers
         key = torch.tensor(stream_key(seed, "pool"))
-        drawn = uniform_at(torch.arange(self.size), self.size, key)
+        drawn: Tensor = uniform_at(torch.arange(self.size), self.size, key)
         return drawn * 2 - 1
 
     @property
@@ -123,7 +130,9 @@ class Pool(Dense):
         """Where a direction begins in the pool; with generators what their places hang on."""
         if self.generators:
             return stream_key(self._seed, "z", key.step, key.query)[0]
-        stride = self._total % self.size or 1
+        stride = self._total % self.size
+        while math.gcd(stride, self.size) > 1:  # or some places would never be begun at
+            stride += 1
         return (key.step * self._num_queries + key.query) * stride % self.size
 
     def scale(self, key: Key) -> float:
