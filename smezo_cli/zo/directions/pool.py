@@ -44,9 +44,9 @@ class Pool(Dense):
     The weights count as one vector, tensor after tensor by name. ``generators=0``: the pool is
     drawn once, and each direction begins where the one before ended: number t Q + q at place
     (t Q + q) s mod N, with s the number of weights, or the next above it that has no factor in
-    common with N, so that N directions pass before one comes again. ``generators=G``: the pool is the sequence
-    of a shift register; G of them run side by side from places that the key draws, and weight i
-    reads number i // G of register (i + i // G) mod G, so that they take turns.
+    common with N, so that N directions pass before one comes again. ``generators=G``: the pool is
+    the sequence of a shift register; G of them run side by side from places that the key draws,
+    and weight i reads number i // G of register (i + i // G) mod G, so that they take turns.
 
     Each direction is scaled to the expected norm of d Gaussian numbers.
 
