@@ -1,5 +1,6 @@
 """The parts of a zeroth-order method, put together for the tensors of one model."""
 
+import copy
 import hashlib
 import json
 import math
@@ -286,7 +287,7 @@ class Parts(torch.optim.Optimizer):
         """
         numbers = {"num_steps": self.num_steps, "h": {t.name: t.h.hex() for t in self.targets}}
         if self.state_of_update.numbers:
-            numbers["state"] = self.state_of_update.numbers
+            numbers["state"] = copy.deepcopy(self.state_of_update.numbers)
         return numbers, self.state_of_update.tensors()
 
     def restore(self, numbers: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
