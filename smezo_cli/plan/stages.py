@@ -254,7 +254,7 @@ def forwards_per_step(method: Any) -> int:
     """Return how many forwards a step makes; 0 where there are no steps."""
     if not takes_steps(method):
         return 0
-    return int(method.estimator.forwards(0)) if perturbs(method) else 1
+    return int(method.forwards(0)) if perturbs(method) else 1
 
 
 def writes_in_place(method: Any) -> bool:

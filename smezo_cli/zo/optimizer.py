@@ -32,6 +32,7 @@ class ZeroOrder(Parts):
     takes_steps: ClassVar = True
     replays: ClassVar = True  # its steps can be made again from recorded scalars
     compares_losses: ClassVar = True  # so that losses need no gradient, and may be any objective
+    asks_once: ClassVar = True  # a step asks for all its losses at once: ranks exchange them once
     mode = "eval"
 
     @torch.inference_mode(False)
@@ -144,6 +145,8 @@ class ZeroOrder(Parts):
         return StepRecord(loss, tuple(found), forwards, clipped, tuple(scalars))
 
     def _pair(self, query: int, eps: float) -> list[PointMover]:
+        """What moves the weights to both sides along a query of the next step."""
+        self.selection.begin(self.targets, self.num_steps, self.seed)
         return [self.mover([query], [eps]), self.mover([query], [-eps])]
 
     @torch.inference_mode(False)
@@ -214,7 +217,10 @@ class ZeroOrder(Parts):
             Unreached: naming them.
             ValueError, NonFiniteLoss: as there.
         """
-        self._self_check().check_reads(closure)
+        try:
+            self._self_check().check_reads(closure)
+        finally:  # it may be asked within a step, in which some tensors rest
+            self.selection.begin(self.targets, self.num_steps, self.seed)
 
     def _self_check(self) -> SelfCheck:
         for target in self.targets:  # what rests in this step is perturbed in another

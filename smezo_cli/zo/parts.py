@@ -199,6 +199,11 @@ class Parts(torch.optim.Optimizer):
         """How many scalars a step records."""
         return self.estimator.num_scalars + (self.step_size is not None)
 
+    def forwards(self, step: int) -> int:
+        """Return how many forwards over the batch a step takes, if a step size is found at once."""
+        measured = 0 if self.step_size is None else self.step_size.forwards(1.0)
+        return self.estimator.forwards(step) + measured
+
     @property
     def num_weights(self) -> int:
         """Weights that the method may train."""

@@ -28,7 +28,8 @@ class InPlace:
     def losses(self, closure: Closure, movers: Sequence[PointMover]) -> list[Tensor]:
         """See :class:`Executor`."""
         plus, _ = movers
-        steps = [plus.dense(target) for target in self._targets]  # (eps m z, m)
+        moved = [target for target in self._targets if not target.rests]
+        steps = [(target, *plus.dense(target)) for target in moved]  # with eps m z and m
         standing = 0.0  # multiples of the step that are in the weights
         try:
             self._add(steps, 1.0)
@@ -41,8 +42,9 @@ class InPlace:
             self._add(steps, -standing)
         return [loss_plus, loss_minus]
 
-    def _add(self, steps: list[tuple[Tensor, Tensor]], scale: float) -> None:
-        for target, (step, mask) in zip(self._targets, steps, strict=True):
+    @staticmethod
+    def _add(steps: list[tuple[Target, Tensor, Tensor]], scale: float) -> None:
+        for target, step, mask in steps:
             moved = (target.flat.float() + scale * step).to(target.flat.dtype)
             target.flat.copy_(torch.where(mask, moved, target.flat))
         torch.clear_autocast_cache()
