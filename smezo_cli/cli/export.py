@@ -24,7 +24,8 @@ from smezo_cli.run.trained import (
 
 USAGE = """\
 smezo export RUN FOLDER             the trained model and its tokenizer, as transformers loads them
-                                    (LoRA merged into the weights; of a prefix peft's adapter)
+                                    (LoRA merged into the weights; of a prefix peft's adapter, of
+                                    tensor-train cores smezo's own)
 smezo export RUN FILE --delta       one small file, from which smezo replay makes the weights again
 
     --step N          the weights of that step (default: the best), as for smezo eval

@@ -120,7 +120,7 @@ DATA_EXAMPLES = {
 }
 
 # What each kind of `method.adapter` takes, all of it needed.
-_ADAPTER_KINDS = Choice("lora", "prefix")
+_ADAPTER_KINDS = Choice("lora", "prefix", "tensor_train")
 
 _ADAPTER_KEYS: dict[str, dict[str, SettingType]] = {
     "lora": {
@@ -129,6 +129,11 @@ _ADAPTER_KEYS: dict[str, dict[str, SettingType]] = {
         "targets": SomeNames(),
     },
     "prefix": {"num_tokens": Whole(1, example="5")},
+    "tensor_train": {
+        "bottleneck": Whole(1, example="64"),
+        "rank": Whole(1, example="5"),
+        "bias": Choice(True, False),
+    },
 }
 
 

@@ -250,7 +250,7 @@ def _disk(s: Settings, trained: int, state: int, *, by_steps: bool) -> tuple[int
 def _work(run: DryRun, method: Any) -> dict[str, int]:
     """Return forwards, rows and tokens by name."""
     s, shows = run.settings, run.lengths.demonstrated > 0
-    forwards = s.steps * stages.forwards_per_step(method)
+    forwards = stages.forwards_of_training(method, s.steps)
     fits = stages.fits_probe(method)
     evaluations = math.ceil(s.steps / s.eval_every) + (shows or fits)
     work = {
