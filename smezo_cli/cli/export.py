@@ -102,6 +102,7 @@ def shown_bytes(size: int) -> str:
 
 def _export_delta(run: str, target: Path, step: int | None) -> int:
     from smezo_cli.store.delta import delta
+    from smezo_cli.store.notes import noted_prompt
     from smezo_cli.store.saved import tensors_digest
     from smezo_cli.store.trajectory import read
 
@@ -128,7 +129,7 @@ def _export_delta(run: str, target: Path, step: int | None) -> int:
         result = folder.result() or {}
         about = {
             "config": OmegaConf.to_yaml(cfg),
-            "prompt": state.notes["prompts"][state.notes["prompt"]],
+            "prompt": noted_prompt(state.notes),
             "weights": {"step": chosen, "sha256": noted[chosen]},
             "test": result.get("test") if chosen == state.best_step else None,
             "dev": state.notes.get("best_look") if chosen == state.best_step else None,

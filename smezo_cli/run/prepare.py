@@ -24,7 +24,8 @@ def measure_for(run: Run, loaded: Loaded, method: Method) -> Measure:
         notes["micro_batch_size"] = smaller
 
     tell = partial(lead, run, method)
-    return Measure(loaded.scorer, run.objective, size, run.team, halved, tell)
+    weights = loaded.task.weights
+    return Measure(loaded.scorer, run.objective, size, run.team, halved, tell, weights)
 
 
 def passes_of(run: Run, method: Method) -> str | None:
