@@ -182,7 +182,7 @@ class Follower:
             except (Stopped, NonFiniteLoss):
                 return  # rank 0 knows it, too
 
-    def _steps(self, step: int, until: int, prompt: int | Sequence[int]) -> None:
+    def _steps(self, step: int, until: int, width: int, prompt: int | Sequence[int]) -> None:
         s, team = self.settings, self.team
         train = self._rows("train", prompt)
         method = self._advance(0)  # as it came, like rank 0, if no step was made yet
@@ -197,7 +197,7 @@ class Follower:
                 raise UserError(f"method: {error}.") from error
         self._advance(step)
         batches = batches_of(train, s.batch_size, s.seed, s.batch_order)
-        team.left = until - step
+        team.begin_steps(until - step, width)
         while team.left > 0:
             step = method.num_steps
             method.set_lr_factor(lr_factor(s.lr_schedule, step, s.steps, s.warmup_steps))

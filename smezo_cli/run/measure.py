@@ -47,6 +47,9 @@ class Team(Protocol):
     def add(self, numbers: Sequence[float]) -> list[float]:
         """Return sums over the ranks."""
 
+    def step_made(self) -> None:
+        """Take note that a step is made."""
+
 
 class Batch:
     """Compute the objective of the rows of a step, in micro-batches of at most ``size`` rows.
@@ -73,7 +76,7 @@ class Batch:
         size: int | None,
         weights: Mapping[str, float] | None = None,
     ) -> None:
-        self._scorer, self._objective = scorer, objective
+        self._scorer, self._objective, self._weights = scorer, objective, weights
         self._rows = rows
         # What the sum over the rows of a part is multiplied by; None: a single task.
         self._factors: dict[str, float] | None = None
@@ -104,7 +107,7 @@ class Batch:
     @property
     def _more(self) -> dict[str, Any]:
         """What the constructor takes besides."""
-        return {}
+        return {"weights": self._weights}
 
     @property
     def _is_whole(self) -> bool:
@@ -173,7 +176,7 @@ class ShardedBatch(Batch):
 
     @property
     def _more(self) -> dict[str, Any]:
-        return {"team": self._team}
+        return {"weights": self._weights, "team": self._team}
 
     def queries(self, num: int) -> Sequence[int]:
         """See :class:`smezo_cli.zo.step.Shared`."""
@@ -247,7 +250,10 @@ class Measure:
                 batch.rows_of = of
             return method.step(batch)
 
-        return self.until_it_fits(use, rows)
+        record = self.until_it_fits(use, rows)
+        if self._team is not None:
+            self._team.step_made()
+        return record
 
     def until_it_fits(self, use: Callable[[Batch], T], rows: Sequence[Candidates]) -> T:
         """Return what ``use`` makes of the closure over the rows, repeated as in :meth:`step`."""

@@ -153,6 +153,7 @@ class Parts(torch.optim.Optimizer):
             estimator.num_terms,
         )
         self._model = model
+        self._joined: list[list[list[float]]] = []  # see LossMeter
         self._unchecked = self._asks_again = given["check"]  # by the self-check
 
     def _check_in_place(self) -> None:
@@ -302,6 +303,7 @@ class Parts(torch.optim.Optimizer):
             LookupError, ValueError: they are not of these weights.
         """
         self.direction.end()
+        self._joined.clear()
         self.num_steps = numbers["num_steps"]
         for target in self.targets:
             target.h = float.fromhex(numbers["h"][target.name])

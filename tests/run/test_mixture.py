@@ -18,17 +18,10 @@ from smezo_cli.methods.mezo import MeZO
 from smezo_cli.run.batches import Batches, MixedBatches, batches_of
 from smezo_cli.run.measure import Batch, Measure, ShardedBatch
 from smezo_cli.scoring.scorer import Scorer
+from tests.run.processes import Fault, count_batches, smezo
 from tests.run.test_measure import halves, mezo, setting
 from tests.run.test_ranks import few_tokens, together
-from tests.run.test_session import (
-    Fault,
-    assert_same_run,
-    count_batches,
-    records_of,
-    result_of,
-    run_folder,
-    smezo,
-)
+from tests.run.tiny_runs import assert_same_run, records_of, result_of, run_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -138,6 +131,9 @@ class Pair:
 
     def add(self, numbers: Sequence[float]) -> list[float]:
         return list(numbers)
+
+    def step_made(self) -> None:
+        pass
 
 
 def test_what_ranks_measure_adds_up_to_the_loss_of_one_process() -> None:
