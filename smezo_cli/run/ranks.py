@@ -19,6 +19,7 @@ from datetime import timedelta
 from typing import Any
 
 from smezo_cli.config.fixed import is_frozen
+from smezo_cli.config.method_keys import trait
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.machine import torchrun
@@ -81,6 +82,11 @@ def _check(settings: Settings, size: int) -> None:
         why = "takes no steps" if is_frozen(settings.method) else "would exchange whole gradients"
         raise UserError(
             f"method={name} {why}: ranks exchange losses alone, so start it without torchrun."
+        )
+    if not trait(settings.method, "shares_steps", default=True):
+        raise UserError(
+            f"method={name} takes more than losses of a model, and ranks exchange losses alone: "
+            "start it without torchrun."
         )
     if settings.model["device_map"] is not None:
         raise UserError(

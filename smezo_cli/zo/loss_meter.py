@@ -9,6 +9,7 @@ from smezo_cli.zo.directions.base import Direction
 from smezo_cli.zo.executors.choose import Executors
 from smezo_cli.zo.move import Key, Move, Term
 from smezo_cli.zo.step import Closure, NonFiniteLoss, Shared, WithObjectives
+from smezo_cli.zo.tangent import TangentMover
 
 
 class LossMeter:
@@ -89,6 +90,23 @@ class LossMeter:
         there = [Move((Term(key, self.eps),), base=base) for key in keys]
         pairs = self.losses([(move, move.negated()) for move in there], objective)
         return [(plus - minus) / (2 * self.eps) for plus, minus in pairs]
+
+    def derivatives(self, keys: Sequence[Key]) -> list[float]:
+        """See :class:`Ask`.
+
+        Raises:
+            NoTangent: the model or the loss has no derivative along a direction.
+        """
+        found = []
+        for key in keys:
+            mover = self._direction.mover(self.step, Move((Term(key, 1.0),)))
+            tangents = TangentMover(self._direction.write_alone(mover), mover)
+            pair = self._executors.derivative(self._closure, tangents)
+            loss, slope = torch.stack(pair).tolist()
+            self._check_finite([loss, slope])
+            self.all_losses.append(loss)
+            found.append(slope)
+        return found
 
     def _check_finite(self, losses: Sequence[float]) -> None:
         if not all(map(math.isfinite, losses)):

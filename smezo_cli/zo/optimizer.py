@@ -6,7 +6,7 @@
 Works on any torch module; knows nothing of Hydra or transformers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -32,6 +32,8 @@ class ZeroOrder(Parts):
     takes_steps: ClassVar = True
     replays: ClassVar = True  # its steps can be made again from recorded scalars
     compares_losses: ClassVar = True  # so that losses need no gradient, and may be any objective
+    measures_pairs: ClassVar = True  # of losses at opposite points, which may run in turns
+    shares_steps: ClassVar = True  # ranks may make a step together: it needs losses alone
     mode = "eval"
 
     @torch.inference_mode(False)
@@ -63,16 +65,7 @@ class ZeroOrder(Parts):
                 self._asks_again = False
                 self.check_reads(closure)
 
-        eps = self.param_groups[0]["eps"]
-        ask = LossMeter(
-            closure,
-            self.direction,
-            self.executors,
-            eps,
-            self.num_steps,
-            on_equal_losses,
-            self._joined,
-        )
+        ask = self.meter(closure, on_equal_losses)
         try:
             scalars = self._measure(ask)
         except NonFiniteLoss:  # of all processes
@@ -83,6 +76,20 @@ class ZeroOrder(Parts):
         record = self.record(loss, scalars, self.num_steps)
         self._apply(scalars)
         return record
+
+    def meter(
+        self, closure: Closure, on_equal_losses: Callable[[], None] = lambda: None
+    ) -> LossMeter:
+        """Return what measures losses for the next step's estimator."""
+        return LossMeter(
+            closure,
+            self.direction,
+            self.executors,
+            self.param_groups[0]["eps"],
+            self.num_steps,
+            on_equal_losses,
+            self._joined,
+        )
 
     def _measure(self, ask: LossMeter) -> list[float]:
         scalars = list(self.estimator.measure(ask))
@@ -191,6 +198,9 @@ class ZeroOrder(Parts):
             Seconds of a pair of losses by the name of the executor, of those that could be used.
         """
         if self.executor != "auto":
+            return {}
+        if not self.measures_pairs:
+            self.executors.use(self.executors.sequential)
             return {}
         seconds = self.executors.choose(closure, self._pair(0, self.param_groups[0]["eps"]))
         self.direction.end()

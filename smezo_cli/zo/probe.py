@@ -251,7 +251,9 @@ class FunctionalProbe:
         """A moved copy in the scratch of this nesting depth, which the next module reuses."""
         _, flat, shaped = self._part(slot, 0, parameter)
         mover.whole(parameter, flat)
-        return shaped
+        # A mover may place something else that is made from what it has written, such as a dual.
+        placed = getattr(mover, "placed", None)
+        return shaped if placed is None else placed(parameter, shaped)
 
     def _drawn(self, slot: int, parameter: nn.Parameter, side: int, draw: bool) -> Tensor:
         """The copy of one side; drawn, with that of the other, by the side that comes first."""

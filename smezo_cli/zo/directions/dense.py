@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smezo_cli.zo.directions.base import Change, DirectionContext
+from smezo_cli.zo.directions.base import Change, DirectionContext, PointMover
 from smezo_cli.zo.move import Key, Move, Term
 from smezo_cli.zo.noise import KINDS, locate, stream_key
 from smezo_cli.zo.passes.choose import Passes, choose_passes
@@ -139,6 +139,18 @@ class Dense:
             self._streams[parts] = [stream_key(self._seed, *parts, t.name) for t in self.targets]
         return self._streams[parts]
 
+    def write_alone(self, mover: PointMover) -> Callable[[Tensor, Tensor], None]:
+        """See :class:`Direction`; for a selection that does not hang on the weights."""
+        assert isinstance(mover, DenseMover)
+
+        def write(parameter: Tensor, out: Tensor) -> None:
+            target = self.target_of(parameter)
+            out.zero_()
+            if mover.moves(target):
+                self.probe_passes.move(out, out, mover.read_by(self.probe_passes, target))
+
+        return write
+
     def apply(self, step: int, move: Move) -> None:
         """See :class:`Direction`."""
         mover = self.mover(step, move)
@@ -225,6 +237,10 @@ class DenseMover:
         # From other weights than the present ones, every tensor is another.
         is_all = bool(move.base) or len(self.moved) == len(direction.targets)
         self.only = None if is_all else frozenset(id(t.parameter) for t in self.moved)
+
+    def moves(self, target: Target) -> bool:
+        """Return whether it moves a target."""
+        return self._numbers[target.position] is not None
 
     def draw(self, target: Target) -> Draw:
         """Return the numbers as tensors on the target's device; made for all when first asked."""

@@ -39,6 +39,13 @@ class Ask(Protocol):
             base: theta; "": the weights, else the copy of them that the state keeps by this name.
         """
 
+    def derivatives(self, keys: Sequence[Key]) -> list[float]:
+        """Return the exact derivative of the batch's loss along each direction, at the weights.
+
+        Raises:
+            NonFiniteLoss: a loss or a derivative is NaN or infinite.
+        """
+
 
 class Estimator(Protocol):
     """Turns losses into the scalars of a step, which are recorded, and scalars into a gradient."""

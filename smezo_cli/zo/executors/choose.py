@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from torch import Tensor, nn
 
-from smezo_cli.zo import dynamo
+from smezo_cli.zo import dynamo, tangent
 from smezo_cli.zo.directions.base import PointMover
 from smezo_cli.zo.executors.base import Executor
 from smezo_cli.zo.executors.in_place import InPlace
@@ -15,6 +15,7 @@ from smezo_cli.zo.executors.lockstep import Lockstep
 from smezo_cli.zo.executors.sequential import Sequential
 from smezo_cli.zo.probe import FunctionalProbe
 from smezo_cli.zo.step import Closure
+from smezo_cli.zo.tangent import TangentMover
 from smezo_cli.zo.targets import Target, number, one_of
 from smezo_cli.zo.turns import NotInLockstep
 
@@ -36,6 +37,7 @@ class Executors:
         self, name: str, model: nn.Module, targets: Sequence[Target], probe: FunctionalProbe
     ) -> None:
         one_of("executor", name, ("auto", "sequential", "lockstep", "in_place"))
+        self._probe = probe
         self.sequential, self.lockstep = Sequential(probe), Lockstep(model, probe)
         self.compiler = dynamo.KeptOut(model)
         self._may_choose = name == "auto"
@@ -71,6 +73,10 @@ class Executors:
     ) -> list[Tensor]:
         """Return the losses by one executor, kept away from the user's compiler."""
         return self.compiler.run(lambda: executor.losses(closure, movers))
+
+    def derivative(self, closure: Closure, mover: TangentMover) -> tuple[Tensor, Tensor]:
+        """Return the loss and its derivative along a direction, see :mod:`smezo_cli.zo.tangent`."""
+        return self.compiler.run(lambda: tangent.derivative(closure, mover, self._probe))
 
     def choose(self, closure: Closure, movers: Sequence[PointMover]) -> dict[str, float]:
         """Use the faster executor from now on, of those that give the losses of sequential.

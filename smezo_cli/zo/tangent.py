@@ -1,0 +1,83 @@
+"""Measure the derivative of a loss along a direction exactly, by forward-mode differentiation."""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from smezo_cli.zo.directions.base import PointMover
+from smezo_cli.zo.probe import FunctionalProbe
+from smezo_cli.zo.step import Closure, InParts
+
+
+class NoTangent(ValueError):
+    """A loss, or an operation of the model, has no derivative along a direction."""
+
+
+class TangentMover:
+    """Gives each parameter together with its direction, in the place of a moved copy.
+
+    Args:
+        write: writes the direction of a parameter to flat scratch of its dtype.
+    """
+
+    only: frozenset[int] | None
+
+    def __init__(self, write: Callable[[Tensor, Tensor], None], mover: PointMover) -> None:
+        self._write, self.only = write, mover.only
+
+    def whole(self, parameter: Tensor, out: Tensor) -> None:
+        """See :class:`smezo_cli.zo.probe.Mover`: writes the direction alone."""
+        self._write(parameter, out)
+
+    def placed(self, parameter: Tensor, written: Tensor) -> Tensor:
+        """Return the parameter with the direction as its tangent, to compute with."""
+        return _dual(parameter.detach(), written.detach())
+
+    def rows(self, parameter: Tensor, rows: Tensor) -> Tensor:
+        """See :class:`smezo_cli.zo.probe.Mover`."""
+        whole = torch.empty(parameter.numel(), dtype=parameter.dtype, device=parameter.device)
+        self._write(parameter, whole)
+        tangent = whole.view(parameter.shape).index_select(0, rows)
+        return _dual(parameter.detach().index_select(0, rows), tangent)
+
+
+def derivative(
+    closure: Closure, mover: TangentMover, probe: FunctionalProbe
+) -> tuple[Tensor, Tensor]:
+    """Return the loss () at the weights and its derivative () along a direction.
+
+    One forward that carries tangents beside the values: activations take twice the memory, and of
+    the direction one module's tensors are held at a time. Attention is computed by its formula,
+    since fused kernels have no tangents.
+
+    Raises:
+        NoTangent: an operation or the loss has none.
+    """
+    parts = list(closure.parts()) if isinstance(closure, InParts) else [closure]
+    found = []
+    with warnings.catch_warnings():
+        # torch compiles its own formulas for tangents in a way that it calls deprecated.
+        warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
+        for part in parts:
+            with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), probe.at(mover):
+                try:
+                    loss, tangent = forward_ad.unpack_dual(part())  # type: ignore[no-untyped-call]  # untyped in torch
+                except (NotImplementedError, RuntimeError) as error:
+                    if "forward AD" not in str(error) and "forward mode" not in str(error):
+                        raise
+                    said = str(error).strip().splitlines()[0]
+                    raise NoTangent(f"a layer has no forward-mode derivative ({said})") from error
+                if tangent is None:
+                    raise NoTangent("the loss does not depend on the weights by way of derivatives")
+                found.append((loss.detach().double(), tangent.detach().double()))
+    losses, tangents = zip(*found, strict=True)
+    return torch.stack(losses).sum(), torch.stack(tangents).sum()
+
+
+def _dual(primal: Tensor, tangent: Tensor) -> Tensor:
+    made: Tensor = forward_ad.make_dual(primal, tangent)  # type: ignore[no-untyped-call]  # untyped in torch
+    return made
