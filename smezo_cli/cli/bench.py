@@ -20,6 +20,7 @@ from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError, near
 from smezo_cli.files import strict_json
 from smezo_cli.files.atomic import write_text
+from smezo_cli.kinds import MIXTURE
 from smezo_cli.machine import streams
 from smezo_cli.machine.device import choose_device
 
@@ -239,7 +240,10 @@ def _model_and_tokens(
     from smezo_cli.scoring.tokens import token_ids
     from smezo_cli.tasks import load_task
 
-    task = load_task(settings.task, data_seed=0, cache=cache)
+    node = settings.task
+    if node["kind"] == MIXTURE:  # text of one part does
+        node = next(iter(node["nodes"].values()))
+    task = load_task(node, data_seed=0, cache=cache)
     ids = []
     for row in task.train:
         ids += token_ids(tokenizer, [task.prompts[0].context(row.fields)])[0]

@@ -59,7 +59,7 @@ def main(words: Sequence[str]) -> int:
     streams.outlast()
     with opened(given.run, given.overrides) as (folder, state, settings, _):
         from smezo_cli.machine.device import choose_device
-        from smezo_cli.run.console import Console
+        from smezo_cli.run.console import Console, in_words
         from smezo_cli.run.loaded import Loaded
 
         device = choose_device(settings.device, settings.model["device_map"])
@@ -107,6 +107,8 @@ def main(words: Sequence[str]) -> int:
             f"{given.split} {found.metric} {value:.4f} +- {metrics['standard_error']:.4f} "
             f"(n={metrics['n']}, {'untrained' if given.base else _at(settings, step)})"
         )
+        if line := in_words(metrics, found.metric):
+            console.say(f"  {line}")
         for key in ("exact_match", "loss", "auc"):
             if metrics.get(key) is not None:
                 console.say(f"  {key}  {metrics[key]:.4f}")

@@ -24,7 +24,8 @@ from smezo_cli.run.trained import (
 
 USAGE = """\
 smezo export RUN FOLDER             the trained model and its tokenizer, as transformers loads them
-                                    (LoRA merged into the weights; of a prefix peft's adapter)
+                                    (LoRA merged into the weights; of a prefix peft's adapter, of
+                                    tensor-train cores smezo's own)
 smezo export RUN FILE --delta       one small file, from which smezo replay makes the weights again
 
     --step N          the weights of that step (default: the best), as for smezo eval
@@ -101,6 +102,7 @@ def shown_bytes(size: int) -> str:
 
 def _export_delta(run: str, target: Path, step: int | None) -> int:
     from smezo_cli.store.delta import delta
+    from smezo_cli.store.notes import noted_prompt
     from smezo_cli.store.saved import tensors_digest
     from smezo_cli.store.trajectory import read
 
@@ -127,7 +129,7 @@ def _export_delta(run: str, target: Path, step: int | None) -> int:
         result = folder.result() or {}
         about = {
             "config": OmegaConf.to_yaml(cfg),
-            "prompt": state.notes["prompts"][state.notes["prompt"]],
+            "prompt": noted_prompt(state.notes),
             "weights": {"step": chosen, "sha256": noted[chosen]},
             "test": result.get("test") if chosen == state.best_step else None,
             "dev": state.notes.get("best_look") if chosen == state.best_step else None,

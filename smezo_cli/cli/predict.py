@@ -4,9 +4,10 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from smezo_cli.cli.flags import Flags, check_out, shows_help, write_lines
-from smezo_cli.errors import UserError
+from smezo_cli.errors import UserError, near
 from smezo_cli.files import strict_json
 from smezo_cli.machine import streams
 from smezo_cli.run.trained import (
@@ -15,15 +16,20 @@ from smezo_cli.run.trained import (
     kept_beside,
     opened,
     prompt_of_run,
+    prompts_in,
     say_code,
     score_rows,
     trained,
 )
 
+if TYPE_CHECKING:
+    from smezo_cli.tasks import Prompt
+
 USAGE = """\
 smezo predict RUN FILE [KEY=VALUE ...]    predict rows of your own, without labels
 smezo predict RUN --field NAME=TEXT [--field ...]     or one row given here
 
+    --part NAME       of a run on a mixture: the part whose prompt is asked
     --out FILE        where the predictions go, one JSON object a line (default: standard output)
 FILE is CSV, TSV, JSONL, JSON or Parquet with a column for each field of the run's prompt.
 Examples:
@@ -44,6 +50,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("run")
     parser.add_argument("words", nargs="*")
     parser.add_argument("--field", action="append", default=[])
+    parser.add_argument("--part")
     parser.add_argument("--out")
     given = parser.parse_intermixed_args(list(words))
     files = [word for word in given.words if "=" not in word]
@@ -67,9 +74,10 @@ def main(words: Sequence[str]) -> int:
 
         # Messages go to stderr if the predictions go to stdout; training rows are not loaded.
         console = Console(sys.stdout if given.out else sys.stderr)
-        prompt = prompt_of_run(state)
+        prompt = _prompt_of(prompts_in(prompt_of_run(state)), given.part)
+        node = settings.task["nodes"][prompt.part] if prompt.part else settings.task
         notes: list[str] = []
-        rows = unlabelled(settings.task, prompt, files[0] if files else fields, notes)
+        rows = unlabelled(node, prompt, files[0] if files else fields, notes)
         for note in notes:
             console.say(f"  note    {note}")
         say_code(settings, console.say)
@@ -94,3 +102,17 @@ def main(words: Sequence[str]) -> int:
                 print(strict_json.dumps(prediction, ensure_ascii=False))
         kept.remove()
     return 0
+
+
+def _prompt_of(prompts: Sequence["Prompt"], part: str | None) -> "Prompt":
+    """Return the one prompt of the run, or that of the part which was asked for."""
+    names = [prompt.part for prompt in prompts]
+    if part is None and len(prompts) > 1:
+        raise UserError(
+            f"the run was trained on a mixture of {', '.join(names)}: say which of them your rows "
+            f"are like, by --part {names[0]}."
+        )
+    if part is not None and part not in names:
+        known = f"has no part {part}{near(part, names)}" if names[0] else "is no mixture"
+        raise UserError(f"--part {part}: the run {known}: leave it out, or give another.")
+    return prompts[0 if part is None else names.index(part)]

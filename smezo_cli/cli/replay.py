@@ -31,6 +31,7 @@ from smezo_cli.store.schema import is_batching, is_known, is_prompt
 if TYPE_CHECKING:
     from smezo_cli.store.trajectory import Trajectory
     from smezo_cli.tasks import Prompt
+    from smezo_cli.tasks.mixture import Prompts
 
 
 USAGE = """\
@@ -82,7 +83,7 @@ def _replay(
     cfg: DictConfig,
     settings: Settings,
     records: "Trajectory",
-    prompt: "Prompt",
+    prompt: "Prompt | Prompts",
     known: Mapping[str, Any],
     step: int,
 ) -> bool:
@@ -148,7 +149,7 @@ def _said(same: bool) -> str:
     return "the same as the run's" if same else "NOT the same as the run's"
 
 
-_Source = tuple[DictConfig, Settings, "Trajectory", "Prompt", dict[str, Any]]
+_Source = tuple[DictConfig, Settings, "Trajectory", "Prompt | Prompts", dict[str, Any]]
 
 
 def _of_delta(name: str, overrides: Sequence[str]) -> _Source:

@@ -121,6 +121,7 @@ def _record(run: Run) -> dict[str, Any]:
         "metric": run.metric,
         "score": run.score,
         "standard_error": test.get("standard_error"),
+        "parts": run.scores_of_parts or None,
         "zero_shot": zero.get(run.metric),
         "train_seconds": result.get("train_seconds"),
         "peak_GiB": (result.get("peak_memory_bytes") or 0) / 2**30,
@@ -142,10 +143,11 @@ def _compared(found: Sequence[Group]) -> Iterator[dict[str, Any]]:
             "score": statistics.mean(values),
             "sd": statistics.stdev(values) if len(values) > 1 else None,
             "n": len(ours),
+            "parts": _mean_of_parts(group),
         }
         for name in ("zero_shot", "calibrated"):
             if name in kept:  # each run less its own: prompt and offsets depend on its dev rows
-                gain = paired(ours, group.mean(name))
+                gain = paired(ours, group.mean(name), group.sizes)
                 record[f"over_{name}"], record[f"over_{name}_se"] = gain
         aucs = [r["test"].get("auc") for r in results]
         record["auc"] = statistics.mean(aucs) if all(a is not None for a in aucs) else None
@@ -154,9 +156,15 @@ def _compared(found: Sequence[Group]) -> Iterator[dict[str, Any]]:
         base = base or group
         same = base is not group and _same_rows(base, group)
         record["over_first"], record["over_first_se"] = (
-            paired(ours, base.mean()) if same else (None, None)
+            paired(ours, base.mean(), group.sizes) if same else (None, None)
         )
         yield record
+
+
+def _mean_of_parts(group: Group) -> dict[str, float] | None:
+    """Return the mean score of each part of a mixture over the seeds; None of a single task."""
+    each = [run.scores_of_parts for run in group.runs]
+    return {name: statistics.mean(of[name] for of in each) for name in each[0]} or None
 
 
 def _same_rows(one: Group, other: Group) -> bool:
@@ -186,6 +194,8 @@ def _cell(record: Mapping[str, Any], name: str) -> str:
         return ""
     if f"{name}_se" in record:
         return f"{value:+.4f} +- {record[f'{name}_se']:.4f}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{part} {score:.4f}" for part, score in value.items())
     if name in ("score", "sd", "zero_shot", "auc", "standard_error"):
         return f"{value:.4f}"
     if name == "train_seconds":

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from smezo_cli.config.fixed import CONF_DIR, FULL_SAVE_EVERY, load_yaml
 from smezo_cli.config.method_keys import trait
+from smezo_cli.config.mixture import single_tasks
 from smezo_cli.errors import UserError
 from smezo_cli.kinds import METRICS
 from smezo_cli.zo.ranges import shown
@@ -199,10 +200,17 @@ def check_steps(checked: Mapping[str, Any]) -> None:
         checked: the settings of a method that takes steps.
     """
     task, method, steps = checked["task"], checked["method"], checked["steps"]
-    if checked["batch_order"] == "stratified" and task["kind"] != "classification":
+    kinds = {node["kind"] for node in single_tasks(task)}
+    if checked["batch_order"] == "stratified" and kinds != {"classification"}:
         raise UserError(
             f"batch_order=stratified gives a batch its share of each class, and "
-            f"task={task['name']} is of kind {task['kind']}: leave it out."
+            f"task={task['name']} is of kind {' and '.join(sorted(kinds))}: leave it out."
+        )
+    num_parts = len(task.get("nodes", "1"))
+    if checked["batch_size"] < num_parts:
+        raise UserError(
+            f"batch_size={checked['batch_size']}: a batch holds rows of each of the {num_parts} "
+            f"parts of a mixture: add batch_size={num_parts} or more."
         )
     records_steps = trait(method, "replays", default=False)
     if checked["full_save_every"] != FULL_SAVE_EVERY and not records_steps:

@@ -16,9 +16,11 @@ from smezo_cli.config.types import (
     Source,
     Template,
     Text,
+    Weights,
     checked_value,
 )
 from smezo_cli.errors import UserError, near
+from smezo_cli.kinds import MIXTURE
 from smezo_cli.zo.ranges import Choice, Number, SettingType, Whole, shown
 
 # Settings inside the groups, checked where they are present.
@@ -45,7 +47,8 @@ GROUP_TYPES: dict[str, SettingType] = {
     "model.attention": Choice(
         *("auto", "sdpa", "eager"), *("flash_attention_2", "flash_attention_3", "flex_attention")
     ),
-    "task.kind": Choice("classification", "choice", "generation"),
+    "task.kind": Choice("classification", "choice", "generation", MIXTURE),
+    "task.weights": Weights(),
     "task.source": Source(),
     "task.test_from": Choice("test", "train"),
     "task.prompt": Template(),
@@ -88,6 +91,11 @@ _TASK_KEYS = {"prompt": None, "num_train": None, "num_dev": None, "num_test": No
     "max_train_tokens": None,
 }
 
+# Of a mixture these hold for every part; null: what the part has.
+MIXTURE_COUNTS: dict[str, Any] = {"num_train": None, "num_dev": None, "num_test": None} | {
+    "max_train_tokens": None,
+}
+
 _SFC_KEYS: dict[str, Any] = {"sfc": False, "sfc_prompt": None}
 
 _TASK_KEYS_OF_KIND: dict[str, dict[str, Any]] = {
@@ -120,7 +128,7 @@ DATA_EXAMPLES = {
 }
 
 # What each kind of `method.adapter` takes, all of it needed.
-_ADAPTER_KINDS = Choice("lora", "prefix")
+_ADAPTER_KINDS = Choice("lora", "prefix", "tensor_train")
 
 _ADAPTER_KEYS: dict[str, dict[str, SettingType]] = {
     "lora": {
@@ -129,12 +137,19 @@ _ADAPTER_KEYS: dict[str, dict[str, SettingType]] = {
         "targets": SomeNames(),
     },
     "prefix": {"num_tokens": Whole(1, example="5")},
+    "tensor_train": {
+        "bottleneck": Whole(1, example="64"),
+        "rank": Whole(1, example="5"),
+        "bias": Choice(True, False),
+    },
 }
 
 
 def task_keys(task: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Return the keys that a task needs, and its other keys with their defaults."""
     kind = checked_value("task.kind", task.get("kind"), GROUP_TYPES["task.kind"])
+    if kind == MIXTURE:
+        return ("name", "kind", "parts"), MIXTURE_COUNTS | {"nodes": {}, "weights": None}
     optional = _TASK_KEYS | _TASK_KEYS_OF_KIND[kind]
     if "source" in task or "data" not in task:
         for name in ("data", "test_data", "columns"):
@@ -146,6 +161,34 @@ def task_keys(task: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]
         return ("name", "kind", "source", "prompts"), optional | _SOURCE_KEYS
     needed, more = _DATA_KEYS_OF_KIND[kind]
     return ("name", "kind", "data", "prompt", *needed), optional | _DATA_KEYS | more
+
+
+def checked_group(
+    group: str, node: Mapping[str, Any], needed: tuple[str, ...], optional: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return a group with its optional keys filled in and all values in their own types."""
+    for name in needed:
+        if node.get(name) is None:
+            own = "data" in needed
+            examples = DATA_EXAMPLES if own else {"parts": "task.parts=[sst2,rte]"}
+            raise UserError(
+                f"{group}.{name} is needed by {group}={node['kind' if own else 'name']}: add "
+                f"{examples.get(name, 'it there')}."
+            )
+    for name in node:
+        if name not in needed and name not in optional:
+            raise UserError(f"there is no {group}.{name}{near(name, {*needed, *optional})}.")
+    return typed(group, {**optional, **node})
+
+
+def typed(group: str, node: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group with the values that :data:`GROUP_TYPES` names in their own types."""
+    checked = dict(node)
+    for key, type_ in GROUP_TYPES.items():
+        of, _, name = key.partition(".")
+        if of == group and name in checked:
+            checked[name] = checked_value(key, checked[name], type_)
+    return checked
 
 
 def checked_adapter(node: object) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 Types and ranges live here, values and their meaning in conf/. No Hydra and no torch in this module.
 """
 
+import itertools
 import math
 import re
 import typing
@@ -26,13 +27,15 @@ from smezo_cli.config.combinations import (
 )
 from smezo_cli.config.fixed import OPTIONAL_SETTINGS, WITHOUT_STEPS, is_frozen, plain
 from smezo_cli.config.groups import (
-    DATA_EXAMPLES,
     GROUP_KEYS,
     GROUP_TYPES,
     checked_adapter,
+    checked_group,
     task_keys,
+    typed,
 )
 from smezo_cli.config.method_keys import describe
+from smezo_cli.config.mixture import checked_mixture, part_nodes, single_tasks
 from smezo_cli.config.types import (
     COUNT,
     DEVICE,
@@ -46,6 +49,7 @@ from smezo_cli.config.types import (
     checked_value,
 )
 from smezo_cli.errors import UserError, near, redacted_tree
+from smezo_cli.kinds import MIXTURE
 from smezo_cli.zo.ranges import Choice, Number, SettingType, Whole, shown
 
 
@@ -104,8 +108,9 @@ def check(cfg: DictConfig) -> Settings:
     checked |= _groups(checked)
     _check_secrets(checked)
     _check_targets(checked["method"], "method")
-    check_counts(checked["task"])
-    check_sfc(checked["task"], checked["model"], checked["method"])
+    for node in single_tasks(checked["task"]):
+        check_counts(node)
+        check_sfc(node, checked["model"], checked["method"])
     given = {key: checked[key] for key in OPTIONAL_SETTINGS if key in checked}
     check_method(checked["method"], given)
     check_objective(checked["method"].get("objective", "loss"), checked["task"])
@@ -146,22 +151,10 @@ def _groups(checked: Mapping[str, Any]) -> dict[str, Any]:
     """Return the groups with their optional keys filled in and all values in their own types."""
     nodes = {group: checked[group] for group in ("task", "model", "method", "logger")}
     for group, (needed, optional) in ({"task": task_keys(nodes["task"])} | GROUP_KEYS).items():
-        node = nodes[group]
-        for name in needed:
-            if node.get(name) is None:
-                own = "data" in needed
-                raise UserError(
-                    f"{group}.{name} is needed by {group}={node['kind' if own else 'name']}: add "
-                    f"{DATA_EXAMPLES[name] if own else 'it there'}."
-                )
-        for name in node:
-            if name not in needed and name not in optional:
-                raise UserError(f"there is no {group}.{name}{near(name, {*needed, *optional})}.")
-        nodes[group] = optional | node
-    for key, type_ in GROUP_TYPES.items():
-        group, _, name = key.partition(".")
-        if name in nodes[group]:
-            nodes[group][name] = checked_value(key, nodes[group][name], type_)
+        nodes[group] = checked_group(group, nodes[group], needed, optional)
+    if nodes["task"]["kind"] == MIXTURE:
+        nodes["task"] = checked_mixture(nodes["task"])
+    nodes["method"] = typed("method", nodes["method"])
     nodes["method"] = _method(nodes["method"])
     return nodes
 
@@ -218,8 +211,9 @@ def check_spelling(key: str, text: str, value: object) -> None:
 
 def _check_secrets(checked: Mapping[str, Any]) -> None:
     """Refuse a secret in prompts and in what paths are made of: both are printed and stored."""
-    for name in ("prompt", "prompts", "labels", "option_template", "sfc_prompt"):
-        text = checked["task"].get(name)
+    names = ("prompt", "prompts", "labels", "option_template", "sfc_prompt")
+    for name, node in itertools.product(names, single_tasks(checked["task"])):
+        text = node.get(name)
         if text is not None and redacted_tree(text) != text:
             raise UserError(
                 f"task.{name} holds a secret (a login, or the value of an environment variable "
@@ -280,3 +274,4 @@ def _data_name(data: object, default: str) -> str:
 
 
 OmegaConf.register_new_resolver("data_name", _data_name, replace=True)
+OmegaConf.register_new_resolver("task_parts", part_nodes, replace=True)

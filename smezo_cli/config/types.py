@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from smezo_cli.errors import UserError
-from smezo_cli.zo.ranges import Choice, Names, SettingType, Whole, shown
+from smezo_cli.zo.ranges import Choice, Names, Number, SettingType, Whole, shown
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,18 @@ class DeviceMap:
         return f"cuda:{int(found[1])}"
 
 
+class Weights:
+    """A list of numbers above 0."""
+
+    words = "a list of numbers above 0, one for each of task.parts"
+    example = "[1,2]"
+
+    def __call__(self, value: object) -> list[float]:
+        if not isinstance(value, list) or not value:
+            raise ValueError
+        return [Number(0, above=True, example="1")(one) for one in value]
+
+
 class Source:
     """The name of the reader of the rows, and what that reader needs."""
 
@@ -156,6 +168,7 @@ NULLABLE = {
     "task.num_test",
     "task.num_per_class",
     "task.max_train_tokens",
+    "task.weights",
     "task.prompt",
     "task.option_template",
     "task.sfc_prompt",

@@ -7,7 +7,7 @@ from torch import nn
 
 from smezo_cli.zo.directions.dense import Dense
 from smezo_cli.zo.estimators.base import Ask
-from smezo_cli.zo.move import Gradient, Key, Term
+from smezo_cli.zo.move import Gradient, Key, Move, Term
 from smezo_cli.zo.noise import stream_key
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
@@ -42,8 +42,10 @@ class AnchorPairs:
         if self.is_anchor(ask.step):
             found = ask.two_sided(self._keys(ask.step), objective="full")
         else:
-            key = [Key(ask.step)]  # the same direction at both points, or the noise would double
-            found = ask.two_sided(key) + ask.two_sided(key, base="anchor")
+            # The same direction at both points, or the noise would double.
+            here, there = (Move((Term(Key(ask.step), ask.eps),), base=b) for b in ("", "anchor"))
+            pairs = ask.losses([(here, here.negated()), (there, there.negated())])
+            found = [(plus - minus) / (2 * ask.eps) for plus, minus in pairs]
         return found + [0.0] * (self.num_scalars - len(found))
 
     def read(self, scalars: Sequence[float], step: int) -> Gradient:

@@ -1,11 +1,12 @@
 """Put an adapter into a model: a few weights beside its own, which alone are trained.
 
 LoRA (arXiv 2106.09685) and prefix tuning (arXiv 2101.00190) as MeZO has them (arXiv 2305.17333,
-appendix E), made of ``peft``'s modules, so that peft loads what was trained. The model stays the
-object that it was: its scores, its probes and its cache are those of any other.
+appendix E), made of ``peft``'s modules, so that peft loads what was trained; and bottlenecks of
+tensor-train cores as AdaZeta has them (arXiv 2406.18060). The model stays the object that it was:
+its scores, its probes and its cache are those of any other.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from smezo_cli.models.lora import Lora
 from smezo_cli.models.prefix import Prefix
+from smezo_cli.models.tensor_train import TensorTrain
 
 
 class Adapter(Protocol):
@@ -36,7 +38,7 @@ class Adapter(Protocol):
         """Switch the adapter off within the context: the model computes as it came."""
 
     def save(self, folder: Path) -> None:
-        """Write what was trained to a new folder, in a form that other programs load."""
+        """Write what was trained to a new folder, in a form that :attr:`loaded_by` names."""
 
 
 def attach(model: PreTrainedModel, node: Mapping[str, Any], seed: int) -> Adapter:
@@ -44,18 +46,20 @@ def attach(model: PreTrainedModel, node: Mapping[str, Any], seed: int) -> Adapte
 
     Args:
         model: changed in place; on the meta device the adapter is, too.
-        node: ``method.adapter``: kind, and the arguments of :class:`Lora` or :class:`Prefix`.
+        node: ``method.adapter``: kind, and the arguments of :class:`Lora`, :class:`Prefix` or
+            :class:`TensorTrain`.
         seed: with a parameter's name, keys its first values; the global generator is left as it is.
 
     Raises:
         UserError: the adapter does not fit the model.
     """
     arguments = {key: value for key, value in node.items() if key != "kind"}
-    made: Adapter
+    kinds: Mapping[str, Callable[..., Adapter]] = {
+        "lora": Lora,
+        "prefix": Prefix,
+        "tensor_train": TensorTrain,
+    }
     with torch.random.fork_rng(devices=[]):  # peft draws first values, which are replaced
-        if node["kind"] == "lora":
-            made = Lora(model, seed=seed, **arguments)
-        else:
-            made = Prefix(model, seed=seed, **arguments)
+        made = kinds[node["kind"]](model, seed=seed, **arguments)
     nn.Module.eval(model)
     return made

@@ -23,6 +23,7 @@ from smezo_cli.errors import UserError, first_line
 from smezo_cli.files import fetch
 from smezo_cli.models import check_files, placement
 from smezo_cli.models.architecture import NO_PICKLE, auto_class, build_with_attention
+from smezo_cli.models.tensor_train import SETTINGS_FILE
 from smezo_cli.scoring import tokenization
 
 
@@ -63,6 +64,8 @@ def _not_a_model(folder: Path) -> str:
         return f"it is no saved model; for a GGUF file give its own path, {ggufs[0]}"
     if (folder / "adapter_config.json").exists():
         return "it is no whole model but an adapter of peft: merge it into its base model once"
+    if (folder / SETTINGS_FILE).exists():
+        return "it holds tensor-train adapters, which stay beside a base model: give that model"
     if inner := sorted(file.parent for file in folder.glob("*/config.json")):
         return f"it is no saved model, as {inner[0]} in it is: give that"
     return "it is no saved model"

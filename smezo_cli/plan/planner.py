@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from smezo_cli.config.digest import is_extensible
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
+from smezo_cli.kinds import MIXTURE
 from smezo_cli.plan import stages
 from smezo_cli.plan.dry_run import OPTION_TOKENS, DryRun, dry_run
 from smezo_cli.plan.trace import bytes_of
@@ -114,6 +115,8 @@ def plan(settings: Settings, *, capacity: int | None = None, tokens: int | None 
     Raises:
         UserError: an architecture or a device that is not known here, a method without a plan.
     """
+    if settings.task["kind"] == MIXTURE:
+        return _of_mixture(settings, capacity, tokens)
     if settings.model["device_map"] is not None:
         raise UserError(
             "smezo plan knows one device: leave model.device_map out, and compare the weights that "
@@ -152,6 +155,53 @@ def plan(settings: Settings, *, capacity: int | None = None, tokens: int | None 
         capacity=capacity,
         assumptions=list(_assumptions(run, method)),
     )
+
+
+def _of_mixture(settings: Settings, capacity: int | None, tokens: int | None) -> Plan:
+    """Return what the run of a mixture needs: for each thing the most that one of its parts needs.
+
+    A forward has rows of one part alone, of a step as many as are the part's.
+    """
+    nodes = settings.task["nodes"]
+    each = math.ceil(settings.batch_size / len(nodes))
+    plans = {
+        name: plan(
+            dataclasses.replace(settings, task=node, batch_size=each),
+            capacity=capacity,
+            tokens=tokens,
+        )
+        for name, node in nodes.items()
+    }
+    parts, first = list(plans.values()), next(iter(plans.values()))
+    work = {key: sum(part.work.get(key, 0) for part in parts) for key in first.work}
+    forwards = first.work["forwards of training"]
+    work |= {"forwards of training": forwards, "rows in them": forwards * settings.batch_size}
+    work["evaluations on dev"] = first.work["evaluations on dev"]
+    if any(key not in part.work for part in parts for key in first.work):
+        work.pop("rows in evaluations, at most", None)
+    return dataclasses.replace(
+        first,
+        run=first.run.replace(next(iter(nodes)), f"mixture of {', '.join(nodes)}", 1),
+        resident=_most(part.resident for part in parts),
+        phases=_most(part.phases for part in parts),
+        host=max(part.host for part in parts),
+        disk=max(part.disk for part in parts),
+        disk_peak=max(part.disk_peak for part in parts),
+        work=work,
+        assumptions=[
+            f"at most {each} rows of a part in a step; of all parts what takes most memory",
+            *dict.fromkeys(line for part in parts for line in part.assumptions),
+        ],
+    )
+
+
+def _most(sizes: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Return the largest size of each name."""
+    found: dict[str, int] = {}
+    for of in sizes:
+        for name, size in of.items():
+            found[name] = max(size, found.get(name, 0))
+    return found
 
 
 def _device(settings: Settings, capacity: int | None) -> str:
@@ -250,7 +300,7 @@ def _disk(s: Settings, trained: int, state: int, *, by_steps: bool) -> tuple[int
 def _work(run: DryRun, method: Any) -> dict[str, int]:
     """Return forwards, rows and tokens by name."""
     s, shows = run.settings, run.lengths.demonstrated > 0
-    forwards = s.steps * stages.forwards_per_step(method)
+    forwards = stages.forwards_of_training(method, s.steps)
     fits = stages.fits_probe(method)
     evaluations = math.ceil(s.steps / s.eval_every) + (shows or fits)
     work = {

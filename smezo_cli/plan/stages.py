@@ -16,6 +16,8 @@ _NUMBA = 100_000_000
 
 _THRESHOLD = 28  # bytes that masks.kth_magnitude takes for each entry of a chunk
 
+_COUNTED = 1_000_000  # steps whose forwards are asked for one by one
+
 _KEPT = 4 + 1  # bytes a weight of noise that is kept: z in float32, the mask
 
 
@@ -250,11 +252,14 @@ def records_steps(method: Any) -> bool:
     return bool(method.replays)
 
 
-def forwards_per_step(method: Any) -> int:
-    """Return how many forwards a step makes; 0 where there are no steps."""
+def forwards_of_training(method: Any, steps: int) -> int:
+    """Return how many forwards so many steps make; of very many, the last as often as the rest."""
     if not takes_steps(method):
         return 0
-    return int(method.forwards(0)) if perturbs(method) else 1
+    if not perturbs(method):
+        return steps
+    forwards, counted = method.forwards, min(steps, _COUNTED)
+    return int(sum(map(forwards, range(counted))) + (steps - counted) * forwards(steps - 1))
 
 
 def writes_in_place(method: Any) -> bool:

@@ -256,8 +256,9 @@ def subtract(cells: Sequence[Cell], base: str) -> list[str]:
             why = "they were tested on different rows"
         else:
             try:
-                ours, its = (Group(tuple(c.runs)).mean() for c in (cell, other))
-                difference, error = paired(ours, its)
+                groups = [Group(tuple(c.runs)) for c in (cell, other)]
+                ours, its = (group.mean() for group in groups)
+                difference, error = paired(ours, its, groups[0].sizes)
                 cell.less = 100 * difference, 100 * error
             except UserError as lacking:
                 why = str(lacking)

@@ -34,6 +34,12 @@ def stripped(values: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(given, Mapping):
             continue
         node = {k: v for k, v in given.items() if k not in dropped}
+        if group == "task" and isinstance(parts := node.get("nodes"), Mapping):
+            node.pop("parts", None)  # as they were written; the nodes are what they stand for
+            node["nodes"] = {
+                name: {k: v for k, v in part.items() if k not in dropped}
+                for name, part in parts.items()
+            }
         if group == "method" and node.get("executor") in ("sequential", "lockstep"):
             node["executor"] = "auto"  # the same numbers
         if group == "model" and node.get("attention") == "auto":

@@ -57,7 +57,8 @@ def _grid(table: Table, cells: Sequence[Cell], less: str) -> tuple[list[str], li
         for title, show in (*kinds, (f"less {less}", _less)):
             texts = [show(cell, table) for cell in group]
             if title == "ours" or any(texts):
-                lines.append([row if title == "ours" else "", title, *texts])
+                by = group[0].row.by if title == "paper" else ""
+                lines.append([row if title == "ours" else "", by or title, *texts])
     return ["", "", *columns], lines
 
 
@@ -72,6 +73,7 @@ def shown(
             "paper": cell.paper.value if cell.paper else None,
             "paper_sd": cell.paper.sd if cell.paper else None,
             "mark": cell.paper.mark if cell.paper else "",
+            **({"by": cell.row.by if cell.paper else ""} if table.sources else {}),
             "difference": cell.difference,
             **(
                 {"less": cell.less and cell.less[0], "less_se": cell.less and cell.less[1]}
@@ -85,7 +87,9 @@ def shown(
     ]
     if form == "json":
         about = {"table": table.id, "title": table.title, "source": table.source}
-        whole = about | {"marks": dict(table.marks), "cells": records, "notes": list(notes)}
+        keys = {"sources": dict(table.sources)} if table.sources else {}
+        keys["marks"] = dict(table.marks)
+        whole = {**about, **keys, "cells": records, "notes": list(notes)}
         return strict_json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
     if form == "csv":
         out = io.StringIO()
@@ -102,7 +106,8 @@ def shown(
                           r"\end{tabular}", ""])  # fmt: skip
     text = [f"**{table.title}** ({table.source})", ""]
     text += [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *lines)]
-    text += ["", *(f"{mark} {words}" for mark, words in table.marks.items())]
+    text += ["", *(f"{by}: {words}" for by, words in table.sources.items())]
+    text += [f"{mark} {words}" for mark, words in table.marks.items()]
     if less:
         text += [
             f"less {less}: mean over the seeds, paired by test row, ± standard error over the rows"

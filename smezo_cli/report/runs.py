@@ -47,6 +47,12 @@ class Run:
         """The metric on the test rows."""
         return (self.result.get("test") or {}).get(self.metric)
 
+    @property
+    def scores_of_parts(self) -> dict[str, float]:
+        """The metric on the test rows of each part of a mixture; none of a single task."""
+        parts = (self.result.get("test") or {}).get("parts") or {}
+        return {name: of[self.metric] for name, of in parts.items() if self.metric in of}
+
     def evaluations(self) -> list[tuple[int, float]]:
         """Return step and metric (0 to 1) of every evaluation on dev, in order.
 
@@ -211,6 +217,12 @@ class Group:
         seeds = [f"seed={run.result['seed']}" for run in self.runs]
         return " ".join(words + (seeds if len(seeds) == 1 else []))
 
+    @property
+    def sizes(self) -> list[int]:
+        """The test rows of each part of a mixture, in order; none of a single task."""
+        parts = (self.runs[0].result.get("test") or {}).get("parts") or {}
+        return [int(of["n"]) for of in parts.values()]
+
     def mean(self, rows: str = "test") -> Floats:
         """Return the mean outcome of each test row over the seeds, float64 (n,)."""
         outcomes = [run.outcomes()[rows] for run in self.runs]
@@ -255,8 +267,13 @@ def draw_their_rows(runs: Sequence[Run]) -> bool:
     return own and len(drawn) == len(seeds) > 1
 
 
-def paired(ours: Floats, theirs: Floats) -> tuple[float, float]:
+def paired(ours: Floats, theirs: Floats, sizes: Sequence[int] = ()) -> tuple[float, float]:
     """Return the mean difference over rows and its standard error.
+
+    Args:
+        ours: by row, (n,).
+        theirs: the same.
+        sizes: rows of each part of a mixture, whose mean over the parts it then is.
 
     Raises:
         UserError: they are not of the same rows.
@@ -265,5 +282,9 @@ def paired(ours: Floats, theirs: Floats) -> tuple[float, float]:
         raise UserError(f"outcomes of {len(ours)} and of {len(theirs)} test rows have no pairs.")
     difference = ours - theirs
     n = len(difference)
+    if len(sizes) > 1 and sum(sizes) == n:
+        found = [paired(part, part * 0) for part in np.split(difference, np.cumsum(sizes)[:-1])]
+        errors = math.fsum(error**2 for _, error in found)
+        return math.fsum(mean for mean, _ in found) / len(found), math.sqrt(errors) / len(found)
     error = float(difference.std()) / math.sqrt(n)
     return float(difference.mean()), error

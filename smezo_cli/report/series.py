@@ -22,6 +22,7 @@ NAMES = {
     "mezo_lora": "MeZO-LoRA",
     "mezo_prefix": "MeZO-prefix",
     "mezo_adam": "MeZO-Adam",
+    "adazeta": "AdaZeta",
     "adamw": "FT",
     "sgd": "FT (SGD)",
     "lora": "LoRA",

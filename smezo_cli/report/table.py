@@ -34,6 +34,7 @@ class Line:
     without: Mapping[str, str] = field(default_factory=dict)  # why it has no value, by column
     one_seed: bool = False  # no value of it depends on the seed
     no_steps: bool = False  # the table's settings of steps do not hold for it
+    by: str = ""  # whose run the printed values are; `sources` of the table says where they stand
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Table:
     extra: tuple[str, ...]
     seeds: tuple[int, ...]
     marks: Mapping[str, str]
+    sources: Mapping[str, str]
     columns: tuple[Line, ...]
     rows: tuple[Line, ...]
 
@@ -106,6 +108,7 @@ def load(name: str, extra: Sequence[str] = ()) -> Table:
         extra=tuple(word for word in common if word not in seeds),
         seeds=tuple(map(int, seeds[-1][5:].split(",")) if seeds else node["seeds"]),
         marks=node.get("marks", {}),
+        sources=node.get("sources", {}),
         columns=tuple(
             _line(str(k), v, mark, own.get(str(k), ())) for k, v in node["columns"].items()
         ),
@@ -143,6 +146,7 @@ def _line(name: str, node: Mapping[str, Any], mark: str, extra: tuple[str, ...])
         without=node.get("without", {}),
         one_seed=bool(node.get("one_seed")),
         no_steps=bool(node.get("no_steps")),
+        by=node.get("by", ""),
     )
 
 

@@ -6,6 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from smezo_cli.scoring.candidates import Candidates
+from smezo_cli.scoring.parts import by_part
+
+
+def batches_of(rows: Sequence[Candidates], batch_size: int, seed: int, order: str) -> "Batches":
+    """Return the batches of training rows: in a mixture, those that hold rows of every part."""
+    kind = MixedBatches if rows[0].part else Batches
+    return kind(rows, batch_size, seed, order)
 
 
 @runtime_checkable
@@ -53,7 +60,7 @@ class Batches:
     """
 
     def __init__(
-        self, rows: Sequence[Candidates], batch_size: int, seed: int, order: str = "shuffled"
+        self, rows: Sequence[Candidates], batch_size: int, seed: int | str, order: str = "shuffled"
     ) -> None:
         self._rows, self._num_rows = rows, len(rows)
         self._size, self._seed = batch_size, seed
@@ -100,3 +107,31 @@ class Batches:
             places[i] = (met[label] + start[label]) / sizes[label]
             met[label] += 1
         return sorted(order, key=places.__getitem__)
+
+
+class MixedBatches(Batches):
+    """Choose the batch of a step from all parts of a mixture, by (seed, step) alone.
+
+    The parts take turns, row by row and on from batch to batch; each goes through its own rows as
+    :class:`Batches` does. So a batch holds as many rows of one part as of another, within one.
+    """
+
+    def __init__(
+        self, rows: Sequence[Candidates], batch_size: int, seed: int | str, order: str = "shuffled"
+    ) -> None:
+        super().__init__(rows, batch_size, seed)
+        numbers: dict[str, list[int]] = {}
+        for i, row in enumerate(rows):
+            numbers.setdefault(row.part, []).append(i)
+        self._numbers = list(numbers.values())
+        self._parts = [
+            Batches(of_part, 1, f"{seed}/{name}", order) for name, of_part in by_part(rows).items()
+        ]
+
+    def __call__(self, step: int) -> list[int]:
+        """Return the row numbers of the batch, part after part."""
+        chosen: list[list[int]] = [[] for _ in self._parts]
+        for place in range(step * self._size, (step + 1) * self._size):
+            turn, k = divmod(place, len(self._parts))
+            chosen[k].append(self._numbers[k][self._parts[k](turn)[0]])
+        return [i for of_part in chosen for i in of_part]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from smezo_cli.errors import UserError
 from smezo_cli.files import atomic, strict_json
+from smezo_cli.kinds import MIXTURE
 from smezo_cli.methods.base import Method, replays
 from smezo_cli.run.begin import Run
 from smezo_cli.run.evaluator import Evaluator
@@ -15,13 +16,11 @@ from smezo_cli.run.loaded import Loaded
 from smezo_cli.run.measure import Measure
 from smezo_cli.run.replay import rebuild
 from smezo_cli.run.rows import Rows
-from smezo_cli.scoring import metrics
 from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.scoring.evaluation import Evaluation
 from smezo_cli.store.saved import tensors_digest
 from smezo_cli.store.trajectory import Recorder
 from smezo_cli.store.values import Metrics
-from smezo_cli.tasks.base import one_class
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,9 @@ def test(
     found = evaluate(rows.test, "test", step=best, made=made)
     dev = run.folder.scores_so_far().get("dev")
     shape = (len(rows.dev), *found.scores.shape[1:])
-    if dev is None or (found.kind == "classification" and dev.shape != shape):  # it was damaged
+    is_other = found.kind == "classification" and dev is not None and dev.shape != shape
+    is_short = found.kind == MIXTURE and dev is not None and len(dev) != len(rows.dev)
+    if dev is None or is_other or is_short:  # it was damaged
         dev = evaluate(rows.dev, "dev", step=best, made=made).scores
     if team is not None:
         dismissed = dismiss(run, team, measure)
@@ -113,12 +114,10 @@ def report(
     lines = [strict_json.dumps(line, ensure_ascii=False) + "\n" for line in found.predictions()]
     atomic.write_text(run.folder.path / "predictions-test.jsonl", "".join(lines))
     tested = found.figures()
-    dev = Evaluation(dev_rows, dev_scores)
-    if found.kind == "classification" and not one_class(dev.labels.tolist()):
-        offsets = metrics.fit_offsets(dev.scores, dev.labels)
+    if (offsets := found.with_scores(dev_rows, dev_scores).fit_offsets()) is not None:
         tested["calibrated_accuracy"] = found.figures(offsets)["accuracy"]
     for name, key in (("zero_shot", "zero_shot"), ("calibrated", "zero_shot_calibrated")):
         if f"outcome.{name}" in scores:
-            gain, error = metrics.paired_gain(found.per_row(), scores[f"outcome.{name}"])
+            gain, error = found.gain(scores[f"outcome.{name}"])
             tested[f"over_{key}"] = {"gain": gain, "standard_error": error}
     return tested

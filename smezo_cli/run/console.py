@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from io import BufferedRandom, TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,6 +19,14 @@ from smezo_cli.files import bounded
 from smezo_cli.run.loggers import open_log, removed
 
 LINE_EVERY_S = 10.0  # between plain progress lines
+
+
+def in_words(metrics: Mapping[str, Any], metric: str) -> str:
+    """Return the metric and the loss of each part of a mixture in one line; "" of a single task."""
+    return ", ".join(
+        f"{name} {of[metric]:.4f} (loss {of['loss']:.4f})"
+        for name, of in metrics.get("parts", {}).items()
+    )
 
 
 class _Terminal(RichConsole):

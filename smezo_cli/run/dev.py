@@ -8,6 +8,7 @@ from smezo_cli.run.evaluator import Evaluator
 from smezo_cli.run.rows import Rows
 from smezo_cli.run.self_check import check_reads
 from smezo_cli.scoring.evaluation import Evaluation
+from smezo_cli.scoring.parts import of_one_part
 
 
 def evaluate_dev(
@@ -18,7 +19,7 @@ def evaluate_dev(
     The first time, two rows of dev are checked as those of train were: a model may take another
     path at other rows, or after some steps.
     """
-    two = [row for row in rows.dev if row.gold >= 0][:2]
+    two = of_one_part(row for row in rows.dev if row.gold >= 0)[:2]
     # Of several ranks none may come to compute in a way of its own.
     left = [two] if two and evaluate.team is None else []
 

@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from smezo_cli.run.console import Bar
 from smezo_cli.run.ranks import Ranks
 from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.scoring.evaluation import Evaluation
+from smezo_cli.scoring.mixture import MixedEvaluation
 from smezo_cli.scoring.objectives import check_scores
+from smezo_cli.scoring.parts import by_part
 from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.store.partial_scores import Part
 
@@ -94,6 +96,24 @@ def evaluate(
         bases = team.add_tensor(bases)
     answered = [texts[i] for i in range(len(rows))] if answers else ()
     return Evaluation(rows, part.table(0), answered, bases)
+
+
+def in_parts(
+    rows: Sequence[Candidates],
+    weights: Mapping[str, float],
+    one: Callable[[Sequence[Candidates], str], Evaluation],
+) -> Evaluation:
+    """Evaluate the parts of a mixture one after the other, each as a task of its own.
+
+    Args:
+        rows: of a split, part after part; of a single task they are evaluated as they are.
+        weights: of the losses of the parts.
+        one: evaluates rows of one task; it is given the name of the part, too.
+    """
+    parts = by_part(rows)
+    if "" in parts:
+        return one(rows, "")
+    return MixedEvaluation.of({name: one(of, name) for name, of in parts.items()}, weights)
 
 
 def _put_together(part: Part, team: Ranks, known: Sequence[set[int]], answers: bool) -> None:

@@ -50,12 +50,12 @@ class Evaluator:
         step: int = 0,
         made: int = 0,
     ) -> Evaluation:
-        """Return what the model makes of some rows.
+        """Return what the model makes of some rows; of a mixture, of one part after the other.
 
         Args:
             rows: of the split.
             split: their name.
-            prompt: under which they are; None: the chosen one.
+            prompt: under which they are, all of one part; None: the chosen one, or the chosen ones.
             step: that the model's weights are of.
             made: steps that the other ranks must have made for these weights; 0: they have them.
 
@@ -63,10 +63,29 @@ class Evaluator:
             Stopped: asked to, between two batches.
             SplitNotFinite: a score is not finite.
         """
+
+        def one(of_part: Sequence[Candidates], name: str) -> Evaluation:
+            return self._one(of_part, name, split, prompt, step, made)
+
+        if prompt is not None:
+            return one(rows, rows[0].part)
+        return evaluate.in_parts(rows, self.loaded.task.weights, one)
+
+    def _one(
+        self,
+        rows: Sequence[Candidates],
+        of_part: str,
+        split: str,
+        prompt: int | None,
+        step: int,
+        made: int,
+    ) -> Evaluation:
+        """Return what the model makes of rows of one task, or of one part."""
         run, team, part = self.run, self.team, self.part(rows, split, step)
         if team is not None:
             team.evaluate(
                 split=split,
+                part=of_part,
                 prompt=run.notes["prompt"] if prompt is None else prompt,
                 as_it_came=self.as_it_came,
                 step=made,
@@ -74,9 +93,10 @@ class Evaluator:
                 answered=sorted(part.answered),
             )
         done = len(part.answered if self.loaded.task.kind == "generation" else part.scored)
+        what = f"{split} {of_part}".strip()
         if done:
-            run.say(f"  {split}: {done} of {len(rows)} rows were scored before the stop")
-        bar = run.console.bar(split, len(rows), done)
+            run.say(f"  {what}: {done} of {len(rows)} rows were scored before the stop")
+        bar = run.console.bar(what, len(rows), done)
         try:
             return evaluate.evaluate(self.loaded.scorer, rows, bar, run.stopped, team, part)
         except NonFiniteScore as error:

@@ -23,7 +23,7 @@ from smezo_cli.machine.memory import PeakMemory
 from smezo_cli.machine.stop import Stopped, StopRequest
 from smezo_cli.machine.torchrun import local_rank
 from smezo_cli.methods.base import replays
-from smezo_cli.run.batches import Batches
+from smezo_cli.run.batches import batches_of
 from smezo_cli.run.console import Console
 from smezo_cli.run.evaluate import evaluate
 from smezo_cli.run.loaded import Loaded
@@ -33,6 +33,7 @@ from smezo_cli.run.ranks import Left, Ranks
 from smezo_cli.run.rows import short_enough
 from smezo_cli.scoring.batching import Found
 from smezo_cli.scoring.candidates import Candidates
+from smezo_cli.scoring.parts import by_part, of_one_part
 from smezo_cli.store.partial_scores import Part
 from smezo_cli.store.saved import Saved
 from smezo_cli.tasks.base import fingerprint
@@ -99,13 +100,14 @@ class Follower:
         self.method: ZeroOrder | None = None
         self._is_checked = False
         self._known = np.zeros((2, 0))
-        self._encoded: dict[tuple[str, int], list[Candidates]] = {}
+        self._encoded: dict[str, list[Candidates]] = {}
         self._measure = Measure(
             self.loaded.scorer,
             settings.method.get("objective", "loss"),
             settings.micro_batch_size,
             team,
             lambda *_: None,
+            weights=self.loaded.task.weights,
         )
 
     def do(self, message: dict[str, Any], content: bytes) -> None:
@@ -144,36 +146,43 @@ class Follower:
             self.method.replay(lr, scalars)
         return self.method
 
-    def _rows(self, split: str, prompt: int) -> list[Candidates]:
-        if (split, prompt) not in self._encoded:
+    def _rows(
+        self, split: str, prompt: int | Sequence[int], part: str | None = None
+    ) -> list[Candidates]:
+        """Return the rows of a split, or those of a part, under a prompt, or one of each part."""
+        key = f"{split} {prompt} {part}"
+        if key not in self._encoded:
             rows = getattr(self.loaded.task, split)
-            found = self.loaded.encode(rows, self.loaded.prompts[prompt])
+            if part is not None:
+                rows = by_part(rows)[part]
+            found = self.loaded.encode(rows, self.loaded.prompt(prompt))
             if split == "train":
-                found = short_enough(found, self.settings.task["max_train_tokens"])
-            self._encoded[split, prompt] = found
-        return self._encoded[split, prompt]
+                found = short_enough(found, self.loaded)
+            self._encoded[key] = found
+        return self._encoded[key]
 
     def _evaluate(
         self,
         split: str,
-        prompt: int,
+        part: str,
+        prompt: int | Sequence[int],
         as_it_came: bool,
         step: int,
         scored: Sequence[int],
         answered: Sequence[int],
     ) -> None:
-        rows = self._rows(split, prompt)
+        rows = self._rows(split, prompt, part)
         if step:
             self._advance(step)
         with self.loaded.as_it_came() if as_it_came else nullcontext():
             try:
                 bar = self.console.bar("", len(rows))
-                part = Part(len(rows), scored, answered)  # what rank 0 has
-                evaluate(self.loaded.scorer, rows, bar, self.team.asked, self.team, part)
+                known = Part(len(rows), scored, answered)  # what rank 0 has
+                evaluate(self.loaded.scorer, rows, bar, self.team.asked, self.team, known)
             except (Stopped, NonFiniteLoss):
                 return  # rank 0 knows it, too
 
-    def _steps(self, step: int, until: int, prompt: int) -> None:
+    def _steps(self, step: int, until: int, width: int, prompt: int | Sequence[int]) -> None:
         s, team = self.settings, self.team
         train = self._rows("train", prompt)
         method = self._advance(0)  # as it came, like rank 0, if no step was made yet
@@ -181,14 +190,14 @@ class Follower:
             self._is_checked = True
             self.loaded.scorer.model.eval()
             try:
-                method.self_check(lambda: self.loaded.scorer.loss(train[:2]))
+                method.self_check(lambda: self.loaded.scorer.loss(of_one_part(train)[:2]))
             except NonFiniteLoss:
                 pass  # rank 0 has met it, too, and says it with the row
             except ValueError as error:
                 raise UserError(f"method: {error}.") from error
         self._advance(step)
-        batches = Batches(train, s.batch_size, s.seed, s.batch_order)
-        team.left = until - step
+        batches = batches_of(train, s.batch_size, s.seed, s.batch_order)
+        team.begin_steps(until - step, width)
         while team.left > 0:
             step = method.num_steps
             method.set_lr_factor(lr_factor(s.lr_schedule, step, s.steps, s.warmup_steps))

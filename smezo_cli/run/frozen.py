@@ -8,14 +8,19 @@ import torch
 from smezo_cli.methods.frozen import InContext, LinearProbe, ZeroShot
 from smezo_cli.run import zero_shot
 from smezo_cli.run.begin import Run
+from smezo_cli.run.console import in_words
 from smezo_cli.run.evaluate import features
 from smezo_cli.run.evaluator import Evaluator
-from smezo_cli.run.loggers import Loggers
+from smezo_cli.run.loaded import Loaded
+from smezo_cli.run.loggers import Loggers, logged
 from smezo_cli.run.rows import Rows, count_cut
 from smezo_cli.scoring.evaluation import Evaluation
+from smezo_cli.scoring.parts import by_part
 from smezo_cli.scoring.tokens import token_ids
+from smezo_cli.store.notes import Demonstrations, chosen_prompts, noted_demonstrations
 from smezo_cli.store.saved import tensors_digest
 from smezo_cli.store.values import SavedWeights
+from smezo_cli.tasks.mixture import Prompts
 
 
 @dataclass(frozen=True)
@@ -27,35 +32,57 @@ class Asked:
 
 
 def demonstrate(run: Run, evaluate: Evaluator, method: InContext, rows: Rows) -> Rows:
-    """Put demonstrations before every row: those noted, or newly chosen ones; return the rows."""
+    """Put demonstrations before every row: those noted, or newly chosen ones; return the rows.
+
+    In a mixture the rows of a part stand behind demonstrations of that part.
+    """
     notes, loaded = run.notes, evaluate.loaded
-    task, prompt = loaded.task, loaded.prompts[notes["prompt"]]
-    is_new = "demonstrations" not in notes
-    if is_new:
-        limit = loaded.max_length
-        if task.kind == "generation":
-            limit -= run.settings.task["max_new_tokens"]
-        kept = {c.id for c in rows.train}
-        of_train = [row for row in task.train if row.id in kept]
-        notes["demonstrations"] = method.choose(  # type: ignore[typeddict-item]  # plain values
-            [(row.id, prompt.candidates(row)[max(0, row.label)]) for row in of_train],
-            lambda text: len(token_ids(loaded.tokenizer, [text])[0]),
-            limit,
-            max(c.width for c in (*rows.dev, *rows.test)),
-        )
-    note = notes["demonstrations"]
-    run.say(
-        f"  {note['used']} of {note['asked']} demonstrations before every row, "
-        f"{note['tokens']} tokens"
-    )
-    loaded.demonstrate(note["text"])
-    if is_new:  # behind them a row is computed in another way
+    task, prompt = loaded.task, loaded.prompt(notes["prompt"])
+    known = noted_demonstrations(notes)
+    for note in chosen_prompts(notes):
+        part = note.get("part", "")
+        if part in known:
+            _show(run, loaded, part, known[part])
+            continue
+        chosen = _chosen(run, loaded, method, rows, part)
+        if part:
+            notes.setdefault("demonstrations_of", {})[part] = chosen
+        else:
+            notes["demonstrations"] = chosen
+        _show(run, loaded, part, chosen)
+    if len(known) < len(noted_demonstrations(notes)):  # behind them a row is computed differently
         zero_shot.choose_batching(run, loaded, again=True)
         run.folder.save_state(run.state)
     dev, test = (loaded.encode(of, prompt) for of in (task.dev, task.test))
     behind = replace(rows, train=[], dev=dev, test=test)
-    count_cut(run, task.kind, behind)
+    count_cut(run, behind)
     return behind
+
+
+def _show(run: Run, loaded: Loaded, part: str, note: Demonstrations) -> None:
+    run.say(
+        f"  {f'{part}: ' if part else ''}{note['used']} of {note['asked']} demonstrations before "
+        f"every row, {note['tokens']} tokens"
+    )
+    loaded.demonstrate(note["text"], part)
+
+
+def _chosen(run: Run, loaded: Loaded, method: InContext, rows: Rows, part: str) -> Demonstrations:
+    """Choose the demonstrations of a task, or of a part, among its training rows."""
+    node, prompt = loaded.node_of(part), loaded.prompt(run.notes["prompt"])
+    if isinstance(prompt, Prompts):
+        prompt = prompt.parts[part]
+    limit = loaded.max_length
+    if node["kind"] == "generation":
+        limit -= node["max_new_tokens"]
+    kept = {c.id for c in rows.train}
+    of_train = [row for row in by_part(loaded.task.train)[part] if row.id in kept]
+    return method.choose(  # type: ignore[return-value]  # plain values
+        [(row.id, prompt.candidates(row)[max(0, row.label)]) for row in of_train],
+        lambda text: len(token_ids(loaded.tokenizer, [text])[0]),
+        limit,
+        max(c.width for c in (*rows.dev, *rows.test) if c.part == part),
+    )
 
 
 def probe(run: Run, evaluate: Evaluator, method: LinearProbe, rows: Rows) -> None:
@@ -113,7 +140,8 @@ def ask(
 def log_dev(run: Run, dev: Evaluation, loggers: Loggers) -> None:
     """Log and say what the method makes of dev: the one record of such a run."""
     state, of_dev = run.state, run.notes["best_look"]
-    logged = {k: v for k, v in of_dev.items() if k not in ("standard_error", "n")}
-    loggers.log({"step": 0} | {f"dev.{k}": v for k, v in logged.items()})
+    loggers.log({"step": 0} | logged("dev", of_dev))
     state.metrics_bytes, state.metrics_sha256 = loggers.standing()
     run.say(f"  dev {dev.metric} {of_dev[dev.metric]:.4f}  dev loss {of_dev['loss']:.4f}")
+    if line := in_words(of_dev, dev.metric):
+        run.say(f"      {line}")

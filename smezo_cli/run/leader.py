@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from smezo_cli.methods.base import Method
+from smezo_cli.methods.base import Method, compares_losses
 from smezo_cli.run.begin import Run
 from smezo_cli.run.follower import facts
 from smezo_cli.run.loaded import Loaded
@@ -57,8 +57,9 @@ def teach(team: Ranks, recorder: Recorder) -> None:
 def lead(run: Run, method: Method, step: int, until: int) -> None:
     """Let the other ranks, if there are any, take the steps from `step` up to `until` too."""
     if run.team is not None:
-        queries: int = method.num_scalars  # type: ignore[attr-defined]  # a ZeroOrder's
-        run.team.take_steps(step, until, queries, prompt=run.notes["prompt"])
+        assert compares_losses(method)
+        width = max(map(method.forwards, range(step, until)))
+        run.team.take_steps(step, until, width, prompt=run.notes["prompt"])
 
 
 def hand_out(run: Run, team: Ranks, step: int) -> bool:

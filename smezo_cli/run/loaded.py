@@ -24,14 +24,24 @@ from smezo_cli.models.onednn import use_onednn
 from smezo_cli.scoring.batching import Found
 from smezo_cli.scoring.candidates import Candidates, encode
 from smezo_cli.scoring.measured_batching import measure, pick
+from smezo_cli.scoring.parts import by_part
 from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.scoring.tokens import appended, check_rows
 from smezo_cli.tasks import Prompt, Row, Task, load_task
 from smezo_cli.tasks.base import fingerprint
+from smezo_cli.tasks.mixture import Prompts
 from smezo_cli.zo.passes import openmp
 
 _ENCODED_TOGETHER = 64  # rows behind demonstrations
 _MEASURED = 24  # rows of which some are scored together and alone
+
+
+def _unlike(rows: Sequence[Row]) -> list[Row]:
+    """Return some short, some middling and some long rows."""
+    ordered = sorted(rows, key=lambda row: sum(map(len, (*row.fields.values(), *row.options))))
+    few = _MEASURED // 3
+    middle = ordered[few:-few][(len(ordered) - 2 * few) // 2 :][:few]
+    return [*ordered[:few], *middle, *ordered[max(few, len(ordered) - few) :]]
 
 
 def _differing(task: Task, known: Mapping[str, str]) -> list[str]:
@@ -92,7 +102,7 @@ class Loaded:
         with casts:  # as losses are computed
             #: modules that text never reads, which are frozen; none with an adapter: it trains none
             self.unread = [] if self.adapter is not None else freeze_unread(self.model)
-        self._head = ""  # demonstrations, before the context of every row
+        self._heads: dict[str, str] = {}  # demonstrations before every row, by part
         if compute == self.dtype:
             use_onednn(self.model, warn)
         keep_freed_memory()
@@ -139,15 +149,28 @@ class Loaded:
         for note in self.task.notes:
             say(f"  note    {note}")
         masked = settings.model["family"] == "masked"
-        #: prompts that suit the model, of which training chooses one
+        #: prompts that suit the model, of which training chooses one, or one of each part
         self.prompts = self.task.masked if masked else self.task.prompts
-        if not self.prompts:
+        there = by_part(self.prompts)
+        if lacking := [name for name in self.task.parts or ("",) if name not in there]:
             kind = "masked" if masked else "causal"
             place = "with a {mask} place" if masked else "without a {mask}"
             raise UserError(
-                f"model={settings.model['name']} is {kind}, and task {self.task.name} has no "
-                f"prompt for such models: give task.prompt {place} and task.labels."
+                f"model={settings.model['name']} is {kind}, and task "
+                f"{lacking[0] or self.task.name} has no prompt for such models: give task.prompt "
+                f"{place} and task.labels."
             )
+
+    def prompt(self, chosen: int | Sequence[int]) -> Prompt | Prompts:
+        """Return the prompt of this number, or of these numbers the one of each part."""
+        if isinstance(chosen, int):
+            return self.prompts[chosen]
+        return Prompts({self.prompts[k].part: self.prompts[k] for k in chosen})
+
+    def node_of(self, part: str) -> Mapping[str, Any]:
+        """Return the checked task node of a part; "" is that of a single task."""
+        task = self.settings.task
+        return task["nodes"][part] if part else task
 
     def differing_rows(self, known: Mapping[str, str], *, may_renumber: bool = True) -> list[str]:
         """Return the names of the splits whose rows do not have the known fingerprints.
@@ -172,10 +195,10 @@ class Loaded:
                 self._say("  rows    numbered by line, as the version of smezo did that began here")
         return found
 
-    def demonstrate(self, text: str) -> None:
-        """Put a text, which all rows then share, before every row that is encoded from now on."""
-        self._head = text
-        self.scorer.holds_common = bool(text)
+    def demonstrate(self, text: str, part: str = "") -> None:
+        """Put a text before every row, of a mixture of one part, that is encoded from now on."""
+        self._heads[part] = text
+        self.scorer.holds_common = any(self._heads.values())
 
     def measure_batching(
         self, prompts: Sequence[Prompt], rows: Sequence[Row] | None = None
@@ -189,18 +212,16 @@ class Loaded:
         """
         if rows is None:
             rows = [*self.task.train, *self.task.dev, *self.task.test]
-        ordered = sorted(rows, key=lambda row: sum(map(len, (*row.fields.values(), *row.options))))
-        few = _MEASURED // 3
-        middle = ordered[few:-few][(len(ordered) - 2 * few) // 2 :][:few]
-        some = [*ordered[:few], *middle, *ordered[max(few, len(ordered) - few) :]]
-        found, ways = Found(), set[bool]()
-        for prompt in prompts:
-            encoded = self.encode(some, prompt)
-            way = all(row.full != () and row.shares_prefix for row in encoded)
-            if way not in ways:
-                ways.add(way)
-                chosen = pick(encoded, self.scorer.most_tokens)
-                found = found.stricter(measure(self.scorer, chosen))
+        of_rows, found = by_part(rows), Found()
+        for part, of_part in by_part(prompts).items():
+            some, ways = _unlike(of_rows.get(part, rows)), set[bool]()
+            for prompt in of_part:
+                encoded = self.encode(some, prompt)
+                way = all(row.full != () and row.shares_prefix for row in encoded)
+                if way not in ways:
+                    ways.add(way)
+                    chosen = pick(encoded, self.scorer.most_tokens)
+                    found = found.stricter(measure(self.scorer, chosen))
         return found
 
     def set_probe(self, saved: Mapping[str, Tensor], where: Path) -> None:
@@ -235,16 +256,24 @@ class Loaded:
             digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode() + some.numpy().tobytes())
         return digest.hexdigest()[:12]
 
-    def encode(self, rows: Sequence[Row], prompt: Prompt) -> list[Candidates]:
+    def encode(self, rows: Sequence[Row], prompt: Prompt | Prompts) -> list[Candidates]:
         """Return rows as tokens under a prompt, behind the demonstrations if there are any.
+
+        Args:
+            rows: of one task; of a mixture, if there is a prompt of each part, part after part.
+            prompt: of the task, or of each part.
 
         Raises:
             UserError: as :func:`smezo_cli.scoring.candidates.encode`; or the model's embedding
                 lacks a token.
         """
-        prompt = dataclasses.replace(prompt, head=self._head)
+        if isinstance(prompt, Prompts):
+            parts = by_part(rows).items()
+            return [c for name, of in parts for c in self.encode(of, prompt.parts[name])]
+        part, node = prompt.part, self.node_of(prompt.part)
+        prompt = dataclasses.replace(prompt, head=self._heads.get(part, ""))
         # A tokenizer needs a hundred bytes a token while it works, and demonstrations are long.
-        size = _ENCODED_TOGETHER if self._head else max(1, len(rows))
+        size = _ENCODED_TOGETHER if prompt.head else max(1, len(rows))
         encoded = [
             candidates
             for start in range(0, len(rows), size)
@@ -253,10 +282,12 @@ class Loaded:
                 prompt,
                 self.tokenizer,
                 self.max_length,
-                self.settings.task["kind"],
-                self.settings.task.get("max_new_tokens", 0),
+                node["kind"],
+                node.get("max_new_tokens", 0),
             )
         ]
+        if part:
+            encoded = [dataclasses.replace(candidates, part=part) for candidates in encoded]
         for row in encoded:
             of_base = row.base.full if row.base is not None else ()
             check_rows(self.tokenizer, self.model, row.id, chain(*row.full, row.context, *of_base))

@@ -32,6 +32,23 @@ def open_log(path: Path) -> FileIO:
         ) from error
 
 
+def logged(split: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metrics as a log has them: dev.accuracy, and of a part of a mixture dev.rte.accuracy.
+
+    Args:
+        split: of the rows.
+        metrics: of an evaluation.
+    """
+    found = dict[str, Any]()
+    for key, value in metrics.items():
+        if key == "parts":
+            for name, of_part in value.items():
+                found |= logged(f"{split}.{name}", of_part)
+        elif key not in ("standard_error", "n"):
+            found[f"{split}.{key}"] = value
+    return found
+
+
 class Logger(Protocol):
     """Receive the records of a run."""
 

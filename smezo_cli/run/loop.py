@@ -9,8 +9,8 @@ from smezo_cli.machine.memory import PeakMemory
 from smezo_cli.machine.stop import Stopped
 from smezo_cli.methods.base import Method
 from smezo_cli.run.batches import Batches
-from smezo_cli.run.console import Bar, Console
-from smezo_cli.run.loggers import Loggers
+from smezo_cli.run.console import Bar, Console, in_words
+from smezo_cli.run.loggers import Loggers, logged
 from smezo_cli.run.measure import Measure
 from smezo_cli.run.watch import Watch
 from smezo_cli.scoring.evaluation import Evaluation
@@ -227,7 +227,7 @@ def _take_in(
     state.looked = state.step
     reporter.loggers.log(
         {"step": state.step}
-        | {f"dev.{k}": v for k, v in metrics.items() if k not in ("standard_error", "n")}
+        | logged("dev", metrics)
         | {"active_share": share}
         | reporter.watch.after_evaluation(metrics["loss"], is_best)
     )
@@ -237,6 +237,8 @@ def _take_in(
         f"dev loss {metrics['loss']:.4f}  active share {share:.3f}"
         + ("  (best)" if is_best else "")
     )
+    if line := in_words(metrics, found.metric):
+        reporter.console.say(f"              {line}")
     return f"dev {metrics[found.metric]:.3f}"
 
 

@@ -16,6 +16,7 @@ from smezo_cli.errors import UserError
 from smezo_cli.machine.out_of_memory import OutOfMemory, detecting_out_of_memory, release_memory
 from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.scoring.objectives import loss_weight
+from smezo_cli.scoring.parts import by_part
 from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.zo.step import Closure, StepRecord
 
@@ -46,25 +47,57 @@ class Team(Protocol):
     def add(self, numbers: Sequence[float]) -> list[float]:
         """Return sums over the ranks."""
 
+    def step_made(self) -> None:
+        """Take note that a step is made."""
+
 
 class Batch:
-    """Compute the objective of the rows of a step, in micro-batches of at most ``size`` rows."""
+    """Compute the objective of the rows of a step, in micro-batches of at most ``size`` rows.
+
+    That of a mixture is the weighted mean of the objectives of its parts, each a mean over its own
+    rows (or tokens); a micro-batch then holds rows of one part.
+
+    Args:
+        scorer: computes it.
+        rows: of the step, or of this process's part of it.
+        objective: its name.
+        size: most rows in a micro-batch; None: all.
+        weights: of a mixture, by part; they add up to 1.
+    """
 
     #: returns the rows of another objective of the step
     rows_of: Callable[[str], Sequence[Candidates]]
 
     def __init__(
-        self, scorer: Scorer, rows: Sequence[Candidates], objective: str, size: int | None
+        self,
+        scorer: Scorer,
+        rows: Sequence[Candidates],
+        objective: str,
+        size: int | None,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
-        self._scorer, self._objective = scorer, objective
-        self._weight = loss_weight(rows, objective)
+        self._scorer, self._objective, self._weights = scorer, objective, weights
         self._rows = rows
+        # What the sum over the rows of a part is multiplied by; None: a single task.
+        self._factors: dict[str, float] | None = None
+        self._weight = 1
+        if weights:
+            self._factors = {
+                name: weights[name] / loss_weight(of_part, objective)
+                for name, of_part in by_part(rows).items()
+            }
+        else:
+            self._weight = loss_weight(rows, objective)
         self._cut(rows, size)
 
     def _cut(self, rows: Sequence[Candidates], size: int | None) -> None:
         size = size or len(rows)
-        self._parts = [rows[i : i + size] for i in range(0, len(rows), size)]
-        self.largest = len(self._parts[0])
+        self._parts = [
+            of_part[i : i + size]
+            for of_part in (by_part(rows).values() if self._factors is not None else [rows])
+            for i in range(0, len(of_part), size)
+        ]
+        self.largest = max(map(len, self._parts), default=0)
 
     def of(self, objective: str) -> "Batch":
         """See :class:`smezo_cli.zo.step.WithObjectives`: as many rows at once as of this batch."""
@@ -74,11 +107,15 @@ class Batch:
     @property
     def _more(self) -> dict[str, Any]:
         """What the constructor takes besides."""
-        return {}
+        return {"weights": self._weights}
 
     @property
     def _is_whole(self) -> bool:
-        return len(self._parts) == 1 and len(self._parts[0]) == len(self._rows)
+        return (
+            self._factors is None
+            and len(self._parts) == 1
+            and len(self._parts[0]) == len(self._rows)
+        )
 
     def __call__(self) -> Tensor:
         """Return the objective of the rows, ().
@@ -96,9 +133,12 @@ class Batch:
         sums = []
         for part in self._parts:
             with detecting_out_of_memory():
-                found = self._scorer.objective_sum(part, self._objective)
-                sums.append((found.detach().double() * _GRID).round() / _GRID)
+                found = self._scorer.objective_sum(part, self._objective).detach().double()
+                sums.append((found * self._factor(part) * _GRID).round() / _GRID)
         return torch.stack(sums).sum()  # where the model is: nothing waits between the parts
+
+    def _factor(self, part: Sequence[Candidates]) -> float:
+        return 1.0 if self._factors is None else self._factors[part[0].part]
 
     def parts(self) -> Iterator[Closure]:
         """See :class:`smezo_cli.zo.step.InParts`."""
@@ -109,7 +149,8 @@ class Batch:
             yield partial(self._part, part)
 
     def _part(self, part: Sequence[Candidates]) -> Tensor:
-        return self._scorer.objective_sum(part, self._objective) / self._weight
+        total = self._scorer.objective_sum(part, self._objective)
+        return total / self._weight if self._factors is None else total * self._factor(part)
 
 
 class ShardedBatch(Batch):
@@ -122,8 +163,9 @@ class ShardedBatch(Batch):
         objective: str,
         size: int | None,
         team: Team,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__(scorer, rows, objective, size)
+        super().__init__(scorer, rows, objective, size, weights)
         self._team = team
         if team.shares_rows:
             self._cut(rows[team.rows(len(rows))], size)
@@ -134,7 +176,7 @@ class ShardedBatch(Batch):
 
     @property
     def _more(self) -> dict[str, Any]:
-        return {"team": self._team}
+        return {"weights": self._weights, "team": self._team}
 
     def queries(self, num: int) -> Sequence[int]:
         """See :class:`smezo_cli.zo.step.Shared`."""
@@ -162,6 +204,7 @@ class Measure:
         halved: receives a line and the new size when micro-batches are made smaller.
         lead: is told of each step before it is taken, and of the step at which dev is evaluated
             next, so that other ranks take it too.
+        weights: of the parts of a mixture; None: a single task.
     """
 
     def __init__(
@@ -172,15 +215,17 @@ class Measure:
         team: Team | None,
         halved: Callable[[str, int], None],
         lead: Callable[[int, int], None] = lambda step, until: None,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
+        self._weights = weights
         self.scorer, self.objective, self.size = scorer, objective, size
         self._team, self._halved, self.lead = team, halved, lead
 
     def batch(self, rows: Sequence[Candidates]) -> Batch:
         """Return the closure over these rows."""
         if self._team is None:
-            return Batch(self.scorer, rows, self.objective, self.size)
-        return ShardedBatch(self.scorer, rows, self.objective, self.size, self._team)
+            return Batch(self.scorer, rows, self.objective, self.size, self._weights)
+        return ShardedBatch(self.scorer, rows, self.objective, self.size, self._team, self._weights)
 
     def step(
         self,
@@ -205,7 +250,10 @@ class Measure:
                 batch.rows_of = of
             return method.step(batch)
 
-        return self.until_it_fits(use, rows)
+        record = self.until_it_fits(use, rows)
+        if self._team is not None:
+            self._team.step_made()
+        return record
 
     def until_it_fits(self, use: Callable[[Batch], T], rows: Sequence[Candidates]) -> T:
         """Return what ``use`` makes of the closure over the rows, repeated as in :meth:`step`."""

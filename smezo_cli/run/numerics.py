@@ -16,6 +16,7 @@ from smezo_cli.run.measure import Measure
 from smezo_cli.scoring.batching import Found
 from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.scoring.float32 import in_float32
+from smezo_cli.scoring.parts import of_one_part
 from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.store.notes import Notes
 from smezo_cli.zo.noise import hash64, stream_key
@@ -191,7 +192,7 @@ def measured_noise(
     if dtypes == {"float32"} or not compares_losses(method):
         return {}
     try:
-        batch = batches.rows(run.state.step)[: measure.size]
+        batch = of_one_part(batches.rows(run.state.step))[: measure.size]
         return loss_noise(method, measure.scorer, batch, run.objective, run.check_stop)
     except (RuntimeError, MemoryError, NonFiniteLoss) as error:
         line = str(error).partition("\n")[0]

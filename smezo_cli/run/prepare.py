@@ -24,7 +24,8 @@ def measure_for(run: Run, loaded: Loaded, method: Method) -> Measure:
         notes["micro_batch_size"] = smaller
 
     tell = partial(lead, run, method)
-    return Measure(loaded.scorer, run.objective, size, run.team, halved, tell)
+    weights = loaded.task.weights
+    return Measure(loaded.scorer, run.objective, size, run.team, halved, tell, weights)
 
 
 def passes_of(run: Run, method: Method) -> str | None:
@@ -54,6 +55,8 @@ def prepare(run: Run, method: Method, measure: Measure, batches: Batches) -> Non
         f"  trains {method.num_weights / 1e6:.1f} M weights, "
         f"{notes['active_share']:.4f} of them active"
     )
+    if remark := getattr(method, "remark", ""):
+        run.say(f"  method  {remark}")
 
 
 def _choose_executor(run: Run, method: Method, measure: Measure, batches: Batches) -> None:

@@ -19,7 +19,6 @@ from datetime import timedelta
 from typing import Any
 
 from smezo_cli.config.fixed import is_frozen
-from smezo_cli.config.method_keys import trait
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.machine import torchrun
@@ -82,11 +81,6 @@ def _check(settings: Settings, size: int) -> None:
         why = "takes no steps" if is_frozen(settings.method) else "would exchange whole gradients"
         raise UserError(
             f"method={name} {why}: ranks exchange losses alone, so start it without torchrun."
-        )
-    if not trait(settings.method, "asks_once", default=True):
-        raise UserError(
-            f"method={name} asks for losses twice a step, and ranks exchange them once: start it "
-            "without torchrun."
         )
     if settings.model["device_map"] is not None:
         raise UserError(
@@ -215,7 +209,7 @@ class Ranks:
         if self.lost:
             raise RankLost("the ranks have lost each other; start them again.")
         self.of_queries, self.of_rows = settings.query_ranks, self.size // settings.query_ranks
-        self.stop_asked, self.left = False, 0
+        self.stop_asked, self.left, self._width = False, 0, 0
         self.asked: Callable[[], bool] = lambda: False  # was this rank asked to stop?
         self._expected: int | None = None  # numbers in the sum that the followers wait in
         self._stage = "before"
@@ -239,25 +233,34 @@ class Ranks:
     # --- what is exchanged --------------------------------------------------------------------
 
     def add(self, numbers: Sequence[float]) -> list[float]:
-        """Return sums over the ranks; this is the one exchange of a step.
+        """Return sums over the ranks: an exchange of a step, which may have several.
 
         Two more numbers go with them: whether a rank was asked to stop, and whether rank 0 leaves.
+        All exchanges of steps are of one length, so that rank 0 may leave at any of them.
 
         Raises:
             Left: rank 0 ends the run.
             RankLost: a rank is gone.
         """
-        *sums, stop, leaving = self._add([*numbers, float(self.asked()), 0.0])
+        padding = [0.0] * (self._width - len(numbers))
+        *sums, stop, leaving = self._add([*numbers, *padding, float(self.asked()), 0.0])
         self._expected = None
         if leaving:
             raise Left
         self.stop_asked = self.stop_asked or stop > 0
-        self.left -= 1
-        if self.stop_asked or not all(map(math.isfinite, sums)):
+        if not all(map(math.isfinite, sums)):
             self.left = 0  # all ranks know it, and wait for rank 0's next command
-        elif self.left > 0:
+        elif self.stop_asked:
+            self.left = min(self.left, 1)  # likewise, once this step is made
+        if self.left > 0:
             self._expected = len(sums)
-        return sums
+        return sums[: len(numbers)]
+
+    def step_made(self) -> None:
+        """Take note that a step is made, of those that the followers make with rank 0."""
+        self.left -= 1
+        if self.left <= 0:
+            self.left, self._expected, self._width = 0, None, 0
 
     def _add(self, numbers: Sequence[float]) -> list[float]:
         import torch
@@ -351,12 +354,22 @@ class Ranks:
         self._send([len(head), len(content)])
         self._send_bytes(head + content)
 
-    def take_steps(self, step: int, until: int, queries: int, **about: Any) -> None:
-        """Let the followers take the steps from ``step`` on with this rank, unless they do."""
+    def take_steps(self, step: int, until: int, width: int, **about: Any) -> None:
+        """Let the followers take the steps from ``step`` on with this rank, unless they do.
+
+        Args:
+            step: the first of them.
+            until: the one after the last.
+            width: losses in an exchange, at most.
+            about: what else they must know.
+        """
         if self.left <= 0:
-            self.tell("steps", step=step, until=until, **about)
-            self.left = until - step
-            self._expected = 2 * queries
+            self.tell("steps", step=step, until=until, width=width, **about)
+            self.begin_steps(until - step, width)
+
+    def begin_steps(self, num: int, width: int) -> None:
+        """Be ready for the exchanges of so many steps, of so many losses at most."""
+        self.left, self._expected, self._width = num, width, width
 
     def evaluate(self, **about: Any) -> None:
         """Let the followers score their shard of some rows; see :func:`evaluate`."""

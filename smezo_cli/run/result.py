@@ -12,7 +12,7 @@ from smezo_cli.config.fixed import is_frozen
 from smezo_cli.kinds import METRICS
 from smezo_cli.models.onednn import num_onednn
 from smezo_cli.run.begin import Run
-from smezo_cli.run.console import duration
+from smezo_cli.run.console import duration, in_words
 from smezo_cli.run.leader import Dismissed
 from smezo_cli.run.loaded import Loaded
 from smezo_cli.run.loggers import Loggers
@@ -21,7 +21,7 @@ from smezo_cli.run.rows import Rows, one_class_left
 from smezo_cli.run.watch import report_lines, spike_report
 from smezo_cli.store import versions
 from smezo_cli.store.folder import SCHEMA
-from smezo_cli.store.notes import Notes
+from smezo_cli.store.notes import Notes, noted_demonstrations, noted_prompt
 from smezo_cli.store.partial_scores import PartialScores
 from smezo_cli.store.trajectory import Recorder
 from smezo_cli.store.values import Metrics
@@ -97,13 +97,14 @@ def of(
 
 def _found(run: Run, notes: Notes) -> dict[str, Any]:
     """Return both zero-shots, the best evaluation of dev, and the digests of the weights."""
-    s, shown = run.settings, notes.get("demonstrations")
+    s, shown = run.settings, noted_demonstrations(notes)
+    told = {part: {k: v for k, v in of.items() if k != "text"} for part, of in shown.items()}
     return {
         "zero_shot": notes.get("zero_shot"),
         "zero_shot_calibrated": notes.get("zero_shot_calibrated"),
         "metric": METRICS[s.task["kind"]],
         "objective": None if is_frozen(s.method) else run.objective,
-        "demonstrations": {k: v for k, v in shown.items() if k != "text"} if shown else None,
+        "demonstrations": told.get("", told or None),
         "dev": {"best": {"step": run.state.best_step, **notes.get("best_look", {})}},
         "weights": notes.get("weights"),
     }
@@ -115,9 +116,9 @@ def _of_rows(so_far: SoFar, notes: Notes) -> dict[str, Any]:
     data_notes: list[str] = []
     if task is not None:
         left = one_class_left(task, so_far.rows.train if so_far.rows is not None else [])
-        data_notes = [*task.notes, *([left] if left else [])]
+        data_notes = [*task.notes, *left]
     return {
-        "prompt": notes["prompts"][notes["prompt"]] if "prompt" in notes else None,
+        "prompt": noted_prompt(notes) if "prompt" in notes else None,
         "truncated_prompts": notes.get("truncated"),
         "batching": notes.get("batching"),
         "data_fingerprint": None if task is None else task.fingerprint,
@@ -204,6 +205,8 @@ def summary(run: Run, result: Mapping[str, Any]) -> str:
         f"test {metric} {test[metric]:.4f} +- {test['standard_error']:.4f}"
         f"  (n={test['n']}, {which})"
     ]
+    if line := in_words(test, metric):
+        lines.append(f"  {line}")
     for name in ("zero_shot", "zero_shot_calibrated"):
         if f"over_{name}" in test:
             gain = test[f"over_{name}"]

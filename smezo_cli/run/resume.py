@@ -55,7 +55,8 @@ def _are_noted(prompts: tuple[Prompt, ...], notes: Notes) -> bool:
     """Say whether the noted prompts are as many as these, each with as many labels."""
     noted = notes.get("prompts", [])
     return len(noted) == len(prompts) and all(
-        len(note["labels"]) == len(prompt.labels) == len(note.get("offsets", prompt.labels))
+        note.get("part", "") == prompt.part
+        and len(note["labels"]) == len(prompt.labels) == len(note.get("offsets", prompt.labels))
         for note, prompt in zip(noted, prompts, strict=True)
     )
 

@@ -1,5 +1,6 @@
 """Encode the rows of a run under its prompt, and say what of them does not reach the model."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ from smezo_cli.errors import UserError
 from smezo_cli.run.begin import Run
 from smezo_cli.run.loaded import Loaded
 from smezo_cli.scoring.candidates import Candidates
+from smezo_cli.scoring.parts import by_part
 from smezo_cli.tasks import Task
 from smezo_cli.tasks.base import one_class
 
@@ -20,9 +22,14 @@ class Rows:
     test: list[Candidates]
 
 
-def short_enough(rows: list[Candidates], longest: int | None) -> list[Candidates]:
-    """Return the rows of at most so many tokens; None: all."""
-    return [row for row in rows if longest is None or row.width <= longest]
+def short_enough(rows: Sequence[Candidates], loaded: Loaded) -> list[Candidates]:
+    """Return the training rows that are not longer than the settings of their task allow."""
+    return [row for row in rows if row.width <= _longest(loaded, row.part)]
+
+
+def _longest(loaded: Loaded, part: str) -> float:
+    longest: int | None = loaded.node_of(part)["max_train_tokens"]
+    return math.inf if longest is None else longest
 
 
 def encode(run: Run, loaded: Loaded) -> Rows:
@@ -31,42 +38,51 @@ def encode(run: Run, loaded: Loaded) -> Rows:
     Raises:
         UserError: no training row is short enough.
     """
-    task, prompt = loaded.task, loaded.prompts[run.notes["prompt"]]
+    task, prompt = loaded.task, loaded.prompt(run.notes["prompt"])
     train, dev, test = (loaded.encode(rows, prompt) for rows in (task.train, task.dev, task.test))
-    rows = Rows(_leave_out_long(run, task, train), dev, test)
-    count_cut(run, task.kind, rows)
+    kept = [row for part, rows in by_part(train).items() for row in _kept(run, loaded, part, rows)]
+    rows = Rows(kept, dev, test)
+    count_cut(run, rows)
     return rows
 
 
-def _leave_out_long(run: Run, task: Task, train: list[Candidates]) -> list[Candidates]:
-    longest = run.settings.task["max_train_tokens"]
-    if longest is None:
+def _kept(run: Run, loaded: Loaded, part: str, train: list[Candidates]) -> list[Candidates]:
+    """Return the training rows of a task, or of a part, that are short enough."""
+    longest = _longest(loaded, part)
+    if longest == math.inf:
         return train
-    kept = short_enough(train, longest)
+    kept = short_enough(train, loaded)
+    of_part = f"{part}: " if part else ""
     if not kept:
         raise UserError(
-            f"task.max_train_tokens={longest} leaves out all {len(train)} rows; raise it."
+            f"{of_part}task.max_train_tokens={longest} leaves out all {len(train)} rows; raise it."
         )
     run.say(
-        f"  {len(train) - len(kept)} of {len(train)} training rows are longer than "
+        f"  {of_part}{len(train) - len(kept)} of {len(train)} training rows are longer than "
         f"{longest} tokens and left out"
     )
-    if len(kept) < len(train) and (note := one_class_left(task, kept)):
-        run.say(f"  note    {note}")
+    if len(kept) < len(train):
+        for note in one_class_left(loaded.task, kept):
+            run.say(f"  note    {note}")
     return kept
 
 
-def one_class_left(task: Task, train: Sequence[Candidates]) -> str:
-    """Return a sentence if the training rows kept are of one class alone; else an empty string."""
-    if not one_class([c.label for c in train]) or one_class([r.label for r in task.train]):
-        return ""
-    return (
-        f"one class alone in train (the {len(train)} rows that are short enough: label "
-        f"{task.classes[train[0].label]}): there is nothing to tell apart"
-    )
+def one_class_left(task: Task, train: Sequence[Candidates]) -> list[str]:
+    """Return a sentence for a task, or a part, whose training rows kept are of one class alone."""
+    found = []
+    for part, kept in by_part(train).items():
+        own = task.parts[part] if part else task
+        labels, before = [c.label for c in kept], [row.label for row in own.train]
+        if own.classes and one_class(labels) and not one_class(before):
+            found.append(
+                f"{f'{part}: ' if part else ''}one class alone in train (the {len(kept)} rows that "
+                f"are short enough: label {own.classes[kept[0].label]}): there is nothing to tell "
+                "apart"
+            )
+    return found
 
 
-def count_cut(run: Run, kind: str, rows: Rows) -> None:
+def count_cut(run: Run, rows: Rows) -> None:
     """Say how many prompts are cut, or scored in another way than most; note how many are cut."""
     every = [*rows.train, *rows.dev, *rows.test]
     truncated = sum(c.truncated for c in every)
@@ -82,5 +98,5 @@ def count_cut(run: Run, kind: str, rows: Rows) -> None:
             f"  in {merged} of {len(every)} prompts the tokenizer merges a candidate with its "
             "context: scored from the first token that differs"
         )
-    if kind == "classification" and not all(c.shares_prefix for c in every):
+    if not all(c.shares_prefix for c in every if c.kind == "classification"):
         run.say("  label words of more than one token: a forward scores one candidate")

@@ -10,6 +10,7 @@ from smezo_cli.run.begin import Run
 from smezo_cli.run.loaded import Loaded
 from smezo_cli.run.rows import short_enough
 from smezo_cli.scoring.candidates import Candidates
+from smezo_cli.scoring.parts import of_one_part
 from smezo_cli.zo.reached import Unreached
 from smezo_cli.zo.step import NonFiniteLoss
 
@@ -26,9 +27,9 @@ def check_early(run: Run, loaded: Loaded, method: Method) -> bool:
     Raises:
         UserError: probes cannot reach some weights.
     """
-    prompt = loaded.prompts[run.notes.get("prompt", 0)]
-    some = loaded.encode(loaded.task.train[:_ENCODED], prompt)
-    rows = short_enough(some, run.settings.task["max_train_tokens"]) or some
+    prompt = loaded.prompt(run.notes.get("prompt", 0))
+    some = loaded.encode(of_one_part(loaded.task.train)[:_ENCODED], prompt)
+    rows = short_enough(some, loaded) or some
     try:
         check(run, loaded, method, rows)
     except NonFiniteLoss:
@@ -37,13 +38,13 @@ def check_early(run: Run, loaded: Loaded, method: Method) -> bool:
 
 
 def check(run: Run, loaded: Loaded, method: Method, rows: Sequence[Candidates]) -> None:
-    """Check with the first two of some rows, at any weights of the run.
+    """Check with the first two of some rows (of a mixture of one part), at any weights of the run.
 
     Raises:
         NonFiniteLoss: a loss is NaN or infinite.
         UserError: probes cannot reach some weights.
     """
-    two = rows[:2]
+    two = of_one_part(rows)[:2]
     loaded.scorer.model.eval()
     try:
         checked = method.self_check(lambda: loaded.scorer.loss(two))

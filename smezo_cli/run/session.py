@@ -18,7 +18,7 @@ from smezo_cli.run import (
     self_check,
     zero_shot,
 )
-from smezo_cli.run.batches import Batches
+from smezo_cli.run.batches import batches_of
 from smezo_cli.run.begin import Run, announce
 from smezo_cli.run.closing import clean, close, keep_scores, loggers_of
 from smezo_cli.run.dev import evaluate_dev
@@ -126,7 +126,7 @@ def _with_steps(run: Run, so_far: SoFar, loaded: Loaded, evaluate: Evaluator) ->
     allocator.give_back()  # what reading and encoding the data has freed
     if not is_checked:
         self_check.check(run, loaded, method, so_far.rows.train)
-    batches = Batches(so_far.rows.train, s.batch_size, s.seed, s.batch_order)
+    batches = batches_of(so_far.rows.train, s.batch_size, s.seed, s.batch_order)
     prepare(run, method, measure, batches)
     allocator.give_back()
     so_far.loggers = loggers_of(run)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from smezo_cli.store.partial_scores import PartialScores
     from smezo_cli.store.trajectory import Trajectory
     from smezo_cli.tasks import Prompt, Row
+    from smezo_cli.tasks.mixture import Prompts
     from smezo_cli.zo.optimizer import ZeroOrder
 
 
@@ -132,6 +133,7 @@ def trained(
 ) -> int:
     """Put the trained weights, of the best step or another, into the model; return their step."""
     from smezo_cli.run.replay import rebuild
+    from smezo_cli.store.notes import noted_demonstrations
     from smezo_cli.store.trajectory import read
 
     chosen = state.best_step if step is None else step
@@ -139,7 +141,8 @@ def trained(
     if is_frozen(loaded.settings.method):
         if chosen:
             raise UserError(f"--step {step}: {folder.path} took no steps; leave it out.")
-        loaded.demonstrate(state.notes.get("demonstrations", {}).get("text", ""))
+        for part, note in noted_demonstrations(state.notes).items():
+            loaded.demonstrate(note["text"], part)
         if 0 in state.weights():
             loaded.set_probe(folder.load_weights(state, 0), folder.path)
         return 0
@@ -190,36 +193,57 @@ def replayed(loaded: "Loaded", records: "Trajectory", where: str) -> "ZeroOrder"
     return method
 
 
-def prompt_of_run(state: "State") -> "Prompt":
-    """Return the prompt that the run was trained with."""
-    return as_prompt(state.notes["prompts"][state.notes["prompt"]])
+def prompt_of_run(state: "State") -> "Prompt | Prompts":
+    """Return the prompt that the run was trained with; of a mixture that of each part."""
+    from smezo_cli.store.notes import noted_prompt
+
+    return as_prompt(noted_prompt(state.notes))
 
 
-def encode_rows(loaded: "Loaded", rows: Sequence["Row"], prompt: "Prompt", where: str) -> Any:
+def encode_rows(
+    loaded: "Loaded", rows: Sequence["Row"], prompt: "Prompt | Prompts", where: str
+) -> Any:
     """Return rows under a noted prompt; raise UserError if it does not suit them."""
+    words = {known.part: len(known.labels) for known in loaded.prompts}
     try:
-        if len(prompt.labels) == len(loaded.prompts[0].labels):
+        if all(len(one.labels) == words.get(one.part) for one in prompts_in(prompt)):
             return loaded.encode(rows, prompt)
     except (LookupError, ValueError):
         pass
     raise UserError(
-        f"{where}: its prompt {prompt.template[:60]!r} does not fit the rows of "
+        f"{where}: its prompt {prompts_in(prompt)[0].template[:60]!r} does not fit the rows of "
         f"{loaded.task.name}; the file is damaged, or of another task."
     )
 
 
-def as_prompt(note: Mapping[str, Any]) -> "Prompt":
+def as_prompt(note: Any) -> "Prompt | Prompts":
+    """Rebuild a prompt from what the run noted of it, or the prompts from a list of such notes."""
+    from smezo_cli.tasks.mixture import Prompts
+
+    if isinstance(note, list):
+        return Prompts({of["part"]: as_one_prompt(of) for of in note})
+    return as_one_prompt(note)
+
+
+def as_one_prompt(note: Mapping[str, Any]) -> "Prompt":
     """Rebuild a prompt from what the run noted of it."""
     from smezo_cli.tasks import Prompt
 
-    option = note.get("option")
-    labels = tuple(note["labels"])
-    return Prompt(note["template"], labels, option or Prompt.option, sfc=note.get("sfc"))
+    option = note.get("option") or Prompt.option
+    labels, part = tuple(note["labels"]), note.get("part", "")
+    return Prompt(note["template"], labels, option, sfc=note.get("sfc"), part=part)
+
+
+def prompts_in(prompt: "Prompt | Prompts") -> list["Prompt"]:
+    """Return one prompt, or those of the parts of a mixture."""
+    from smezo_cli.tasks.mixture import Prompts
+
+    return list(prompt.parts.values()) if isinstance(prompt, Prompts) else [prompt]
 
 
 def batch(
     loaded: "Loaded",
-    prompt: "Prompt",
+    prompt: "Prompt | Prompts",
     noted: Mapping[str, Any] | None,
     rows: Sequence["Row"] | None,
     say: Callable[[str], None],
@@ -237,7 +261,7 @@ def batch(
 
     found = Found.of(dict(noted)) if noted is not None else Found()
     if noted is None or rows is not None:
-        found = found.stricter(loaded.measure_batching([prompt], rows))
+        found = found.stricter(loaded.measure_batching(prompts_in(prompt), rows))
     found.to(loaded.scorer)
     if found.line:
         say(found.line)
@@ -267,11 +291,12 @@ def score_rows(
         UserError: a score is not finite.
     """
     from smezo_cli.machine.stop import Stopped, StopRequest
-    from smezo_cli.run.evaluate import evaluate
+    from smezo_cli.run.evaluate import evaluate, in_parts
     from smezo_cli.run.not_finite import why_not_finite
     from smezo_cli.scoring.batching import Found
     from smezo_cli.scoring.objectives import NonFiniteScore
     from smezo_cli.store.saved import tensors_digest
+    from smezo_cli.tasks.mixture import weights_of
 
     probe, s, scorer = loaded.scorer.probe, loaded.settings, loaded.scorer
     about = {
@@ -282,13 +307,17 @@ def score_rows(
         "machine": [str(loaded.device), s.dtype, s.compute_dtype],
     }
     with StopRequest(console.say) as stop:
-        part = kept.part(about, split, rows)
-        done = len(part.answered if rows[0].kind == "generation" else part.scored)
-        if done:
-            console.say(f"  {done} of {len(rows)} rows were scored before the stop")
-        bar = console.bar(split, len(rows), done)
+
+        def one(of_part: Any, name: str) -> "Evaluation":
+            part = kept.part(about, split, of_part)
+            done = len(part.answered if of_part[0].kind == "generation" else part.scored)
+            if done:
+                console.say(f"  {done} of {len(of_part)} rows were scored before the stop")
+            bar = console.bar(f"{split} {name}".strip(), len(of_part), done)
+            return evaluate(scorer, of_part, bar, lambda: stop.asked, part=part)
+
         try:
-            return evaluate(scorer, rows, bar, lambda: stop.asked, part=part)
+            return in_parts(rows, weights_of(s.task), one)
         except NonFiniteScore as error:
             raise UserError(f"{where}: {error}; {why_not_finite(loaded)}.") from error
         except Stopped:

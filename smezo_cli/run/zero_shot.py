@@ -1,20 +1,25 @@
 """Ask the model as it comes: choose the prompt and fit label offsets on dev, score the test."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from smezo_cli.config.fixed import is_frozen
 from smezo_cli.run.begin import Run
+from smezo_cli.run.console import in_words
 from smezo_cli.run.evaluator import Evaluator
 from smezo_cli.run.loaded import Loaded
 from smezo_cli.run.rows import Rows
-from smezo_cli.scoring import metrics
 from smezo_cli.scoring.batching import Found
 from smezo_cli.scoring.evaluation import Evaluation
+from smezo_cli.scoring.mixture import MixedEvaluation
+from smezo_cli.scoring.parts import by_part
+from smezo_cli.store.notes import Notes, chosen_prompts
 from smezo_cli.store.values import Metrics
 from smezo_cli.store.values import Prompt as PromptNote
-from smezo_cli.tasks.base import one_class
+from smezo_cli.tasks import Prompt
 
 
 def choose_batching(run: Run, loaded: Loaded, again: bool = False) -> None:
@@ -28,7 +33,8 @@ def choose_batching(run: Run, loaded: Loaded, again: bool = False) -> None:
     notes = run.notes
     found = Found.of(notes["batching"]) if "batching" in notes else Found()
     if again or "batching" not in notes:
-        prompts = [loaded.prompts[notes["prompt"]]] if "prompt" in notes else loaded.prompts
+        chosen = notes.get("prompt", range(len(loaded.prompts)))
+        prompts = [loaded.prompts[k] for k in ([chosen] if isinstance(chosen, int) else chosen)]
         found = found.stricter(loaded.measure_batching(prompts))
         notes["batching"] = found.plain()
     found.to(loaded.scorer)
@@ -41,6 +47,8 @@ def choose_batching(run: Run, loaded: Loaded, again: bool = False) -> None:
 def choose_prompt(run: Run, evaluate: Evaluator) -> Evaluation | None:
     """Note the prompt with the best metric on dev; of classification with a threshold fitted there.
 
+    Of a mixture the prompt of each part is chosen as that of a task of its own.
+
     Returns:
         Dev under that prompt; None where nothing was evaluated, as one prompt needs no choice or
         an earlier start has chosen.
@@ -48,12 +56,34 @@ def choose_prompt(run: Run, evaluate: Evaluator) -> Evaluation | None:
     notes, s, loaded = run.notes, run.settings, evaluate.loaded
     if "prompt" in notes:
         return None
-    prompts, kind = loaded.prompts, loaded.task.kind
     if s.zero_shot:
         run.say("zero-shot:" if is_frozen(s.method) else "zero-shot, before training:")
-    calibrates = s.zero_shot and kind == "classification"
+    chosen, found = list[int](), dict[str, Evaluation]()
+    for part, of_part in by_part(loaded.prompts).items():
+        number, dev = _choose(run, evaluate, of_part)
+        chosen.append(number)
+        if dev is not None:
+            found[part] = dev
+    if not loaded.task.parts:
+        notes["prompt"] = chosen[0]
+        return found.get("")
+    notes["prompt"] = chosen
+    complete = len(found) == len(chosen)
+    return MixedEvaluation.of(found, loaded.task.weights) if complete else None
+
+
+def _choose(
+    run: Run, evaluate: Evaluator, prompts: Sequence[Prompt]
+) -> tuple[int, Evaluation | None]:
+    """Note the prompts of a task or a part; return the number of the best one, and dev under it."""
+    notes, s, loaded = run.notes, run.settings, evaluate.loaded
+    part = prompts[0].part
+    rows = by_part(loaded.task.dev)[part]
+    calibrates = s.zero_shot and loaded.node_of(part)["kind"] == "classification"
+    first = len(notes.setdefault("prompts", []))
+    name = f" {part}" if part else ""
     best: tuple[tuple[float, float], int, Evaluation] | None = None
-    for k, prompt in enumerate(prompts):
+    for k, prompt in enumerate(prompts, first):
         note: PromptNote = {
             "template": prompt.template,
             "labels": list(prompt.labels),
@@ -61,28 +91,28 @@ def choose_prompt(run: Run, evaluate: Evaluator) -> Evaluation | None:
         }
         if prompt.sfc is not None:
             note["sfc"] = prompt.sfc
+        if part:
+            note["part"] = part
         if len(prompts) > 1 or calibrates:
-            found = evaluate(loaded.encode(loaded.task.dev, prompt), "dev", prompt=k)
+            found = evaluate(loaded.encode(rows, prompt), "dev", prompt=k)
             line, of_dev = _noted(found, note)
             rank = (of_dev[found.metric], -of_dev["loss"])
             if best is None or rank > best[0]:
                 best = rank, k, found
             words = f" {'/'.join(prompt.labels)}" if prompt.labels else ""
-            run.say(f"{line}  {prompt.template!r}{words}")
-        notes.setdefault("prompts", []).append(note)
-    notes["prompt"] = 0 if best is None else best[1]
+            run.say(f"  dev{name} {line}  {prompt.template!r}{words}")
+        notes["prompts"].append(note)
+    number = first if best is None else best[1]
     if len(prompts) > 1:
-        run.say(f"  chosen on dev: {prompts[notes['prompt']].template!r}")
-    return None if best is None else best[2]
+        run.say(f"  chosen on dev{name}: {prompts[number - first].template!r}")
+    return number, None if best is None else best[2]
 
 
 def _noted(found: Evaluation, note: PromptNote) -> tuple[str, Metrics]:
     """Note what a prompt gave on dev; return a line, and the metrics that it is chosen by."""
     note["dev"] = of_dev = found.figures()
-    line = f"  dev {of_dev[found.metric]:.4f}"
-    # Of one class alone any offset that favours it is right in all rows.
-    if found.kind == "classification" and not one_class(found.labels.tolist()):
-        offsets = metrics.fit_offsets(found.scores, found.labels)
+    line = f"{of_dev[found.metric]:.4f}"
+    if (offsets := found.fit_offsets()) is not None:
         note["dev_calibrated"] = of_dev = found.figures(offsets)
         note["offsets"] = offsets.tolist()
         line += f", calibrated {of_dev[found.metric]:.4f}"
@@ -104,22 +134,39 @@ def measure(run: Run, evaluate: Evaluator, rows: Rows) -> Evaluation | None:
         scores = {"zero_shot": found.scores, "outcome.zero_shot": found.per_row()}
         notes["zero_shot"] = found.figures()
         _say_test(run, notes["zero_shot"], found.metric, "")
-        note = notes["prompts"][notes["prompt"]]
-        if "offsets" in note:
-            offsets = torch.tensor(note["offsets"])
+        if (offsets := _noted_offsets(notes)) is not None:
             notes["zero_shot_calibrated"] = found.figures(offsets)
             scores["outcome.calibrated"] = found.per_row(offsets)
             _say_test(run, notes["zero_shot_calibrated"], found.metric, ", calibrated on dev")
         folder.save_scores(scores | {"labels": found.labels})
         folder.save_state(run.state)
     if s.stop_if_diverged is not None and "dev_loss_before" not in notes:
-        note = notes["prompts"][notes["prompt"]]
-        before = note.get("dev") or evaluate(rows.dev, "dev").figures()
-        notes["dev_loss_before"] = before["loss"]
+        notes["dev_loss_before"] = _dev_loss(run, evaluate, rows)
         folder.save_state(run.state)
     evaluate.partial.forget()
     return found
 
 
+def _noted_offsets(notes: Notes) -> Any:
+    """Return the label offsets of the chosen prompt, or of those of the parts that have some."""
+    found = {
+        note.get("part", ""): torch.tensor(note["offsets"])
+        for note in chosen_prompts(notes)
+        if "offsets" in note
+    }
+    return found.get("", found or None)
+
+
+def _dev_loss(run: Run, evaluate: Evaluator, rows: Rows) -> float:
+    """Return the dev loss before training: as the choice of the prompt found it, or found now."""
+    chosen, weights = chosen_prompts(run.notes), evaluate.loaded.task.weights
+    if all(note.get("dev") for note in chosen):
+        losses = [(weights.get(note.get("part", ""), 1.0), note["dev"]) for note in chosen]
+        return math.fsum(weight * (dev or {})["loss"] for weight, dev in losses)
+    return float(evaluate(rows.dev, "dev").figures()["loss"])
+
+
 def _say_test(run: Run, of_test: dict[str, Any], metric: str, words: str) -> None:
     run.say(f"  test {of_test[metric]:.4f} +- {of_test['standard_error']:.4f}{words}")
+    if line := in_words(of_test, metric):
+        run.say(f"       {line}")

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -66,6 +66,7 @@ class Candidates:
         num_merged: candidates whose first characters share a token with the context's last.
         id: the row's.
         base: with a calibrated prompt the candidates behind its domain-conditional prompt.
+        part: in a mixture the name of the part that the row is of.
     """
 
     full: tuple[tuple[int, ...], ...]
@@ -82,6 +83,7 @@ class Candidates:
     num_merged: int = 0
     id: str = ""
     base: "Candidates | None" = None
+    part: str = field(default="", repr=False)  # the id says it; by repr scores are found again
 
     @property
     def width(self) -> int:

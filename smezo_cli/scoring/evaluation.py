@@ -52,7 +52,29 @@ class Evaluation:
         """Return the labels, int64 (n,); -1 where one is not known."""
         return torch.tensor([row.label for row in self.rows])
 
-    def per_row(self, offsets: Tensor | None = None) -> Tensor:
+    def with_scores(self, rows: Sequence[Candidates], scores: Tensor) -> "Evaluation":
+        """Return the evaluation of other rows of the task by their scores."""
+        return Evaluation(rows, scores)
+
+    def fit_offsets(self) -> Any:
+        """Return the label offsets that suit these rows best; None where they can tell nothing.
+
+        They are for classification alone, and for rows of more than one class: of one class alone
+        any offset that favours it is right in all rows.
+        """
+        if self.kind != "classification" or len(set(self.labels.tolist())) == 1:
+            return None
+        return metrics.fit_offsets(self.scores, self.labels)
+
+    def gain(self, theirs: Tensor) -> tuple[float, float]:
+        """Return how much better these rows did than in another evaluation, and the paired error.
+
+        Args:
+            theirs: what :meth:`per_row` gave there, (n,).
+        """
+        return metrics.paired_gain(self.per_row(), theirs)
+
+    def per_row(self, offsets: Any = None) -> Tensor:
         """Return the metric of each row, float64 (n,); nan where nothing is known to compare with.
 
         Args:
@@ -61,7 +83,7 @@ class Evaluation:
         scores = self.scores if offsets is None else self.scores + offsets
         return outcomes(self.rows, scores, self.texts)
 
-    def figures(self, offsets: Tensor | None = None) -> dict[str, Any]:
+    def figures(self, offsets: Any = None) -> dict[str, Any]:
         """Return the metric, its standard error, n and the loss over the labelled rows.
 
         The loss is the training objective on the split. Classification adds the AUC (None unless
@@ -99,7 +121,7 @@ class Evaluation:
             figures["exact_match"] = float(exact.mean())
         return figures
 
-    def predictions(self, offsets: Tensor | None = None) -> list[dict[str, Any]]:
+    def predictions(self, offsets: Any = None) -> list[dict[str, Any]]:
         """Return what was predicted for each row, in plain values for a line of JSON.
 
         The scores of classification are log-probabilities among the labels, those of choice mean

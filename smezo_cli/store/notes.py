@@ -93,12 +93,13 @@ class Notes(TypedDict, total=False):
     model: Text  # fingerprint
     batching: Annotated[dict[str, Any], by(Batching)]  # scoring.batching.Found in plain values
     prompts: list[Prompt]
-    prompt: Count  # the chosen one
+    prompt: Annotated[int | list[int], by(Count | list[Count])]  # the chosen one, or of each part
     truncated: Count  # prompts that were cut
     zero_shot: _Compared
     zero_shot_calibrated: _Compared
     dev_loss_before: Number
     demonstrations: Demonstrations
+    demonstrations_of: dict[Text, Demonstrations]  # of each part of a mixture
     active_share: Number | None
     num_trained: Count
     executor: Text | None
@@ -114,3 +115,21 @@ class Notes(TypedDict, total=False):
     # behind the training
     weights: dict[Text, SavedWeights]  # "best" and "last"
     unsettled: Annotated[Unsettled, no_others(Unsettled)]
+
+
+def chosen_prompts(notes: Notes) -> list[Prompt]:
+    """Return the notes of the chosen prompt: one, or in a mixture one of each part."""
+    chosen = notes["prompt"]
+    return [notes["prompts"][k] for k in ([chosen] if isinstance(chosen, int) else chosen)]
+
+
+def noted_prompt(notes: Notes) -> Prompt | list[Prompt]:
+    """Return the note of the chosen prompt, or in a mixture the list of those of the parts."""
+    found = chosen_prompts(notes)
+    return found[0] if isinstance(notes["prompt"], int) else found
+
+
+def noted_demonstrations(notes: Notes) -> dict[str, Demonstrations]:
+    """Return the demonstrations by part; "" is that of a single task."""
+    own = {"": notes["demonstrations"]} if "demonstrations" in notes else {}
+    return own | notes.get("demonstrations_of", {})

@@ -66,7 +66,11 @@ def _hangs_together(state: SavedState) -> bool:
     if state["looked"] and state["best_step"] is None:  # the first evaluation is the best so far
         return False
     notes = state["notes"]
-    return "prompt" not in notes or notes["prompt"] < len(notes.get("prompts", ()))
+    if "prompt" not in notes:
+        return True
+    chosen = notes["prompt"]
+    numbers = [chosen] if isinstance(chosen, int) else chosen
+    return bool(numbers) and max(numbers) < len(notes.get("prompts", ()))
 
 
 # --- result.json -----------------------------------------------------------------------------
@@ -110,13 +114,19 @@ class Result(TypedDict, total=False):
     ]
     demonstrations: Annotated[
         Any,
-        says("Of method=icl: asked and used (their numbers), tokens (their length), rows (ids)."),
+        says(
+            "Of method=icl: asked and used (their numbers), tokens (their length), rows (ids); of "
+            "a mixture these of each part by name."
+        ),
     ]
     dev: Annotated[Dev | None, says("Evaluations on dev.")]
     weights: Annotated[
         dict[Text, SavedWeights] | None, says("The best (tested) and the last weights.")
     ]
-    prompt: Annotated[Prompt | None, says("The prompt that was chosen on dev.")]
+    prompt: Annotated[
+        Prompt | list[Prompt] | None,
+        says("The prompt that was chosen on dev; of a mixture the list of those of the parts."),
+    ]
     truncated_prompts: Annotated[Any, says("How many prompts were too long and cut on the left.")]
     batching: Annotated[Batching | None, says("Which rows share a forward.")]
     data_fingerprint: Annotated[Any, says("SHA-256 of the data files of the user.")]
@@ -213,7 +223,7 @@ def _is_complete(result: Mapping[str, Any]) -> bool:
 
 _state = TypeAdapter[Any](Annotated[SavedState, no_others(SavedState), also(_hangs_together)])
 _result = TypeAdapter[Any](Result)
-_prompt = TypeAdapter[Any](Prompt)
+_prompt = TypeAdapter[Any](Prompt | list[Prompt])
 _batching = TypeAdapter[Any](Batching | None)
 _metrics = TypeAdapter[Any](MetricsOfTest | None)
 _evaluations = TypeAdapter[Any](list[tuple[Count, Number]])

@@ -101,6 +101,13 @@ class _MetricsOfRows(TypedDict, total=False):
     auc: Annotated[
         Number | None, says("Of two classes: area under the ROC curve. null for more classes.")
     ]
+    parts: Annotated[
+        dict[Text, Metrics],
+        says(
+            "Of a mixture: these metrics of each part. accuracy is then their mean, whatever the "
+            "sizes of the parts, and loss their mean by task.weights."
+        ),
+    ]
 
 
 class _MetricsOfTest(_MetricsOfRows, total=False):
@@ -154,6 +161,7 @@ class Prompt(TypedDict, total=False):
     dev: Annotated[Metrics | None, says("Metrics on dev before training.")]
     dev_calibrated: Annotated[Metrics | None, says("The same with label offsets.")]
     offsets: Annotated[list[Number], says("Label offsets that were fitted on dev.")]
+    part: Annotated[Text, says("Of a mixture: the part that it is of.")]
 
 
 class SavedWeights(TypedDict):

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from smezo_cli.errors import UserError
@@ -29,6 +29,7 @@ class Row(NamedTuple):
         options: in a choice task the row's own candidates, else ().
         right: in a choice task all candidates that count as right, the label among them.
         answers: in a generation task the reference answers; the first is trained on.
+        part: in a mixture the name of the part that it is of.
     """
 
     fields: Mapping[str, str]
@@ -37,6 +38,7 @@ class Row(NamedTuple):
     options: tuple[str, ...] = ()
     right: frozenset[int] = frozenset()
     answers: tuple[str, ...] = ()
+    part: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Prompt:
             has places for `{option}`, its `{number}` from 1 and its `{letter}` from A.
         head: what stands before every context: demonstrations, and what parts them from it.
         sfc: in a calibrated prompt the template of the domain-conditional prompt; see `base`.
+        part: in a mixture the name of the part whose rows it writes.
     """
 
     template: str
@@ -59,6 +62,7 @@ class Prompt:
     option: str = "{option}"
     head: str = ""
     sfc: str | None = None
+    part: str = ""
 
     @property
     def is_masked(self) -> bool:
@@ -133,6 +137,8 @@ class Task:
         source: in one line, where the rows are from and what of them was left out.
         fingerprint: hex digest or commit of the data; "" where neither is known.
         notes: what somebody who reads the metrics must know of the rows, each in one line.
+        parts: of a mixture its tasks by name; its prompts and rows are theirs, one after the other.
+        weights: of a mixture how much the loss of each part counts; they add up to 1.
     """
 
     name: str
@@ -146,6 +152,8 @@ class Task:
     masked: tuple[Prompt, ...] = ()
     fingerprint: str = ""
     notes: tuple[str, ...] = ()
+    parts: Mapping[str, "Task"] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -165,10 +173,13 @@ class Tables:
 
 
 def fingerprint(rows: Sequence[Row]) -> str:
-    """Return twelve hex digits of rows in their order: equal for equal ids, texts and labels."""
+    """Return twelve hex digits of rows in their order: equal for equal ids, texts and labels.
+
+    Of a row in a mixture the id says the part.
+    """
     # As json.dumps writes a list of them with sorted keys, which takes three times as long.
     digest, quoted = hashlib.sha256(), json.encoder.encode_basestring_ascii
-    for text, label, name, options, right, answers in rows:
+    for text, label, name, options, right, answers, _ in rows:
         fields = ", ".join([f"{quoted(k)}: {quoted(v)}" for k, v in sorted(text.items())])
         lists = "[], [], []"
         if options or right or answers:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from smezo_cli.errors import UserError
-from smezo_cli.kinds import KINDS
-from smezo_cli.tasks import own, records, rotten_tomatoes, toy
+from smezo_cli.kinds import KINDS, MIXTURE
+from smezo_cli.tasks import mixture, own, records, rotten_tomatoes, toy
 from smezo_cli.tasks.base import Row, Tables, Task, cut, lacking, one_class, prompts_of
 from smezo_cli.tasks.files import digest_of
 
@@ -47,6 +47,10 @@ def load_task(
         UserError: missing or malformed data; prompts or counts that do not fit.
     """
     kind = cfg["kind"]
+    if kind == MIXTURE:
+        nodes = cfg["nodes"].items()
+        parts = {name: load_task(of, data_seed=data_seed, cache=cache) for name, of in nodes}
+        return mixture.joined(cfg, parts)
     if kind not in KINDS:
         raise UserError(f"task.kind={kind} is not known; there are {', '.join(KINDS)}.")
     if "source" not in cfg:
@@ -119,6 +123,9 @@ def _missing_classes(tables: Tables, splits: Mapping[str, Sequence[Row]]) -> lis
 
 def local_fingerprint(cfg: Mapping[str, Any]) -> str | None:
     """Return the `fingerprint` that the task would have; None if its data is in no local files."""
+    if cfg["kind"] == MIXTURE:
+        found = [local_fingerprint(node) for node in cfg["nodes"].values()]
+        return None if None in found else " ".join(map(str, found))
     if cfg.get("data"):
         names = [cfg["data"], *([cfg["test_data"]] if cfg.get("test_data") else [])]
     elif cfg.get("data_dir"):

@@ -21,6 +21,8 @@ class LossMeter:
         eps: radius of the probes.
         step: number of the step.
         on_equal_losses: called where the two losses of a pair are the same number.
+        joined: answers that several processes came to in an earlier try at this step, which ended
+            for want of memory: the others will not measure them again. Receives those of this try.
     """
 
     def __init__(
@@ -31,9 +33,12 @@ class LossMeter:
         eps: float,
         step: int,
         on_equal_losses: Callable[[], None],
+        joined: list[list[list[float]]] | None = None,
     ) -> None:
         self._closure, self._direction, self._executors = closure, direction, executors
         self.eps, self.step, self._on_equal_losses = eps, step, on_equal_losses
+        self._joined = [] if joined is None else joined
+        self._num_asked = 0
         #: all losses of the step so far
         self.all_losses: list[float] = []
 
@@ -51,6 +56,8 @@ class LossMeter:
                 raise TypeError(f"the closure has no of(), which gives the loss {objective!r}")
             closure = closure.of(objective)
         shared = closure if isinstance(closure, Shared) else None
+        if shared is not None and self._num_asked < len(self._joined):
+            return self._taken(self._joined[self._num_asked])
         numbers = range(len(groups)) if shared is None else shared.queries(len(groups))
         measured: dict[int, list[float]] = {}
         for i in numbers:
@@ -67,8 +74,13 @@ class LossMeter:
             joined = shared.join(measured, list(map(len, groups)))
             for losses in joined:  # of all, so that every process raises or none
                 self._check_finite(losses)
-        self.all_losses += [loss for losses in joined for loss in losses]
-        return joined
+            self._joined.append(joined)
+        return self._taken(joined)
+
+    def _taken(self, found: list[list[float]]) -> list[list[float]]:
+        self._num_asked += 1
+        self.all_losses += [loss for losses in found for loss in losses]
+        return found
 
     def two_sided(
         self, keys: Sequence[Key], objective: str = "batch", base: str = ""

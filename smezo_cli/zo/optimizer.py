@@ -16,7 +16,7 @@ from smezo_cli.zo.loss_meter import LossMeter
 from smezo_cli.zo.move import Gradient
 from smezo_cli.zo.parts import Parts
 from smezo_cli.zo.self_check import SelfCheck
-from smezo_cli.zo.step import Closure, StepRecord
+from smezo_cli.zo.step import Closure, NonFiniteLoss, StepRecord
 from smezo_cli.zo.targets import check, number
 from smezo_cli.zo.updates.base import WeightWriter
 
@@ -32,7 +32,6 @@ class ZeroOrder(Parts):
     takes_steps: ClassVar = True
     replays: ClassVar = True  # its steps can be made again from recorded scalars
     compares_losses: ClassVar = True  # so that losses need no gradient, and may be any objective
-    asks_once: ClassVar = True  # a step asks for all its losses at once: ranks exchange them once
     mode = "eval"
 
     @torch.inference_mode(False)
@@ -66,18 +65,33 @@ class ZeroOrder(Parts):
 
         eps = self.param_groups[0]["eps"]
         ask = LossMeter(
-            closure, self.direction, self.executors, eps, self.num_steps, on_equal_losses
+            closure,
+            self.direction,
+            self.executors,
+            eps,
+            self.num_steps,
+            on_equal_losses,
+            self._joined,
         )
+        try:
+            scalars = self._measure(ask)
+        except NonFiniteLoss:  # of all processes
+            self._joined.clear()
+            raise
+        loss = sum(ask.all_losses) / len(ask.all_losses)
+        self._joined.clear()
+        record = self.record(loss, scalars, self.num_steps)
+        self._apply(scalars)
+        return record
+
+    def _measure(self, ask: LossMeter) -> list[float]:
         scalars = list(self.estimator.measure(ask))
         if self.step_size is not None:
             group = self.param_groups[0]
             gradient = self._gradient(scalars, self.num_steps).clipped(self.clip_projected_grad)
             decay = group["lr"] * group["weight_decay"]
             scalars.append(self.step_size.measure(ask, gradient, group["lr"], decay))
-        loss = sum(ask.all_losses) / len(ask.all_losses)
-        record = self.record(loss, scalars, self.num_steps)
-        self._apply(scalars)
-        return record
+        return scalars
 
     @torch.inference_mode(False)
     @torch.no_grad()

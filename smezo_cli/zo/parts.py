@@ -153,6 +153,7 @@ class Parts(torch.optim.Optimizer):
             estimator.num_terms,
         )
         self._model = model
+        self._joined: list[list[list[float]]] = []  # see LossMeter
         self._unchecked = self._asks_again = given["check"]  # by the self-check
 
     def _check_in_place(self) -> None:
@@ -188,6 +189,11 @@ class Parts(torch.optim.Optimizer):
             **self.update.identity(),
             **({} if self.step_size is None else self.step_size.identity()),
         }
+
+    @property
+    def remark(self) -> str:
+        """What a user should know of the method on this model, as words after "method"; or ""."""
+        return ""
 
     @property
     def num_scalars(self) -> int:
@@ -297,6 +303,7 @@ class Parts(torch.optim.Optimizer):
             LookupError, ValueError: they are not of these weights.
         """
         self.direction.end()
+        self._joined.clear()
         self.num_steps = numbers["num_steps"]
         for target in self.targets:
             target.h = float.fromhex(numbers["h"][target.name])

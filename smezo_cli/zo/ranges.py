@@ -119,8 +119,12 @@ class Names:
 # --- names for signatures ---------------------------------------------------------------------
 
 Count = Annotated[int, Whole(1, example="16")]
+Epochs = Annotated[int, Whole(2, example="160")]
 Shown = Annotated[int, Whole(1, example="32")]
 StepsBetween = Annotated[int, Whole(0, example="0")]
+Generators = Annotated[int, Whole(0, end=2**10, example="0")]
+PoolBits = Annotated[int, Whole(4, end=17, example="12")]
+Modulus = Annotated[str, Choice("exact", "power_of_two")]
 Rows = Annotated[int, Whole(0, example="0")]
 Positive = Annotated[float, Number(0, above=True, example="1.0")]
 NotNegative = Annotated[float, Number(0, example="0.0")]

@@ -27,6 +27,12 @@ from smezo_cli.report import table as table_module
 AWAITED = {
     "method=adazeta",
     *("method=zo_adamu", "method=zo_sgd_cons", "method=zo_sgd_sign"),
+    *("method=lozo", "method=lozo_m", "method=subzero", "method=subzero_plus", "method=svd0"),
+    *("method=mezo_svrg", "method=lezo", "method=senszoq", "method=helene", "method=hizoo"),
+    *("method=mezo_gv", "method=subzero_gv", "method=fzoo", "method=grzo", "method=qzo"),
+    *("method=dominant_layer", "prompt tuning", "a grid of learning rates for method=sgd"),
+    *("task=winogrande", "model=llama-13b", "model=llama-70b"),
+    "a column that is a mean over tasks",
 }
 TINY = """\
 title: tiny
@@ -76,6 +82,7 @@ def test_a_line_of_a_table_has_no_key_that_is_not_read(name: str) -> None:
         "one_seed",
         "no_steps",
         "without",
+        "by",
     }
     node: Any = OmegaConf.load(CONF_DIR / "table" / f"{name}.yaml")
     for line in (*node["columns"].items(), *node["rows"].items()):
@@ -125,6 +132,59 @@ def test_what_two_tables_have_in_common_is_the_same_run() -> None:
             assert set(third.words(row, column) or ()) == set(same)
     squad = third.words(third.rows[0], third.columns[4]) or ()
     assert {"experiment=mezo/ft", "batch_size=8"} <= set(squad)
+
+
+def test_a_printed_row_of_several_papers_says_whose_run_it_is() -> None:
+    tables = [table_module.load(name) for name in table_module.names()]
+    assert any(len(t.sources) > 1 for t in tables)
+    for t in tables:
+        printed = [row for row in t.rows if any(row.paper)]
+        assert {row.by for row in printed} - {""} == set(t.sources), t.id
+        assert all(bool(row.by) == bool(t.sources) for row in printed), t.id
+        assert not any(row.by for row in t.rows if row not in printed), t.id
+
+
+@pytest.mark.parametrize(
+    ("name", "of_paper", "renamed"),
+    [
+        ("opt-13b", "mezo/1", {"FT": "FT (AdamW)"}),
+        ("roberta-k16", "mezo/18-k16", {}),
+        ("roberta-k512", "mezo/18-k512", {}),
+    ],
+)
+def test_a_row_that_is_in_two_tables_has_one_command_and_one_value(
+    name: str, of_paper: str, renamed: dict[str, str]
+) -> None:
+    """MeZO's own rows beside those of later papers are those of its tables, so a run fills both."""
+    field, own = table_module.load(f"field/{name}"), table_module.load(of_paper)
+    rows = {row.name: row for row in field.rows if row.by == "MeZO"}
+    assert len(rows) >= 4
+    assert [column.name for column in field.columns] == [column.name for column in own.columns]
+    both = [(row, rows.pop(renamed.get(row.name, row.name), None)) for row in own.rows]
+    assert not rows
+    for its, ours in both:
+        if ours is not None:
+            assert its.paper == ours.paper
+            assert [own.words(its, c) for c in own.columns] == [
+                field.words(ours, c) for c in field.columns
+            ]
+
+
+def test_whose_run_a_printed_value_is_stands_beside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["table", "field/opt-13b", "--runs-dir", str(tmp_path), "--column", "WSC"]
+    assert main(line) == 0
+    out = capsys.readouterr().out
+    assert "|  | LOZO | 61.5 |" in out
+    assert "|  | SVD-0 | 63.5? |" in out
+    assert "LOZO: LOZO's run: arXiv 2410.07698" in out
+    assert "|  | paper |" not in out
+    assert main([*line, "--format", "csv"]) == 0
+    records = {r["row"]: r for r in csv.DictReader(io.StringIO(capsys.readouterr().out))}
+    keys = ("paper", "mark", "by")
+    assert [records["FZOO"][key] for key in keys] == ["63.5", "†", "FZOO"]
+    assert [records["SubZero (SubZero+'s run)"][key] for key in keys] == ["", "", ""]
 
 
 @pytest.mark.parametrize("name", table_module.names())

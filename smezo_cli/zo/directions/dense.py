@@ -50,14 +50,23 @@ class Dense:
         backend = context.backend
         if backend == "auto" and device.type == "cpu" and num_weights < WORTH_COMPILING:
             backend = "eager"
-        self.passes, self.why_eager = choose_passes(self._rule, backend, device)
+        self.passes, self.why_eager = self._choose_passes(self._rule, backend, device)
         # Probes round to nearest; only the stored update may round stochastically.
         self.probe_passes: Passes = self.passes
         if self._rule.stochastic:
-            self.probe_passes = type(self.passes)(Rule(self._rule.mask, self.noise, False))
+            rule = Rule(self._rule.mask, self.noise, False)
+            kind = "eager" if self.passes.name == "eager" else "compiled"
+            self.probe_passes = self._choose_passes(rule, kind, device)[0]
         self.keeps = self._whether_to_keep(context, num_terms, num_weights, device)
         self._kept: dict[str, tuple[Tensor, Tensor]] = {}
         self._streams: dict[tuple[str | int, ...], list[tuple[int, int]]] = {}
+
+    def _choose_passes(self, rule: Rule, backend: str, device: torch.device) -> tuple[Passes, str]:
+        return choose_passes(rule, backend, device)
+
+    def _eager(self, rule: Rule) -> EagerPasses:
+        """The passes that give z and masks themselves."""
+        return EagerPasses(rule)
 
     def _whether_to_keep(
         self, context: DirectionContext, num_terms: int, num_weights: int, device: torch.device
@@ -155,7 +164,7 @@ class Dense:
         assert target.index is not None
         numel, draw = target.parameter.numel(), mover.draw(target)
         zero = torch.zeros(target.num_trained, device=target.index.device)
-        eager = EagerPasses(Rule(self._rule.mask, self.noise))
+        eager = self._eager(Rule(self._rule.mask, self.noise))
         total = eager.move_at(zero, target.index, numel, draw._replace(decay=None))
         bits = None
         if self._rule.stochastic:
@@ -170,11 +179,11 @@ class Dense:
         """The mask of a whole tensor (bool, flat), before it is written to; None: all is active."""
         if self.selection.stream(0) is None and target.h == float("inf"):
             return None
-        return EagerPasses(self._rule).mask_of(target.flat, mover.draw(target))
+        return self._eager(self._rule).mask_of(target.flat, mover.draw(target))
 
     def masks(self, step: int) -> Iterator[Tensor]:
         """See :class:`Direction`."""
-        mover, eager = self.mover(step, Move((Term(Key(step), 0.0),))), EagerPasses(self._rule)
+        mover, eager = self.mover(step, Move((Term(Key(step), 0.0),))), self._eager(self._rule)
         for target in self.targets:
             if target.rests or target.index is not None:
                 mask = torch.zeros_like(target.flat, dtype=torch.bool)
@@ -186,7 +195,7 @@ class Dense:
 
     def kept(self, target: Target, mover: "DenseMover") -> tuple[Tensor, Tensor]:
         """Return z (float32, flat) of the first term and the mask; of the step's start, if kept."""
-        eager = EagerPasses(self._rule)
+        eager = self._eager(self._rule)
         if not self.keeps:
             return eager.noise_and_mask(target.flat, mover.draw(target))
         if target.name not in self._kept:

@@ -1,0 +1,214 @@
+"""Ranks that die, stop, fail, or wait for others: all end, in words, and fewer go on."""
+
+import functools
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from smezo_cli.config.compose import compose
+from smezo_cli.config.settings import check
+from smezo_cli.errors import UserError
+from smezo_cli.machine import torchrun
+from smezo_cli.run import measure, ranks
+from smezo_cli.store.partial_scores import NAME
+from tests.run.processes import Started, count_batches, smezo, until
+from tests.run.rank_groups import RUN, Group, free_port, together, weights_of
+from tests.run.tiny_runs import METHODS, result_of, run_folder
+
+
+def trajectory_bytes(cwd: Path) -> int:
+    found = list(cwd.glob("runs/*/*/trajectory.bin"))
+    return found[0].stat().st_size if found else 0
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_dies_ends_all_and_fewer_go_on(victim: int, tmp_path: Path) -> None:
+    words = [*METHODS["sparse_mezo"], *RUN, "steps=150", "eval_every=75"]
+    with Group(2, words, tmp_path) as group:
+        until(lambda: trajectory_bytes(tmp_path) > 2200)
+        os.kill(group.ranks[victim].pid, signal.SIGKILL)
+        group.ranks[victim].kill()
+        other = group.ranks[1 - victim].wait(60)
+    assert other.code == 2
+    assert "another rank has ended" in other.err
+    assert "the same command (without if_exists=fresh) goes on" in other.err
+    assert "Traceback" not in other.err
+    # The rest alone, with a forward's rows as they were: nothing is lost, nothing differs.
+    ended = smezo([*words, "micro_batch_size=4"], tmp_path)
+    assert ended.code == 0, ended.err
+    assert "are recorded: applied" in ended.out or "going on from step" in ended.out
+    assert smezo([*words, "micro_batch_size=4"], tmp_path / "one").code == 0
+    assert weights_of(run_folder(tmp_path)) == weights_of(run_folder(tmp_path / "one"))
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_stop_of_any_rank_stops_all_between_two_steps(asked: int, tmp_path: Path) -> None:
+    words = [*METHODS["sparse_mezo"], *RUN, "steps=150", "eval_every=75"]
+    with Group(2, words, tmp_path) as group:
+        until(lambda: trajectory_bytes(tmp_path) > 2200)
+        os.kill(group.ranks[asked].pid, signal.SIGTERM)
+        ended = group.wait()
+    assert [one.code for one in ended] == [130, 0]
+    assert "stopped; the same command goes on" in ended[0].out
+    assert result_of(run_folder(tmp_path))["status"] == "stopped"
+
+
+def term_at_batch(rank: int, number: int) -> None:
+    """SIGTERM to one rank at its n-th batch of all evaluations; every rank notes its batches."""
+    mine = os.environ.get("RANK") == str(rank)
+    count_batches(number if mine else math.inf)
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_stop_of_any_rank_stops_all_between_two_batches(asked: int, tmp_path: Path) -> None:
+    """All ranks break off at once, what all have scored is kept, and no rank scores it again."""
+    words = [*METHODS["sparse_mezo"], *RUN, "task.prompt=0"]
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert [one.code for one in together(2, words, whole, [count_batches])] == [0, 0]
+    made, batches = [0, 0], [(whole / of / "batches").read_text() for of in ("", "rank1")]
+    total = [text.count("\n") for text in batches]
+    # In dev before training, in a look, in the test.
+    for number in (1, total[asked] // 2, 1, total[asked] // 3):
+        stop = functools.partial(term_at_batch, asked, number)
+        ended = together(2, words, part, [stop])
+        assert [one.code for one in ended] == [130, 0], [one.err for one in ended]
+        assert "kept the scores of" in ended[0].out
+        now = [(part / of / "batches").read_text().count("\n") for of in ("", "rank1")]
+        assert max(abs(now[k] - made[k] - number) for k in (0, 1)) <= 2
+        made = now
+    assert [one.code for one in together(2, words, part, [count_batches])] == [0, 0]
+    found = [(part / of / "batches").read_text() for of in ("", "rank1")]
+    assert sorted("".join(found).split("\n")) == sorted("".join(batches).split("\n"))
+    assert weights_of(run_folder(part)) == weights_of(run_folder(whole))
+    for name in ("scores.safetensors", "predictions-test.jsonl"):
+        files = [(run_folder(of) / name).read_bytes() for of in (part, whole)]
+        assert files[0] == files[1]
+    assert not (run_folder(part) / NAME).exists()
+
+
+def test_a_nan_ends_all_ranks(tmp_path: Path) -> None:
+    words = [*METHODS["mezo"], *RUN, "lr=1e30"]
+    ended = together(2, words, tmp_path)
+    assert [one.code for one in ended] == [2, 0]
+    assert "lower it" in ended[0].err
+    assert result_of(run_folder(tmp_path))["status"] == "diverged"
+
+
+def rank_1_fails() -> None:
+    """In its first step."""
+
+    def fail(*_: object) -> None:
+        raise UserError("no room")
+
+    if os.environ["RANK"] == "1":
+        measure.Measure.step = fail  # type: ignore[assignment]  # in this process alone
+
+
+def test_a_follower_that_fails_ends_a_sweep_on_all_ranks(tmp_path: Path) -> None:
+    """Its process goes on to the next job, so no connection is closed by its death."""
+    words = ["--multirun", *METHODS["mezo"], *RUN, "seed=0,1"]
+    with Group(2, words, tmp_path, faults=[rank_1_fails]) as group:
+        first, second = (rank.wait(100) for rank in group.ranks)
+    assert (first.code, second.code) == (2, 2)
+    assert "rank 1: job 0" in second.err
+    assert "no room" in second.err
+    assert "another rank has ended" in first.err
+
+
+def stopped_late() -> None:
+    """Rank 0 is asked to stop just after the ranks have told each other that none was."""
+    real = ranks.Ranks.goes_on
+
+    def goes_on(self: ranks.Ranks, has_scored: bool) -> bool:
+        found = real(self, has_scored)
+        if not found and self.rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    ranks.Ranks.goes_on = goes_on  # type: ignore[method-assign]  # in this process alone
+
+
+def test_a_stop_between_an_evaluation_and_its_sum_leaves_nobody_behind(tmp_path: Path) -> None:
+    with Group(2, [*METHODS["mezo"], *RUN], tmp_path, faults=[stopped_late]) as group:
+        ended = [rank.wait(100) for rank in group.ranks]
+    assert [one.code for one in ended] == [130, 0]
+    assert "stopped; the same command goes on" in ended[0].out
+
+
+# ----------------------------------------------------------------- variables that were left behind
+
+
+def impatient() -> None:
+    ranks._PATIENCE = 0.2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_waits_for_others_says_so_within_seconds(rank: int, tmp_path: Path) -> None:
+    """Which variables, which address, how many have come, how to run alone; then it goes on."""
+    port = free_port()
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    env |= {"GLOO_SOCKET_IFNAME": "lo"}
+    words = [*METHODS["mezo"], *RUN, "steps=2"]
+    cwd = {k: tmp_path / str(k) for k in (0, 1)}
+    first = Started(words, cwd[rank], env={**env, "RANK": str(rank)}, faults=[impatient])
+    with first:
+        until(lambda: list(cwd[rank].glob("0.err")) and (cwd[rank] / "0.err").read_text())
+        said = (cwd[rank] / "0.err").read_text()
+        assert said.count("\n") == 1
+        assert said.startswith(f"smezo: rank {rank} waits for the others: ")
+        what = f"1 of 2 have come to 127.0.0.1:{port} (" if rank == 0 else "nobody answers at "
+        assert what in said
+        for name in ("RANK=", "WORLD_SIZE=2", "MASTER_ADDR=", f"MASTER_PORT={port} "):
+            assert name in said
+        assert said.endswith("to run alone: unset RANK WORLD_SIZE\n")
+        other = smezo(words, cwd[1 - rank], env={**env, "RANK": str(1 - rank)})
+        assert (other.code, first.wait().code) == (0, 0)
+
+
+def test_a_rank_that_waits_can_be_stopped(tmp_path: Path) -> None:
+    """Ctrl-C, and there is no traceback."""
+    env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    env |= {"MASTER_PORT": str(free_port())}
+    words = [*METHODS["mezo"], *RUN]
+    with Started(words, tmp_path, env=env, faults=[impatient]) as waiting:
+        until(lambda: list(tmp_path.glob("0.err")) and (tmp_path / "0.err").read_text())
+        os.kill(waiting.pid, signal.SIGINT)
+        ended = waiting.wait(60)
+    assert ended.code == 130
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"RANK": "2"}, "RANK=2 must be less than WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "0"}, "RANK=0 must be less than WORLD_SIZE=0"),
+        ({"RANK": "-1"}, "RANK=-1 is no whole number"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is no whole number"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x is no whole number"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 is no port"),
+        ({"RANK": ""}, None),
+        ({"WORLD_SIZE": ""}, None),
+        ({"WORLD_SIZE": "1"}, None),
+        ({"MASTER_ADDR": ""}, None),
+    ],
+)
+def test_variables_that_make_no_rank_are_a_sentence_or_none(
+    more: dict[str, str], words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An incomplete set, or a world of one, is a process of its own."""
+    whole = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in (whole | more).items():
+        monkeypatch.setenv(name, value)
+    settings = check(compose([*METHODS["mezo"], *RUN]))
+    assert torchrun.local_rank() is None
+    assert torchrun.speaker() == ""  # nobody else will say it
+    if words is None:
+        assert ranks.join(settings) is None
+        return
+    with pytest.raises(UserError, match=words) as caught:
+        ranks.join(settings)
+    assert "unset RANK WORLD_SIZE" in str(caught.value)
