@@ -1,6 +1,6 @@
 """ZO-SGD-Cons: take MeZO's step, none, or the opposite one, by the loss (arXiv 2402.11592)."""
 
-from typing import Any, ClassVar, Unpack
+from typing import Any, Unpack
 
 from torch import nn
 
@@ -63,8 +63,6 @@ class ZOConservative(ZeroOrder):
         common: see :class:`smezo_cli.zo.parts.Common`; projected gradients are clipped before the
             three losses are measured. ``executor="in_place"`` cannot measure them.
     """
-
-    asks_once: ClassVar = False
 
     def __init__(
         self,

@@ -152,19 +152,13 @@ def test_other_ways_to_compute_give_the_same_bits(
     assert same(weights_of(replayed), weights_of(model))
 
 
-def test_where_it_says_that_it_cannot(
+def test_in_place_it_is_refused_and_its_forwards_are_planned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In place, and with several ranks: one sentence each. A plan counts the five forwards."""
+    """In place, in one sentence. A plan counts the five forwards of a step."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="executor=in_place measures two points along one dense"):
         made(mlp(), executor="in_place")
     words = ["method=zo_conservative", "task=toy", "model=tiny-llama", "device=cpu", "steps=7"]
     assert main(["plan", *words]) == 0
     assert "  forwards of training  35" in re.sub(" {3,}", "  ", capsys.readouterr().out)
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    monkeypatch.setenv("MASTER_PORT", "29511")
-    assert main(["train", *words]) == 2
-    assert "method=zo_conservative asks for losses twice a step" in capsys.readouterr().err
