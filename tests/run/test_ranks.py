@@ -45,6 +45,9 @@ from tests.run.tiny_runs import METHODS, SMALL, records_of, result_of, run_folde
         # Queries are measured as one process measures them.
         ("mezo", 2, ["method.num_queries=3", "query_ranks=2"], []),
         ("mezo_adam", 4, ["method.num_queries=2", "query_ranks=2"], ["micro_batch_size=4"]),
+        # A step has two exchanges, of other lengths: 2 and 3 losses, or 6 and 3.
+        ("mezo", 2, ["method=zo_conservative"], ["micro_batch_size=4"]),
+        ("mezo", 2, ["method=zo_conservative", "method.num_queries=3", "query_ranks=2"], []),
     ],
 )
 def test_ranks_train_the_weights_of_one_process(
