@@ -5,6 +5,7 @@ neither their order nor who adds them matters: any number of ranks gives the sam
 the rows are cut into the same micro-batches (a forward over other rows rounds in another way).
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -62,7 +63,8 @@ class Batch:
         rows: of the step, or of this process's part of it.
         objective: its name.
         size: most rows in a micro-batch; None: all.
-        weights: of a mixture, by part; they add up to 1.
+        weights: of a mixture, by part; those of the parts that have rows here are made to add up
+            to 1.
     """
 
     #: returns the rows of another objective of the step
@@ -81,10 +83,13 @@ class Batch:
         # What the sum over the rows of a part is multiplied by; None: a single task.
         self._factors: dict[str, float] | None = None
         self._weight = 1
+        self._weights = weights
         if weights:
+            parts = by_part(rows)
+            total = math.fsum(weights[name] for name in parts)
             self._factors = {
-                name: weights[name] / loss_weight(of_part, objective)
-                for name, of_part in by_part(rows).items()
+                name: weights[name] / total / loss_weight(of_part, objective)
+                for name, of_part in parts.items()
             }
         else:
             self._weight = loss_weight(rows, objective)
@@ -176,7 +181,7 @@ class ShardedBatch(Batch):
 
     @property
     def _more(self) -> dict[str, Any]:
-        return {"weights": self._weights, "team": self._team}
+        return {**super()._more, "team": self._team}
 
     def queries(self, num: int) -> Sequence[int]:
         """See :class:`smezo_cli.zo.step.Shared`."""

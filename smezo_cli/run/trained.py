@@ -40,7 +40,7 @@ SAME_BITS = ("compile",)  # may change where steps are replayed: the bits are th
 
 _OF_THE_TRAINING = (
     *("name", "kind", "source", "prompt", "prompts", "masked", "option_template"),
-    *("sfc", "sfc_prompt"),
+    *("sfc", "sfc_prompt", "parts", "weights", "nodes"),
 )
 
 
@@ -108,6 +108,8 @@ def _change(cfg: DictConfig, word: str, may_change: Sequence[str]) -> None:
         raise UserError(f"{shlex.quote(word)} is not of the form KEY=VALUE, such as device=cpu.")
     top, *inside = key.split(".")
     allowed = top in _MAY_CHANGE or key in (*may_change, _WHERE)
+    if len(inside) > 2 and inside[0] == "nodes":  # a setting of one part of a mixture
+        inside = inside[2:]
     if not allowed or key == "task" or (inside and inside[0] in _OF_THE_TRAINING):
         raise UserError(
             f"{key}: a trained run keeps this setting; what may change is which rows it sees (such "

@@ -28,7 +28,7 @@ AWAITED = {
     "method=adazeta",
     *("method=zo_adamu", "method=zo_sgd_cons", "method=zo_sgd_sign"),
     *("method=lozo", "method=lozo_m", "method=subzero", "method=subzero_plus", "method=svd0"),
-    *("method=mezo_svrg", "method=lezo", "method=senszoq", "method=helene", "method=hizoo"),
+    *("method=lezo", "method=senszoq", "method=hizoo"),
     *("method=mezo_gv", "method=subzero_gv", "method=fzoo", "method=grzo", "method=qzo"),
     *("method=dominant_layer", "prompt tuning", "a grid of learning rates for method=sgd"),
     *("task=winogrande", "model=llama-13b", "model=llama-70b"),

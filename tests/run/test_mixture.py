@@ -266,6 +266,11 @@ def test_verbs_on_a_finished_run_know_its_parts(
     field = ["--field", "text=the plot was dull and fresh"]
     assert main(["predict", str(folder), "--part", "toy", *field]) == 0
     assert json.loads(capsys.readouterr().out)["word"] in ("terrible", "great")
+    for key in ("task.weights=[1,1]", "task.nodes={}", "task.nodes.toy.prompt=1"):
+        assert main(["eval", str(folder), key, "--out", str(out)]) == 2
+        assert "a trained run keeps this setting" in capsys.readouterr().err
+    assert main(["eval", str(folder), "task.num_test=3", "--out", str(out)]) == 0
+    assert "(n=6, step" in capsys.readouterr().out
     for more, says in (([], "by --part toy"), (["--part", "rte"], "has no part rte")):
         assert main(["predict", str(folder), *more, *field]) == 2
         assert says in capsys.readouterr().err
