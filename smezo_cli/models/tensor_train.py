@@ -39,8 +39,11 @@ class Bottleneck(nn.Module):
 
     A matrix (m1 m2 m3, n1 n2 n3) has the cores (1, m1, r), (r, m2, r), (r, m3, r), (r, n1, r),
     (r, n2, r), (r, n3, 1): its entry at (i1 i2 i3, j1 j2 j3) is the product of the slices at i1,
-    ..., j3. So its rank is r at most. The cores are parameters of this module, which reads them in
-    its own forward. They are float32 whatever the model is, and so are their products (but for
+    ..., j3. So its rank is r at most.
+
+    The cores lie end to end in one parameter of this module, which reads it in its own forward: a
+    pass over a dozen tensors of a hundred numbers takes a dozen times as long as one over a tensor
+    of a thousand. They are float32 whatever the model is, and so are their products (but for
     autocast): entries of cores are some ten times as large as those of a matrix, so that a
     perturbation would be lost in lower precision.
 
@@ -57,19 +60,29 @@ class Bottleneck(nn.Module):
     ) -> None:
         super().__init__()
         self.is_off = False
-        for which, rows, columns in (("down", width, size), ("up", size, width)):
-            for place, shape in enumerate(core_shapes(rows, columns, rank)):
-                core = nn.Parameter(torch.zeros(shape, device=device))
-                self.register_parameter(f"{which}_{place}", core)
-            vector = nn.Parameter(torch.zeros(columns, device=device)) if bias else None
-            self.register_parameter(f"{which}_bias", vector)
+        self._shapes = {
+            f"{which}_{place}": shape
+            for which, rows, columns in (("down", width, size), ("up", size, width))
+            for place, shape in enumerate(core_shapes(rows, columns, rank))
+        }
         self._num_left = {"down": len(factors(width)), "up": len(factors(size))}
-        self._num = {k: len(factors(width)) + len(factors(size)) for k in ("down", "up")}
+        total = sum(map(math.prod, self._shapes.values()))
+        self.register_parameter("cores", nn.Parameter(torch.zeros(total, device=device)))
+        for which, length in (("down", size), ("up", width)):
+            vector = nn.Parameter(torch.zeros(length, device=device)) if bias else None
+            self.register_parameter(f"{which}_bias", vector)
 
-    def cores(self, which: str) -> list[Tensor]:
-        """Return the present cores of "down" or "up", in their order; a probe's, inside of one."""
-        found = [self._parameters[f"{which}_{place}"] for place in range(self._num[which])]
-        return [core for core in found if core is not None]
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the present cores in their shapes, and the biases, by name; a probe's inside it.
+
+        "down_0" is the first core of down. They are views of the parameters.
+        """
+        flat = self._parameters["cores"]
+        assert flat is not None
+        parts = flat.split_with_sizes([math.prod(shape) for shape in self._shapes.values()])
+        found = {n: x.view(s) for (n, s), x in zip(self._shapes.items(), parts, strict=True)}
+        biases = {name: self._parameters[name] for name in ("down_bias", "up_bias")}
+        return found | {name: bias for name, bias in biases.items() if bias is not None}
 
     @torch.no_grad()
     def set_first_values(self, seed: int, name: str) -> None:
@@ -81,11 +94,11 @@ class Bottleneck(nn.Module):
             seed: with the names, keys the numbers.
             name: of this module in its model.
         """
+        found = self.tensors()
         for which in ("down", "up"):
-            cores = self.cores(which)
-            rows, columns = (
-                math.prod(core.shape[1] for core in part) for part in self._split(which)
-            )
+            parts = self._split(which, found)
+            cores = [*parts[0], *parts[1]]
+            rows, columns = (math.prod(core.shape[1] for core in part) for part in parts)
             scale = (rows + columns) ** (-0.5 / len(cores))
             for place, core in enumerate(cores[:-1] if which == "up" else cores):
                 key = torch.tensor(stream_key(seed, "adapter", f"{name}.{which}_{place}"))
@@ -93,21 +106,22 @@ class Bottleneck(nn.Module):
                 z = draw(torch.arange(numel), numel, key, "gaussian").view(core.shape)
                 core.copy_(z * (scale * core.shape[2] ** -0.5))
 
-    def _split(self, which: str) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the cores of the rows and those of the columns."""
-        cores = self.cores(which)
+    def _split(self, which: str, found: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the cores of the rows of "down" or "up", and those of the columns."""
+        cores = [found[name] for name in self._shapes if name.startswith(which)]
         return cores[: self._num_left[which]], cores[self._num_left[which] :]
 
     def forward(self, y: Tensor) -> Tensor:
         """Return a tensor of the shape and dtype of y: (..., width)."""
-        inner = torch.relu(self._times("down", y.float()))
-        return y + self._times("up", inner).to(y.dtype)
+        found = self.tensors()
+        inner = torch.relu(self._times("down", y.float(), found))
+        return y + self._times("up", inner, found).to(y.dtype)
 
-    def _times(self, which: str, x: Tensor) -> Tensor:
+    def _times(self, which: str, x: Tensor, found: Mapping[str, Tensor]) -> Tensor:
         """Return x (..., rows) times the matrix, plus the bias: (..., columns)."""
-        left, right = map(_joined, self._split(which))
+        left, right = map(_joined, self._split(which, found))
         product = x @ left @ right.reshape(left.shape[1], -1)
-        bias = self._parameters[f"{which}_bias"]
+        bias = found.get(f"{which}_bias")
         return product if bias is None else product + bias
 
 
@@ -172,12 +186,12 @@ class TensorTrain:
             layer.register_forward_hook(_through_bottleneck)
             self._bottlenecks[f"{name}.{_NAME}"] = made
 
-    @property
-    def _trained(self) -> dict[str, nn.Parameter]:
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return all cores and biases by their names in the model."""
         return {
-            f"{name}.{own}": parameter
+            f"{name}.{own}": tensor.detach()
             for name, module in self._bottlenecks.items()
-            for own, parameter in module.named_parameters()
+            for own, tensor in module.tensors().items()
         }
 
     @property
@@ -193,7 +207,7 @@ class TensorTrain:
     @property
     def saved_bytes(self) -> int:
         """Return the bytes of the cores."""
-        return sum(p.numel() * p.element_size() for p in self._trained.values())
+        return sum(p.numel() * p.element_size() for p in self._tensors().values())
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -215,7 +229,7 @@ class TensorTrain:
         }
         words = json.dumps(base | self._settings, indent=2)
         (folder / SETTINGS_FILE).write_text(words + "\n", encoding="utf-8")
-        tensors = {name: p.detach().cpu().contiguous() for name, p in self._trained.items()}
+        tensors = {name: tensor.cpu().clone() for name, tensor in self._tensors().items()}
         save_file(tensors, folder / TENSORS_FILE)
 
     @torch.no_grad()
@@ -225,8 +239,8 @@ class TensorTrain:
         Raises:
             UserError: they are of another model.
         """
-        mine = self._trained
-        shapes = {name: tuple(p.shape) for name, p in mine.items()}
+        mine = self._tensors()
+        shapes = {name: tuple(t.shape) for name, t in mine.items()}
         if shapes != {name: tuple(t.shape) for name, t in saved.items()}:
             raise UserError(
                 f"{where} holds adapters of another model than {type(self._model).__name__} of "
