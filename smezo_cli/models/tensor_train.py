@@ -79,7 +79,7 @@ class Bottleneck(nn.Module):
         """
         flat = self._parameters["cores"]
         assert flat is not None
-        parts = torch.split(flat, [math.prod(shape) for shape in self._shapes.values()])
+        parts = flat.split_with_sizes([math.prod(shape) for shape in self._shapes.values()])
         found = {n: x.view(s) for (n, s), x in zip(self._shapes.items(), parts, strict=True)}
         biases = {name: self._parameters[name] for name in ("down_bias", "up_bias")}
         return found | {name: bias for name, bias in biases.items() if bias is not None}

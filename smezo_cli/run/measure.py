@@ -83,7 +83,6 @@ class Batch:
         # What the sum over the rows of a part is multiplied by; None: a single task.
         self._factors: dict[str, float] | None = None
         self._weight = 1
-        self._weights = weights
         if weights:
             parts = by_part(rows)
             total = math.fsum(weights[name] for name in parts)
@@ -222,7 +221,6 @@ class Measure:
         lead: Callable[[int, int], None] = lambda step, until: None,
         weights: Mapping[str, float] | None = None,
     ) -> None:
-        self._weights = weights
         self.scorer, self.objective, self.size = scorer, objective, size
         self._team, self._halved, self.lead = team, halved, lead
 
