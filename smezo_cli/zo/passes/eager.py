@@ -19,7 +19,7 @@ _CHUNK = {"cpu": 1 << 15}
 _CHUNK_ACCELERATOR = 1 << 22
 
 
-def _blend(
+def blend(
     weight: Tensor,
     direction: Tensor,
     mask: Tensor,
@@ -81,8 +81,8 @@ def move_pairs(
     active = _masks(first, second, counter, rule, draw)
     bits = round_bits(counter, rule, draw)
     dtype = out_first.dtype
-    moved = _blend(first, directions[0], active[0], bits[0], draw, dtype)
-    out_second.copy_(_blend(second, directions[1], active[1], bits[1], draw, dtype))
+    moved = blend(first, directions[0], active[0], bits[0], draw, dtype)
+    out_second.copy_(blend(second, directions[1], active[1], bits[1], draw, dtype))
     out_first.copy_(moved)
 
 
@@ -102,8 +102,8 @@ def move_pairs_both(
     there = sum_of_draws(counter, rule, draw)
     active = _masks(first, second, counter, rule, draw)
     for (out_first, out_second), (a, b) in ((plus, there), (minus, (-there[0], -there[1]))):
-        out_second.copy_(_blend(second, b, active[1], None, draw, out_second.dtype))
-        out_first.copy_(_blend(first, a, active[0], None, draw, out_first.dtype))
+        out_second.copy_(blend(second, b, active[1], None, draw, out_second.dtype))
+        out_first.copy_(blend(first, a, active[0], None, draw, out_first.dtype))
 
 
 def move_at(weight: Tensor, index: Tensor, numel: int | Tensor, rule: Rule, draw: Draw) -> Tensor:
@@ -128,7 +128,7 @@ def move_at(weight: Tensor, index: Tensor, numel: int | Tensor, rule: Rule, draw
         own_bits = torch.where(is_first, bits[0], bits[1])
     direction = torch.where(is_first, directions[0], directions[1])
     mask = torch.where(is_first, active[0], active[1])
-    return _blend(weight, direction, mask, own_bits, draw, weight.dtype)
+    return blend(weight, direction, mask, own_bits, draw, weight.dtype)
 
 
 class EagerPasses:
@@ -210,7 +210,7 @@ class EagerPasses:
 
         def one(part: slice) -> None:
             direction = z[part] * draw.coefficients[0]
-            out[part] = _blend(weight[part], direction, mask[part], None, draw, out.dtype)
+            out[part] = blend(weight[part], direction, mask[part], None, draw, out.dtype)
 
         over_chunks(weight.numel(), weight.device, one)
 
