@@ -27,6 +27,7 @@ def blend(
     draw: Draw,
     dtype: torch.dtype,
 ) -> Tensor:
+    """where(mask, w + direction - d w, w), rounded to a dtype."""
     w = weight.to(torch.float32)
     if draw.decay is not None:
         direction = direction - draw.decay * w

@@ -33,6 +33,8 @@ _SHARED: tuple[Function, ...] = (
     noise.locate,
     noise.uniform_pair,
     noise.rounding_pair,
+    noise.uniform_at,
+    noise.rounding_at,
     *noise.PAIRS.values(),
     *masks.RULES.values(),
     *rounding_module.ROUNDINGS.values(),
@@ -154,6 +156,7 @@ def narrow(value):
 
 @njit(forceinline=True)
 def as_is(value):
+    """The float32 that it is."""
     return value
 
 
