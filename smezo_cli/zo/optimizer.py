@@ -102,6 +102,10 @@ class ZeroOrder(Parts):
         """
         if self.update.slots and self.num_steps and not self.state_of_update:
             raise ValueError(f"the moments of step {self.num_steps} were not restored")
+        if self.direction.refreshes_at(self.num_steps):
+            for target in self.targets if self.update.slots else ():
+                for tensor in self.state_of_update.of(target):
+                    self.direction.carry(target, tensor, self.num_steps)
         group = self.param_groups[0]
         writer = WeightWriter(
             self.direction, self.state_of_update, self.num_steps, group["weight_decay"]

@@ -124,7 +124,7 @@ class Parts(torch.optim.Optimizer):
         self.clip_projected_grad = math.inf if clip is None else clip
         self.num_steps = 0
         self.selection, self.direction, self.estimator = selection, direction, estimator
-        self.update, self.state_of_update = update, State(update.slots)
+        self.update, self.state_of_update = update, State(update.slots, direction.state_size)
         self.set_thresholds()
         self._probe = FunctionalProbe(model, [t.parameter for t in self.targets])
         self.executors = Executors(given["executor"], model, self.targets, self._probe)
@@ -184,8 +184,9 @@ class Parts(torch.optim.Optimizer):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of these tensors."""
-        return 4 * len(self.update.slots) * self.num_weights
+        """Bytes of these tensors, and of what the direction keeps from step to step."""
+        entries = sum(map(self.direction.state_size, self.targets))
+        return 4 * len(self.update.slots) * entries + self.direction.kept_bytes
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:

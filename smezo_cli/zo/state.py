@@ -1,6 +1,6 @@
-"""What the steps of a method keep beside the weights: float32 tensors, one number a weight each."""
+"""What the steps of a method keep beside the weights: float32 tensors, as many as it has slots."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,10 +13,11 @@ class State:
 
     Args:
         slots: their names, such as "exp_avg"; in files a tensor is called ``TARGET/SLOT``.
+        size: returns how many numbers a tensor of a target has.
     """
 
-    def __init__(self, slots: Sequence[str]) -> None:
-        self.slots = tuple(slots)
+    def __init__(self, slots: Sequence[str], size: Callable[[Target], int]) -> None:
+        self.slots, self._size = tuple(slots), size
         self._tensors: dict[str, tuple[Tensor, ...]] = {}
 
     def __bool__(self) -> bool:
@@ -27,7 +28,7 @@ class State:
         """Return the target's tensors (flat, float32) in the order of the slots; zeros at first."""
         if target.name not in self._tensors:
             self._tensors[target.name] = tuple(
-                torch.zeros_like(target.flat, dtype=torch.float32) for _ in self.slots
+                torch.zeros(self._size(target), device=target.flat.device) for _ in self.slots
             )
         return self._tensors[target.name]
 
@@ -48,8 +49,8 @@ class State:
         """
         self._tensors.clear()
         for target in targets if tensors and self.slots else ():
-            flat = target.flat
+            size, device = self._size(target), target.flat.device
             own = [tensors[f"{target.name}/{slot}"] for slot in self.slots]
-            if any(x.shape != flat.shape or x.dtype != torch.float32 for x in own):
+            if any(x.shape != (size,) or x.dtype != torch.float32 for x in own):
                 raise ValueError(f"{target.name} has other moments")
-            self._tensors[target.name] = tuple(x.to(flat.device, copy=True) for x in own)
+            self._tensors[target.name] = tuple(x.to(device, copy=True) for x in own)

@@ -74,6 +74,19 @@ class Direction(Protocol):
     def end(self) -> None:
         """Drop what was kept for the step."""
 
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of what is kept from step to step."""
+
+    def state_size(self, target: Target) -> int:
+        """Return how many numbers an update keeps of a target in each of its slots."""
+
+    def refreshes_at(self, step: int) -> bool:
+        """Return whether what an update keeps is carried over at a step; see :meth:`carry`."""
+
+    def carry(self, target: Target, kept: Tensor, step: int) -> Tensor:
+        """Rewrite a tensor of the state for the directions of this step, and return it."""
+
     def mover(self, step: int, move: Move) -> PointMover:
         """Return what writes copies of tensors moved by ``move``."""
 

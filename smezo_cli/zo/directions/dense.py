@@ -11,7 +11,7 @@ from smezo_cli.zo.directions.base import Change, DirectionContext
 from smezo_cli.zo.move import Key, Move, Term
 from smezo_cli.zo.noise import KINDS, stream_key
 from smezo_cli.zo.passes.choose import Passes, choose_passes
-from smezo_cli.zo.passes.draw import Draw, Numbers, Rule, as_draws
+from smezo_cli.zo.passes.draw import Draw, Numbers, Reader, Rule, as_draws
 from smezo_cli.zo.passes.eager import EagerPasses, Use
 from smezo_cli.zo.rounding import ROUNDINGS
 from smezo_cli.zo.targets import Target, check, one_of
@@ -79,6 +79,20 @@ class Dense:
         is_slow_to_draw = self.passes.name == "eager" and device.type == "cpu"
         return can_keep and is_slow_to_draw and free_memory_bytes() > 10 * num_weights
 
+    kept_bytes = 0
+
+    def state_size(self, target: Target) -> int:
+        """See :class:`Direction`: a number a weight."""
+        return target.parameter.numel()
+
+    def refreshes_at(self, step: int) -> bool:
+        """See :class:`Direction`."""
+        return False
+
+    def carry(self, target: Target, kept: Tensor, step: int) -> Tensor:
+        """See :class:`Direction`."""
+        return kept
+
     def begin(self, step: int) -> None:
         """See :class:`Direction`."""
         self._streams.clear()
@@ -116,12 +130,16 @@ class Dense:
         """See :class:`Direction`."""
         mover = self.mover(step, move)
         for target in self.targets:
-            use = _adding(target, of(target), move.decay, self._mask_of(target, mover))
-            if self.keeps:
-                z, _ = self.kept(target, mover)
-                EagerPasses.along_kept(z, mover.draw(target), use)
-            else:
-                self.passes.along(target.flat, mover.read_by(self.passes, target), use)
+            self.change_one(target, mover, of(target))
+
+    def change_one(self, target: Target, mover: "DenseMover", change: Change) -> None:
+        """As :meth:`change`, for one target."""
+        use = _adding(target, change, mover.move.decay, self._mask_of(target, mover))
+        if self.keeps:
+            z, _ = self.kept(target, mover)
+            EagerPasses.along_kept(z, mover.draw(target), use)
+        else:
+            self.passes.along(target.flat, mover.read_by(self.passes, target), use)
 
     def _mask_of(self, target: Target, mover: "DenseMover") -> Tensor | None:
         """The mask of a whole tensor (bool, flat), before it is written to; None: all is active."""
@@ -168,7 +186,7 @@ class DenseMover:
             self._draws = as_draws(self._numbers, devices)
         return self._draws[target.position]
 
-    def read_by(self, passes: Passes, target: Target) -> Any:
+    def read_by(self, passes: Reader, target: Target) -> Any:
         """Return the numbers of a target in the form that these passes read."""
         return self._numbers[target.position] if passes.reads_numbers else self.draw(target)
 
