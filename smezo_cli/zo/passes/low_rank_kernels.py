@@ -133,12 +133,13 @@ def _earlier() -> tuple[Function, Function]:
         def add(left, right, sums, row, other, k, low, high):
             a, b, c, d = left[row, k], left[row, k + 1], left[row, k + 2], left[row, k + 3]
             e, f, g, h = left[other, k], left[other, k + 1], left[other, k + 2], left[other, k + 3]
-            p, q, r, s = right[k], right[k + 1], right[k + 2], right[k + 3]
-            first, second = sums[0], sums[1]
+            p, q = right[k, low:high], right[k + 1, low:high]
+            r, s = right[k + 2, low:high], right[k + 3, low:high]
             for j in range(high - low):
-                x, y, z, u = p[low + j], q[low + j], r[low + j], s[low + j]
-                first[j] = total(first[j], a, b, c, d, x, y, z, u)
-                second[j] = total(second[j], e, f, g, h, x, y, z, u)
+                x, y, z, u = p[j], q[j], r[j], s[j]
+                sums[j] = total(sums[j], a, b, c, d, x, y, z, u)
+                # In one array, at a constant distance: the compiler sees that they do not overlap.
+                sums[_COLUMNS + j] = total(sums[_COLUMNS + j], e, f, g, h, x, y, z, u)
 
         return add
 
@@ -154,8 +155,8 @@ def _loop(end: Function, rank: int) -> Function:
     """The loop over pairs of rows, parts of their columns and products; ``end`` does the last ones.
 
     Returns:
-        A function of left, right, the matrices (tuple), scratch (2, columns), the first and the end
-        of its rows, and plain numbers.
+        A function of left, right, the matrices (tuple), scratch (float32, twice _COLUMNS), the
+        first and the end of its rows, and plain numbers.
     """
     begin, go_on = _earlier()
     count = _num_last(rank)
@@ -163,7 +164,7 @@ def _loop(end: Function, rank: int) -> Function:
     @njit(nogil=True)
     def few(left, right, matrices, sums, low, high, plain):
         for row in range(low, high):
-            end(left, right, matrices, sums[0], row, 0, 0, right.shape[1], plain)
+            end(left, right, matrices, sums, row, 0, 0, right.shape[1], plain)
 
     @njit(nogil=True)
     def many(left, right, matrices, sums, low, high, plain):
@@ -175,9 +176,9 @@ def _loop(end: Function, rank: int) -> Function:
                 begin(left, right, sums, row, other, 0, start, stop)
                 for k in range(_TOGETHER, last, _TOGETHER):
                     go_on(left, right, sums, row, other, k, start, stop)
-                end(left, right, matrices, sums[0], row, last, start, stop, plain)
+                end(left, right, matrices, sums, row, last, start, stop, plain)
                 if other > row:
-                    end(left, right, matrices, sums[1], other, last, start, stop, plain)
+                    end(left, right, matrices, sums[_COLUMNS:], other, last, start, stop, plain)
 
     return many if rank > _TOGETHER else few
 
@@ -313,7 +314,7 @@ def run(
     if together is not None:
         together(arrays, plain, threads, first)
         return
-    sums = np.empty((2, min(_COLUMNS, right.shape[1])), np.float32)
+    sums = np.empty(2 * _COLUMNS, np.float32)
     loop(left, right, tuple(matrices), sums, 0, left.shape[0], (*plain, first))
 
 
@@ -361,8 +362,7 @@ def _in_threads(loop: Function, count: int, item: type) -> Callable[..., None] |
             high = rows
         left = carray(address(words[11]), (rows, rank), wide_type)
         right = carray(address(words[12]), (rank, columns), wide_type)
-        width = min(_COLUMNS, columns)
-        scratch = carray(address(words[13]), (threads, 2, width), wide_type)
+        scratch = carray(address(words[13]), (threads, 2 * _COLUMNS), wide_type)
         mask_key, round_key = (words[5], words[6]), (words[7], words[8])
         h, d = as_f64(words[9]), as_f64(words[10])
         plain = (words[4], mask_key, round_key, h, d, words[3])
@@ -375,7 +375,7 @@ def _in_threads(loop: Function, count: int, item: type) -> Callable[..., None] |
         words[:5] = left.shape[0], right.shape[1], right.shape[0], first, numel
         words[5:7], words[7:9] = mask_key, round_key
         words.view(np.float64)[9:11] = h, d
-        scratch = np.empty((threads, 2, min(_COLUMNS, right.shape[1])), np.float32)
+        scratch = np.empty((threads, 2 * _COLUMNS), np.float32)
         held = (left, right, scratch, *matrices)
         words[11:] = [array.ctypes.data for array in held]
         runtime.parallel(entry.address, words.ctypes.data, threads, 0)
