@@ -2,9 +2,39 @@
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from smezo_cli.scoring.candidates import Candidates
+
+
+@runtime_checkable
+class ChoosesRows(Protocol):
+    """A method whose steps ask for the losses of other rows than those of the batch, too."""
+
+    def rows_of(
+        self, objective: str, step: int, batch: Sequence[int], lengths: Sequence[int]
+    ) -> Sequence[int]:
+        """Return the numbers of the train rows that an objective's loss is over.
+
+        Args:
+            objective: one of the method's ``objectives``.
+            step: number of the step, from 0.
+            batch: numbers of the rows of the step's batch.
+            lengths: tokens of every train row.
+        """
+
+
+class RowsOfStep(NamedTuple):
+    """The rows of a step.
+
+    Attributes:
+        batch: those of its batch.
+        of: returns those of another objective, by its name.
+    """
+
+    batch: Sequence[Candidates]
+    of: Callable[[str], Sequence[Candidates]]
 
 
 class Batches:
@@ -38,6 +68,16 @@ class Batches:
     def rows(self, step: int) -> list[Candidates]:
         """Return the rows of the batch."""
         return [self._rows[i] for i in self(step)]
+
+    def of_step(self, method: object, step: int) -> RowsOfStep:
+        """Return the rows of a step of a method, for each of its objectives."""
+
+        def of(objective: str) -> list[Candidates]:
+            assert isinstance(method, ChoosesRows), objective
+            lengths = [row.width for row in self._rows]
+            return [self._rows[i] for i in method.rows_of(objective, step, self(step), lengths)]
+
+        return RowsOfStep(self.rows(step), of)
 
     def _order(self, epoch: int) -> list[int]:
         if epoch not in self._orders:

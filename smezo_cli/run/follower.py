@@ -140,8 +140,8 @@ class Follower:
             assert replays(method)
             self.method = method
         while self.method.num_steps < step:
-            lr, *projected_grad = self._known[:, self.method.num_steps].tolist()
-            self.method.replay(lr, projected_grad)
+            lr, *scalars = self._known[:, self.method.num_steps].tolist()
+            self.method.replay(lr, scalars)
         return self.method
 
     def _rows(self, split: str, prompt: int) -> list[Candidates]:
@@ -194,7 +194,7 @@ class Follower:
             method.set_lr_factor(lr_factor(s.lr_schedule, step, s.steps, s.warmup_steps))
             self.loaded.scorer.model.train(method.mode == "train")
             try:
-                self._measure.step(method, [train[i] for i in batches(step)])
+                self._measure.step(method, *batches.of_step(method, step))
             except NonFiniteLoss:
                 return  # rank 0 has it, too
 

@@ -194,14 +194,13 @@ def _step(
     recorder, step = checkpoint.recorder, checkpoint.state.step
     made = None if recorder is None else recorder.apply(step)
     if made is not None and recorder is not None:
-        return recorder.method.record(made.loss, made.projected_grad), made.seconds
-    batch = batches.rows(step)
+        return recorder.method.record(made.loss, made.scalars, step), made.seconds
     s, every = settings, settings.eval_every
     method.set_lr_factor(lr_factor(s.lr_schedule, step, s.steps, s.warmup_steps))
     measure.scorer.model.train(method.mode == "train")
     start = time.perf_counter()
     measure.lead(step, min(s.steps, (step // every + 1) * every))
-    record = measure.step(method, batch)
+    record = measure.step(method, *batches.of_step(method, step))
     seconds = seconds_between(start, time.perf_counter())
     if recorder is not None:
         seconds = recorder.append(step, record, seconds)

@@ -7,7 +7,7 @@ the rows are cut into the same micro-batches (a forward over other rows rounds i
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -50,6 +50,9 @@ class Team(Protocol):
 class Batch:
     """Compute the objective of the rows of a step, in micro-batches of at most ``size`` rows."""
 
+    #: returns the rows of another objective of the step
+    rows_of: Callable[[str], Sequence[Candidates]]
+
     def __init__(
         self, scorer: Scorer, rows: Sequence[Candidates], objective: str, size: int | None
     ) -> None:
@@ -62,6 +65,16 @@ class Batch:
         size = size or len(rows)
         self._parts = [rows[i : i + size] for i in range(0, len(rows), size)]
         self.largest = len(self._parts[0])
+
+    def of(self, objective: str) -> "Batch":
+        """See :class:`smezo_cli.zo.step.WithObjectives`: as many rows at once as of this batch."""
+        rows = self.rows_of(objective)
+        return type(self)(self._scorer, rows, self._objective, self.largest, **self._more)
+
+    @property
+    def _more(self) -> dict[str, Any]:
+        """What the constructor takes besides."""
+        return {}
 
     @property
     def _is_whole(self) -> bool:
@@ -119,6 +132,10 @@ class ShardedBatch(Batch):
         """Return the objective of the rows; if ranks share them, the sum over this rank's, ()."""
         return self._sum() if self._team.shares_rows else super().__call__()
 
+    @property
+    def _more(self) -> dict[str, Any]:
+        return {"team": self._team}
+
     def queries(self, num: int) -> Sequence[int]:
         """See :class:`smezo_cli.zo.step.Shared`."""
         return self._team.queries(num)
@@ -165,14 +182,30 @@ class Measure:
             return Batch(self.scorer, rows, self.objective, self.size)
         return ShardedBatch(self.scorer, rows, self.objective, self.size, self._team)
 
-    def step(self, method: Steps, rows: Sequence[Candidates]) -> StepRecord:
+    def step(
+        self,
+        method: Steps,
+        rows: Sequence[Candidates],
+        of: Callable[[str], Sequence[Candidates]] | None = None,
+    ) -> StepRecord:
         """Take one step; halve the micro-batches and repeat while the memory is too small.
+
+        Args:
+            method: takes it.
+            rows: of the batch.
+            of: returns the rows of another objective that the method asks for.
 
         Raises:
             NonFiniteLoss: before anything was written.
             UserError: a single row is too much.
         """
-        return self.until_it_fits(lambda batch: method.step(batch), rows)
+
+        def use(batch: Batch) -> StepRecord:
+            if of is not None:
+                batch.rows_of = of
+            return method.step(batch)
+
+        return self.until_it_fits(use, rows)
 
     def until_it_fits(self, use: Callable[[Batch], T], rows: Sequence[Candidates]) -> T:
         """Return what ``use`` makes of the closure over the rows, repeated as in :meth:`step`."""

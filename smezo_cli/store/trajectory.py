@@ -60,14 +60,18 @@ class Replayable(Protocol):
     num_steps: int
     param_groups: list[dict[str, Any]]
 
+    @property
+    def num_scalars(self) -> int:
+        """How many scalars a step records."""
+
     def identity(self) -> dict[str, Any]:
         """Return what its updates follow from, besides the base model and the records."""
 
-    def replay(self, lr: float, projected_grad: Sequence[float]) -> None:
+    def replay(self, lr: float, scalars: Sequence[float]) -> None:
         """Apply a step that was made before."""
 
-    def record(self, loss: float, projected_grad: Sequence[float]) -> StepRecord:
-        """Return what the step told of itself."""
+    def record(self, loss: float, scalars: Sequence[float], step: int) -> StepRecord:
+        """Return what a step told of itself."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Step:
     lr: float
     loss: float
     seconds: float
-    projected_grad: tuple[float, ...]
+    scalars: tuple[float, ...]
 
 
 class Trajectory:
@@ -112,7 +116,7 @@ def replay(method: Replayable, trajectory: Trajectory, step: int) -> None:
     """Apply the recorded steps from where the method is up to ``step``."""
     while method.num_steps < step:
         made = trajectory[method.num_steps]
-        method.replay(made.lr, made.projected_grad)
+        method.replay(made.lr, made.scalars)
 
 
 def differences(header: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
@@ -207,7 +211,8 @@ def read_start(path: Path, file: Any, magic: bytes) -> tuple[dict[str, Any], int
 def num_queries_of(path: Path, header: Mapping[str, Any]) -> int:
     """Return how many scalars a record of the file holds; raise Damaged if it does not say."""
     identity = header.get("identity")
-    queries = identity.get("num_queries") if isinstance(identity, dict) else None
+    named = identity if isinstance(identity, dict) else {}
+    queries = named.get("num_scalars", named.get("num_queries"))
     if type(queries) is not int or not 1 <= queries <= _MAX_QUERIES:
         raise Damaged(f"{path} is damaged in its header.")
     return queries
@@ -250,7 +255,7 @@ class Recorder:
     ) -> None:
         self.path, self.method, self._known, self._lost = path, method, known, lost
         self.count = 0 if known is None else len(known)
-        kind = record_type(method.identity()["num_queries"])
+        kind = record_type(method.num_scalars)
         self._kind, text = kind, strict_json.dumps(header, sort_keys=True).encode()
         start = START.pack(_RUN, VERSION, len(text)) + text
         start += _CRC.pack(zlib.crc32(start))
@@ -271,7 +276,7 @@ class Recorder:
         if self._known is None or step >= len(self._known):
             return None
         made = self._known[step]
-        self.method.replay(made.lr, made.projected_grad)
+        self.method.replay(made.lr, made.scalars)
         return made
 
     def append(self, step: int, record: StepRecord, seconds: float) -> float:
@@ -280,7 +285,7 @@ class Recorder:
         row = np.zeros(1, self._kind)
         row["step"], row["lr"] = step, self.method.param_groups[0]["lr"]
         row["loss"], row["seconds"] = record.loss, seconds
-        row["projected_grad"] = record.projected_grad
+        row["projected_grad"] = record.scalars
         self._crc = zlib.crc32(row.tobytes()[: -_CRC.size], self._crc)
         row["crc"] = self._crc
         self._stay()

@@ -8,7 +8,7 @@ import torch
 from smezo_cli.zo.directions.base import Direction
 from smezo_cli.zo.executors.choose import Executors
 from smezo_cli.zo.move import Key, Move, Term
-from smezo_cli.zo.step import Closure, NonFiniteLoss, Shared
+from smezo_cli.zo.step import Closure, NonFiniteLoss, Shared, WithObjectives
 
 
 class LossMeter:
@@ -37,14 +37,25 @@ class LossMeter:
         #: all losses of the step so far
         self.all_losses: list[float] = []
 
-    def losses(self, groups: Sequence[Sequence[Move]]) -> list[list[float]]:
-        """See :class:`Ask`."""
-        shared = self._closure if isinstance(self._closure, Shared) else None
+    def losses(
+        self, groups: Sequence[Sequence[Move]], objective: str = "batch"
+    ) -> list[list[float]]:
+        """See :class:`Ask`.
+
+        Raises:
+            TypeError: the closure is of one loss, and another is asked for.
+        """
+        closure = self._closure
+        if objective != "batch":
+            if not isinstance(closure, WithObjectives):
+                raise TypeError(f"the closure has no of(), which gives the loss {objective!r}")
+            closure = closure.of(objective)
+        shared = closure if isinstance(closure, Shared) else None
         numbers = range(len(groups)) if shared is None else shared.queries(len(groups))
         measured: dict[int, list[float]] = {}
         for i in numbers:
             movers = [self._direction.mover(self.step, move) for move in groups[i]]
-            found = self._executors.losses(self._closure, movers)
+            found = self._executors.losses(closure, movers)
             losses = torch.stack([x.detach().double() for x in found]).tolist()
             if shared is None:
                 self._check_finite(losses)
@@ -59,10 +70,12 @@ class LossMeter:
         self.all_losses += [loss for losses in joined for loss in losses]
         return joined
 
-    def two_sided(self, keys: Sequence[Key]) -> list[float]:
+    def two_sided(
+        self, keys: Sequence[Key], objective: str = "batch", base: str = ""
+    ) -> list[float]:
         """See :class:`Ask`."""
-        there = [Move((Term(key, self.eps),)) for key in keys]
-        pairs = self.losses([(move, move.negated()) for move in there])
+        there = [Move((Term(key, self.eps),), base=base) for key in keys]
+        pairs = self.losses([(move, move.negated()) for move in there], objective)
         return [(plus - minus) / (2 * self.eps) for plus, minus in pairs]
 
     def _check_finite(self, losses: Sequence[float]) -> None:

@@ -14,10 +14,11 @@ class Key(NamedTuple):
 
 
 class Term(NamedTuple):
-    """c * u(key)."""
+    """c * u(key), on all targets or on those named in ``only``."""
 
     key: Key
     coefficient: float
+    only: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,23 @@ class Move:
     """The weights plus a sum of terms, less ``decay`` times the weights, on what is selected.
 
     A point to probe, or an update.
+
+    Attributes:
+        terms: what is added; none: the weights as they are.
+        decay: fraction of the weights that is taken off.
+        base: name of the copy of the weights that it starts from (see
+            :meth:`smezo_cli.zo.state.State.copy_weights`); "": from the weights themselves.
     """
 
     terms: tuple[Term, ...]
     decay: float = 0.0
+    base: str = ""
 
     def negated(self) -> "Move":
         """Return the move the other way: exactly the same numbers with the other sign."""
-        return replace(self, terms=tuple(Term(key, -c) for key, c in self.terms))
+        return replace(
+            self, terms=tuple(t._replace(coefficient=-t.coefficient) for t in self.terms)
+        )
 
 
 @dataclass(frozen=True)
@@ -52,9 +62,11 @@ class Gradient:
 
     def clipped(self, limit: float) -> "Gradient":
         """Return it with coefficients of at most ``limit`` in size."""
-        cut = tuple(Term(key, max(-limit, min(c, limit))) for key, c in self.terms)
-        return replace(self, terms=cut)
+        cut = [t._replace(coefficient=max(-limit, min(t.coefficient, limit))) for t in self.terms]
+        return replace(self, terms=tuple(cut))
 
     def move(self, scale: float, decay: float = 0.0) -> Move:
         """Return the move of ``scale`` times the gradient."""
-        return Move(tuple(Term(key, scale * c / self.divisor) for key, c in self.terms), decay)
+        divisor = self.divisor
+        scaled = [t._replace(coefficient=scale * t.coefficient / divisor) for t in self.terms]
+        return Move(tuple(scaled), decay)

@@ -53,7 +53,7 @@ class ZeroOrder(Parts):
         """
         if self._unchecked:
             self.self_check(closure)
-        self.direction.begin(self.num_steps)
+        self._begin()
         self.choose_executor(closure)
         self._refresh_thresholds()
 
@@ -67,8 +67,14 @@ class ZeroOrder(Parts):
         ask = LossMeter(
             closure, self.direction, self.executors, eps, self.num_steps, on_equal_losses
         )
-        scalars = self.estimator.measure(ask)
-        record = self.record(sum(ask.all_losses) / len(ask.all_losses), scalars)
+        scalars = list(self.estimator.measure(ask))
+        if self.step_size is not None:
+            group = self.param_groups[0]
+            gradient = self._gradient(scalars, self.num_steps).clipped(self.clip_projected_grad)
+            decay = group["lr"] * group["weight_decay"]
+            scalars.append(self.step_size.measure(ask, gradient, group["lr"], decay))
+        loss = sum(ask.all_losses) / len(ask.all_losses)
+        record = self.record(loss, scalars, self.num_steps)
         self._apply(scalars)
         return record
 
@@ -81,14 +87,19 @@ class ZeroOrder(Parts):
             lr: that of the step (the next ones keep it, as after :meth:`set_lr_factor`).
             scalars: what :meth:`step` recorded of it.
         """
-        check(len(scalars) == self.estimator.num_scalars, "one projected gradient a query")
-        self.direction.begin(self.num_steps)
+        check(len(scalars) == self.num_scalars, f"a step has {self.num_scalars} scalars")
+        self._begin()
         self._refresh_thresholds()
         self.param_groups[0]["lr"] = lr
         if self.executors.is_in_place:  # its probes leave rounding errors in the weights
             eps, nothing = self.param_groups[0]["eps"], torch.zeros(())
             self.executors.used.losses(lambda: nothing, self._pair(0, eps))
         self._apply(scalars)
+
+    def _begin(self) -> None:
+        """Begin the next step, or begin it again."""
+        self.selection.begin(self.targets, self.num_steps, self.seed)
+        self.direction.begin(self.num_steps)
 
     def _refresh_thresholds(self) -> None:
         if self.selection.refreshes_at(self.num_steps):
@@ -100,36 +111,37 @@ class ZeroOrder(Parts):
         Raises:
             ValueError: weights were restored without the state that belongs to them.
         """
-        if self.update.slots and self.num_steps and not self.state_of_update:
-            raise ValueError(f"the moments of step {self.num_steps} were not restored")
-        if self.direction.refreshes_at(self.num_steps):
-            for target in self.targets if self.update.slots else ():
-                for tensor in self.state_of_update.of(target):
-                    self.direction.carry(target, tensor, self.num_steps)
-        group = self.param_groups[0]
-        writer = WeightWriter(
-            self.direction, self.state_of_update, self.num_steps, group["weight_decay"]
-        )
-        gradient = self._gradient(scalars).clipped(self.clip_projected_grad)
-        self.update.apply(writer, gradient, group["lr"])
+        state, step, group = self.state_of_update, self.num_steps, self.param_groups[0]
+        if self.keeps_state and step and not state:
+            raise ValueError(f"the moments of step {step} were not restored")
+        if self.direction.refreshes_at(step):
+            state.carry(self.targets, lambda t, kept: self.direction.carry(t, kept, step))
+        writer = WeightWriter(self.direction, state, self.targets, step, group["weight_decay"])
+        gradient = self._gradient(scalars, step).clipped(self.clip_projected_grad)
+        factor = 1.0 if self.step_size is None else scalars[-1]
+        self.update.apply(writer, gradient, factor * group["lr"])
         self.direction.end()
         torch.clear_autocast_cache()  # of a loop inside of torch.autocast: casts of the old weights
         self.num_steps += 1
 
-    def _gradient(self, scalars: Sequence[float]) -> Gradient:
+    def _gradient(self, scalars: Sequence[float], step: int) -> Gradient:
         """The gradient as measured. Clipping comes later, so that a replay clips again."""
-        return self.estimator.read(scalars, self.num_steps)
+        return self.estimator.read(scalars[: self.estimator.num_scalars], step)
 
-    def record(self, loss: float, scalars: Sequence[float]) -> StepRecord:
+    def record(self, loss: float, scalars: Sequence[float], step: int) -> StepRecord:
         """Return what a step tells of itself, from what is recorded of it.
 
         Args:
             loss: mean of the losses measured.
-            scalars: of the next step.
+            scalars: what was recorded.
+            step: number of the step, from 0.
         """
-        found = [c for _, c in self._gradient(scalars).terms]
+        found = [term.coefficient for term in self._gradient(scalars, step).terms]
         clipped = sum(abs(g) > self.clip_projected_grad for g in found)
-        return StepRecord(loss, tuple(found), self.estimator.forwards(self.num_steps), clipped)
+        forwards = self.estimator.forwards(step)
+        if self.step_size is not None:
+            forwards += self.step_size.forwards(scalars[-1])
+        return StepRecord(loss, tuple(found), forwards, clipped, tuple(scalars))
 
     def _pair(self, query: int, eps: float) -> list[PointMover]:
         return [self.mover([query], [eps]), self.mover([query], [-eps])]
@@ -205,6 +217,8 @@ class ZeroOrder(Parts):
         self._self_check().check_reads(closure)
 
     def _self_check(self) -> SelfCheck:
+        for target in self.targets:  # what rests in this step is perturbed in another
+            target.rests = False
         return SelfCheck(
             self._model,
             self.targets,

@@ -1,5 +1,6 @@
 """The parts of a zeroth-order method, put together for the tensors of one model."""
 
+import copy
 import hashlib
 import json
 import math
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from smezo_cli.zo import dynamo
 from smezo_cli.zo.directions.base import Direction, DirectionContext, PointMover
+from smezo_cli.zo.directions.dense import Dense
 from smezo_cli.zo.estimators.base import Estimator
+from smezo_cli.zo.estimators.two_sided import TwoSided
 from smezo_cli.zo.executors.choose import Executors
 from smezo_cli.zo.move import Key, Move, Term
 from smezo_cli.zo.passes.choose import Passes
@@ -29,6 +32,7 @@ from smezo_cli.zo.ranges import (
 from smezo_cli.zo.selections.base import Selection
 from smezo_cli.zo.state import State
 from smezo_cli.zo.step import NUMERICS
+from smezo_cli.zo.step_sizes.base import StepSize as MeasuredStepSize
 from smezo_cli.zo.targets import check, one_of, select
 from smezo_cli.zo.updates.base import Update
 
@@ -90,12 +94,15 @@ class Parts(torch.optim.Optimizer):
         direction: what u(key) is.
         estimator: losses to scalars, scalars to a gradient.
         update: a gradient to moved weights.
+        step_size: chooses a factor of lr by losses along the step; None: the factor is 1.
         common: see :class:`Common`.
 
     Raises:
         TypeError: an argument is missing or unknown.
         ValueError: an argument out of range, a glob that matches nothing, nothing left to train.
     """
+
+    objectives: ClassVar[tuple[str, ...]] = ("batch",)  # the losses that its steps ask for
 
     # Trajectories say which method made them. The first three methods' say nothing, as they did
     # before there were others: a new method leaves this as it is.
@@ -109,6 +116,7 @@ class Parts(torch.optim.Optimizer):
         direction: Direction,
         estimator: Estimator,
         update: Update,
+        step_size: MeasuredStepSize | None = None,
         **common: Unpack[Common],
     ) -> None:
         given: dict[str, Any] = {**DEFAULTS, **common}
@@ -124,10 +132,12 @@ class Parts(torch.optim.Optimizer):
         self.clip_projected_grad = math.inf if clip is None else clip
         self.num_steps = 0
         self.selection, self.direction, self.estimator = selection, direction, estimator
-        self.update, self.state_of_update = update, State(update.slots, direction.state_size)
+        self.update, self.step_size = update, step_size
+        self.state_of_update = State(update.slots, direction.state_size, update.copies)
         self.set_thresholds()
         self._probe = FunctionalProbe(model, [t.parameter for t in self.targets])
         self.executors = Executors(given["executor"], model, self.targets, self._probe)
+        self._check_in_place()
         self._rounding = given["rounding"]
         direction.bind(
             DirectionContext(
@@ -138,11 +148,22 @@ class Parts(torch.optim.Optimizer):
                 backend=given["backend"],
                 keep_noise=given["keep_noise"],
                 is_in_place=self.executors.is_in_place,
+                copy_of=self.state_of_update.weights,
             ),
             estimator.num_terms,
         )
         self._model = model
         self._unchecked = self._asks_again = given["check"]  # by the self-check
+
+    def _check_in_place(self) -> None:
+        """Raise ValueError where the textbook's executor cannot measure what is asked of it."""
+        is_pair = isinstance(self.estimator, TwoSided) and type(self.direction) is Dense
+        whole = all(target.index is None for target in self.targets) and self.step_size is None
+        check(
+            not self.executors.is_in_place or (is_pair and whole),
+            "executor=in_place measures two points along one dense direction alone, so it does not "
+            "go with this method: leave it out",
+        )
 
     def identity(self) -> dict[str, Any]:
         """Return all that determines an update but weights, lr and scalars, as plain JSON."""
@@ -155,7 +176,7 @@ class Parts(torch.optim.Optimizer):
             **names,
             "numerics": NUMERICS,
             "seed": self.seed,
-            "num_queries": self.estimator.num_scalars,
+            "num_scalars" if self.names_itself else "num_queries": self.num_scalars,
             **self.direction.identity(),
             **self.selection.identity(),
             "rounding": self._rounding,
@@ -165,12 +186,13 @@ class Parts(torch.optim.Optimizer):
             "in_place": self.executors.is_in_place,
             "tensors": hashlib.sha256(json.dumps([tensors, dense]).encode()).hexdigest(),
             **self.update.identity(),
+            **({} if self.step_size is None else self.step_size.identity()),
         }
 
     @property
     def num_scalars(self) -> int:
         """How many scalars a step records."""
-        return self.estimator.num_scalars
+        return self.estimator.num_scalars + (self.step_size is not None)
 
     @property
     def num_weights(self) -> int:
@@ -180,13 +202,12 @@ class Parts(torch.optim.Optimizer):
     @property
     def keeps_state(self) -> bool:
         """Whether the next step depends on tensors beside the weights."""
-        return bool(self.update.slots)
+        return bool(self.update.slots or self.update.copies)
 
     @property
     def state_bytes(self) -> int:
         """Bytes of these tensors, and of what the direction keeps from step to step."""
-        entries = sum(map(self.direction.state_size, self.targets))
-        return 4 * len(self.update.slots) * entries + self.direction.kept_bytes
+        return self.state_of_update.bytes_of(self.targets) + self.direction.kept_bytes
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
@@ -211,6 +232,7 @@ class Parts(torch.optim.Optimizer):
     @torch.no_grad()
     def active_share(self) -> float:
         """Return the fraction of the trained weights that the present mask perturbs."""
+        self.selection.begin(self.targets, self.num_steps, self.seed)
         # Not .sum(): it would write the mask out as int64.
         active = sum(int(m.count_nonzero()) for m in self.direction.masks(self.num_steps))
         return active / self.num_weights
@@ -225,6 +247,9 @@ class Parts(torch.optim.Optimizer):
             step: from 0; of thresholds that are refreshed, the present ones are taken.
         """
         target = self.direction.target_of(parameter)
+        if target.index is not None:
+            return torch.isin(index, target.index)
+        self.selection.begin(self.targets, step, self.seed)
         return self.selection.active_at(target, picked, index, step, self.seed)
 
     def mover(self, queries: Sequence[int], coefficients: Sequence[float]) -> PointMover:
@@ -256,6 +281,8 @@ class Parts(torch.optim.Optimizer):
         The tensors are the method's own, not copies.
         """
         numbers = {"num_steps": self.num_steps, "h": {t.name: t.h.hex() for t in self.targets}}
+        if self.state_of_update.numbers:
+            numbers["state"] = copy.deepcopy(self.state_of_update.numbers)
         return numbers, self.state_of_update.tensors()
 
     def restore(self, numbers: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -268,7 +295,7 @@ class Parts(torch.optim.Optimizer):
         self.num_steps = numbers["num_steps"]
         for target in self.targets:
             target.h = float.fromhex(numbers["h"][target.name])
-        self.state_of_update.restore(tensors, self.targets)
+        self.state_of_update.restore(tensors, self.targets, numbers.get("state"))
 
     def state_dict(self) -> dict[str, Any]:
         """As :meth:`snapshot`, with copies of the tensors, for users of torch's own protocol."""

@@ -137,9 +137,10 @@ class FunctionalProbe:
 
         Args:
             mover: writes the moved copies.
-            only: ``id`` of the parameters to move; None moves all.
+            only: ``id`` of the parameters to move; None: all that the mover moves.
         """
         places = self._places
+        only = getattr(mover, "only", None) if only is None else only
         held = {module: module.__dict__.get("forward") for module in places}
         before, self._mover = self._mover, mover
         for module, moved in places.items():

@@ -121,6 +121,7 @@ class Names:
 Count = Annotated[int, Whole(1, example="16")]
 Shown = Annotated[int, Whole(1, example="32")]
 StepsBetween = Annotated[int, Whole(0, example="0")]
+Rows = Annotated[int, Whole(0, example="0")]
 Positive = Annotated[float, Number(0, above=True, example="1.0")]
 NotNegative = Annotated[float, Number(0, example="0.0")]
 Fraction = Annotated[float, Number(0, 1, example="0.9")]

@@ -1,6 +1,7 @@
-"""What the steps of a method keep beside the weights: float32 tensors, as many as it has slots."""
+"""What the steps of a method keep beside the weights: tensors, and plain numbers."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,48 +10,96 @@ from smezo_cli.zo.targets import Target
 
 
 class State:
-    """The tensors that the next step depends on, by slot and by target.
+    """What the next step depends on beside the weights: slots, copies of the weights, numbers.
 
     Args:
-        slots: their names, such as "exp_avg"; in files a tensor is called ``TARGET/SLOT``.
-        size: returns how many numbers a tensor of a target has.
+        slots: names of float32 tensors, such as "exp_avg"; in files a tensor is called
+            ``TARGET/SLOT``.
+        size: entries of a slot's tensor of a target.
+        copies: names of copies of the weights, in their dtype; in files ``TARGET/COPY``.
     """
 
-    def __init__(self, slots: Sequence[str], size: Callable[[Target], int]) -> None:
-        self.slots, self._size = tuple(slots), size
+    def __init__(
+        self, slots: Sequence[str], size: Callable[[Target], int], copies: Sequence[str] = ()
+    ) -> None:
+        self.slots, self.copies, self._size = tuple(slots), tuple(copies), size
+        #: plain JSON that the next step depends on
+        self.numbers: dict[str, Any] = {}
         self._tensors: dict[str, tuple[Tensor, ...]] = {}
+        self._copied: dict[tuple[str, str], Tensor] = {}
 
     def __bool__(self) -> bool:
         """Return whether anything is kept yet."""
-        return bool(self._tensors)
+        return bool(self._tensors or self._copied)
 
     def of(self, target: Target) -> tuple[Tensor, ...]:
         """Return the target's tensors (flat, float32) in the order of the slots; zeros at first."""
         if target.name not in self._tensors:
-            self._tensors[target.name] = tuple(
-                torch.zeros(self._size(target), device=target.flat.device) for _ in self.slots
-            )
+            size, device = self._size(target), target.parameter.device
+            self._tensors[target.name] = tuple(torch.zeros(size, device=device) for _ in self.slots)
         return self._tensors[target.name]
+
+    def carry(self, targets: Sequence[Target], change: Callable[[Target, Tensor], Tensor]) -> None:
+        """Replace every slot's tensor by ``change(target, tensor)``, of the same size."""
+        for target in targets:
+            if target.name in self._tensors:
+                kept = self._tensors[target.name]
+                self._tensors[target.name] = tuple(change(target, tensor) for tensor in kept)
+
+    def copy_weights(self, name: str, targets: Sequence[Target]) -> None:
+        """Keep the present weights under a name of ``copies``, in place of those kept before."""
+        assert name in self.copies
+        for target in targets:
+            kept = self._copied.get((target.name, name))
+            if kept is None:
+                self._copied[target.name, name] = target.flat.clone()
+            else:
+                kept.copy_(target.flat)
+
+    def weights(self, name: str, target: Target) -> Tensor:
+        """Return the kept weights of a target, flat."""
+        return self._copied[target.name, name]
+
+    def bytes_of(self, targets: Sequence[Target]) -> int:
+        """Return the bytes that the tensors take once all are there."""
+        slots = 4 * len(self.slots) * sum(map(self._size, targets))
+        weights = sum(t.parameter.numel() * t.parameter.element_size() for t in targets)
+        return slots + len(self.copies) * weights
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors by their names in files; not copies."""
-        return {
+        slots = {
             f"{name}/{slot}": tensor
             for i, slot in enumerate(self.slots)
             for name, tensors in self._tensors.items()
             for tensor in [tensors[i]]
         }
+        return slots | {f"{name}/{copy}": tensor for (name, copy), tensor in self._copied.items()}
 
-    def restore(self, tensors: Mapping[str, Tensor], targets: Sequence[Target]) -> None:
+    def restore(
+        self,
+        tensors: Mapping[str, Tensor],
+        targets: Sequence[Target],
+        numbers: Mapping[str, Any] | None = None,
+    ) -> None:
         """Undo :meth:`tensors`; of an empty mapping nothing is kept afterwards.
 
         Raises:
             LookupError, ValueError: they are not of these targets.
         """
         self._tensors.clear()
-        for target in targets if tensors and self.slots else ():
-            size, device = self._size(target), target.flat.device
+        self._copied.clear()
+        self.numbers = dict(numbers or {})
+        for target in targets if tensors else ():
+            device = target.parameter.device
             own = [tensors[f"{target.name}/{slot}"] for slot in self.slots]
-            if any(x.shape != (size,) or x.dtype != torch.float32 for x in own):
+            size = (self._size(target),)
+            if any(tuple(x.shape) != size or x.dtype != torch.float32 for x in own):
                 raise ValueError(f"{target.name} has other moments")
-            self._tensors[target.name] = tuple(x.to(device, copy=True) for x in own)
+            if self.slots:
+                self._tensors[target.name] = tuple(x.to(device, copy=True) for x in own)
+            for name in self.copies:
+                kept, flat = tensors[f"{target.name}/{name}"], target.flat
+                if kept.shape != flat.shape or kept.dtype != flat.dtype:
+                    raise ValueError(f"{target.name} has another {name}")
+                self._copied[target.name, name] = kept.to(device, copy=True)

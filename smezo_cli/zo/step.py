@@ -44,22 +44,33 @@ class Shared(Protocol):
         """The losses of all queries, from those of this process; so many losses each."""
 
 
+@runtime_checkable
+class WithObjectives(Protocol):
+    """A closure that stands for several losses, such as that of a batch and that of all rows."""
+
+    def __call__(self) -> Tensor: ...
+    def of(self, objective: str) -> Closure:
+        """Return the closure of another loss, by the name that a method's ``objectives`` give."""
+
+
 @dataclass(frozen=True)
 class StepRecord:
     """What a step did.
 
     Attributes:
         loss: mean of the losses measured in the step.
-        projected_grad: one directional derivative per query, as measured (empty for first-order
-            methods).
+        projected_grad: the coefficients of the step's directions, as measured, for the log: of
+            most methods one directional derivative a query (empty for first-order methods).
         num_forwards: forward passes over the batch.
         clipped: how many projected gradients were cut for the update.
+        scalars: what is recorded of the step, from which it can be made again without a forward.
     """
 
     loss: float
     projected_grad: tuple[float, ...]
     num_forwards: int
     clipped: int = 0
+    scalars: tuple[float, ...] = ()
 
     @property
     def unmoved(self) -> int:

@@ -13,14 +13,32 @@ from smezo_cli.zo import dynamo
 
 @dataclass
 class Target:
-    """A perturbed tensor: where it is, its stream's name, its threshold."""
+    """A perturbed tensor: where it is, its stream's name, and what a selection says of it.
+
+    Attributes:
+        name: of the parameter; names its streams.
+        parameter: the weights.
+        masked: the mask of the selection applies to it.
+        h: threshold of the mask.
+        position: its number among the targets.
+        rests: the present step leaves it as it is.
+        index: int64, sorted: the flat places of the entries that are trained, where a selection
+            names them one by one; None: those that the mask takes.
+    """
 
     name: str
     parameter: nn.Parameter
     masked: bool
     h: float = math.inf
     position: int = 0
+    rests: bool = False
+    index: Tensor | None = None
     _flat: Tensor | None = None
+
+    @property
+    def num_trained(self) -> int:
+        """Entries that a step may change: a whole tensor, or those of ``index``."""
+        return self.parameter.numel() if self.index is None else self.index.numel()
 
     @property
     def flat(self) -> Tensor:

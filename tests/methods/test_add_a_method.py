@@ -25,10 +25,10 @@ from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
 from smezo_cli.zo.ranges import Count, Fraction, Noise
 from smezo_cli.zo.selections.masked import Everything
-from smezo_cli.zo.updates.base import WeightWriter
+from smezo_cli.zo.updates.base import Update, WeightWriter
 
 
-class Sign:
+class Sign(Update):
     """theta <- theta - lr sign(m) with m <- beta m + (1 - beta) g."""
 
     slots = ("mean",)

@@ -190,8 +190,8 @@ def test_a_file_holds_every_step_to_the_last_bit(tmp_path: Path) -> None:
     made = written(path)
     found = read(path)
     assert found.damage is None
-    assert [(found[i].loss, found[i].projected_grad) for i in range(len(found))] == [
-        (record.loss, record.projected_grad) for record in made
+    assert [(found[i].loss, found[i].scalars) for i in range(len(found))] == [
+        (record.loss, record.scalars) for record in made
     ]
     assert [found[i].step for i in range(6)] == list(range(6))
     assert {found[i].lr for i in range(6)} == {1e-2}
@@ -304,8 +304,8 @@ def test_numbers_that_are_not_finite_end_the_good_part(tmp_path: Path) -> None:
     path = tmp_path / "trajectory.bin"
     method = method_of(network())
     recorder = Recorder(path, header_of(method), method, None)
-    recorder.append(0, StepRecord(1.0, (0.5,), 2), 1.0)
-    recorder.append(1, StepRecord(1.0, (math.inf,), 2), 1.0)
+    recorder.append(0, StepRecord(1.0, (0.5,), 2, scalars=(0.5,)), 1.0)
+    recorder.append(1, StepRecord(1.0, (math.inf,), 2, scalars=(math.inf,)), 1.0)
     recorder.close()
     assert len(read(path)) == 1
 
@@ -315,7 +315,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = tmp_path / "trajectory.bin"
     method = method_of(network())
     recorder = Recorder(path, header_of(method), method, None)
-    recorder.append(0, StepRecord(1.0, (0.5,), 2), 1.0)
+    recorder.append(0, StepRecord(1.0, (0.5,), 2, scalars=(0.5,)), 1.0)
     real = os.pwrite
 
     def some_of_it(file: int, content: bytes, place: int) -> int:
@@ -326,7 +326,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", some_of_it)
         with pytest.raises(UserError, match=r"trajectory\.bin: No space left"):
-            recorder.append(1, StepRecord(1.0, (0.5,), 2), 1.0)
+            recorder.append(1, StepRecord(1.0, (0.5,), 2, scalars=(0.5,)), 1.0)
     recorder.close()
     assert len(read(path)) == 1
 
@@ -357,7 +357,7 @@ def test_a_delta_holds_what_the_update_needs_and_no_more(tmp_path: Path) -> None
     assert again.header == found.header
     assert len(again) == 300
     for i in range(300):
-        assert (again[i].lr, again[i].projected_grad) == (found[i].lr, found[i].projected_grad)
+        assert (again[i].lr, again[i].scalars) == (found[i].lr, found[i].scalars)
     assert out.stat().st_size < 300 * 2 * 8 + 1500
     assert delta.is_delta(out)
     assert not delta.is_delta(path)

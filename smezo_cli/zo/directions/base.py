@@ -28,6 +28,7 @@ class DirectionContext:
         backend: "auto", "compiled" or "eager".
         keep_noise: draw once a step and keep it: "auto", True or False.
         is_in_place: the executor moves the weights themselves.
+        copy_of: returns the copy (flat) of a target's weights that the state keeps by a name.
     """
 
     targets: Sequence[Target]
@@ -37,12 +38,14 @@ class DirectionContext:
     backend: str
     keep_noise: bool | str
     is_in_place: bool
+    copy_of: Callable[[str, Target], Tensor]
 
 
 class PointMover(PairMover, Protocol):
     """Writes copies of tensors at a point, and knows the move that leads there."""
 
     move: Move
+    only: frozenset[int] | None  # ids of the parameters that it moves; None: all
 
     def dense(self, target: Target) -> tuple[Tensor, Tensor]:
         """Return the first term written out (float32, flat), and the mask (bool)."""
@@ -68,24 +71,24 @@ class Direction(Protocol):
     def bind(self, context: DirectionContext, num_terms: int) -> None:
         """Get ready for these tensors, and moves of so many terms."""
 
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of what is kept from step to step, beside the state."""
+
+    def state_size(self, target: Target) -> int:
+        """Return how many numbers a slot of the state holds for a target."""
+
+    def refreshes_at(self, step: int) -> bool:
+        """Return whether u(key) of this step lie in other subspaces than before."""
+
+    def carry(self, target: Target, kept: Tensor, step: int) -> Tensor:
+        """Return a slot's tensor of the subspace before in that of this step."""
+
     def begin(self, step: int) -> None:
         """Begin a step: forget what was drawn for the one before. May be called again."""
 
     def end(self) -> None:
         """Drop what was kept for the step."""
-
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes of what is kept from step to step."""
-
-    def state_size(self, target: Target) -> int:
-        """Return how many numbers an update keeps of a target in each of its slots."""
-
-    def refreshes_at(self, step: int) -> bool:
-        """Return whether what an update keeps is carried over at a step; see :meth:`carry`."""
-
-    def carry(self, target: Target, kept: Tensor, step: int) -> Tensor:
-        """Rewrite a tensor of the state for the directions of this step, and return it."""
 
     def mover(self, step: int, move: Move) -> PointMover:
         """Return what writes copies of tensors moved by ``move``."""

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from smezo_cli.zo.directions.base import Change, DirectionContext
 from smezo_cli.zo.move import Key, Move, Term
-from smezo_cli.zo.noise import KINDS, stream_key
+from smezo_cli.zo.noise import KINDS, locate, stream_key
 from smezo_cli.zo.passes.choose import Passes, choose_passes
 from smezo_cli.zo.passes.draw import Draw, Numbers, Reader, Rule, as_draws
-from smezo_cli.zo.passes.eager import EagerPasses, Use
+from smezo_cli.zo.passes.eager import EagerPasses, Use, round_bits
 from smezo_cli.zo.rounding import ROUNDINGS
 from smezo_cli.zo.targets import Target, check, one_of
 
@@ -40,6 +40,7 @@ class Dense:
             ValueError: noise cannot be kept with these arguments, or has to be.
         """
         self.targets, self.selection, self._seed = context.targets, context.selection, context.seed
+        self.copy_of = context.copy_of
         self._by_id = {id(t.parameter): t for t in context.targets}
         self._rule = Rule(context.selection.rule, self.noise, context.is_stochastic)
         devices = [t.parameter.device for t in context.targets]
@@ -63,6 +64,7 @@ class Dense:
     ) -> bool:
         """Return whether z is drawn once a step and kept."""
         wish, can_keep = context.keep_noise, num_terms == 1 and not context.is_stochastic
+        can_keep = can_keep and all(t.index is None for t in context.targets)
         rounding = "stochastic" if context.is_stochastic else "nearest"
         needs = f"num_queries=1 and rounding=nearest, not {num_terms} and {rounding}"
         check(can_keep or wish is not True, f"keep_noise=true needs {needs}: leave it out")
@@ -79,20 +81,6 @@ class Dense:
         is_slow_to_draw = self.passes.name == "eager" and device.type == "cpu"
         return can_keep and is_slow_to_draw and free_memory_bytes() > 10 * num_weights
 
-    kept_bytes = 0
-
-    def state_size(self, target: Target) -> int:
-        """See :class:`Direction`: a number a weight."""
-        return target.parameter.numel()
-
-    def refreshes_at(self, step: int) -> bool:
-        """See :class:`Direction`."""
-        return False
-
-    def carry(self, target: Target, kept: Tensor, step: int) -> Tensor:
-        """See :class:`Direction`."""
-        return kept
-
     def begin(self, step: int) -> None:
         """See :class:`Direction`."""
         self._streams.clear()
@@ -102,20 +90,44 @@ class Dense:
         """See :class:`Direction`."""
         self._kept.clear()
 
+    kept_bytes = 0
+
+    def state_size(self, target: Target) -> int:
+        """See :class:`Direction`: one number for every weight that is trained."""
+        return target.num_trained
+
+    def refreshes_at(self, step: int) -> bool:
+        """See :class:`Direction`: there is no subspace."""
+        return False
+
+    def carry(self, target: Target, kept: Tensor, step: int) -> Tensor:
+        """See :class:`Direction`."""
+        return kept
+
     def mover(self, step: int, move: Move) -> "DenseMover":
         """See :class:`Direction`."""
-        keys = [self._keys(key.purpose, key.step, key.query) for key, _ in move.terms]
+        keys = [self.keys(t.key.purpose, t.key.step, t.key.query) for t in move.terms]
         none = [(0, 0)] * len(self.targets)
         stream = self.selection.stream(step)
-        masks = none if stream is None else self._keys(*stream)
-        rounds = self._keys("round", step) if self._rule.stochastic else none
-        a, d = tuple(c for _, c in move.terms), move.decay or None
-        of_targets = zip(self.targets, zip(*keys, strict=True), masks, rounds, strict=True)
-        numbers = [Numbers(k, mask, bits, t.h, a, d) for t, k, mask, bits in of_targets]
-        return DenseMover(self, move, numbers)
+        masks = none if stream is None else self.keys(*stream)
+        rounds = self.keys("round", step) if self._rule.stochastic else none
+        decay = move.decay or None
+        numbers: list[Numbers | None] = []
+        for i, target in enumerate(self.targets):
+            own = [
+                (streams[i], term.coefficient)
+                for streams, term in zip(keys, move.terms, strict=True)
+                if term.only is None or target.name in term.only
+            ]
+            if target.rests or not own:
+                numbers.append(None)
+                continue
+            k, a = zip(*own, strict=True)
+            numbers.append(Numbers(k, masks[i], rounds[i], target.h, a, decay))
+        return DenseMover(self, step, move, numbers)
 
-    def _keys(self, *parts: str | int) -> list[tuple[int, int]]:
-        """The streams of a purpose, one a target; several passes of a step ask for the same."""
+    def keys(self, *parts: str | int) -> list[tuple[int, int]]:
+        """Return the streams of a purpose, a target each; passes of a step ask for the same."""
         if parts not in self._streams:
             self._streams[parts] = [stream_key(self._seed, *parts, t.name) for t in self.targets]
         return self._streams[parts]
@@ -123,23 +135,42 @@ class Dense:
     def apply(self, step: int, move: Move) -> None:
         """See :class:`Direction`."""
         mover = self.mover(step, move)
-        for target in self.targets:
+        for target in mover.moved:
             mover.write(self.passes, target, target.flat)
 
     def change(self, step: int, move: Move, of: Callable[[Target], Change]) -> None:
         """See :class:`Direction`."""
         mover = self.mover(step, move)
-        for target in self.targets:
+        for target in mover.moved:
             self.change_one(target, mover, of(target))
 
     def change_one(self, target: Target, mover: "DenseMover", change: Change) -> None:
-        """As :meth:`change`, for one target."""
-        use = _adding(target, change, mover.move.decay, self._mask_of(target, mover))
+        """As :meth:`change`, of one target that the move moves."""
+        if target.index is not None:
+            self._change_picked(target, mover, change)
+            return
+        use = _adding(target.flat, change, mover.move.decay, self._mask_of(target, mover))
         if self.keeps:
             z, _ = self.kept(target, mover)
             EagerPasses.along_kept(z, mover.draw(target), use)
         else:
             self.passes.along(target.flat, mover.read_by(self.passes, target), use)
+
+    def _change_picked(self, target: Target, mover: "DenseMover", change: Change) -> None:
+        """As :meth:`change`, of a target whose trained entries are named one by one."""
+        assert target.index is not None
+        numel, draw = target.parameter.numel(), mover.draw(target)
+        zero = torch.zeros(target.num_trained, device=target.index.device)
+        eager = EagerPasses(Rule(self._rule.mask, self.noise))
+        total = eager.move_at(zero, target.index, numel, draw._replace(decay=None))
+        bits = None
+        if self._rule.stochastic:
+            counter, is_first = locate(target.index, numel)
+            both = round_bits(counter, self._rule, draw)
+            bits = torch.where(is_first, *both)  # type: ignore[arg-type]  # there are, if stochastic
+        picked = target.flat[target.index]
+        _adding(picked, change, mover.move.decay, None)(slice(None), total, bits)
+        target.flat[target.index] = picked
 
     def _mask_of(self, target: Target, mover: "DenseMover") -> Tensor | None:
         """The mask of a whole tensor (bool, flat), before it is written to; None: all is active."""
@@ -151,7 +182,13 @@ class Dense:
         """See :class:`Direction`."""
         mover, eager = self.mover(step, Move((Term(Key(step), 0.0),))), EagerPasses(self._rule)
         for target in self.targets:
-            yield eager.mask_of(target.flat, mover.draw(target))
+            if target.rests or target.index is not None:
+                mask = torch.zeros_like(target.flat, dtype=torch.bool)
+                if target.index is not None and not target.rests:
+                    mask[target.index] = True
+                yield mask
+            else:
+                yield eager.mask_of(target.flat, mover.draw(target))
 
     def kept(self, target: Target, mover: "DenseMover") -> tuple[Tensor, Tensor]:
         """Return z (float32, flat) of the first term and the mask; of the step's start, if kept."""
@@ -174,29 +211,52 @@ class Dense:
 class DenseMover:
     """Writes copies of tensors moved by the terms of one move, as probes and updates need them."""
 
-    def __init__(self, direction: Dense, move: Move, numbers: list[Numbers]) -> None:
-        self.move = move
+    def __init__(
+        self, direction: Dense, step: int, move: Move, numbers: list[Numbers | None]
+    ) -> None:
+        self._step, self.move = step, move
         self._direction, self._numbers = direction, numbers
-        self._draws: list[Draw] | None = None
+        self._draws: dict[int, Draw] | None = None
+        #: the targets that it moves
+        self.moved = [t for t in direction.targets if numbers[t.position] is not None]
+        # From other weights than the present ones, every tensor is another.
+        is_all = bool(move.base) or len(self.moved) == len(direction.targets)
+        self.only = None if is_all else frozenset(id(t.parameter) for t in self.moved)
 
     def draw(self, target: Target) -> Draw:
         """Return the numbers as tensors on the target's device; made for all when first asked."""
         if self._draws is None:
-            devices = [t.parameter.device for t in self._direction.targets]
-            self._draws = as_draws(self._numbers, devices)
+            devices = {t.position: t.parameter.device for t in self.moved}
+            numbers = {i: n for i, n in enumerate(self._numbers) if n is not None}
+            self._draws = as_draws(numbers, devices)
         return self._draws[target.position]
 
     def read_by(self, passes: Reader, target: Target) -> Any:
         """Return the numbers of a target in the form that these passes read."""
         return self._numbers[target.position] if passes.reads_numbers else self.draw(target)
 
+    def start(self, target: Target) -> Tensor:
+        """Return the weights that the move starts from, flat."""
+        base = self.move.base
+        return self._direction.copy_of(base, target) if base else target.flat
+
     def write(self, passes: Passes, target: Target, out: Tensor) -> None:
         """Write the moved tensor to ``out`` (flat), by kept noise where it is kept."""
-        if self._direction.keeps:
+        start = self.start(target)
+        if self._numbers[target.position] is None:
+            out.copy_(start)
+        elif target.index is not None:
+            picked = start[target.index]
+            numel, numbers = target.parameter.numel(), self.read_by(passes, target)
+            moved = passes.move_at(picked, target.index, numel, numbers)
+            if out is not start:
+                out.copy_(start)
+            out[target.index] = moved
+        elif self._direction.keeps:
             z, mask = self._direction.kept(target, self)
-            EagerPasses.move_kept(target.flat, out, z, mask, self.draw(target))
+            EagerPasses.move_kept(start, out, z, mask, self.draw(target))
         else:
-            passes.move(target.flat, out, self.read_by(passes, target))
+            passes.move(start, out, self.read_by(passes, target))
 
     def whole(self, parameter: Tensor, out: Tensor) -> None:
         """See :class:`smezo_cli.zo.probe.Mover`."""
@@ -206,24 +266,35 @@ class DenseMover:
         """See :class:`smezo_cli.zo.probe.PairMover`."""
         direction, passes = self._direction, self._direction.probe_passes
         target = direction.target_of(parameter)
-        if direction.keeps:
+        if self._numbers[target.position] is None or target.index is not None:
+            self.write(passes, target, plus)
+            direction.mover(self._step, self.move.negated()).write(passes, target, minus)
+        elif direction.keeps:
             z, mask = direction.kept(target, self)
-            draw = self.draw(target)
-            EagerPasses.move_kept(target.flat, plus, z, mask, draw)
+            start, draw = self.start(target), self.draw(target)
+            EagerPasses.move_kept(start, plus, z, mask, draw)
             back = draw._replace(coefficients=-draw.coefficients)
-            EagerPasses.move_kept(target.flat, minus, z, mask, back)
+            EagerPasses.move_kept(start, minus, z, mask, back)
         else:
-            passes.move_both(target.flat, plus, minus, self.read_by(passes, target))
+            passes.move_both(self.start(target), plus, minus, self.read_by(passes, target))
 
     def rows(self, parameter: Tensor, rows: Tensor) -> Tensor:
         """See :class:`smezo_cli.zo.probe.Mover`."""
         target, passes = self._direction.target_of(parameter), self._direction.probe_passes
-        width = parameter.numel() // parameter.shape[0]
-        picked = parameter.detach().index_select(0, rows).view(-1)
+        start = self.start(target).view(parameter.shape)
+        numel, width = parameter.numel(), parameter.numel() // parameter.shape[0]
+        picked = start.index_select(0, rows)
+        if self._numbers[target.position] is None:
+            return picked
+        numbers = self.read_by(passes, target)
+        if target.index is not None:
+            place, there = _among(target.index, rows, width)
+            flat = picked.view(-1)
+            flat[place] = passes.move_at(flat[place], there, numel, numbers)
+            return picked
         offsets = torch.arange(width, device=rows.device)
         index = (rows[:, None] * width + offsets).view(-1)
-        numel = parameter.numel()
-        moved = passes.move_at(picked, index, numel, self.read_by(passes, target))
+        moved = passes.move_at(picked.view(-1), index, numel, numbers)
         return moved.view(rows.shape[0], *parameter.shape[1:])
 
     def dense(self, target: Target) -> tuple[Tensor, Tensor]:
@@ -232,12 +303,29 @@ class DenseMover:
         return z * self.draw(target).coefficients[0], mask
 
 
-def _adding(target: Target, change: Change, decay: float, mask: Tensor | None) -> Use:
+def _among(index: Tensor, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Return which entries of some rows are named in an index.
+
+    Args:
+        index: int64 (n,), sorted: flat places in the whole tensor.
+        rows: int64 (r,), sorted.
+        width: entries of a row.
+
+    Returns:
+        Their flat places among the rows, and in the whole tensor.
+    """
+    row = index // width
+    found = torch.searchsorted(rows, row).clamp(max=len(rows) - 1)
+    named = rows[found] == row
+    return (found * width + index % width)[named], index[named]
+
+
+def _adding(flat: Tensor, change: Change, decay: float, mask: Tensor | None) -> Use:
     """Return what adds a change to parts of a tensor; each operation rounds once.
 
     So the bits are the same whatever draws, in whichever parts.
     """
-    flat, rounded = target.flat, ROUNDINGS.get(target.flat.dtype)
+    rounded = ROUNDINGS.get(flat.dtype)
 
     def use(part: slice, total: Tensor, bits: Tensor | None) -> None:
         move = change(part, total)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from smezo_cli.zo.directions.base import Change, DirectionContext
-from smezo_cli.zo.directions.dense import Dense, DenseMover
+from smezo_cli.zo.directions.dense import Dense
 from smezo_cli.zo.directions.frames import GAUSSIAN, UNIT, inner, orthonormal
-from smezo_cli.zo.move import Key, Move, Term
+from smezo_cli.zo.move import Move
 from smezo_cli.zo.passes.choose import Passes
-from smezo_cli.zo.passes.draw import Rule
+from smezo_cli.zo.passes.draw import Numbers, Rule, as_draws
 from smezo_cli.zo.passes.eager import EagerPasses
 from smezo_cli.zo.passes.low_rank import (
     EagerLowRank,
@@ -39,7 +39,7 @@ class Factored:
     grow with the number of its terms, and an update of cores is one of a subspace.
 
     A tensor of more than two dimensions is the matrix (shape[0], the others); one of less is
-    perturbed along dense noise.
+    perturbed along dense noise, as is one of which single entries are trained.
 
     Args:
         kind: "uv" or "uzv".
@@ -100,7 +100,7 @@ class Factored:
         """Return the shape of the matrix that a tensor is; None: it is perturbed densely."""
         shape = target.parameter.shape
         numel = shape.numel()
-        if len(shape) < 2 or not numel:
+        if len(shape) < 2 or not numel or target.index is not None:
             return None
         rows = shape[0]
         if self.is_square:
@@ -117,7 +117,7 @@ class Factored:
         """Return the numbers of a core: what an update keeps so many of."""
         shape = self.shape_of(target)
         if shape is None:
-            return target.parameter.numel()
+            return target.num_trained
         rank = self.rank_of(target)
         return rank * (shape[0] if self.kind == "uv" else rank)
 
@@ -154,10 +154,10 @@ class Factored:
             ValueError: a term is of a step with other factors.
         """
         interval = step // self.refresh_every
-        for key, _ in move.terms:
+        for term in move.terms:
             check(
-                key.step // self.refresh_every == interval,
-                f"a direction of step {key.step} has other factors than those of step {step}",
+                term.key.step // self.refresh_every == interval,
+                f"a direction of step {term.key.step} has other factors than those of step {step}",
             )
         self._set_interval(interval)
         return FactoredMover(self, step, move)
@@ -165,7 +165,7 @@ class Factored:
     def apply(self, step: int, move: Move) -> None:
         """See :class:`Direction`."""
         mover = self.mover(step, move)
-        for target in self.dense.targets:
+        for target in mover.moved:
             if self.shape_of(target) is None:
                 mover.noise.write(self.dense.passes, target, target.flat)
             else:
@@ -174,7 +174,7 @@ class Factored:
     def change(self, step: int, move: Move, of: Callable[[Target], Change]) -> None:
         """See :class:`Direction`; of a matrix, what is changed is the core, in one part."""
         mover = self.mover(step, move)
-        for target in self.dense.targets:
+        for target in mover.moved:
             if self.shape_of(target) is None:
                 self.dense.change_one(target, mover.noise, of(target))
             else:
@@ -183,18 +183,18 @@ class Factored:
 
     def _update(self, target: Target, mover: "FactoredMover", core: Tensor) -> None:
         """Add a lifted core to the weights."""
-        passes, flat = self.update_passes, target.flat
-        passes.move(flat, flat, self.lifted(target, core), mover.read_by(passes, target))
+        passes, start = self.update_passes, mover.noise.start(target)
+        passes.move(start, target.flat, self.lifted(target, core), mover.read_by(passes, target))
 
     def refreshes_at(self, step: int) -> bool:
         """Return whether a step has other factors than the one before it."""
         return step > 0 and step % self.refresh_every == 0
 
     def carry(self, target: Target, core: Tensor, step: int) -> Tensor:
-        """Rewrite a kept core at a step with new factors: what it stood for, as these show it.
+        """Return what a kept core of the factors before stands for, as those of this step show it.
 
         "uv": N <- N V_old^T V_new / n. "uzv": Z <- U_new^T U_old Z V_old^T V_new, the projection
-        onto the new subspace (both have one scale). Returns the core.
+        onto the new subspace (both have one scale).
         """
         shape = self.shape_of(target)
         if shape is None:
@@ -210,7 +210,7 @@ class Factored:
             turn = inner(old_right, right, UNIT)
             back = inner(left.T * shrink, old_left.T * shrink, UNIT)
             matrix = product(Factors(back.float(), matrix))
-        return core.copy_(product(Factors(matrix, turn.float())).view(-1))
+        return product(Factors(matrix, turn.float())).view(-1)
 
     @staticmethod
     def _scale(shape: tuple[int, int], rank: int) -> float:
@@ -230,8 +230,12 @@ class Factored:
         assert shape is not None
 
         def gaussian(purpose: str, columns: int) -> Tensor:
-            mover = self.dense.mover(0, Move((Term(Key(interval, 0, purpose), 1.0),)))
-            return self._numbers(mover, target, rank * columns).view(rank, columns)
+            key = self.dense.keys(purpose, interval, 0)[target.position]
+            numbers = Numbers((key,), (0, 0), (0, 0), math.inf, (1.0,))
+            device = target.parameter.device
+            draw = as_draws({0: numbers}, {0: device})[0]
+            read = numbers if self.dense.probe_passes.reads_numbers else draw
+            return self.numbers(read, rank * columns, device).view(rank, columns)
 
         if self.kind == "uv":
             return None, gaussian("v", shape[1])
@@ -240,20 +244,15 @@ class Factored:
         )
         return (left * self._scale(shape, rank)).float().T.contiguous(), right.float()
 
-    def _numbers(self, mover: DenseMover, target: Target, size: int) -> Tensor:
-        """Return the sum of a move's terms over so many numbers, whatever size the target has."""
-        found = torch.empty(size, device=target.parameter.device)
-        passes = self.dense.probe_passes
+    def numbers(self, draw: Any, size: int, device: torch.device) -> Tensor:
+        """Return so many numbers of a draw (float32, flat), in the form that dense passes read."""
+        found = torch.empty(size, device=device)
 
         def use(part: slice, total: Tensor, bits: Tensor | None) -> None:
             found[part] = total
 
-        passes.along(found, mover.read_by(passes, target), use)
+        self.dense.probe_passes.along(found, draw, use)
         return found
-
-    def core_of(self, mover: DenseMover, target: Target) -> Tensor:
-        """Return the sum of the terms' cores (float32, flat)."""
-        return self._numbers(mover, target, self.state_size(target))
 
     def lifted(self, target: Target, core: Tensor, rows: Tensor | None = None) -> Factors:
         """Return the product that a core stands for; of some of its rows, if asked."""
@@ -292,20 +291,46 @@ class FactoredMover:
         self._direction = direction
         #: moves what has no factors; and knows the masks and what rounds by chance
         self.noise = direction.dense.mover(step, move)
-        self._of_cores = self.noise
-        if direction.kind == "uv":
-            terms = [
-                Term(key._replace(purpose="u") if key.purpose == "z" else key, c)
-                for key, c in move.terms
-            ]
-            self._of_cores = direction.dense.mover(step, replace(move, terms=tuple(terms)))
+        self.moved, self.only = self.noise.moved, self.noise.only
+        self._is_moved = {t.position for t in self.moved}
+        self._draws: dict[int, Any] | None = None
         self._cores: dict[str, Tensor] = {}
 
     def core(self, target: Target) -> Tensor:
         """Return the sum of the terms' cores (float32, flat)."""
         if target.name not in self._cores:
-            self._cores[target.name] = self._direction.core_of(self._of_cores, target)
+            if self._draws is None:
+                self._draws = self._draws_of_cores()
+            direction, device = self._direction, target.parameter.device
+            draw, size = self._draws[target.position], direction.state_size(target)
+            self._cores[target.name] = direction.numbers(draw, size, device)
         return self._cores[target.name]
+
+    def _draws_of_cores(self) -> dict[int, Any]:
+        """The draws of all cores, by positions, in the form that dense passes read."""
+        direction = self._direction
+        own = {"z": "u"} if direction.kind == "uv" else {}
+        keys = [
+            direction.dense.keys(own.get(t.key.purpose, t.key.purpose), t.key.step, t.key.query)
+            for t in self.move.terms
+        ]
+        numbers: dict[int, Numbers] = {}
+        for target in self.moved:
+            terms = [
+                (streams[target.position], term.coefficient)
+                for streams, term in zip(keys, self.move.terms, strict=True)
+                if term.only is None or target.name in term.only
+            ]
+            k, a = zip(*terms, strict=True)
+            numbers[target.position] = Numbers(k, (0, 0), (0, 0), math.inf, a)
+        if direction.dense.probe_passes.reads_numbers:
+            return dict(numbers)
+        return dict(as_draws(numbers, {t.position: t.parameter.device for t in self.moved}))
+
+    def _is_factored(self, target: Target) -> bool:
+        """Whether a tensor is moved along a product."""
+        is_matrix = self._direction.shape_of(target) is not None
+        return is_matrix and target.position in self._is_moved
 
     def factors(self, target: Target) -> Factors:
         """Return the sum of the terms as a product."""
@@ -318,29 +343,29 @@ class FactoredMover:
     def whole(self, parameter: Tensor, out: Tensor) -> None:
         """See :class:`smezo_cli.zo.probe.Mover`."""
         target, passes = self._direction.target_of(parameter), self._direction.probe_passes
-        if self._direction.shape_of(target) is None:
+        if not self._is_factored(target):
             self.noise.whole(parameter, out)
         else:
-            numbers = self.read_by(passes, target)
-            passes.move(target.flat, out, self.factors(target), numbers)
+            numbers, start = self.read_by(passes, target), self.noise.start(target)
+            passes.move(start, out, self.factors(target), numbers)
 
     def both(self, parameter: Tensor, plus: Tensor, minus: Tensor) -> None:
         """See :class:`smezo_cli.zo.probe.PairMover`."""
         target, passes = self._direction.target_of(parameter), self._direction.probe_passes
-        if self._direction.shape_of(target) is None:
+        if not self._is_factored(target):
             self.noise.both(parameter, plus, minus)
         else:
-            numbers = self.read_by(passes, target)
-            passes.move_both(target.flat, plus, minus, self.factors(target), numbers)
+            numbers, start = self.read_by(passes, target), self.noise.start(target)
+            passes.move_both(start, plus, minus, self.factors(target), numbers)
 
     def rows(self, parameter: Tensor, rows: Tensor) -> Tensor:
         """See :class:`smezo_cli.zo.probe.Mover`."""
         direction = self._direction
         target, passes = direction.target_of(parameter), direction.probe_passes
         shape = direction.shape_of(target)
-        if shape is None:
+        if shape is None or not self._is_factored(target):
             return self.noise.rows(parameter, rows)
-        picked = parameter.detach().index_select(0, rows)
+        picked = self.noise.start(target).view(parameter.shape).index_select(0, rows)
         flat = picked.view(-1)
         if shape[0] == parameter.shape[0] and not direction.has_random_mask:
             factors = direction.lifted(target, self.core(target), rows)
@@ -356,7 +381,7 @@ class FactoredMover:
 
     def dense(self, target: Target) -> tuple[Tensor, Tensor]:
         """Return the terms written out (float32, flat), and the mask (bool)."""
-        if self._direction.shape_of(target) is None:
+        if not self._is_factored(target):
             return self.noise.dense(target)
         step = self._direction.probe_passes.product(self.factors(target)).view(-1)
         passes = EagerPasses(self._direction.probe_passes.rule)

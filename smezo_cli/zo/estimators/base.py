@@ -12,18 +12,32 @@ class Ask(Protocol):
     eps: float
     step: int
 
-    def losses(self, groups: Sequence[Sequence[Move]]) -> list[list[float]]:
+    def losses(
+        self, groups: Sequence[Sequence[Move]], objective: str = "batch"
+    ) -> list[list[float]]:
         """Return the loss at each point of each group.
 
         Points of a group belong together, such as plus and minus of one direction: one process
         measures them, and an executor may run them at once.
 
+        Args:
+            groups: the points.
+            objective: which loss: "batch", or another one of the method's ``objectives``.
+
         Raises:
             NonFiniteLoss: a loss is NaN or infinite.
         """
 
-    def two_sided(self, keys: Sequence[Key]) -> list[float]:
-        """Return [L(theta + eps u) - L(theta - eps u)] / 2 eps along each direction."""
+    def two_sided(
+        self, keys: Sequence[Key], objective: str = "batch", base: str = ""
+    ) -> list[float]:
+        """Return [L(theta + eps u) - L(theta - eps u)] / 2 eps along each direction.
+
+        Args:
+            keys: name the directions.
+            objective: as for :meth:`losses`.
+            base: theta; "": the weights, else the copy of them that the state keeps by this name.
+        """
 
 
 class Estimator(Protocol):

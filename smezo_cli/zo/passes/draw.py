@@ -1,6 +1,6 @@
 """The numbers of a pass: its keys, coefficients and mask, ready for a kernel."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -68,11 +68,24 @@ class Reader(Protocol):
     reads_numbers: bool  # plain ones; False: tensors on the device
 
 
-def as_draws(numbers: Sequence[Numbers], devices: Sequence[torch.device]) -> list[Draw]:
-    """Draws on their devices, of one step: they share coefficients and decay.
+def as_draws(
+    numbers: Mapping[int, Numbers], devices: Mapping[int, torch.device]
+) -> dict[int, Draw]:
+    """Return draws on their devices, by the positions of their tensors.
 
-    Few tensors are sent, whose parts they are.
+    Those that share coefficients and decay are parts of a few tensors that are sent.
     """
+    alike: dict[tuple[tuple[float, ...], float | None], list[int]] = {}
+    for i, n in numbers.items():
+        alike.setdefault((n.coefficients, n.decay), []).append(i)
+    draws: dict[int, Draw] = {}
+    for group in alike.values():
+        found = _alike([numbers[i] for i in group], [devices[i] for i in group])
+        draws.update(zip(group, found, strict=True))
+    return draws
+
+
+def _alike(numbers: Sequence[Numbers], devices: Sequence[torch.device]) -> list[Draw]:
     keys = torch.tensor([[*n.keys, n.mask_key, n.round_key] for n in numbers])  # (n, q + 2, 2)
     h = torch.tensor([n.h for n in numbers], dtype=torch.float32)
     a = torch.tensor(numbers[0].coefficients, dtype=torch.float64).to(torch.float32)

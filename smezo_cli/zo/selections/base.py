@@ -9,13 +9,20 @@ from smezo_cli.zo.targets import Target
 
 
 class Selection(Protocol):
-    """Says which coordinates are perturbed and updated, by a threshold and a rule."""
+    """Says which coordinates are perturbed and updated.
+
+    By a threshold and a rule; or by ``Target.index``, entry by entry; and of the tensors those that
+    do not rest in the present step (``Target.rests``). Both are set in :meth:`begin`.
+    """
 
     rule: str  # a key of masks.RULES, compiled into the passes
     dense: tuple[str, ...]  # globs of tensors that are perturbed whole
 
     def set_thresholds(self, targets: Sequence[Target]) -> None:
-        """Set the threshold of every tensor from its present weights."""
+        """Set the threshold of every tensor from its present weights, and what is trained of it."""
+
+    def begin(self, targets: Sequence[Target], step: int, seed: int) -> None:
+        """Set which tensors rest in a step. May be called again, and for any step."""
 
     def refreshes_at(self, step: int) -> bool:
         """Return whether thresholds are refreshed before this step."""

@@ -56,6 +56,9 @@ class Masked:
             sparsity = self.sparsity if target.masked else 0.0
             target.h = masks.threshold(target.parameter, self.rule, sparsity, self.constant_tensors)
 
+    def begin(self, targets: Sequence[Target], step: int, seed: int) -> None:
+        """See :class:`Selection`: no tensor ever rests."""
+
     def refreshes_at(self, step: int) -> bool:
         """See :class:`Selection`."""
         return bool(self.refresh_every and step and not step % self.refresh_every)

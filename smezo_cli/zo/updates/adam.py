@@ -8,10 +8,10 @@ from torch import Tensor
 
 from smezo_cli.zo.move import Gradient
 from smezo_cli.zo.targets import check
-from smezo_cli.zo.updates.base import WeightWriter
+from smezo_cli.zo.updates.base import Update, WeightWriter
 
 
-class Adam:
+class Adam(Update):
     """Divides a mean of gradients by the root of a mean of their squares: 8 bytes a weight.
 
     Elementwise in float32, with t = 1 at first:
@@ -28,7 +28,7 @@ class Adam:
         ValueError: an argument out of range.
     """
 
-    slots: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+    slots = ("exp_avg", "exp_avg_sq")
 
     def __init__(self, betas: Sequence[float], adam_eps: float) -> None:
         check(

@@ -1,7 +1,8 @@
-"""Define the interface that every update implements, and the writes that an update may make."""
+"""Define what every update gives, and the writes that an update may make."""
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -17,22 +18,37 @@ class WeightWriter:
     Args:
         direction: of the method.
         state: what the method keeps between steps.
+        targets: the trained tensors.
         step: number of the present step, from 0.
         weight_decay: of the method; its product with the lr is a move's ``decay``.
     """
 
-    def __init__(self, direction: Direction, state: State, step: int, weight_decay: float) -> None:
-        self._direction, self._state = direction, state
+    def __init__(
+        self,
+        direction: Direction,
+        state: State,
+        targets: Sequence[Target],
+        step: int,
+        weight_decay: float,
+    ) -> None:
+        self._direction, self.state, self.targets = direction, state, targets
         self.step, self.weight_decay = step, weight_decay
 
     def move(self, gradient: Gradient, scale: float, decay: float = 0.0) -> None:
         """theta <- theta + scale g - decay theta, in one pass, on what is selected."""
         self._direction.apply(self.step, gradient.move(scale, decay))
 
+    def copy_weights(self, name: str) -> None:
+        """Keep the present weights under a name of the update's ``copies``."""
+        self.state.copy_weights(name, self.targets)
+
     def elementwise(
         self, gradient: Gradient, change: Callable[..., Tensor], decay: float = 0.0
     ) -> None:
         """theta <- theta + change(g, *state) - decay theta, part by part, on what is selected.
+
+        Along directions of low rank g, the state and the change are small: they are combined in
+        the coordinates of the subspace, and what is added to the weights is lifted from there.
 
         Args:
             gradient: g; it is drawn again part by part, so that no memory of the model's size is
@@ -43,21 +59,39 @@ class WeightWriter:
                 the tensor is cut.
             decay: of the weights.
         """
+        self.by_target(gradient, lambda target: change, decay)
+
+    def by_target(
+        self,
+        gradient: Gradient,
+        change_of: Callable[[Target], Callable[..., Tensor]],
+        decay: float = 0.0,
+    ) -> None:
+        """As :meth:`elementwise`, where the change differs from target to target.
+
+        Args:
+            gradient: as there.
+            change_of: returns the change of a target.
+            decay: as there.
+        """
 
         def of(target: Target) -> Change:
-            tensors = self._state.of(target)
+            tensors, change = self.state.of(target), change_of(target)
             return lambda part, g: change(g, *(tensor[part] for tensor in tensors))
 
         self._direction.change(self.step, gradient.move(1.0, decay), of)
 
 
-class Update(Protocol):
+class Update(ABC):
     """Moves the weights by the gradient of a step."""
 
-    slots: tuple[str, ...]  # names of what it keeps: float32, one number a weight each
+    slots: tuple[str, ...] = ()  # names of what it keeps: float32, one number a trained weight each
+    copies: tuple[str, ...] = ()  # names of copies of the weights that it keeps
 
+    @abstractmethod
     def apply(self, weights: WeightWriter, gradient: Gradient, lr: float) -> None:
         """Move the weights."""
 
     def identity(self) -> dict[str, Any]:
         """Return the arguments of the update, as plain JSON."""
+        return {}

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from smezo_cli.zo.move import Gradient
 from smezo_cli.zo.targets import check
-from smezo_cli.zo.updates.base import WeightWriter
+from smezo_cli.zo.updates.base import Update, WeightWriter
 
 
-class Momentum:
+class Momentum(Update):
     """Keeps a mean of gradients: 4 bytes for each number that the direction draws.
 
         m <- beta m + (1 - beta) g
@@ -22,7 +22,7 @@ class Momentum:
         ValueError: an argument out of range.
     """
 
-    slots: tuple[str, ...] = ("momentum",)
+    slots = ("momentum",)
 
     def __init__(self, beta: float) -> None:
         check(0 <= beta < 1, f"beta={beta}: a number in [0, 1)")

@@ -1,0 +1,18 @@
+"""Add up numbers exactly, so that neither their order nor the machine changes the sum."""
+
+import torch
+from torch import Tensor
+
+_GRID = 2.0**32
+
+
+def sum_of_squares(flat: Tensor) -> float:
+    """Return the sum of the squares of a tensor, each rounded to a multiple of 2^-32.
+
+    Whole numbers are added, so the sum is the same in any order, on any device, up to 2^31.
+    """
+    total = 0
+    for part in flat.detach().split(1 << 20):
+        squares = part.double().square_().mul_(_GRID).round_()
+        total += int(squares.to(torch.int64).sum())
+    return total / _GRID

@@ -1,0 +1,97 @@
+"""HELENE against a reference written from its paper."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from smezo_cli.methods.helene import Helene
+from smezo_cli.zo.sums import sum_of_squares
+from tests.methods.reference import loss64, weights64, z_of
+from tests.zo.test_optimizer import closure_of, mlp, seeded
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ARGUMENTS = {
+    "beta1": 0.8,
+    "beta2": 0.9,
+    "anneal_steps": 7.0,
+    "curvature_every": 3,
+    "curvature_rows": 4.0,
+    "gamma": 2.0,
+    "bound": 0.7,
+    "least": 1e-3,
+}
+
+
+def reference(steps: int, lr: float, eps: float) -> dict[str, Tensor]:
+    """The paper's update in float64."""
+    a = ARGUMENTS
+    theta = weights64(mlp())
+    bound = {n: a["bound"] * x.norm() / (2 * math.sqrt(x.numel())) for n, x in theta.items()}
+    m = {n: torch.zeros_like(x) for n, x in theta.items()}
+    h = {n: torch.zeros_like(x) for n, x in theta.items()}
+    for t in range(steps):
+        z = z_of(theta, t)
+        plus, minus = ({n: theta[n] + s * eps * z[n] for n in theta} for s in (1, -1))
+        p = (loss64(plus) - loss64(minus)) / (2 * eps)
+        new = a["beta1"] + (1 - a["beta1"]) * math.exp(-t / a["anneal_steps"])
+        for n in theta:
+            g = p * z[n]
+            m[n] = a["beta1"] * m[n] + new * g
+            if t % a["curvature_every"] == 0:
+                h[n] = a["beta2"] * h[n] + (1 - a["beta2"]) * a["curvature_rows"] * g**2
+            theta[n] = theta[n] - lr * m[n] / (
+                a["gamma"] * torch.maximum(h[n], bound[n]) + a["least"]
+            )
+    return theta
+
+
+def made(model: nn.Module, **more: Any) -> Helene:
+    given = {"lr": 2e-3, "eps": 1e-3, "backend": "eager", "executor": "sequential"}
+    return Helene(model, **ARGUMENTS | given | more)  # type: ignore[arg-type]  # mixed
+
+
+def test_thirty_steps_are_those_of_the_paper() -> None:
+    """Within 1e-4: float32 weights leave some 1e-4 of rounding in p, times lr, m and 1 / h."""
+    model = mlp()
+    start = weights64(model)
+    opt = made(model)
+    for _ in range(30):
+        opt.step(closure_of(model))
+    expected = reference(30, 2e-3, 1e-3)
+    for name, found in weights64(model).items():
+        torch.testing.assert_close(found, expected[name], rtol=0, atol=1e-4)
+        assert (expected[name] - start[name]).abs().max() > 5e-3
+
+
+def test_bounds_are_those_of_the_first_step_also_after_a_restart() -> None:
+    model = mlp()
+    opt = made(model)
+    opt.step(closure_of(model))
+    bounds = opt.snapshot()[0]["state"]["bounds"]
+    first = mlp()
+    for name, p in first.named_parameters():
+        assert bounds[name] == pytest.approx(
+            0.7 * float(p.detach().norm()) / (2 * p.numel() ** 0.5)
+        )
+    opt.step(closure_of(model))
+    assert opt.snapshot()[0]["state"]["bounds"] == bounds
+
+
+def test_a_tensor_of_zeros_has_a_bound() -> None:
+    model = nn.Linear(3, 2)
+    nn.init.zeros_(model.bias)
+    opt = made(model, check=False)
+    opt.step(lambda: model(torch.ones(3)).double().square().sum())
+    assert opt.snapshot()[0]["state"]["bounds"]["bias"] == 1e-8
+    assert model.bias.isfinite().all()
+
+
+def test_a_sum_of_squares_does_not_hang_on_the_order() -> None:
+    x = torch.randn(3_000_000, generator=seeded(0))
+    expected = float(x.double().square().sum())
+    assert sum_of_squares(x) == pytest.approx(expected, rel=1e-9)
+    assert sum_of_squares(x) == sum_of_squares(x.flip(0)) == sum_of_squares(x.sort().values)
