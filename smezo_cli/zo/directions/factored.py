@@ -66,13 +66,8 @@ class Factored:
         """See :class:`Direction`.
 
         Raises:
-            ValueError: weights are to be moved in place, or noise cannot be kept.
+            ValueError: noise cannot be kept with these arguments.
         """
-        check(
-            not context.is_in_place,
-            "executor=in_place moves weights along dense noise alone, not along products of "
-            "matrices; leave executor out",
-        )
         self.dense.bind(context, num_terms)
         rule = Rule(context.selection.rule, stochastic=context.is_stochastic)
         kind = NumbaLowRank if self.dense.passes.name == "numba" else EagerLowRank
