@@ -173,6 +173,13 @@ def rounding_pair(counter: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     return i32((bits >> 32) & 0x7FFFFFFF), i32(bits & 0x7FFFFFFF)
 
 
+def rounding_at(index: Tensor, numel: int, key: Tensor) -> Tensor:
+    """31 random bits at flat indices of a tensor of ``numel`` entries: int32, not negative."""
+    counter, is_first = locate(index, numel)
+    first, second = rounding_pair(counter, key)
+    return where(is_first, first, second)
+
+
 def locate(index: Tensor, numel: int | Tensor) -> tuple[Tensor, Tensor]:
     """Counter of each flat index, and whether the element is the first of its pair.
 

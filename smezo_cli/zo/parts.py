@@ -217,8 +217,8 @@ class Parts(torch.optim.Optimizer):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of these tensors."""
-        return self.state_of_update.bytes_of(self.targets)
+        """Bytes of these tensors, and of what the direction keeps from step to step."""
+        return self.state_of_update.bytes_of(self.targets) + self.direction.kept_bytes
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:

@@ -71,6 +71,10 @@ class Direction(Protocol):
     def bind(self, context: DirectionContext, num_terms: int) -> None:
         """Get ready for these tensors, and moves of so many terms."""
 
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of what is kept from step to step, beside the state."""
+
     def state_size(self, target: Target) -> int:
         """Return how many numbers a slot of the state holds for a target."""
 

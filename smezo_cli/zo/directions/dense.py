@@ -11,7 +11,7 @@ from smezo_cli.zo.directions.base import Change, DirectionContext, PointMover
 from smezo_cli.zo.move import Key, Move, Term
 from smezo_cli.zo.noise import KINDS, locate, stream_key
 from smezo_cli.zo.passes.choose import Passes, choose_passes
-from smezo_cli.zo.passes.draw import Draw, Numbers, Rule, as_draws
+from smezo_cli.zo.passes.draw import Draw, Numbers, Reader, Rule, as_draws
 from smezo_cli.zo.passes.eager import EagerPasses, Use, round_bits
 from smezo_cli.zo.rounding import ROUNDINGS
 from smezo_cli.zo.targets import Target, check, one_of
@@ -99,6 +99,8 @@ class Dense:
         """See :class:`Direction`."""
         self._kept.clear()
 
+    kept_bytes = 0
+
     def state_size(self, target: Target) -> int:
         """See :class:`Direction`: one number for every weight that is trained."""
         return target.num_trained
@@ -113,11 +115,11 @@ class Dense:
 
     def mover(self, step: int, move: Move) -> "DenseMover":
         """See :class:`Direction`."""
-        keys = [self._keys(t.key.purpose, t.key.step, t.key.query) for t in move.terms]
+        keys = [self.keys(t.key.purpose, t.key.step, t.key.query) for t in move.terms]
         none = [(0, 0)] * len(self.targets)
         stream = self.selection.stream(step)
-        masks = none if stream is None else self._keys(*stream)
-        rounds = self._keys("round", step) if self._rule.stochastic else none
+        masks = none if stream is None else self.keys(*stream)
+        rounds = self.keys("round", step) if self._rule.stochastic else none
         decay = move.decay or None
         numbers: list[Numbers | None] = []
         for i, target in enumerate(self.targets):
@@ -133,8 +135,8 @@ class Dense:
             numbers.append(Numbers(k, masks[i], rounds[i], target.h, a, decay))
         return DenseMover(self, step, move, numbers)
 
-    def _keys(self, *parts: str | int) -> list[tuple[int, int]]:
-        """The streams of a purpose, one a target; several passes of a step ask for the same."""
+    def keys(self, *parts: str | int) -> list[tuple[int, int]]:
+        """Return the streams of a purpose, a target each; passes of a step ask for the same."""
         if parts not in self._streams:
             self._streams[parts] = [stream_key(self._seed, *parts, t.name) for t in self.targets]
         return self._streams[parts]
@@ -161,15 +163,19 @@ class Dense:
         """See :class:`Direction`."""
         mover = self.mover(step, move)
         for target in mover.moved:
-            if target.index is not None:
-                self._change_picked(target, mover, of(target))
-                continue
-            use = _adding(target.flat, of(target), move.decay, self._mask_of(target, mover))
-            if self.keeps:
-                z, _ = self.kept(target, mover)
-                EagerPasses.along_kept(z, mover.draw(target), use)
-            else:
-                self.passes.along(target.flat, mover.read_by(self.passes, target), use)
+            self.change_one(target, mover, of(target))
+
+    def change_one(self, target: Target, mover: "DenseMover", change: Change) -> None:
+        """As :meth:`change`, of one target that the move moves."""
+        if target.index is not None:
+            self._change_picked(target, mover, change)
+            return
+        use = _adding(target.flat, change, mover.move.decay, self._mask_of(target, mover))
+        if self.keeps:
+            z, _ = self.kept(target, mover)
+            EagerPasses.along_kept(z, mover.draw(target), use)
+        else:
+            self.passes.along(target.flat, mover.read_by(self.passes, target), use)
 
     def _change_picked(self, target: Target, mover: "DenseMover", change: Change) -> None:
         """As :meth:`change`, of a target whose trained entries are named one by one."""
@@ -250,7 +256,7 @@ class DenseMover:
             self._draws = as_draws(numbers, devices)
         return self._draws[target.position]
 
-    def read_by(self, passes: Passes, target: Target) -> Any:
+    def read_by(self, passes: Reader, target: Target) -> Any:
         """Return the numbers of a target in the form that these passes read."""
         return self._numbers[target.position] if passes.reads_numbers else self.draw(target)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -60,6 +60,12 @@ class Numbers(NamedTuple):
             tuple(draw.coefficients.tolist()),
             None if draw.decay is None else draw.decay.item(),
         )
+
+
+class Reader(Protocol):
+    """Passes, and in which form they read their numbers."""
+
+    reads_numbers: bool  # plain ones; False: tensors on the device
 
 
 def as_draws(

@@ -33,6 +33,8 @@ _SHARED: tuple[Function, ...] = (
     noise.locate,
     noise.uniform_pair,
     noise.rounding_pair,
+    noise.uniform_at,
+    noise.rounding_at,
     *noise.PAIRS.values(),
     *masks.RULES.values(),
     *rounding_module.ROUNDINGS.values(),
@@ -138,13 +140,13 @@ def _finish(mask: str, rounding: Rounding, decay: bool) -> Function:
 
 
 @njit(forceinline=True)
-def _wide(pattern):
+def wide(pattern):
     """The float32 of a bfloat16's pattern (int16)."""
     return np.int32(np.int32(pattern) << np.int32(16)).view(np.float32)
 
 
 @njit(forceinline=True)
-def _narrow(value):
+def narrow(value):
     """The pattern (int16) of the bfloat16 nearest to a float32, ties to even; NaN stays NaN."""
     pattern = np.float32(value).view(np.int32)
     odd = (pattern >> np.int32(16)) & np.int32(1)
@@ -153,7 +155,8 @@ def _narrow(value):
 
 
 @njit(forceinline=True)
-def _as_is(value):
+def as_is(value):
+    """The float32 that it is."""
     return value
 
 
@@ -177,7 +180,7 @@ def whole(
         :class:`smezo_cli.zo.passes.draw.Draw`.
     """
     step, finish = _step(kind, more), _finish(mask, rounding, decay)
-    load, store = (_wide, _narrow) if patterns else (_as_is, _as_is)
+    load, store = (wide, narrow) if patterns else (as_is, as_is)
 
     @njit(nogil=True)
     def loop(first, second, out_first, out_second, start, key, a, mask_key, round_key, h, d):
@@ -201,7 +204,7 @@ def in_place(
     finds that they overlap and takes one element after the other.
     """
     step, finish = _step(kind, False), _finish(mask, rounding, decay)
-    load, store = (_wide, _narrow) if patterns else (_as_is, _as_is)
+    load, store = (wide, narrow) if patterns else (as_is, as_is)
 
     @njit(nogil=True)
     def loop(first, second, start, key, a, mask_key, round_key, h, d):
@@ -224,7 +227,7 @@ def both(mask: str, kind: str, patterns: bool = False) -> Function:
         then as of :func:`whole`.
     """
     step, finish = _step(kind, False), _finish(mask, None, False)
-    load, store = (_wide, _narrow) if patterns else (_as_is, _as_is)
+    load, store = (wide, narrow) if patterns else (as_is, as_is)
 
     @njit(nogil=True)
     def loop(first, second, p, p_, m, m_, start, key, a, mask_key, round_key, h, d):
@@ -296,7 +299,7 @@ def picked_direction(kind: str, more: bool) -> Function:
 
 
 @intrinsic
-def _address(context, number):
+def address(context, number):
     """The pointer that an int64 is."""
 
     def generate(context, builder, signature, args):
@@ -306,7 +309,7 @@ def _address(context, number):
 
 
 @intrinsic
-def _as_f64(context, pattern):
+def as_f64(context, pattern):
     """The float64 whose bits an int64 holds."""
 
     def generate(context, builder, signature, args):
@@ -341,7 +344,7 @@ def in_threads(loop: Function, count: int, item: type) -> Callable[[Any, Any, in
 
     @njit
     def part(words, k, low, high):
-        return carray(_address(words[_PLAIN + k] + low * size), high - low, entries)
+        return carray(address(words[_PLAIN + k] + low * size), high - low, entries)
 
     if count == 2:
 
@@ -376,7 +379,7 @@ def in_threads(loop: Function, count: int, item: type) -> Callable[[Any, Any, in
         if k == threads - 1:
             high = length
         key, mask_key, round_key = (words[1], words[2]), (words[4], words[5]), (words[6], words[7])
-        a, h, d = _as_f64(words[3]), _as_f64(words[8]), _as_f64(words[9])
+        a, h, d = as_f64(words[3]), as_f64(words[8]), as_f64(words[9])
         share(words, low, high, (key, a, mask_key, round_key, h, d))
 
     def run(arrays, plain, threads):

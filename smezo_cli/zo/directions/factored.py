@@ -1,0 +1,383 @@
+"""Perturb matrices along products of thin ones: U V^T, or U Z V^T in frames that stay."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smezo_cli.zo.directions.base import Change, DirectionContext
+from smezo_cli.zo.directions.dense import Dense
+from smezo_cli.zo.directions.frames import GAUSSIAN, UNIT, inner, orthonormal
+from smezo_cli.zo.move import Move
+from smezo_cli.zo.passes.choose import Passes
+from smezo_cli.zo.passes.draw import Numbers, Rule, as_draws
+from smezo_cli.zo.passes.eager import EagerPasses
+from smezo_cli.zo.passes.low_rank import (
+    EagerLowRank,
+    Factors,
+    LowRankPasses,
+    NumbaLowRank,
+    product,
+)
+from smezo_cli.zo.targets import Target, check, one_of
+
+KINDS = ("uv", "uzv")
+
+
+class Factored:
+    """u(key) of a matrix W (m, n) is a small random core, lifted by factors that stay for a while.
+
+    * "uv" (LOZO, arXiv 2410.07698): U V^T, both Gaussian. The core is U (m, r).
+    * "uzv" (SubZero, arXiv 2410.08989): sqrt(m n) / r U Z V^T, U and V of orthonormal columns, Z
+      Gaussian: as long as dense noise on average. The core is Z (r, r), and r at most m and n.
+
+    The core is drawn from (seed, "u" or "z", step, query, name), factors from (seed, "v" or "left"
+    and "right", step // refresh_every, 0, name). A move adds cores first, so that its cost does not
+    grow with the number of its terms, and an update of cores is one of a subspace.
+
+    A tensor of more than two dimensions is the matrix (shape[0], the others); one of less is
+    perturbed along dense noise, as is one of which single entries are trained.
+
+    Args:
+        kind: "uv" or "uzv".
+        rank: r.
+        refresh_every: steps that V, or U and V, stay for.
+        is_square: the entries of a matrix are put into the most square one of as many, first.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    def __init__(
+        self, kind: str, rank: int, refresh_every: int, *, is_square: bool = False
+    ) -> None:
+        one_of("kind", kind, KINDS)
+        check(rank >= 1, f"rank={rank}: must be at least 1")
+        check(refresh_every >= 1, f"refresh_every={refresh_every}: must be at least 1")
+        self.kind, self.rank, self.refresh_every = kind, rank, refresh_every
+        self.is_square = is_square
+        #: what tensors without factors are perturbed along
+        self.dense = Dense()
+
+    def bind(self, context: DirectionContext, num_terms: int) -> None:
+        """See :class:`Direction`.
+
+        Raises:
+            ValueError: noise cannot be kept with these arguments.
+        """
+        self.dense.bind(context, num_terms)
+        rule = Rule(context.selection.rule, stochastic=context.is_stochastic)
+        kind = NumbaLowRank if self.dense.passes.name == "numba" else EagerLowRank
+        self.update_passes: LowRankPasses = kind(rule)
+        self.probe_passes: LowRankPasses = kind(replace(rule, stochastic=False))
+        self.eager = EagerLowRank(self.probe_passes.rule)
+        #: whether the mask of an entry depends on where it is
+        self.has_random_mask = context.selection.rule == "random"
+        self._interval = -1
+        self._factors: dict[str, tuple[Tensor | None, Tensor]] = {}
+
+    @property
+    def passes(self) -> Passes:
+        """See :class:`Direction`."""
+        return self.dense.passes
+
+    @property
+    def why_eager(self) -> str:
+        """See :class:`Direction`."""
+        return self.dense.why_eager
+
+    # --- sizes --------------------------------------------------------------------------------
+
+    def shape_of(self, target: Target) -> tuple[int, int] | None:
+        """Return the shape of the matrix that a tensor is; None: it is perturbed densely."""
+        shape = target.parameter.shape
+        numel = shape.numel()
+        if len(shape) < 2 or not numel or target.index is not None:
+            return None
+        rows = shape[0]
+        if self.is_square:
+            rows = next(k for k in range(math.isqrt(numel), 0, -1) if numel % k == 0)
+        return rows, numel // rows
+
+    def rank_of(self, target: Target) -> int:
+        """Return the rank of a matrix's factors; orthonormal ones have no more than its sides."""
+        shape = self.shape_of(target)
+        assert shape is not None
+        return min(self.rank, *shape) if self.kind == "uzv" else self.rank
+
+    def state_size(self, target: Target) -> int:
+        """Return the numbers of a core: what an update keeps so many of."""
+        shape = self.shape_of(target)
+        if shape is None:
+            return target.num_trained
+        rank = self.rank_of(target)
+        return rank * (shape[0] if self.kind == "uv" else rank)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the factors, which are kept while they stay."""
+        found = 0
+        for target in self.dense.targets:
+            if (shape := self.shape_of(target)) is not None:
+                sides = shape[1] if self.kind == "uv" else sum(shape)
+                found += 4 * self.rank_of(target) * sides
+        return found
+
+    # --- steps --------------------------------------------------------------------------------
+
+    def begin(self, step: int) -> None:
+        """See :class:`Direction`."""
+        self.dense.begin(step)
+        self._set_interval(step // self.refresh_every)
+
+    def end(self) -> None:
+        """See :class:`Direction`."""
+        self.dense.end()
+
+    def _set_interval(self, interval: int) -> None:
+        if interval != self._interval:
+            self._interval = interval
+            self._factors.clear()
+
+    def mover(self, step: int, move: Move) -> "FactoredMover":
+        """See :class:`Direction`.
+
+        Raises:
+            ValueError: a term is of a step with other factors.
+        """
+        interval = step // self.refresh_every
+        for term in move.terms:
+            check(
+                term.key.step // self.refresh_every == interval,
+                f"a direction of step {term.key.step} has other factors than those of step {step}",
+            )
+        self._set_interval(interval)
+        return FactoredMover(self, step, move)
+
+    def apply(self, step: int, move: Move) -> None:
+        """See :class:`Direction`."""
+        mover = self.mover(step, move)
+        for target in mover.moved:
+            if self.shape_of(target) is None:
+                mover.noise.write(self.dense.passes, target, target.flat)
+            else:
+                self._update(target, mover, mover.core(target))
+
+    def change(self, step: int, move: Move, of: Callable[[Target], Change]) -> None:
+        """See :class:`Direction`; of a matrix, what is changed is the core, in one part."""
+        mover = self.mover(step, move)
+        for target in mover.moved:
+            if self.shape_of(target) is None:
+                self.dense.change_one(target, mover.noise, of(target))
+            else:
+                core = mover.core(target)
+                self._update(target, mover, of(target)(slice(0, core.numel()), core))
+
+    def _update(self, target: Target, mover: "FactoredMover", core: Tensor) -> None:
+        """Add a lifted core to the weights."""
+        passes, start = self.update_passes, mover.noise.start(target)
+        passes.move(start, target.flat, self.lifted(target, core), mover.read_by(passes, target))
+
+    def refreshes_at(self, step: int) -> bool:
+        """Return whether a step has other factors than the one before it."""
+        return step > 0 and step % self.refresh_every == 0
+
+    def carry(self, target: Target, core: Tensor, step: int) -> Tensor:
+        """Return what a kept core of the factors before stands for, as those of this step show it.
+
+        "uv": N <- N V_old^T V_new / n. "uzv": Z <- U_new^T U_old Z V_old^T V_new, the projection
+        onto the new subspace (both have one scale).
+        """
+        shape = self.shape_of(target)
+        if shape is None:
+            return core
+        interval, rank = step // self.refresh_every, self.rank_of(target)
+        old_left, old_right = self._drawn(target, interval - 1)
+        left, right = self._drawn(target, interval)
+        matrix = core.view(-1, rank)
+        if left is None or old_left is None:
+            turn = inner(old_right, right, GAUSSIAN) * (1 / shape[1])
+        else:
+            shrink = 1 / self._scale(shape, rank)
+            turn = inner(old_right, right, UNIT)
+            back = inner(left.T * shrink, old_left.T * shrink, UNIT)
+            matrix = product(Factors(back.float(), matrix))
+        return product(Factors(matrix, turn.float())).view(-1)
+
+    @staticmethod
+    def _scale(shape: tuple[int, int], rank: int) -> float:
+        """Return what makes U Z V^T as long as dense noise, on average."""
+        return math.sqrt(shape[0] * shape[1]) / rank
+
+    # --- factors and cores --------------------------------------------------------------------
+
+    def factors_of(self, target: Target) -> tuple[Tensor | None, Tensor]:
+        """Return U (m, r), or None, and V^T (r, n) of the present interval; kept while it lasts."""
+        if target.name not in self._factors:
+            self._factors[target.name] = self._drawn(target, self._interval)
+        return self._factors[target.name]
+
+    def _drawn(self, target: Target, interval: int) -> tuple[Tensor | None, Tensor]:
+        shape, rank = self.shape_of(target), self.rank_of(target)
+        assert shape is not None
+
+        def gaussian(purpose: str, columns: int) -> Tensor:
+            key = self.dense.keys(purpose, interval, 0)[target.position]
+            numbers = Numbers((key,), (0, 0), (0, 0), math.inf, (1.0,))
+            device = target.parameter.device
+            draw = as_draws({0: numbers}, {0: device})[0]
+            read = numbers if self.dense.probe_passes.reads_numbers else draw
+            return self.numbers(read, rank * columns, device).view(rank, columns)
+
+        if self.kind == "uv":
+            return None, gaussian("v", shape[1])
+        left, right = (
+            orthonormal(gaussian(*side)) for side in (("left", shape[0]), ("right", shape[1]))
+        )
+        return (left * self._scale(shape, rank)).float().T.contiguous(), right.float()
+
+    def numbers(self, draw: Any, size: int, device: torch.device) -> Tensor:
+        """Return so many numbers of a draw (float32, flat), in the form that dense passes read."""
+        found = torch.empty(size, device=device)
+
+        def use(part: slice, total: Tensor, bits: Tensor | None) -> None:
+            found[part] = total
+
+        self.dense.probe_passes.along(found, draw, use)
+        return found
+
+    def lifted(self, target: Target, core: Tensor, rows: Tensor | None = None) -> Factors:
+        """Return the product that a core stands for; of some of its rows, if asked."""
+        left, right = self.factors_of(target)
+        matrix = core.view(-1, right.shape[0])
+        if left is None:
+            return Factors(matrix, right).rows(rows) if rows is not None else Factors(matrix, right)
+        if rows is not None:
+            left = left.index_select(0, rows)
+        return Factors(self.probe_passes.product(Factors(left, matrix)), right)
+
+    def target_of(self, parameter: Tensor) -> Target:
+        """See :class:`Direction`."""
+        return self.dense.target_of(parameter)
+
+    def masks(self, step: int) -> Iterator[Tensor]:
+        """See :class:`Direction`."""
+        return self.dense.masks(step)
+
+    def identity(self) -> dict[str, Any]:
+        """See :class:`Direction`."""
+        return {
+            **self.dense.identity(),
+            "direction": self.kind,
+            "rank": self.rank,
+            "refresh_every": self.refresh_every,
+            "is_square": self.is_square,
+        }
+
+
+class FactoredMover:
+    """Writes copies of tensors moved by the terms of one move; see :class:`Factored`."""
+
+    def __init__(self, direction: Factored, step: int, move: Move) -> None:
+        self.move = move
+        self._direction = direction
+        #: moves what has no factors; and knows the masks and what rounds by chance
+        self.noise = direction.dense.mover(step, move)
+        self.moved, self.only = self.noise.moved, self.noise.only
+        self._is_moved = {t.position for t in self.moved}
+        self._draws: dict[int, Any] | None = None
+        self._cores: dict[str, Tensor] = {}
+
+    def core(self, target: Target) -> Tensor:
+        """Return the sum of the terms' cores (float32, flat)."""
+        if target.name not in self._cores:
+            if self._draws is None:
+                self._draws = self._draws_of_cores()
+            direction, device = self._direction, target.parameter.device
+            draw, size = self._draws[target.position], direction.state_size(target)
+            self._cores[target.name] = direction.numbers(draw, size, device)
+        return self._cores[target.name]
+
+    def _draws_of_cores(self) -> dict[int, Any]:
+        """The draws of all cores, by positions, in the form that dense passes read."""
+        direction = self._direction
+        own = {"z": "u"} if direction.kind == "uv" else {}
+        keys = [
+            direction.dense.keys(own.get(t.key.purpose, t.key.purpose), t.key.step, t.key.query)
+            for t in self.move.terms
+        ]
+        numbers: dict[int, Numbers] = {}
+        for target in self.moved:
+            terms = [
+                (streams[target.position], term.coefficient)
+                for streams, term in zip(keys, self.move.terms, strict=True)
+                if term.only is None or target.name in term.only
+            ]
+            k, a = zip(*terms, strict=True)
+            numbers[target.position] = Numbers(k, (0, 0), (0, 0), math.inf, a)
+        if direction.dense.probe_passes.reads_numbers:
+            return dict(numbers)
+        return dict(as_draws(numbers, {t.position: t.parameter.device for t in self.moved}))
+
+    def _is_factored(self, target: Target) -> bool:
+        """Whether a tensor is moved along a product."""
+        is_matrix = self._direction.shape_of(target) is not None
+        return is_matrix and target.position in self._is_moved
+
+    def factors(self, target: Target) -> Factors:
+        """Return the sum of the terms as a product."""
+        return self._direction.lifted(target, self.core(target))
+
+    def read_by(self, passes: LowRankPasses, target: Target) -> Any:
+        """Return what else a pass needs, in the form that these passes read."""
+        return self.noise.read_by(passes, target)
+
+    def whole(self, parameter: Tensor, out: Tensor) -> None:
+        """See :class:`smezo_cli.zo.probe.Mover`."""
+        target, passes = self._direction.target_of(parameter), self._direction.probe_passes
+        if not self._is_factored(target):
+            self.noise.whole(parameter, out)
+        else:
+            numbers, start = self.read_by(passes, target), self.noise.start(target)
+            passes.move(start, out, self.factors(target), numbers)
+
+    def both(self, parameter: Tensor, plus: Tensor, minus: Tensor) -> None:
+        """See :class:`smezo_cli.zo.probe.PairMover`."""
+        target, passes = self._direction.target_of(parameter), self._direction.probe_passes
+        if not self._is_factored(target):
+            self.noise.both(parameter, plus, minus)
+        else:
+            numbers, start = self.read_by(passes, target), self.noise.start(target)
+            passes.move_both(start, plus, minus, self.factors(target), numbers)
+
+    def rows(self, parameter: Tensor, rows: Tensor) -> Tensor:
+        """See :class:`smezo_cli.zo.probe.Mover`."""
+        direction = self._direction
+        target, passes = direction.target_of(parameter), direction.probe_passes
+        shape = direction.shape_of(target)
+        if shape is None or not self._is_factored(target):
+            return self.noise.rows(parameter, rows)
+        picked = self.noise.start(target).view(parameter.shape).index_select(0, rows)
+        flat = picked.view(-1)
+        if shape[0] == parameter.shape[0] and not direction.has_random_mask:
+            factors = direction.lifted(target, self.core(target), rows)
+            moved = torch.empty_like(flat)
+            passes.move(flat, moved, factors, self.read_by(passes, target))
+        else:
+            numel = parameter.numel()
+            width = numel // parameter.shape[0]
+            index = (rows[:, None] * width + torch.arange(width, device=rows.device)).view(-1)
+            draw, factors = self.noise.draw(target), self.factors(target)
+            moved = direction.eager.move_at(flat, index, numel, factors, draw)
+        return moved.view_as(picked)
+
+    def dense(self, target: Target) -> tuple[Tensor, Tensor]:
+        """Return the terms written out (float32, flat), and the mask (bool)."""
+        if not self._is_factored(target):
+            return self.noise.dense(target)
+        step = self._direction.probe_passes.product(self.factors(target)).view(-1)
+        passes = EagerPasses(self._direction.probe_passes.rule)
+        return step, passes.mask_of(target.flat, self.noise.draw(target))
