@@ -158,6 +158,18 @@ class RoundedPair:
             backend = "eager"
         self.passes, self.why_eager = choose_draws(self.step, backend, device)
 
+    def state_size(self, target: Target) -> int:
+        """See :class:`Direction`."""
+        return num_weights(target)
+
+    def refreshes_at(self, step: int) -> bool:
+        """See :class:`Direction`: there is no subspace."""
+        return False
+
+    def carry(self, target: Target, kept: Tensor, step: int) -> Tensor:
+        """See :class:`Direction`."""
+        return kept
+
     def begin(self, step: int) -> None:
         """See :class:`Direction`."""
         self._streams.clear()
@@ -210,10 +222,17 @@ class RoundedMover:
     Args:
         direction: that it is of.
         step: number of the step.
-        move: in which keys name z.
+        move: in which keys name z; of all targets, from the present weights.
+
+    Raises:
+        ValueError: it is of some targets, or from a copy of the weights.
     """
 
+    only = None  # it moves all
+
     def __init__(self, direction: RoundedPair, step: int, move: Move) -> None:
+        is_whole = not move.base and all(term.only is None for term in move.terms)
+        check(is_whole, "codes are moved all at once, and from where they are")
         self.move = move
         self._direction, self._step, self._draws = direction, step, direction.passes
 
@@ -222,11 +241,11 @@ class RoundedMover:
         stream = self._direction.stream
         return [
             Stream(
-                stream(target, key.purpose, key.step, key.query),
-                stream(target, purpose, key.step, key.query),
-                coefficient,
+                stream(target, term.key.purpose, term.key.step, term.key.query),
+                stream(target, purpose, term.key.step, term.key.query),
+                term.coefficient,
             )
-            for key, coefficient in self.move.terms
+            for term in self.move.terms
         ]
 
     def _sum(self, start: int, stop: int, device: torch.device, streams: list[Stream]) -> Pair:
@@ -330,14 +349,15 @@ class RoundedMover:
     def _update_codes(self, target: Target, layer: QuantisedLinear, streams: list[Stream]) -> None:
         """Each term, and the decay, is rounded by itself to whole codes; the sum is then cut."""
         stream, decay, device = self._direction.stream, self.move.decay, target.flat.device
-        keys = [stream(target, OF_CODES, k.step, k.query) for k, _ in self.move.terms]
+        terms = self.move.terms
+        keys = [stream(target, OF_CODES, t.key.step, t.key.query) for t in terms]
         keys += [stream(target, OF_DECAY, self._step)] if decay else []
         width, numel, half = layer.in_features, layer.num_weights, layer.out_features // 2
 
-        def add(rows: slice, terms: list[Tensor], chances: list[Tensor]) -> None:
+        def add(rows: slice, of_terms: list[Tensor], chances: list[Tensor]) -> None:
             codes = layer.codes(rows).float()
             scales, moved = layer.scale_of(rows), codes.clone()
-            amounts = [u.view(-1, width) / scales for u in terms]
+            amounts = [u.view(-1, width) / scales for u in of_terms]
             amounts += [codes * -decay] if decay else []
             for amount, chance in zip(amounts, chances, strict=True):
                 moved += (amount + chance.view(-1, width)).floor_()
@@ -347,15 +367,15 @@ class RoundedMover:
         def pairs(first: slice) -> None:
             """Rows of the first half, with those as far below: they share draws."""
             span = first.start * width, first.stop * width, device
-            terms = [self._draws.pair(*span, s) for s in streams]
+            u = [self._draws.pair(*span, s) for s in streams]
             chances = [self._draws.chances(*span, key) for key in keys]
             for k, rows in enumerate((first, slice(half + first.start, half + first.stop))):
-                add(rows, [u[k] for u in terms], [c[k] for c in chances])
+                add(rows, [both[k] for both in u], [both[k] for both in chances])
 
         def alone(rows: slice) -> None:
             index = torch.arange(rows.start * width, rows.stop * width, device=device)
-            terms = [self._draws.at(index, numel, s) for s in streams]
-            add(rows, terms, [noise.uniform_at(index, numel, key) for key in keys])
+            u = [self._draws.at(index, numel, s) for s in streams]
+            add(rows, u, [noise.uniform_at(index, numel, key) for key in keys])
 
         if layer.out_features % 2:
             layer.by_rows(alone, layer.out_features)

@@ -140,7 +140,16 @@ def test_thirty_steps_are_those_of_the_paper(bits: int) -> None:
 def bound(model: nn.Module, bits: int) -> RoundedPair:
     direction = RoundedPair(bits)
     targets = select(model, [], [], codes=True)
-    context = DirectionContext(targets, Everything(), 0, False, "eager", "auto", False)
+    context = DirectionContext(
+        targets=targets,
+        selection=Everything(),
+        seed=0,
+        is_stochastic=False,
+        backend="eager",
+        keep_noise="auto",
+        is_in_place=False,
+        copy_of=lambda name, target: target.flat,
+    )
     direction.bind(context, 1)
     return direction
 
@@ -275,7 +284,7 @@ def test_a_replay_is_the_run_to_the_last_code(bits: int, dtype: torch.dtype) -> 
     ran, replayed = quzo(first, **options), quzo(second, **options)
     before = held(first)
     for _ in range(5):
-        replayed.replay(1e-2, ran.step(closure_of(first)).projected_grad)
+        replayed.replay(1e-2, ran.step(closure_of(first)).scalars)
     assert same(held(first), held(second))
     assert ran.identity() == replayed.identity()
     moved = {n for n, x in held(first).items() if not torch.equal(x, before[n])}
