@@ -1,7 +1,8 @@
 """Freeze a model as codes of 8 or 4 bits around a few weights that are trained; save it as numbers.
 
 Codes are those of :mod:`smezo_cli.zo.quantised`, which need no library beside torch and compute on
-any device. bitsandbytes (``model.quantization=4bit``) has kernels of its own for CUDA alone.
+any device. bitsandbytes (``model.quantization=4bit``) has kernels of its own for CUDA alone, and
+torchao 0.18 gives each weight of 4 bits a byte on a CPU.
 """
 
 from collections.abc import Iterator, Mapping

@@ -262,6 +262,46 @@ def test_codes_move_by_the_update_in_the_mean(bits: int, decay: float) -> None:
     assert (moved != 0).any()
 
 
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+@pytest.mark.parametrize("rows", [400, 401])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_large_layers_are_moved_part_by_part_as_each_weight_is(
+    bits: int, rows: int, backend: str
+) -> None:
+    """In two threads and several chunks: against what the streams give position by position."""
+    columns, decay = 300, 0.05
+    torch.set_num_threads(2)  # the fixture puts it back
+    model = nn.Sequential(nn.Linear(columns, rows, bias=False))
+    opt = quzo(model, weight_bits=bits, backend=backend)
+    ((name, layer),) = opt.layers.items()
+    every, numel = slice(0, rows), rows * columns
+    index = torch.arange(numel)
+
+    def uniform(*parts: str | int) -> Tensor:
+        key = torch.tensor(stream_key(0, *parts, name))
+        return noise.uniform_at(index, numel, key).view(rows, columns)
+
+    terms = tuple(Term(Key(3, query), c) for query, c in enumerate((4e-3, -2e-2)))
+    mover = opt.direction.mover(3, Move(terms, decay))
+    (target,) = opt.targets
+    codes, scales = layer.codes(every).float(), layer.scale_of(every)
+    moved, step = codes.clone(), layer.rows(every)
+    eager = EagerDraws(opt.passes.step)
+    both = zip(mover.streams(target, "round u1"), mover.streams(target, "round u2"), strict=True)
+    total = torch.zeros(rows, columns)
+    for query, (first, second) in enumerate(both):
+        total += eager.at(index, numel, first).view(rows, columns)
+        u = eager.at(index, numel, second).view(rows, columns)
+        moved += (u / scales + uniform("round codes", 3, query)).floor()
+    moved += (codes * -decay + uniform("round decay", 3)).floor()
+    out = torch.empty(numel)
+    mover.whole(target.parameter, out)
+    assert torch.equal(out.view(rows, columns), step + total)
+    mover.update(target)
+    assert torch.equal(layer.codes(every).float(), moved.clamp(-layer.largest, layer.largest))
+    assert (layer.codes(every).float() != codes).any()
+
+
 def test_codes_stay_in_their_range() -> None:
     model = network()
     opt = quzo(model, lr=10.0, weight_bits=4)
