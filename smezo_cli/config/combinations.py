@@ -131,6 +131,28 @@ def check_quantization(model: Mapping[str, Any], method: Mapping[str, Any], devi
         )
 
 
+def check_codes(model: Mapping[str, Any], method: Mapping[str, Any]) -> None:
+    """Refuse what does not go with a method whose weights are integers."""
+    if not trait(method, "moves_codes", default=False):
+        return
+    name = method["name"]
+    if method.get("adapter") is not None:
+        raise UserError(
+            f"method.adapter beside method={name}, which trains the linear layers themselves as "
+            "integers: leave it out, or choose method=mezo_lora."
+        )
+    if model["device_map"] is not None:
+        raise UserError(
+            f"model.device_map beside method={name}: a model of integers lies on one device so "
+            "far; leave model.device_map out."
+        )
+    if method.get("executor") == "in_place":
+        raise UserError(
+            f"method.executor=in_place moves the weights themselves by eps, and those of "
+            f"method={name} are integers: use method.executor=auto, sequential or lockstep."
+        )
+
+
 def check_device_map(model: Mapping[str, Any], device: str) -> None:
     """Refuse weights outside GPUs, and what a map would contradict."""
     device_map = model["device_map"]

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from omegaconf import DictConfig, OmegaConf
 
 from smezo_cli.config.combinations import (
+    check_codes,
     check_counts,
     check_device_map,
     check_dtypes,
@@ -115,6 +116,7 @@ def check(cfg: DictConfig) -> Settings:
     check_method(checked["method"], given)
     check_objective(checked["method"].get("objective", "loss"), checked["task"])
     check_quantization(checked["model"], checked["method"], checked["device"])
+    check_codes(checked["model"], checked["method"])
     check_device_map(checked["model"], checked["device"])
     check_dtypes(checked["dtype"], checked["compute_dtype"])
     if is_frozen(checked["method"]):

@@ -289,9 +289,16 @@ def compiles_passes(run: DryRun, method: Any) -> bool:
 def keeps_noise(run: DryRun, method: Any, *, compiles: bool, capacity: int) -> bool:
     """Return whether the noise of a step is kept between its passes, as a run decides by itself."""
     stochastic = run.settings.method.get("rounding") == "stochastic"
-    if compiles or run.device != "cpu" or method.num_scalars != 1 or stochastic:
+    if never_keeps_noise(method) or compiles or run.device != "cpu":
+        return False
+    if method.num_scalars != 1 or stochastic:
         return False
     return bool(capacity > 10 * method.num_weights)
+
+
+def never_keeps_noise(method: Any) -> bool:
+    """Return whether the noise of a step is drawn anew in each pass, whatever a run decides."""
+    return not getattr(method.direction, "may_keep", True)
 
 
 def objective_of(settings: Settings) -> str:

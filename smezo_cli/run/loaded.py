@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smezo_cli.config.method_keys import trait
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.files.fetch import cache_dir
@@ -21,6 +22,7 @@ from smezo_cli.models.architecture import check_quantization, num_weights, quiet
 from smezo_cli.models.load import load_model
 from smezo_cli.models.modalities import freeze_unread
 from smezo_cli.models.onednn import use_onednn
+from smezo_cli.models.quantised import as_numbers, bytes_as_numbers
 from smezo_cli.scoring.batching import Found
 from smezo_cli.scoring.candidates import Candidates, encode
 from smezo_cli.scoring.measured_batching import measure, pick
@@ -31,6 +33,7 @@ from smezo_cli.tasks import Prompt, Row, Task, load_task
 from smezo_cli.tasks.base import fingerprint
 from smezo_cli.tasks.mixture import Prompts
 from smezo_cli.zo.passes import openmp
+from smezo_cli.zo.quantised import quantise
 
 _ENCODED_TOGETHER = 64  # rows behind demonstrations
 _MEASURED = 24  # rows of which some are scored together and alone
@@ -103,6 +106,7 @@ class Loaded:
             #: modules that text never reads, which are frozen; none with an adapter: it trains none
             self.unread = [] if self.adapter is not None else freeze_unread(self.model)
         self._heads: dict[str, str] = {}  # demonstrations before every row, by part
+        codes = self._hold_codes()
         if compute == self.dtype:
             use_onednn(self.model, warn)
         keep_freed_memory()
@@ -117,6 +121,8 @@ class Loaded:
         if settings.model["family"] == "causal" and (ends := appended(self.tokenizer)):
             words = " ".join(self.tokenizer.convert_ids_to_tokens(ends))
             say(f"  tokenizer  puts {words} behind a text: left out, for the model goes on there")
+        if codes:
+            say(codes)
         if self.unread:
             say(f"  frozen  {', '.join(self.unread)}: text never reads them")
         if settings.model["attention"] == "auto" and self.attention != "sdpa":
@@ -126,6 +132,16 @@ class Loaded:
                 "  auto_map: the Python files that the model brings are not executed; "
                 f"transformers' own {type(self.model).__name__} computes it"
             )
+
+    def _hold_codes(self) -> str:
+        """Hold linear layers as codes, if the method trains those; return a line about it."""
+        node = self.settings.method
+        if not trait(node, "moves_codes", default=False):
+            return ""
+        self._of_base = self.fingerprint()
+        count = quantise(self.model, node["weight_bits"], node["group_size"])
+        size = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return f"  codes   {count} linear layers in {node['weight_bits']} bits: {size / 1e6:.1f} MB"
 
     @property
     def device_map(self) -> dict[str, str] | None:
@@ -308,7 +324,8 @@ class Loaded:
             if self.adapter is not None:
                 self.adapter.save(folder)
             else:
-                saved.save_pretrained(folder)
+                with as_numbers(self.model):
+                    saved.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     @property
@@ -316,7 +333,7 @@ class Loaded:
         """Bytes that :meth:`save` writes, without the tokenizer."""
         if self.adapter is not None:
             return self.adapter.saved_bytes
-        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return bytes_as_numbers(self.model)
 
     @property
     def loaded_by(self) -> str:

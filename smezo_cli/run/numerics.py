@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.store.notes import Notes
 from smezo_cli.zo.noise import hash64, stream_key
 from smezo_cli.zo.optimizer import ZeroOrder
+from smezo_cli.zo.quantised import QuantisedLinear
 from smezo_cli.zo.step import NonFiniteLoss, StepRecord
 
 if TYPE_CHECKING:
@@ -43,17 +44,25 @@ class _Sample:
     parameter: nn.Parameter
     index: Tensor | None  # int32 (int64 for huge tensors), flat; None: all entries
     base: Tensor  # of the base model, in the parameter's dtype
+    layer: QuantisedLinear | None  # that holds the parameter, where it is codes
 
     @property
     def now(self) -> Tensor:
-        """The present entries, a copy."""
+        """The present entries, a copy; of codes the weights that they stand for."""
+        if self.layer is not None:
+            return self.layer.values(None if self.index is None else self.index.long())
         flat = self.parameter.detach().view(-1)
         return flat.clone() if self.index is None else flat.index_select(0, self.index)
 
     @property
+    def numel(self) -> int:
+        """Weights of the tensor."""
+        return self.parameter.numel() if self.layer is None else self.layer.num_weights
+
+    @property
     def weight(self) -> float:
         """Entries of the tensor for which one of these stands."""
-        return self.parameter.numel() / len(self.base)
+        return self.numel / len(self.base)
 
 
 class Numerics:
@@ -78,14 +87,16 @@ class Numerics:
         self._notes = notes
         self._samples: list[_Sample] = []
         self._before: list[Tensor] = []
+        layers: Mapping[str, QuantisedLinear] = getattr(method, "layers", {})
         for name, parameter in method.trained.items():
-            numel, index = parameter.numel(), None
+            sample = _Sample(name, parameter, None, torch.empty(0), layers.get(name))
+            numel, index = sample.numel, None
             if numel > SAMPLE:
                 key = torch.tensor(stream_key(seed, "numerics", name))
                 drawn = (hash64(torch.arange(SAMPLE), key) % numel).sort().values
                 drawn = drawn.to(torch.int32) if numel < 2**31 else drawn
                 index = drawn.to(parameter.device)
-            sample = _Sample(name, parameter, index, torch.empty(0))
+            sample.index = index
             sample.base = sample.now
             self._samples.append(sample)
 
@@ -117,7 +128,7 @@ class Numerics:
     def measure(self) -> dict[str, Any]:
         """Return, and note, how far the present weights have moved."""
         moved = squares = 0.0
-        total = sum(s.parameter.numel() for s in self._samples)
+        total = sum(s.numel for s in self._samples)
         for s in self._samples:
             now = s.now
             moved += s.weight * int((now != s.base).sum())

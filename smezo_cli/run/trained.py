@@ -14,6 +14,7 @@ from yaml import YAMLError
 
 from smezo_cli.config.digest import with_later_keys
 from smezo_cli.config.fixed import is_frozen, sentence
+from smezo_cli.config.method_keys import trait
 from smezo_cli.config.settings import Settings, check
 from smezo_cli.errors import UserError, near, redacted
 from smezo_cli.files.bounded import load_yaml
@@ -114,6 +115,11 @@ def _change(cfg: DictConfig, word: str, may_change: Sequence[str]) -> None:
         raise UserError(
             f"{key}: a trained run keeps this setting; what may change is which rows it sees (such "
             "as task.num_test or task.data_dir), device, model.device_map, dtype and compute_dtype."
+        )
+    if key == "dtype" and trait(cfg.method, "moves_codes", default=False):
+        raise UserError(
+            f"dtype: the codes of method={cfg.method.name} belong to scales that come from the "
+            "weights in the dtype of the training: leave it out."
         )
     parent = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else cfg
     name = key.rpartition(".")[2]

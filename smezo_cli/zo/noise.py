@@ -19,6 +19,9 @@ from torch import Tensor
 
 from smezo_cli.zo.elementwise import as_f32, as_i32, at_least, f32, i32, where
 
+#: The two words of a stream, see :func:`stream_key`, as a tensor or as numbers.
+Words = Tensor | tuple[int, int]
+
 _M1, _M2 = 0x3C79AC492BA7B653, 0x1C69B3F74AC4AE35
 _TWO_LN2 = 1.3862943611198906
 # Chebyshev fits made for this file, lowest power first; absolute errors below 2.3e-7, 7e-9, 5e-8.
@@ -63,12 +66,12 @@ def _shift_right(x: Tensor, k: int) -> Tensor:
     return y
 
 
-def hash64(counter: Tensor, key: Tensor) -> Tensor:
+def hash64(counter: Tensor, key: Words) -> Tensor:
     """64 random bits per counter.
 
     Args:
         counter: int64, any shape.
-        key: int64, shape (2,), on the same device.
+        key: int64, shape (2,), on the same device; or two numbers.
 
     Returns:
         int64 of the counter's shape; all 64 bits are uniform.
@@ -139,7 +142,7 @@ PAIRS = {"gaussian": _gaussian_pair, "rademacher": _rademacher_pair}
 KINDS = tuple(PAIRS)
 
 
-def pair(counter: Tensor, key: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+def pair(counter: Tensor, key: Words, kind: str) -> tuple[Tensor, Tensor]:
     """Two independent standard draws per counter.
 
     Args:
@@ -153,21 +156,21 @@ def pair(counter: Tensor, key: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return PAIRS[kind](hash64(counter, key))
 
 
-def uniform_pair(counter: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+def uniform_pair(counter: Tensor, key: Words) -> tuple[Tensor, Tensor]:
     """Two float32 uniforms in [0, 1) per counter, multiples of 2**-24."""
     bits = hash64(counter, key)
     scale = f32(2.0**-24)
     return f32(i32(_shift_right(bits, 40))) * scale, f32(i32(bits & 0xFFFFFF)) * scale
 
 
-def uniform_at(index: Tensor, numel: int, key: Tensor) -> Tensor:
+def uniform_at(index: Tensor, numel: int, key: Words) -> Tensor:
     """The uniforms at flat indices of a tensor of ``numel`` entries: float32, the index's shape."""
     counter, is_first = locate(index, numel)
     first, second = uniform_pair(counter, key)
     return where(is_first, first, second)
 
 
-def rounding_pair(counter: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+def rounding_pair(counter: Tensor, key: Words) -> tuple[Tensor, Tensor]:
     """Two times 31 random bits per counter: int32, not negative."""
     bits = hash64(counter, key)
     return i32((bits >> 32) & 0x7FFFFFFF), i32(bits & 0x7FFFFFFF)

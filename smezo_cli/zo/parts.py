@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from smezo_cli.zo import dynamo
-from smezo_cli.zo.directions.base import Direction, DirectionContext, PointMover
+from smezo_cli.zo.directions.base import Direction, DirectionContext, Named, PointMover
 from smezo_cli.zo.directions.dense import Dense
 from smezo_cli.zo.estimators.base import Estimator
 from smezo_cli.zo.estimators.two_sided import TwoSided
 from smezo_cli.zo.executors.choose import Executors
 from smezo_cli.zo.move import Key, Move, Term
-from smezo_cli.zo.passes.choose import Passes
 from smezo_cli.zo.probe import FunctionalProbe
 from smezo_cli.zo.ranges import (
     ExecutorName,
@@ -107,6 +106,7 @@ class Parts(torch.optim.Optimizer):
     # Trajectories say which method made them. The first three methods' say nothing, as they did
     # before there were others: a new method leaves this as it is.
     names_itself: ClassVar = True
+    moves_codes: ClassVar = False  # those of QuantisedLinear; else they stay as they are
 
     def __init__(
         self,
@@ -123,7 +123,8 @@ class Parts(torch.optim.Optimizer):
         _check_common(type(self).__name__, given)
         lr, eps, clip = given["lr"], given["eps"], given["clip_projected_grad"]
         model = dynamo.original(model)
-        self.targets = select(model, list(given["freeze"]), list(selection.dense))
+        freeze, dense = list(given["freeze"]), list(selection.dense)
+        self.targets = select(model, freeze, dense, codes=self.moves_codes)
         super().__init__(
             [t.parameter for t in self.targets],
             {"lr": lr, "eps": eps, "weight_decay": given["weight_decay"]},
@@ -226,7 +227,7 @@ class Parts(torch.optim.Optimizer):
         return {t.name: t.parameter for t in self.targets}
 
     @property
-    def passes(self) -> Passes:
+    def passes(self) -> Named:
         """What computes a pass over a tensor."""
         return self.direction.passes
 

@@ -20,7 +20,7 @@ class Mover(Protocol):
     """Writes moved copies of parameters; see :class:`smezo_cli.zo.directions.dense.DenseMover`."""
 
     def whole(self, parameter: Tensor, out: Tensor) -> None:
-        """Write the moved parameter to ``out`` (flat, of the parameter's dtype)."""
+        """Write the moved parameter to ``out`` (flat, of its dtype; of codes, of the layer's)."""
 
     def rows(self, parameter: Tensor, rows: Tensor) -> Tensor:
         """Moved copy of some rows (int64 (r,)) of a parameter: (r, ...)."""
@@ -88,6 +88,13 @@ class FunctionalProbe:
                 ]
             )
         ]
+        #: shape and dtype of moved copies, where they are not those of the parameter: of codes
+        self._forms: dict[int, tuple[torch.Size, torch.dtype]] = {
+            id(module._parameters[name]): form
+            for module, names in self.owners
+            for name, form in getattr(module, "moved_as", {}).items()
+            if name in names
+        }
         self._scratch: dict[tuple[int, int, int, torch.dtype, torch.device], Tensor] = {}
         #: parts of the scratch, flat and in shape, by (depth, slot, side, id of the parameter)
         self._parts: dict[tuple[int, int, int, int], tuple[nn.Parameter, Tensor, Tensor]] = {}
@@ -267,23 +274,23 @@ class FunctionalProbe:
         self, slot: int, side: int, parameter: nn.Parameter
     ) -> tuple[nn.Parameter, Tensor, Tensor]:
         """A part of the scratch of this depth, flat and in shape."""
-        key, size = (self._depth, slot, side, id(parameter)), parameter.numel()
+        key, device = (self._depth, slot, side, id(parameter)), parameter.device
         part = self._parts.get(key)
-        shape, kind = parameter.shape, (parameter.dtype, parameter.device)
-        if part and part[2].shape == shape and (part[2].dtype, part[2].device) == kind:
+        shape, dtype = self._forms.get(id(parameter), (parameter.shape, parameter.dtype))
+        if part and part[2].shape == shape and (part[2].dtype, part[2].device) == (dtype, device):
             return part
-        place = (self._depth, slot, side, parameter.dtype, parameter.device)
+        size, place = shape.numel(), (self._depth, slot, side, dtype, device)
         buffer = self._scratch.get(place)
         with torch.inference_mode(False), torch.no_grad():  # a later step may write to them
             if buffer is None or buffer.numel() < size:
-                buffer = torch.empty(size, dtype=parameter.dtype, device=parameter.device)
+                buffer = torch.empty(size, dtype=dtype, device=device)
                 self._scratch[place] = buffer
                 self._parts.clear()  # some lay in the one that was too small
                 self._addresses = {b.untyped_storage().data_ptr() for b in self._scratch.values()}
             flat = buffer[:size]
             # torch multiplies by a weight that asks for a gradient in another way, whether or not
             # there will be one. As a view it is not among the casts that autocast keeps.
-            shaped = flat.view(parameter.shape).requires_grad_(parameter.requires_grad)
+            shaped = flat.view(shape).requires_grad_(parameter.requires_grad)
         part = self._parts[key] = parameter, flat, shaped
         return part
 

@@ -92,6 +92,20 @@ class Choice:
         raise ValueError
 
 
+class Sizes:
+    """One of a few whole numbers."""
+
+    def __init__(self, *options: int) -> None:
+        self.options = options
+        self.words = f"{', '.join(map(str, options[:-1]))} or {options[-1]}"
+        self.example = str(options[0])
+
+    def __call__(self, value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value not in self.options:
+            raise ValueError
+        return value
+
+
 class Betas:
     """The two decays of Adam."""
 
@@ -144,4 +158,6 @@ SignOf = Annotated[str, Choice("elementwise", "scalar")]
 YesNo = Annotated[bool, Choice(True, False)]
 RoundingMode = Annotated[str, Choice("nearest", "stochastic")]
 ExecutorName = Annotated[str, Choice("auto", "sequential", "lockstep", "in_place")]
+WeightBits = Annotated[int, Sizes(8, 4)]
+PerturbBits = Annotated[int, Sizes(8, 7, 6, 5, 4, 3, 2)]
 KeepNoise = Annotated[bool | str, Choice("auto", True, False)]

@@ -343,7 +343,7 @@ def kinds_to_check(
 
     Args:
         probe: knows the owners.
-        names: of the parameters, by their ``id``.
+        names: of the parameters to check, by their ``id``.
         num_weights: of all.
     """
     chosen: dict[str, list[str]] = {}
@@ -366,6 +366,8 @@ def _by_kind(probe: FunctionalProbe, names: Mapping[int, str]) -> dict[str, list
         for name in own:
             parameter = module._parameters[name]
             assert parameter is not None
+            if id(parameter) not in names:
+                continue
             full = names[id(parameter)]
             places = kinds.setdefault(f"{type(module).__name__}.{name}", {})
             # A tied parameter counts once.

@@ -1,4 +1,4 @@
-"""Round float32 values to a narrower dtype stochastically, from given random bits."""
+"""Round float32 values stochastically, to a narrower dtype or to levels, by given chance."""
 
 import torch
 from torch import Tensor
@@ -23,3 +23,16 @@ def _round_to_float16(value: Tensor, bits: Tensor) -> Tensor:
 
 #: Stochastic rounding of a float32 by 31 random bits (int32), by the dtype that then holds it.
 ROUNDINGS = {torch.bfloat16: _round_to_bfloat16, torch.float16: _round_to_float16}
+
+
+def to_levels(value: Tensor, chance: Tensor, inverse: float, step: float) -> Tensor:
+    """One of the two levels (k + 1/2) step beside a float32, by chance and without bias.
+
+    Args:
+        value: float32.
+        chance: float32, uniform in [0, 1).
+        inverse: 1 / step.
+        step: between two levels.
+    """
+    level = floor(value * f32(inverse) + (chance - f32(0.5)))
+    return (level + f32(0.5)) * f32(step)

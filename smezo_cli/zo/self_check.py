@@ -19,6 +19,9 @@ from smezo_cli.zo.turns import refuse
 class SelfCheck:
     """Compares losses by probes with losses of an exactly saved copy perturbed in place.
 
+    Codes are left out: moved weights have no place among them, and whatever reads them without
+    their layer fails, for they are integers.
+
     Args:
         model: whose parameters are trained.
         targets: these parameters.
@@ -42,9 +45,14 @@ class SelfCheck:
         step: int,
     ) -> None:
         self._step = step
-        self._model, self._targets, self._probe = model, targets, probe
+        self._model, self._probe = model, probe
+        self._targets = [t for t in targets if t.layer is None]
+        #: ``id`` of what is checked; None: all that is trained
+        self._only = None
+        if len(self._targets) < len(targets):
+            self._only = {id(t.parameter) for t in self._targets}
         self._executors, self._mover, self._forget, self._eps = executors, mover, forget, eps
-        self._num_weights = sum(t.parameter.numel() for t in targets)
+        self._num_weights = sum(t.parameter.numel() for t in self._targets)
 
     def __call__(self, closure: Closure) -> int:
         """Check all kinds of parameters, and lockstep where it is used; return their number.
@@ -52,7 +60,8 @@ class SelfCheck:
         Raises:
             Unreached, ValueError, NonFiniteLoss: see :meth:`ZeroOrder.self_check`.
         """
-        self._executors.compiler.find(closure, self._probe.at(self._moves_nothing()))
+        unmoved = self._probe.at(self._moves_nothing(), self._only)
+        self._executors.compiler.find(closure, unmoved)
         with self._executors.compiler():
             base = self._base(closure)
             if self._executors.is_in_place:
@@ -100,7 +109,7 @@ class SelfCheck:
             raise NonFiniteLoss(f"loss {one} and {other} at step {self._step}")
         eps = torch.finfo(torch.float32).eps
         of_loss = max(eps, torch.finfo(first.dtype).eps) if first.is_floating_point() else eps
-        coarsest = max(of_loss, *(torch.finfo(t.parameter.dtype).eps for t in self._targets))
+        coarsest = max([of_loss, *(torch.finfo(t.parameter.dtype).eps for t in self._targets)])
         rounding = Rounding(coarsest, of_loss, abs(one - other))
         if rounding.is_random(one, other, is_drawn):
             raise ValueError(reached.random_closure(one, other, is_drawn))
@@ -109,7 +118,7 @@ class SelfCheck:
     def _reads(self, closure: Closure) -> Reads:
         """What is read past the probe, and the loss of a probe that moves nothing."""
         reads = self._moves_nothing()
-        with self._probe.at(reads), reads:
+        with self._probe.at(reads, self._only), reads:
             reads.loss = number(closure())
         return reads
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from smezo_cli.zo import dynamo
+from smezo_cli.zo.quantised import QuantisedLinear, quantised_layers
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Target:
         rests: the present step leaves it as it is.
         index: int64, sorted: the flat places of the entries that are trained, where a selection
             names them one by one; None: those that the mask takes.
+        layer: that holds the parameter, where it is codes; else None.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Target:
     position: int = 0
     rests: bool = False
     index: Tensor | None = None
+    layer: QuantisedLinear | None = None
     _flat: Tensor | None = None
 
     @property
@@ -42,7 +45,7 @@ class Target:
 
     @property
     def flat(self) -> Tensor:
-        """The weights themselves, flat; writing to it writes to the model."""
+        """The weights (or codes) themselves, flat; writing to it writes to the model."""
         p, flat = self.parameter, self._flat
         # Made once: passes keep what they need to know of a tensor with the tensor object.
         if flat is None or flat.data_ptr() != p.data_ptr() or flat.dtype != p.dtype:
@@ -50,14 +53,22 @@ class Target:
         return flat
 
 
-def select(model: nn.Module, freeze: list[str], dense: list[str]) -> list[Target]:
-    """Return the tensors that are trained; raise ValueError for globs that match none."""
+def select(
+    model: nn.Module, freeze: list[str], dense: list[str], *, codes: bool = False
+) -> list[Target]:
+    """Return the tensors that are trained; raise ValueError for globs that match none.
+
+    Those that require gradients and, if ``codes`` says so, the codes of layers that are trained.
+    """
     plain = [(dynamo.plain_name(name), p) for name, p in model.named_parameters()]
-    named = [(name, p) for name, p in plain if p.requires_grad]
+    layers = quantised_layers(model).values() if codes else ()
+    of_codes = {id(layer.weight): layer for layer in layers if layer.is_trained}
+    named = [(name, p) for name, p in plain if p.requires_grad or id(p) in of_codes]
     if not named:
         raise ValueError("no parameter of the model requires gradients, so nothing can be trained")
     for name, parameter in named:
-        if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        is_float = parameter.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if not is_float and id(parameter) not in of_codes:
             raise ValueError(f"parameter {name} is {parameter.dtype}: float32, bfloat16, float16")
     for key, glob in [*(("freeze", g) for g in freeze), *(("dense", g) for g in dense)]:
         if not any(fnmatch.fnmatchcase(name, glob) for name, _ in named):
@@ -69,7 +80,8 @@ def select(model: nn.Module, freeze: list[str], dense: list[str]) -> list[Target
         if not parameter.is_contiguous():
             raise ValueError(f"parameter {name} is not contiguous")
         masked = not any(fnmatch.fnmatchcase(name, glob) for glob in dense)
-        targets.append(Target(name, parameter, masked, position=len(targets)))
+        layer = of_codes.get(id(parameter))
+        targets.append(Target(name, parameter, masked, position=len(targets), layer=layer))
     if not targets:
         raise ValueError("no parameter is left to train; freeze fewer")
     return targets

@@ -7,7 +7,6 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from smezo_cli.zo.move import Move
-from smezo_cli.zo.passes.choose import Passes
 from smezo_cli.zo.probe import PairMover
 from smezo_cli.zo.selections.base import Selection
 from smezo_cli.zo.targets import Target
@@ -51,11 +50,19 @@ class PointMover(PairMover, Protocol):
         """Return the first term written out (float32, flat), and the mask (bool)."""
 
 
+class Named(Protocol):
+    """What computes a pass over a tensor, of which others know the name alone."""
+
+    @property
+    def name(self) -> str:
+        """Such as "numba"."""
+
+
 class Direction(Protocol):
     """Perturbs tensors along u(key), the same in the probe and in the update."""
 
     @property
-    def passes(self) -> Passes:
+    def passes(self) -> Named:
         """What computes a pass over a tensor."""
 
     @property

@@ -38,6 +38,7 @@ _SHARED: tuple[Function, ...] = (
     *noise.PAIRS.values(),
     *masks.RULES.values(),
     *rounding_module.ROUNDINGS.values(),
+    rounding_module.to_levels,
 )
 # What is compiled where a function is called: the function itself, or what the names of
 # elementwise.py mean for single numbers.

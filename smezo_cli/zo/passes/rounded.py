@@ -1,0 +1,147 @@
+"""Draw u = Q_SR(z), noise that is rounded to levels by chance: in plain torch, or by Numba."""
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from smezo_cli.zo import noise
+from smezo_cli.zo.passes.by_compiler import NoCompiler
+from smezo_cli.zo.passes.eager import over_chunks
+from smezo_cli.zo.rounding import to_levels
+
+Pair = tuple[Tensor, Tensor]
+
+
+class Stream(NamedTuple):
+    """What one term of a move draws of one tensor: c Q_SR(z).
+
+    Attributes:
+        z: the stream of z, Gaussian.
+        chance: the stream that rounds it.
+        coefficient: c.
+    """
+
+    z: tuple[int, int]
+    chance: tuple[int, int]
+    coefficient: float
+
+
+class EagerDraws:
+    """Draws in plain torch, on any device.
+
+    Args:
+        step: between two levels.
+    """
+
+    name = "eager"
+
+    def __init__(self, step: float) -> None:
+        self.step, self.inverse = step, 1 / step
+
+    def pair(self, start: int, stop: int, device: torch.device, stream: Stream) -> Pair:
+        """Return c u of both elements of the pairs from ``start`` to ``stop``: float32."""
+        return self._pair(torch.arange(start, stop, device=device), stream)
+
+    def at(self, index: Tensor, numel: int, stream: Stream) -> Tensor:
+        """Return c u at flat positions (int64, any shape) of a tensor of ``numel`` weights."""
+        counter, is_first = noise.locate(index, numel)
+        first, second = self._pair(counter, stream)
+        return torch.where(is_first, first, second)
+
+    def chances(self, start: int, stop: int, device: torch.device, key: tuple[int, int]) -> Pair:
+        """Return uniforms in [0, 1) of both elements of these pairs: float32."""
+        return noise.uniform_pair(torch.arange(start, stop, device=device), key)
+
+    def _pair(self, counter: Tensor, stream: Stream) -> Pair:
+        z = noise.pair(counter, stream.z, "gaussian")
+        chance = noise.uniform_pair(counter, stream.chance)
+        levels = [to_levels(*both, self.inverse, self.step) for both in zip(z, chance, strict=True)]
+        return levels[0] * stream.coefficient, levels[1] * stream.coefficient
+
+
+class NumbaDraws(EagerDraws):
+    """The same draws, each one loop of machine code, on a CPU."""
+
+    name = "numba"
+
+    def __init__(self, step: float) -> None:
+        super().__init__(step)
+        from smezo_cli.zo.passes import rounded_kernels  # imports Numba, which takes a second
+
+        self._kernels: Any = rounded_kernels  # Numba tells mypy no types
+
+    def pair(self, start: int, stop: int, device: torch.device, stream: Stream) -> Pair:
+        """See :class:`EagerDraws`."""
+        both = torch.empty(2, stop - start)
+        self._kernels.pairs(*both.numpy(), start, *stream, self.inverse, self.step)
+        return both[0], both[1]
+
+    def at(self, index: Tensor, numel: int, stream: Stream) -> Tensor:
+        """See :class:`EagerDraws`."""
+        out, place = torch.empty(index.numel()), index.reshape(-1).numpy()
+        self._kernels.picked(out.numpy(), place, numel, *stream, self.inverse, self.step)
+        return out.view(index.shape)
+
+    def chances(self, start: int, stop: int, device: torch.device, key: tuple[int, int]) -> Pair:
+        """See :class:`EagerDraws`."""
+        both = torch.empty(2, stop - start)
+        self._kernels.chances(*both.numpy(), start, key)
+        return both[0], both[1]
+
+
+def choose_draws(step: float, backend: str, device: torch.device) -> tuple[EagerDraws, str]:
+    """Return Numba's draws on a CPU where they work and are asked for, else eager ones.
+
+    Args:
+        step: between two levels.
+        backend: "auto", "compiled" or "eager".
+        device: where the weights lie.
+
+    Returns:
+        The draws, and why they are eager ("" when that was asked for, or they are Numba's).
+
+    Raises:
+        NoCompiler: "compiled" was asked for and does not work here.
+    """
+    if backend == "eager":
+        return EagerDraws(step), ""
+    why, given = "", os.environ.get("NUMBA_DISABLE_JIT", "0")
+    if device.type != "cpu":
+        why = "draws that are rounded to levels are compiled for a CPU alone"
+    elif given not in ("", "0"):
+        why = f"the compiler is off as long as NUMBA_DISABLE_JIT={given} is set"
+    else:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                draws = NumbaDraws(step)
+                draws.pair(0, 3, device, Stream((1, 2), (3, 4), 1.0))
+            return draws, ""
+        except Exception as error:  # whatever a missing or broken tool chain raises
+            why = f"Numba does not work here: {str(error).partition(chr(10))[0][:200]}"
+    if backend == "compiled":
+        raise NoCompiler(why)
+    return EagerDraws(step), why
+
+
+def over_halves(
+    numel: int, device: torch.device, one: Callable[[slice, slice, int, int], None]
+) -> None:
+    """Call ``one(first, second, start, stop)`` for chunks of the pairs of a flat tensor.
+
+    ``first`` and ``second`` are where the pairs from ``start`` to ``stop`` lie. An odd last entry
+    comes as both: read both before writing, and write ``second`` first.
+    """
+    pairs = numel // 2
+
+    def part(of: slice) -> None:
+        one(of, slice(pairs + of.start, pairs + of.stop), of.start, of.stop)
+
+    over_chunks(pairs, device, part)
+    if numel % 2:
+        last = slice(2 * pairs, numel)
+        one(last, last, pairs, pairs + 1)
