@@ -25,8 +25,6 @@ from pinn.problems import PROBLEMS
 from pinn.settings import NETWORKS, recipe
 from pinn.training import DERIVATIVES, OPTIMIZERS, Trained, train
 
-from smezo_cli.zo.step import NonFiniteLoss
-
 
 def main() -> int:
     """Train as the command line says, and print."""
@@ -41,11 +39,7 @@ def main() -> int:
         given.problem, given.network, given.derivatives, given.optimizer
     ):
         settings = replace(recipe(*names), **changed)
-        try:
-            group = [train(replace(settings, seed=seed)) for seed in given.seeds]
-        except NonFiniteLoss as error:
-            print(f"pinn.py: {', '.join(names)}: {error}; take a smaller --lr", file=sys.stderr)
-            return 1
+        group = [train(replace(settings, seed=seed)) for seed in given.seeds]
         groups[", ".join(names)] = group
         print(line(group), flush=True)
     if given.json is not None:
@@ -115,10 +109,12 @@ def above_0(kind: type[int] | type[float]) -> Callable[[str], float]:
 def line(group: Sequence[Trained]) -> str:
     """Return the row of a table for trainings that differ in the seed alone."""
     s, first = group[0].settings, group[0]
-    errors = [trained.error for trained in group]
-    error = f"{statistics.mean(errors):.4f}"
+    errors = [trained.error for trained in group if math.isfinite(trained.error)]
+    error = f"{statistics.mean(errors):.4f}" if errors else ""
     if len(errors) > 1:
         error += f" ± {statistics.stdev(errors):.4f} (n = {len(errors)})"
+    if diverged := len(group) - len(errors):
+        error += f" diverged: {diverged} of {len(group)}; take a smaller --lr"
     seconds = statistics.mean(trained.seconds for trained in group)
     names = s.problem, s.network, first.num_weights, s.derivatives, s.optimizer
     return row(*names, s.steps, first.forwards, error, f"{seconds:.0f}")
@@ -136,7 +132,7 @@ def record(trained: Trained) -> dict[str, Any]:
         "num_weights": trained.num_weights,
         "losses": trained.forwards,
         "seconds": round(trained.seconds, 1),
-        "errors": trained.errors,
+        "errors": [(n, e if math.isfinite(e) else None) for n, e in trained.errors],
     }
 
 

@@ -1,9 +1,10 @@
 """scripts/pinn.py: derivatives from values, tensor trains, and trainings that find solutions."""
 
-import importlib
+import importlib.util
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -198,25 +199,61 @@ def test_the_sign_update_moves_each_weight_by_lr(pinn: SimpleNamespace) -> None:
         update=pinn.training.Sign(),
         lr=0.125,
         eps=1e-2,
+        executor="sequential",
     )
     slope = torch.tensor([[4.0, -3.0, 2.0, -5.0, 3.0]])
     method.step(lambda: (layer(slope)).sum())  # the gradient is the slope
     assert torch.equal(layer.weight.detach(), -0.125 * slope.sign())
 
 
-def run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """A run of the script, anywhere."""
-    command = [sys.executable, str(ROOT / "scripts" / "pinn.py"), *words]
-    env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLCONFIGDIR": str(cwd)}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+def test_a_short_training_by_signs_lowers_the_error(pinn: SimpleNamespace) -> None:
+    """From 0.82 to 0.27 when it was written; to 0.41 and 0.23 with two other seeds, from less."""
+    settings = pinn.settings.Settings(
+        "heat", "tt", "differences", "sign", seed=1, steps=60, queries=4, lr=1e-2
+    )
+    trained = pinn.training.train(settings, evaluations=2)
+    assert trained.forwards == 60 * 2 * 4
+    assert [step for step, _ in trained.errors] == [0, 30, 60]
+    assert trained.errors[0][1] > 0.8
+    assert trained.error < 0.35  # a sign may turn where an estimate is rounded in another way
+    assert all(p.grad is None for p in trained.network.parameters())
 
 
-def test_the_script_trains_writes_and_draws(tmp_path: Path) -> None:
-    words = ["--steps", "2", "--queries", "1", "--optimizer", "sign", "backprop"]
-    words += ["--seeds", "0", "1", "--json", "a.json", "--svg", "a.svg"]
-    ended = run(*words, cwd=tmp_path)
-    assert (ended.returncode, ended.stderr) == (0, "")
-    head, _, *rows = ended.stdout.splitlines()
+def test_a_seed_names_a_training(pinn: SimpleNamespace) -> None:
+    def errors_of(seed: int) -> list[tuple[int, float]]:
+        settings = pinn.settings.Settings(
+            "black-scholes", "tt", "stein", "sign", seed=seed, steps=3, queries=1
+        )
+        return pinn.training.train(settings).errors
+
+    assert errors_of(0) == errors_of(0) != errors_of(1)
+
+
+@pytest.fixture
+def script(
+    pinn: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[[str], int]:
+    """The script in an empty folder, in this process: what it returns for a command line."""
+    path = ROOT / "scripts" / "pinn.py"
+    spec = importlib.util.spec_from_file_location("pinn_script", path)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(words: str) -> int:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["pinn.py", *words.split()])
+        return module.main()
+
+    return run
+
+
+def test_the_script_trains_writes_and_draws(
+    script: Callable[[str], int], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = "--steps 2 --queries 1 --optimizer sign backprop --seeds 0 1 --json a.json --svg a.svg"
+    assert script(words) == 0
+    head, _, *rows = capsys.readouterr().out.splitlines()
     assert head.startswith("| problem | network | weights |")
     assert [row.split(" | ")[4] for row in rows] == ["sign", "backprop"] * 2
     assert all("(n = 2)" in row for row in rows)
@@ -231,10 +268,25 @@ def test_the_script_trains_writes_and_draws(tmp_path: Path) -> None:
     assert "</svg>" in (tmp_path / "a.svg").read_text()
 
 
-def test_the_script_says_what_it_takes(tmp_path: Path) -> None:
-    ended = run("--help", cwd=tmp_path)
-    assert ended.returncode == 0
-    assert "--derivatives" in ended.stdout
+def test_a_training_that_diverges_says_so_and_the_next_one_runs(
+    script: Callable[[str], int], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert script("--optimizer sgd --lr 1e30 --steps 5 --queries 1 --json a.json") == 0
+    _, _, *rows = capsys.readouterr().out.splitlines()
+    assert all("diverged: 1 of 1; take a smaller --lr" in row for row in rows)
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert [f["errors"][-1][1] for f in found] == [None, None]
+
+
+def test_the_script_runs_from_anywhere_and_says_what_it_takes(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "pinn.py"), "--help"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
     assert "of stein, differences; stein if left out" in ended.stdout
 
 
@@ -247,17 +299,9 @@ def test_the_script_says_what_it_takes(tmp_path: Path) -> None:
         ("--json no/a.json", "no/a.json: there is no folder no"),
     ],
 )
-def test_a_wrong_word_is_refused_in_one_sentence(words: str, says: str, tmp_path: Path) -> None:
-    ended = run(*words.split(), cwd=tmp_path)
-    assert ended.returncode == 2
-    assert says in ended.stderr.splitlines()[-1]
-    assert "Traceback" not in ended.stderr
-
-
-def test_a_training_that_diverges_says_so(tmp_path: Path) -> None:
-    words = "--problem heat --optimizer sgd --lr 1e30 --steps 5 --queries 1"
-    ended = run(*words.split(), cwd=tmp_path)
-    assert ended.returncode == 1
-    assert "loss nan" in ended.stderr or "loss inf" in ended.stderr
-    assert ended.stderr.endswith("; take a smaller --lr\n")
-    assert ended.stderr.count("\n") == 1
+def test_a_wrong_word_is_refused_in_one_sentence(
+    script: Callable[[str], int], capsys: pytest.CaptureFixture[str], words: str, says: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        script(words)
+    assert says in capsys.readouterr().err.splitlines()[-1]

@@ -1,5 +1,6 @@
 """Train a network on an equation, by losses alone or, to compare, by backpropagation."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from smezo_cli.zo.move import Gradient
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.schedule import lr_factor
 from smezo_cli.zo.selections.masked import Everything
+from smezo_cli.zo.step import NonFiniteLoss
 from smezo_cli.zo.updates.adam import Adam
 from smezo_cli.zo.updates.base import Update, WeightWriter
 from smezo_cli.zo.updates.sgd import SGD
@@ -63,7 +65,8 @@ class Trained:
     """A trained network and how it came about.
 
     Attributes:
-        errors: (step, relative l2 error) along the training; the first before it.
+        errors: (step, relative l2 error) along the training; the first before it; the last infinite
+            where a loss was not finite, and the training ended.
         forwards: how often the loss was computed; with backpropagation, forward and backward.
     """
 
@@ -105,7 +108,11 @@ def train(settings: Settings, evaluations: int = 20) -> Trained:
     start = time.process_time()
     for number in range(settings.steps):
         loss = problem.loss(stencil, settings.seed, number)
-        step(partial(loss, network), lr_factor("cosine", number, settings.steps))
+        try:
+            step(partial(loss, network), lr_factor("cosine", number, settings.steps))
+        except NonFiniteLoss:
+            trained.errors.append((number + 1, math.inf))
+            break
         if (number + 1) % every == 0 or number + 1 == settings.steps:
             trained.seconds += time.process_time() - start
             trained.measure(number + 1)
