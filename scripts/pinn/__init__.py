@@ -1,0 +1,1 @@
+"""Solve partial differential equations by tensor-train networks and zeroth-order steps."""
