@@ -7,12 +7,16 @@ this script, which lets it out on the other side as a link of `--rate` bit/s and
 one way would, and counts it (IP packets, headers included). Needs Linux, root and iproute2. Bytes
 and seconds of a step are those of `--steps` steps less those of a quarter of them, over the rest.
 The same run by one process with the ranks' micro-batches must end with the same weights.
+
+All these processes are forked from one that has imported torch and computes nothing.
 """
 
 import argparse
 import collections
+import ctypes
 import fcntl
 import json
+import multiprocessing
 import os
 import select
 import struct
@@ -21,10 +25,14 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 _TUNSETIFF, _TUN, _NO_PI = 0x400454CA, 0x0001, 0x1000  # linux/if_tun.h
+_NEWNET = 0x40000000  # CLONE_NEWNET of linux/sched.h
+_PROCESSES = multiprocessing.get_context("forkserver")
 RUN = ["task=toy", "model=tiny-llama", "method=sparse_mezo", "lr=1e-3", "name=link", "device=cpu"]
 
 
@@ -82,21 +90,52 @@ def _ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True)
 
 
+def enter(namespace: str) -> None:
+    """Move this process into a network namespace, as `ip netns exec` would."""
+    library = ctypes.CDLL(None, use_errno=True)
+    with open(f"/var/run/netns/{namespace}", encoding="ascii") as file:
+        if library.setns(file.fileno(), _NEWNET) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), file.name)
+
+
+def train(words: list[str], folder: Path, env: Mapping[str, str], namespace: str = "") -> None:
+    """Do `smezo train WORDS` in a folder, and end this process."""
+    if namespace:
+        enter(namespace)
+    os.chdir(folder)
+    os.environ.update(env)
+    from smezo_cli import train as command
+
+    sys.exit(command.main(words))
+
+
+def started(words: list[str], folder: Path, env: Mapping[str, str], namespace: str = "") -> Any:
+    """Start :func:`train` in a process of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    process = _PROCESSES.Process(target=train, args=(words, folder, env, namespace))
+    process.start()
+    return process
+
+
+def ended(process: Any) -> int:
+    """Wait for a process; return its exit code."""
+    process.join()
+    return int(process.exitcode)
+
+
 def over(link: Link, words: list[str], folder: Path) -> tuple[list[int], float]:
     """Both ranks to their end; bytes that each sent, and seconds of training."""
     before = list(link.sent)
     processes = []
     for rank, name in enumerate(link.names):
-        (folder / str(rank)).mkdir(parents=True, exist_ok=True)
         env = {
-            **os.environ,
-            **{"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"},
-            **{"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29511", "PYTHONPATH": str(ROOT)},
+            **{"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
+            **{"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29511"},
             "GLOO_SOCKET_IFNAME": link.devices[rank],
         }
-        start = ["ip", "netns", "exec", name, sys.executable, "-m", "smezo_cli.train", *words]
-        processes.append(subprocess.Popen(start, cwd=folder / str(rank), env=env))
-    if any([process.wait() for process in processes]):
+        processes.append(started(words, folder / str(rank), env, name))
+    if any([ended(process) for process in processes]):
         sys.exit("a rank failed, see above")
     found = result(folder / "0")
     return [now - then for now, then in zip(link.sent, before, strict=True)], found["train_seconds"]
@@ -121,6 +160,17 @@ def main() -> None:
         sys.exit("network namespaces and TUN devices need root on Linux")
     words = [*RUN, "batch_size=16", f"eval_every={asked.steps}", *asked.words]
     few = asked.steps // 4
+    # What the process that all are forked from begins with.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    _PROCESSES.set_forkserver_preload(
+        [
+            *("smezo_cli.run.session", "smezo_cli.methods.sparse_mezo", "torch.distributed"),
+            "transformers.models.llama.modeling_llama",
+        ]
+    )
     link = Link(asked.rate, asked.delay)
     try:
         with tempfile.TemporaryDirectory() as name:
@@ -128,10 +178,8 @@ def main() -> None:
             short = over(link, [*words, f"steps={few}", f"eval_every={few}"], folder / "short")
             long = over(link, [*words, f"steps={asked.steps}"], folder / "long")
             alone = [*words, f"steps={asked.steps}", "micro_batch_size=8"]
-            env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-            start = [sys.executable, "-m", "smezo_cli.train", *alone]
-            (folder / "one").mkdir()
-            subprocess.run(start, cwd=folder / "one", env=env, check=True)
+            if ended(started(alone, folder / "one", {})):
+                sys.exit("one process failed, see above")
             mine, theirs = (result(folder / place) for place in ("long/0", "one"))
     finally:
         link.close()

@@ -140,19 +140,7 @@ def _child(
 @functools.cache
 def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
-    modules = ("run.session", "run.loaded", "run.loop", "models.load", "methods.sparse_mezo")
-    context.set_forkserver_preload(
-        [
-            *(
-                "pytest",
-                "hydra._internal.hydra",
-                "hydra.core.plugins",
-            ),
-            *(f"smezo_cli.{name}" for name in modules),
-            "smezo_cli.methods.first_order",
-            *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "opt")),
-        ]
-    )
+    context.set_forkserver_preload(["tests.run.warm", __name__])
     return context
 
 

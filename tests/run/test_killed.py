@@ -93,40 +93,58 @@ def test_a_run_killed_from_outside_at_any_moment_is_one_never_killed(
     assert_same_run(run_folder(tmp_path), run_folder(finished(method)))
 
 
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The folder in which a run was killed at one of its losses; to be copied."""
+
+    @functools.cache
+    def at(loss: int, *words: str) -> Path:
+        cwd = tmp_path_factory.mktemp("killed")
+        ended = smezo(words, cwd, faults=[Fault("loss", loss, signal.SIGKILL).install])
+        assert ended.code == -signal.SIGKILL
+        return cwd
+
+    return at
+
+
 DAMAGED = ("trajectory.bin", "checkpoint/state.json", "metrics.jsonl", "scores.safetensors")
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
 @pytest.mark.parametrize("name", [*DAMAGED, "checkpoint/weights-*"])
 def test_a_damaged_file_of_a_stopped_run_is_made_again(
-    finished: Callable[[str], Path], tmp_path: Path, name: str, share: float
+    finished: Callable[[str], Path],
+    killed: Callable[..., Path],
+    tmp_path: Path,
+    name: str,
+    share: float,
 ) -> None:
     """One flipped bit anywhere: the same command ends with the bits of a run never harmed."""
     words = words_of("sparse_mezo", "full_save_every=4")
-    ended = smezo(words, tmp_path, faults=[Fault("loss", 21, signal.SIGKILL).install])
-    assert ended.code == -signal.SIGKILL
-    for path in run_folder(tmp_path).glob(name):
+    shutil.copytree(killed(21, *words), tmp_path / "run")
+    folder = run_folder(tmp_path / "run")
+    for path in folder.glob(name):
         flip(path, share)
-    ended = smezo(words, tmp_path)
+    ended = smezo(words, tmp_path / "run")
     assert (ended.code, ended.err) == (0, "")
-    assert_same_run(run_folder(tmp_path), run_folder(finished("sparse_mezo")))
+    assert_same_run(folder, run_folder(finished("sparse_mezo")))
 
 
 @pytest.mark.parametrize("name", ["state.json", "weights-*", "optimizer-*"])
 def test_a_damaged_file_of_a_stopped_first_order_run_is_made_again(
-    finished: Callable[[str], Path], tmp_path: Path, name: str
+    finished: Callable[[str], Path], killed: Callable[..., Path], tmp_path: Path, name: str
 ) -> None:
     """Without a trajectory the last good point is the beginning."""
-    ended = smezo(words_of("adamw"), tmp_path, faults=[Fault("loss", 8, signal.SIGKILL).install])
-    assert ended.code == -signal.SIGKILL
-    paths = list((run_folder(tmp_path) / "checkpoint").glob(name))
+    shutil.copytree(killed(8, *words_of("adamw")), tmp_path / "run")
+    folder = run_folder(tmp_path / "run")
+    paths = list((folder / "checkpoint").glob(name))
     assert paths
     for path in paths:
         flip(path, 0.7)
-    ended = smezo(words_of("adamw"), tmp_path)
+    ended = smezo(words_of("adamw"), tmp_path / "run")
     assert (ended.code, ended.err) == (0, "")
     assert name == "state.json" or "trained again from the first step on" in ended.out
-    assert_same_run(run_folder(tmp_path), run_folder(finished("adamw")))
+    assert_same_run(folder, run_folder(finished("adamw")))
 
 
 @pytest.mark.parametrize("name", [*DAMAGED, "result.json", "config.yaml", "checkpoint/weights-*"])

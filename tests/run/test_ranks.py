@@ -286,17 +286,24 @@ def blind() -> None:
     follower.Saved = missing  # type: ignore[assignment,misc]  # in this process alone
 
 
+@pytest.fixture(scope="module")
+def falling(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of one process whose best weights are not the last."""
+    cwd = tmp_path_factory.mktemp("falling")
+    words = [*METHODS["mezo"], *RUN, "lr=0.3", "micro_batch_size=4"]
+    assert smezo(words, cwd, faults=[few_tokens]).code == 0
+    return run_folder(cwd)
+
+
 @pytest.mark.parametrize("faults", [[], [blind]], ids=["seen", "unseen"])
 def test_the_best_weights_are_tested_where_they_are_not_the_last(
-    faults: list[Any], tmp_path: Path
+    faults: list[Any], falling: Path, tmp_path: Path
 ) -> None:
     """By all ranks that have them: those of rank 0's folder, or by rank 0 alone."""
     words = [*METHODS["mezo"], *RUN, "lr=0.3"]
-    ended = together(2, words, tmp_path / "many", [few_tokens, *faults])
+    ended = together(2, words, tmp_path, [few_tokens, *faults])
     assert [one.code for one in ended] == [0, 0]
-    alone = [*words, "micro_batch_size=4"]
-    assert smezo(alone, tmp_path / "one", faults=[few_tokens]).code == 0
-    many, one = (result_of(run_folder(tmp_path / name)) for name in ("many", "one"))
+    many, one = result_of(run_folder(tmp_path)), result_of(falling)
     assert one["dev"]["best"]["step"] < one["step"]
     assert many["test"] == one["test"]
     assert many["weights"] == one["weights"]

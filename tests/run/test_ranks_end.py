@@ -24,10 +24,20 @@ def trajectory_bytes(cwd: Path) -> int:
     return found[0].stat().st_size if found else 0
 
 
+LONG = [*METHODS["sparse_mezo"], *RUN, "steps=150", "eval_every=75"]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of one process that does all of LONG, with a rank's rows in a forward."""
+    cwd = tmp_path_factory.mktemp("one")
+    assert smezo([*LONG, "micro_batch_size=4"], cwd).code == 0
+    return run_folder(cwd)
+
+
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_dies_ends_all_and_fewer_go_on(victim: int, tmp_path: Path) -> None:
-    words = [*METHODS["sparse_mezo"], *RUN, "steps=150", "eval_every=75"]
-    with Group(2, words, tmp_path) as group:
+def test_a_rank_that_dies_ends_all_and_fewer_go_on(victim: int, one: Path, tmp_path: Path) -> None:
+    with Group(2, LONG, tmp_path) as group:
         until(lambda: trajectory_bytes(tmp_path) > 2200)
         os.kill(group.ranks[victim].pid, signal.SIGKILL)
         group.ranks[victim].kill()
@@ -37,17 +47,15 @@ def test_a_rank_that_dies_ends_all_and_fewer_go_on(victim: int, tmp_path: Path) 
     assert "the same command (without if_exists=fresh) goes on" in other.err
     assert "Traceback" not in other.err
     # The rest alone, with a forward's rows as they were: nothing is lost, nothing differs.
-    ended = smezo([*words, "micro_batch_size=4"], tmp_path)
+    ended = smezo([*LONG, "micro_batch_size=4"], tmp_path)
     assert ended.code == 0, ended.err
     assert "are recorded: applied" in ended.out or "going on from step" in ended.out
-    assert smezo([*words, "micro_batch_size=4"], tmp_path / "one").code == 0
-    assert weights_of(run_folder(tmp_path)) == weights_of(run_folder(tmp_path / "one"))
+    assert weights_of(run_folder(tmp_path)) == weights_of(one)
 
 
 @pytest.mark.parametrize("asked", [0, 1])
 def test_a_stop_of_any_rank_stops_all_between_two_steps(asked: int, tmp_path: Path) -> None:
-    words = [*METHODS["sparse_mezo"], *RUN, "steps=150", "eval_every=75"]
-    with Group(2, words, tmp_path) as group:
+    with Group(2, LONG, tmp_path) as group:
         until(lambda: trajectory_bytes(tmp_path) > 2200)
         os.kill(group.ranks[asked].pid, signal.SIGTERM)
         ended = group.wait()
@@ -62,12 +70,23 @@ def term_at_batch(rank: int, number: int) -> None:
     count_batches(number if mine else math.inf)
 
 
+SCORED = [*METHODS["sparse_mezo"], *RUN, "task.prompt=0"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of two ranks that noted their batches and were never stopped."""
+    cwd = tmp_path_factory.mktemp("whole")
+    assert [rank.code for rank in together(2, SCORED, cwd, [count_batches])] == [0, 0]
+    return cwd
+
+
 @pytest.mark.parametrize("asked", [0, 1])
-def test_a_stop_of_any_rank_stops_all_between_two_batches(asked: int, tmp_path: Path) -> None:
+def test_a_stop_of_any_rank_stops_all_between_two_batches(
+    asked: int, whole: Path, tmp_path: Path
+) -> None:
     """All ranks break off at once, what all have scored is kept, and no rank scores it again."""
-    words = [*METHODS["sparse_mezo"], *RUN, "task.prompt=0"]
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    assert [one.code for one in together(2, words, whole, [count_batches])] == [0, 0]
+    words, part = SCORED, tmp_path / "part"
     made, batches = [0, 0], [(whole / of / "batches").read_text() for of in ("", "rank1")]
     total = [text.count("\n") for text in batches]
     # In dev before training, in a look, in the test.

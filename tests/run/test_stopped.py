@@ -91,14 +91,28 @@ SCORED = {
 }
 
 
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a run that noted its batches and was never stopped."""
+
+    @functools.cache
+    def of(method: str) -> Path:
+        cwd = tmp_path_factory.mktemp(method)
+        assert smezo(SCORED[method], cwd, faults=[count_batches]).code == 0
+        return cwd
+
+    return of
+
+
 @pytest.mark.parametrize("method", SCORED)
-def test_a_stop_between_two_batches_keeps_what_is_scored(tmp_path: Path, method: str) -> None:
+def test_a_stop_between_two_batches_keeps_what_is_scored(
+    counted: Callable[[str], Path], tmp_path: Path, method: str
+) -> None:
     """In zero-shot, looks, hidden states and the test: every start is stopped at its 5th batch.
 
     No batch is computed twice, the end is that of a run that was never stopped.
     """
-    whole, part, words = tmp_path / "whole", tmp_path / "part", SCORED[method]
-    assert smezo(words, whole, faults=[count_batches]).code == 0
+    whole, part, words = counted(method), tmp_path / "part", SCORED[method]
     stops = 0
     while True:
         before = len((part / "batches").read_text().splitlines()) if stops else 0
@@ -131,10 +145,11 @@ def test_a_stop_in_the_measurements_after_the_test_is_honoured(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("harm", ["flipped", "of another run"])
-def test_partial_scores_that_are_not_this_runs_are_not_used(tmp_path: Path, harm: str) -> None:
+def test_partial_scores_that_are_not_this_runs_are_not_used(
+    counted: Callable[[str], Path], tmp_path: Path, harm: str
+) -> None:
     """Damaged, or of other weights: all is scored again, the file is gone at the end."""
-    whole, part, words = tmp_path / "whole", tmp_path / "part", words_of("mezo")
-    assert smezo(words, whole, faults=[count_batches]).code == 0
+    whole, part, words = counted("mezo"), tmp_path / "part", SCORED["mezo"]
     assert smezo(words, part, faults=[functools.partial(count_batches, 3)]).code == 130
     kept = run_folder(part) / NAME
     if harm == "flipped":
