@@ -6,7 +6,7 @@ import os
 import re
 import unicodedata
 import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -43,29 +43,36 @@ def redacted(text: str) -> str:
 
     Secret is what the name says: TOKEN, SECRET, PASSWORD, API_KEY and the like.
     """
-    for name, value in _secrets():
-        text = text.replace(value, f"[{name}]")
-    text = _URL_LOGIN.sub(r"\1[login]@", text)
-    return _HUB_TOKEN.sub("[token]", text)
+    return str(_without(_secrets(), text))
 
 
 def redacted_tree(value: Any) -> Any:
     """Return mappings and lists with every string in them redacted, keys included."""
+    return _without(_secrets(), value)
+
+
+def _without(secrets: Sequence[tuple[str, str]], value: Any) -> Any:
+    """Redact the strings of a value; the environment is read once for all of them."""
     if isinstance(value, Mapping):
-        return {redacted_tree(key): redacted_tree(item) for key, item in value.items()}
+        return {_without(secrets, key): _without(secrets, item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [redacted_tree(item) for item in value]
-    return redacted(value) if isinstance(value, str) else value
+        return [_without(secrets, item) for item in value]
+    if not isinstance(value, str):
+        return value
+    for name, secret in secrets:
+        value = value.replace(secret, f"[{name}]")
+    value = _URL_LOGIN.sub(r"\1[login]@", value)
+    return _HUB_TOKEN.sub("[token]", value)
 
 
-def _secrets() -> Iterator[tuple[str, str]]:
-    """Yield names and values, as they are and as URLs and JSON spell them, the longest first."""
+def _secrets() -> list[tuple[str, str]]:
+    """Return names and values, as they are and as URLs and JSON spell them, the longest first."""
     found = []
     for name, value in os.environ.items():
         if _SECRET_NAME.search(name) and len(value) >= _LEAST and value not in _PLAIN_VALUES:
             spellings = {value, urllib.parse.quote(value, safe=""), json.dumps(value)[1:-1]}
             found += [(name, spelling) for spelling in spellings]
-    yield from sorted(found, key=lambda pair: -len(pair[1]))
+    return sorted(found, key=lambda pair: -len(pair[1]))
 
 
 def sentence(text: str) -> str:

@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import gc
 import os
 import signal
 import sys
@@ -11,6 +12,12 @@ import torch
 
 # Who starts the tests in the background of a shell lets them ignore SIGINT, and so their children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """Imports made what is no garbage: without this each run takes 0.2 s to look at all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from omegaconf import DictConfig
+
 from smezo_cli.config import searchpath
 from smezo_cli.config.fixed import sentence
 from smezo_cli.config.searchpath import SearchPath
@@ -33,6 +35,7 @@ class Request:
     composes: bool = True  # not so with --version, a bare --help and the like
     launcher: str = "basic"  # what starts the jobs of a sweep; known once it is composed
     replaced: tuple[str, ...] = ()  # whose files are read; known then, too
+    alone: DictConfig | None = None  # the settings, where Hydra has nothing more to do with them
 
 
 class _Flags(argparse.ArgumentParser):

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from smezo_cli.config import searchpath
 from smezo_cli.config.command_line import Request, read, searched
-from smezo_cli.config.composer import Composer
+from smezo_cli.config.composer import Composer, without_hydra
 from smezo_cli.config.fixed import INSTALL_TENSORBOARD
 from smezo_cli.config.hydra_guard import check_hydra, is_of_launcher, launcher_of
 from smezo_cli.config.overrides import check_choice, check_deleted, check_keys, values_of
@@ -34,12 +34,14 @@ class Composed:
         settings: the same, checked.
         launcher: what starts the jobs of the sweep.
         replaced: lines that say which files of the user are read in place of smezo's own.
+        alone: `cfg` with Hydra's own node, for a single run that asks nothing of Hydra.
     """
 
     cfg: DictConfig
     settings: Settings
     launcher: str = "basic"
     replaced: tuple[str, ...] = ()
+    alone: DictConfig | None = None
 
 
 def prepare(argv: Sequence[str]) -> Request:
@@ -61,7 +63,7 @@ def prepare(argv: Sequence[str]) -> Request:
             folders.add(Path(run.settings.runs_dir) / run.settings.name)
             if request.starts_runs and run.settings.logger["name"] == "tensorboard":
                 _check_tensorboard()
-            request = replace(request, launcher=run.launcher)
+            request = replace(request, launcher=run.launcher, alone=run.alone)
             replaced |= dict.fromkeys(run.replaced)
     if request.starts_runs:
         for folder in sorted(folders):
@@ -171,6 +173,8 @@ def _every(composer: Composer, request: Request) -> Iterator[Composed]:
     first = [lines[0] for lines in values if lines]
     for chosen in itertools.product(*choices):
         run = _run_of(composer, keys, chosen, first, asked if touches_hydra else ...)
+        if multirun or touches_hydra:
+            run = replace(run, alone=None)
         yield run
         for cfg in _others(composer, run.cfg, chosen, [lines for lines in values if lines]):
             yield replace(run, cfg=cfg, settings=check(cfg))
@@ -190,7 +194,7 @@ def _run_of(
     """
     line = [*chosen, *first]
     try:
-        cfg = composer.compose(line)
+        whole = composer.compose(line, with_hydra=True)
     except UserError:
         check_keys(composer, keys, chosen)  # says more of a key that is not there
         check_deleted(composer, keys, line)
@@ -199,7 +203,6 @@ def _run_of(
         check_keys(composer, keys, chosen)  # of an interval, no value was composed
     launcher, replaced = "basic", list[str]()
     if asked is not ...:
-        whole = composer.compose(line, with_hydra=True)
         check_hydra(whole)
         if launcher_of(whole) != asked:
             raise UserError(
@@ -209,8 +212,9 @@ def _run_of(
         made = whole.hydra.runtime.choices
         launcher = str(made["hydra/launcher"])
         replaced = searchpath.replaced(composer.search, made)
+    cfg = without_hydra(whole)
     try:
-        return Composed(cfg, check(cfg), launcher, tuple(replaced))
+        return Composed(cfg, check(cfg), launcher, tuple(replaced), whole)
     except UserError:
         check_deleted(composer, keys, line)
         raise

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from smezo_cli.config.command_line import parsed
 from smezo_cli.config.fixed import sentence
@@ -68,11 +68,16 @@ class Composer:
         return self._listed(parent, "GROUP")
 
     def _listed(self, parent: str, kind: str) -> list[str]:
-        # Hydra takes milliseconds to list a folder, and each word of the line asks.
+        # Each word of the line asks. The sources are asked, as the loader copies them all first.
         from hydra.core.object_type import ObjectType
 
         if (parent, kind) not in self._lists:
-            found = self._loader.get_group_options(parent, ObjectType[kind])
+            found = {
+                name
+                for source in self._loader.get_sources()
+                if source.is_group(parent)
+                for name in source.list(parent, ObjectType[kind])
+            }
             self._lists[parent, kind] = sorted(found)
         return self._lists[parent, kind]
 
@@ -116,3 +121,11 @@ class Composer:
             known = [f"{parent}/{group}" for group in self.groups(parent)] or self.groups()
             raise UserError(f"there is no config group {key}{near(key, known)}.")
         return False
+
+
+def without_hydra(whole: DictConfig) -> DictConfig:
+    """Return a copy of composed settings without Hydra's own node."""
+    cfg = whole.copy()
+    with open_dict(cfg):
+        cfg.pop("hydra", None)
+    return cfg

@@ -1,4 +1,4 @@
-"""Launch what a command line asks for: check it before anything heavy loads, then call Hydra.
+"""Launch what a command line asks for: check it before anything heavy loads, then call the jobs.
 
 Hydra composes (conf/train.yaml says in which order). The checks are ours, so that every mistake is
 one sentence and exit code 2, in a sweep before its first run.
@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from smezo_cli.config import fork, sweep
 from smezo_cli.config.command_line import Request
 from smezo_cli.config.compose import prepare
+from smezo_cli.config.composer import without_hydra
 from smezo_cli.config.describe import (
     as_command_line,
     is_sweep,
@@ -34,7 +35,7 @@ _SEVERITY = {0: 0, 2: 1, 1: 2}  # of an exit code: done, refused, crashed; any o
 
 
 def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
-    """Check a command line, then let Hydra call `run` once, or for each job of a sweep.
+    """Check a command line, then call `run` once, or let Hydra call it for each job of a sweep.
 
     Jobs of a sweep have processes of their own (smezo_cli/config/fork.py), unless torch is loaded
     here. A job that fails does not stop the others. Returns 0, 1 (a crash), 2 (the user's or the
@@ -61,7 +62,10 @@ def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
 
     codes = [0]
     try:
-        codes.append(_by_hydra(request, _job(run, codes)))
+        if request.alone is not None and request.starts_runs:
+            _alone(request.alone, request.overrides, _job(run, codes))
+        else:
+            codes.append(_by_hydra(request, _job(run, codes)))
     except KeyboardInterrupt:
         return 130
     finally:
@@ -71,6 +75,19 @@ def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
             if ended.words:
                 _say(ended.words)
     return max(codes, key=lambda code: _SEVERITY.get(code, 3))
+
+
+def _alone(
+    whole: DictConfig, overrides: Sequence[str], job: Callable[[DictConfig], object]
+) -> None:
+    """Call `job` with settings that are composed already; Hydra would compose them twice more."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    whole.hydra.mode = RunMode.RUN
+    whole.hydra.overrides.task = list(overrides)  # as they were typed, not groups first
+    HydraConfig.instance().set_config(whole)
+    job(without_hydra(whole))
 
 
 def _by_hydra(request: Request, job: Callable[[DictConfig], object]) -> int:

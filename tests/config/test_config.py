@@ -6,13 +6,15 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from omegaconf import DictConfig, OmegaConf
 
 from smezo_cli.config.build import build
 from smezo_cli.config.compose import compose, prepare
-from smezo_cli.config.describe import command, recipes
+from smezo_cli.config.describe import command, is_sweep, recipes, replaced
 from smezo_cli.config.digest import digest
 from smezo_cli.config.fixed import CONF_DIR, plain
 from smezo_cli.config.launch import launch
@@ -410,6 +412,34 @@ def test_single_run_leaves_no_trace_of_hydra() -> None:
     assert sorted(str(p) for p in Path().rglob("*")) == ["runs", "runs/a"]
     assert sys.argv == argv
     assert "HYDRA_FULL_ERROR" not in os.environ
+
+
+def test_a_single_run_is_composed_once_and_is_what_hydra_would_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a setting of Hydra's own it goes by hydra.main; the job sees the same."""
+    composed: list[list[str]] = []
+    load = ConfigLoaderImpl.load_configuration
+
+    def counted(self: ConfigLoaderImpl, *words: Any, **named: Any) -> DictConfig:
+        composed.append(named["overrides"])
+        return load(self, *words, **named)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", counted)
+    seen: list[tuple[Any, ...]] = []
+
+    def run(cfg: DictConfig) -> None:
+        seen.append((cfg, OmegaConf.is_struct(cfg), command(), recipes(), replaced(), is_sweep()))
+
+    words = ["lr=0.5", "method=mezo", "++task.num_dev=7", "seed=1"]
+    assert launch(words, run) == 0
+    assert len(composed) == 1
+    assert launch([*words, "hydra.verbose=false"], run) == 0
+    assert len(composed) > 2
+    assert seen[0] == seen[1]
+    typed = "smezo train lr=0.5 method=mezo ++task.num_dev=7 seed=1"
+    assert seen[0][1:] == (True, typed, seen[0][3], [], False)
+    assert seen[0][3] != []
 
 
 def test_sweep_runs_every_combination_once() -> None:
