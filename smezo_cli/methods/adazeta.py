@@ -37,10 +37,10 @@ class AdaZeta(ZeroOrder):
 
     A step knows its number alone, so the epoch is step // epoch_steps. An epoch has as many steps
     as there are batches: epoch_steps = task.num_train / batch_size, rounded up; and a run has
-    num_epochs = steps / epoch_steps. The defaults are those of the released script, 10,000 steps of
-    16 of 1000 rows; with other numbers of rows, of steps or of rows in a batch these two must be
-    given. They stand apart from ``steps``, so that a longer run begins with the steps of a shorter
-    one.
+    num_epochs = steps * batch_size / task.num_train. The defaults are those of the released script,
+    10,000 steps of 16 of 1000 rows; with other numbers of rows, of steps or of rows in a batch
+    these two must be given. They stand apart from ``steps``, so that a longer run begins with the
+    steps of a shorter one.
 
     Where it leaves the released code (yifanycc/AdaZeta):
 
