@@ -158,6 +158,8 @@ class RoundedPair:
             backend = "eager"
         self.passes, self.why_eager = choose_draws(self.step, backend, device)
 
+    kept_bytes = 0
+
     def state_size(self, target: Target) -> int:
         """See :class:`Direction`."""
         return num_weights(target)

@@ -222,6 +222,7 @@ class Measure:
         weights: Mapping[str, float] | None = None,
     ) -> None:
         self.scorer, self.objective, self.size = scorer, objective, size
+        self._weights = weights
         self._team, self._halved, self.lead = team, halved, lead
 
     def batch(self, rows: Sequence[Candidates]) -> Batch:

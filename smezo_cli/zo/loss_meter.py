@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from smezo_cli.zo.directions.base import Direction
+from smezo_cli.zo.directions.dense import Dense
 from smezo_cli.zo.executors.choose import Executors
 from smezo_cli.zo.move import Key, Move, Term
 from smezo_cli.zo.step import Closure, NonFiniteLoss, Shared, WithObjectives
@@ -99,6 +100,7 @@ class LossMeter:
         """
         found = []
         for key in keys:
+            assert isinstance(self._direction, Dense)
             mover = self._direction.mover(self.step, Move((Term(key, 1.0),)))
             tangents = TangentMover(self._direction.write_alone(mover), mover)
             pair = self._executors.derivative(self._closure, tangents)

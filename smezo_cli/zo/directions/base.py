@@ -100,9 +100,6 @@ class Direction(Protocol):
     def mover(self, step: int, move: Move) -> PointMover:
         """Return what writes copies of tensors moved by ``move``."""
 
-    def write_alone(self, mover: PointMover) -> Callable[[Tensor, Tensor], None]:
-        """Return what writes a move's terms alone, without the weights, to flat scratch."""
-
     def apply(self, step: int, move: Move) -> None:
         """Move the weights themselves, rounded as asked."""
 

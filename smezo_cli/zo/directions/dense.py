@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smezo_cli.zo.directions.base import Change, DirectionContext, PointMover
+from smezo_cli.zo.directions.base import Change, DirectionContext
 from smezo_cli.zo.move import Key, Move, Term
 from smezo_cli.zo.noise import KINDS, locate, stream_key
 from smezo_cli.zo.passes.choose import Passes, choose_passes
@@ -141,9 +141,8 @@ class Dense:
             self._streams[parts] = [stream_key(self._seed, *parts, t.name) for t in self.targets]
         return self._streams[parts]
 
-    def write_alone(self, mover: PointMover) -> Callable[[Tensor, Tensor], None]:
+    def write_alone(self, mover: "DenseMover") -> Callable[[Tensor, Tensor], None]:
         """See :class:`Direction`; for a selection that does not hang on the weights."""
-        assert isinstance(mover, DenseMover)
 
         def write(parameter: Tensor, out: Tensor) -> None:
             target = self.target_of(parameter)

@@ -117,9 +117,9 @@ class Pool(Dense):
         starts = hash64(torch.arange(self.generators, device=index.device), key[1:].repeat(2))
         return pool[(turn + (starts % self.size)[lane]) % self.size]
 
-    def _keys(self, *parts: str | int) -> list[tuple[int, int]]:
+    def keys(self, *parts: str | int) -> list[tuple[int, int]]:
         if parts[0] != "z":
-            return super()._keys(*parts)
+            return super().keys(*parts)
         if parts not in self._streams:
             _, step, query = parts
             offset = self._offset(Key(int(step), int(query)))
