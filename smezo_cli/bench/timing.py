@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from smezo_cli.bench import textbook
+from smezo_cli.bench import methods, textbook
 from smezo_cli.errors import UserError
 from smezo_cli.machine import allocator
 from smezo_cli.machine.memory import PeakMemory
@@ -34,7 +34,7 @@ from smezo_cli.zo.noise import stream_key
 from smezo_cli.zo.passes.choose import choose_passes
 from smezo_cli.zo.passes.draw import Draw, Rule
 from smezo_cli.zo.selections import masks
-from smezo_cli.zo.step import NonFiniteLoss
+from smezo_cli.zo.step import NonFiniteLoss, StepRecord
 
 LR = 1e-12  # not 0: the update is made, and what it adds to a weight is below rounding
 EPS = 1e-3  # of both papers
@@ -61,6 +61,7 @@ NAMES = (
     "textbook_sparse_mezo_our_layers",
     "mezo",
     *VARIANTS,
+    *(name for name in methods.names() if name not in ("mezo", *VARIANTS)),
     *PASSES,
 )
 GROW_NAMES = (UNIT, "mezo", "sparse_mezo")
@@ -174,6 +175,10 @@ def makers(
         method = make(model, lr=LR, eps=EPS, check=False, **arguments)
         return Candidate(partial(method.step, partial(scorer.loss, batch)), method.passes.name)
 
+    def of_method(name: str) -> Candidate:
+        method, loss = methods.step_of(name, scorer, batch, LR, EPS)
+        return Candidate(partial(method.step, loss), method.passes.name)
+
     found: dict[str, Callable[[], Candidate]] = {
         UNIT: partial(forward, partial(scorer.scores, batch)),
         "forward_full_logits": partial(forward, plain_loss),
@@ -185,6 +190,9 @@ def makers(
     }
     for name, arguments in VARIANTS.items():
         found[name] = partial(ours, thresholds.sparse, **arguments)
+    for name in methods.names():
+        if name not in found:
+            found[name] = partial(of_method, name)
     for name in PASSES:
         noise = name.removeprefix("pass_")
         found[name] = partial(_pass, noise, thresholds.sparsity, pass_weights, device)
@@ -241,10 +249,17 @@ def interleave(
 
 def summary(
     seconds: Mapping[str, Sequence[float]],
+    forwards: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Return medians, quartiles and ratios of rounds: ``{"median_seconds": {name: ...}, ...}``.
 
     ``ratio_to_two_forwards`` is the ratio of two medians; a pass alone has none.
+    ``ratio_to_its_forwards`` is the median of a step's seconds over its number of forwards, in
+    forwards: 1 would be a step that costs its forwards alone.
+
+    Args:
+        seconds: by name, of every round.
+        forwards: by name, that each of these steps made.
     """
     quartiles = {
         name: [float(q) for q in np.percentile(values, (25, 50, 75))]
@@ -257,6 +272,10 @@ def summary(
             name: q[1] / (2 * quartiles[UNIT][1])
             for name, q in quartiles.items()
             if name not in PASSES
+        },
+        "ratio_to_its_forwards": {
+            name: float(np.median(np.divide(seconds[name], made))) / quartiles[UNIT][1]
+            for name, made in (forwards or {}).items()
         },
         "rounds": {name: list(values) for name, values in seconds.items()},
     }
@@ -348,9 +367,16 @@ class Bench:
                 f"batch_size={len(self.batch)}: not even a forward fits the device "
                 f"({failed[UNIT]}); lower batch_size or length."
             )
-        steps = {name: made.step for name, made in warm.items()}
+        forwards: dict[str, list[int]] = {}
+
+        def counted(name: str, made: Candidate) -> None:
+            if isinstance(record := made.step(), StepRecord):
+                forwards.setdefault(name, []).append(record.num_forwards)
+
+        steps = {name: partial(counted, name, made) for name, made in warm.items()}
         seconds = interleave(steps, self.rounds, wait=self._wait, tick=self.tick)
-        return summary(seconds), {name: made.passes for name, made in warm.items() if made.passes}
+        passes = {name: made.passes for name, made in warm.items() if made.passes}
+        return summary(seconds, forwards), passes
 
     def grow(self, batches: Mapping[tuple[int, int], Sequence[Candidates]]) -> list[dict[str, Any]]:
         """Time :data:`GROW_NAMES` on rows of other sizes, all interleaved with each other.

@@ -46,6 +46,7 @@ device. All weights are trained. Names:
   mezo, sparse_mezo          as smezo train makes them, and variants:
     sparse_mezo_sequential, sparse_mezo_lockstep, sparse_mezo_in_place, sparse_mezo_kept_noise,
     sparse_mezo_rademacher, sparse_mezo_eager, r_mezo
+  lezo, lozo, ...            any method of smezo ls methods without an adapter that compares losses
   pass_gaussian, pass_rademacher         one masked pass over 64 M float32 weights
 Examples:
   smezo bench
@@ -269,7 +270,15 @@ def _show(result: Mapping[str, Any]) -> None:
     console = RichConsole(width=columns, highlight=False)
     table = Table(box=SIMPLE, pad_edge=False)
     table.add_column("", no_wrap=True)
-    for title in ("seconds", "iqr", "x two forwards", "peak MiB", "x forward's", "weights/s"):
+    for title in (
+        "seconds",
+        "iqr",
+        "x two forwards",
+        "x its forwards",
+        "peak MiB",
+        "x forward's",
+        "weights/s",
+    ):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("passes", no_wrap=True)
     for name in (*result["median_seconds"], *result["failed"]):
@@ -277,6 +286,7 @@ def _show(result: Mapping[str, Any]) -> None:
             _number(result["median_seconds"].get(name), "{:.4g}"),
             _number(result["iqr_seconds"].get(name), "{:.2g}"),
             _number(result["ratio_to_two_forwards"].get(name), "{:.3f}"),
+            _number(result["ratio_to_its_forwards"].get(name), "{:.3f}"),
             _number(result["peak_bytes"].get(name), "{:.0f}", 2**-20),
             _number(result["peak_over_forward"].get(name), "{:.3f}"),
             _number(result["weights_per_second"].get(name), "{:.0f} M", 1e-6),

@@ -1,0 +1,165 @@
+"""Writes docs/guide/methods.md from the methods themselves: their YAML, docstrings, parts, timings.
+
+.venv/bin/python scripts/methods_page.py
+
+Seconds and peaks come from docs/results/methods-bench.json, which `smezo bench --json` has written.
+"""
+
+import inspect
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from smezo_cli.config.build import build, target_of
+from smezo_cli.config.compose import compose
+from smezo_cli.config.fixed import plain
+from smezo_cli.config.method_keys import trait
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "guide" / "methods.md"
+BENCH = ROOT / "docs" / "results" / "methods-bench.json"
+HEAD = """# Methods
+
+Every zeroth-order method of `smezo ls methods`, as `smezo train method=NAME` runs it.
+`smezo show method NAME` prints its settings and where each value comes from.
+
+* **State** is what a method keeps between steps beside the weights, in bytes a trained weight (on
+  a network of two layers of 64 x 96 in float32).
+* **Forwards** are passes over the batch in a step; of the first eight steps where they differ.
+* **Cost** is the time of a step over the time of its forwards, and **peak** the memory of a step
+  over that of a forward, by `smezo bench` ({measured}). Empty: not measured, as for methods on
+  adapters, which train another model.
+* **Since** is the version of smezo that brought the method.
+
+| method | what it does | state | forwards | cost | peak | source | since |
+|---|---|---|---|---|---|---|---|
+"""
+FOOT = """
+## What each step does
+
+{sections}
+This page is written by `scripts/methods_page.py`.
+"""
+
+
+class Two(nn.Module):
+    """Two layers with a number in their names, as the blocks of a language model have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(64, 96), nn.Linear(96, 64)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x.square().mean()
+
+
+def names() -> list[str]:
+    """Return the zeroth-order methods of conf/method/."""
+    files = sorted((ROOT / "conf" / "method").glob("*.yaml"))
+    return [file.stem for file in files if trait(node_of(file.stem), "compares_losses", False)]
+
+
+def node_of(name: str) -> dict[str, Any]:
+    """Return the settings of a method."""
+    # Of no recipe, so that the values are the method's own.
+    return dict(plain(compose([f"method={name}", "model=tiny-llama", "task=toy"]))["method"])
+
+
+def headline(name: str) -> str:
+    """Return what the first comment of a method's YAML says of it, without its source."""
+    lines = (ROOT / "conf" / "method" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    text = " ".join(line.removeprefix("#").strip() for line in lines[1:4] if line.startswith("#"))
+    sentence = re.split(r"(?<=[.])\s", text)[0]
+    return re.sub(r"\s*\(arXiv [^)]*\)", "", sentence)
+
+
+def made(name: str) -> Any:
+    """Return the method for a small network."""
+    node = {key: value for key, value in node_of(name).items() if key != "adapter"}
+    model = Two()
+    return build(node | {"eps": 1e-3}, "method", model=model, seed=0, check=False)
+
+
+def state(method: Any) -> str:
+    """Return the bytes that a method keeps for a trained weight."""
+    return f"{method.state_bytes / method.num_weights:.3g}"
+
+
+def forwards(method: Any) -> str:
+    """Return the forwards of a step."""
+    found = [method.forwards(step) for step in range(8)]
+    return str(found[0]) if len(set(found)) == 1 else ", ".join(map(str, found))
+
+
+def source(cls: type) -> str:
+    """Return the paper that the docstring of the module, or of the class, names."""
+    module = inspect.getmodule(cls)
+    text = f"{module.__doc__ if module else ''} {cls.__doc__}"
+    papers = re.findall(r"arXiv (\d{4}\.\d{5})", text)
+    return f"[{papers[0]}](https://arxiv.org/abs/{papers[0]})" if papers else ""
+
+
+def since(name: str) -> str:
+    """Return the first version whose part of the changelog names the method."""
+    log = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    parts = re.split(r"^## (\S+).*$", log, flags=re.M)[1:]
+    versions = list(zip(parts[::2], parts[1::2], strict=True))
+    for version, text in reversed(versions):
+        if re.search(rf"`(method=)?{name}`", text):
+            return version
+    return ""
+
+
+def formula(cls: type) -> Iterator[str]:
+    """Yield the docstring of the class up to its arguments, formulas as blocks of code."""
+    text = inspect.cleandoc(cls.__doc__ or "")
+    text = re.split(r"\n(?:Args|Raises|Attributes):", text)[0]
+    text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text).replace("``", "`")
+    for block in text.strip().split("\n\n"):
+        if block.startswith("    "):
+            yield "```\n" + inspect.cleandoc(block) + "\n```"
+        else:
+            yield " ".join(block.split())
+
+
+def measured() -> Mapping[str, Any]:
+    """Return the timings, or nothing where there are none."""
+    return json.loads(BENCH.read_text(encoding="utf-8")) if BENCH.exists() else {}
+
+
+def page() -> str:
+    """Return the whole page."""
+    bench, rows, sections = measured(), [], []
+    for name in names():
+        method, cls = made(name), target_of(node_of(name), "method")
+        cost = bench.get("ratio_to_its_forwards", {}).get(name)
+        peak = bench.get("peak_over_forward", {}).get(name)
+        cells = [
+            *(f"`{name}`", headline(name), state(method), forwards(method)),
+            *("" if x is None else f"{x:.2f}" for x in (cost, peak)),
+            *(source(cls), since(name)),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+        sections.append(f"### {name}\n\n" + "\n\n".join(formula(cls)) + "\n")
+    about = "nothing is measured yet"
+    if bench:
+        size, cores = f"{bench['batch_size']} x {bench['length']}", bench["machine"]["cpus"]
+        about = f"{bench['model']}, {size} tokens, {bench['dtype']}, {cores} CPU cores"
+    return (
+        HEAD.format(measured=about)
+        + "\n".join(rows)
+        + "\n"
+        + FOOT.format(sections="\n".join(sections))
+    )
+
+
+if __name__ == "__main__":
+    PAGE.parent.mkdir(parents=True, exist_ok=True)
+    PAGE.write_text(page(), encoding="utf-8")

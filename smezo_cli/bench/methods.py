@@ -1,0 +1,68 @@
+"""Make a step of any method of conf/method/ that compares losses of all weights, to be timed."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from smezo_cli.config.build import build
+from smezo_cli.config.compose import compose
+from smezo_cli.config.fixed import CONF_DIR, load_yaml, plain
+from smezo_cli.config.method_keys import describe, trait
+from smezo_cli.scoring.candidates import Candidates
+from smezo_cli.scoring.scorer import Scorer
+from smezo_cli.zo.optimizer import ZeroOrder
+
+
+class Losses:
+    """The loss of some rows, under whatever name a method asks for it."""
+
+    def __init__(self, scorer: Scorer, rows: Sequence[Candidates]) -> None:
+        self._scorer, self._rows = scorer, rows
+
+    def __call__(self) -> Tensor:
+        return self._scorer.loss(self._rows)
+
+    def of(self, objective: str) -> "Losses":
+        """See :class:`smezo_cli.zo.step.WithObjectives`: the same rows."""
+        return self
+
+
+def timed(name: str) -> bool:
+    """Return whether steps of a method of conf/method/ can be timed on any model."""
+    file = load_yaml(CONF_DIR / "method" / f"{name}.yaml")
+    node = file.get("method", {})
+    if "adapter" in node or "optimizer" in node:
+        return False
+    if "_target_" not in node:  # it has the class of the method that it begins with
+        return any(timed(base) for base in file.get("defaults", ()) if base != "_self_")
+    return trait({"_target_": node["_target_"]}, "compares_losses", default=False)
+
+
+def names() -> list[str]:
+    """Return the methods of conf/method/ whose steps can be timed."""
+    files = sorted((CONF_DIR / "method").glob("*.yaml"))
+    return [file.stem for file in files if timed(file.stem)]
+
+
+def step_of(
+    name: str, scorer: Scorer, rows: Sequence[Candidates], lr: float, eps: float
+) -> tuple[ZeroOrder, Losses]:
+    """Return a method with its YAML's values, but these step sizes, and the loss of its steps.
+
+    A method that changes the layers of the model gets a copy of it.
+    """
+    words = [f"method={name}", "model=tiny-llama", "task=toy"]  # of no recipe
+    node: Mapping[str, Any] = plain(compose(words))["method"]
+    model: nn.Module = scorer.model
+    if trait(node, "moves_codes", default=False):
+        own = copy.deepcopy(scorer.model)
+        scorer = Scorer(own, scorer.tokenizer, scorer.compute_dtype)
+        model = own
+    found = describe(node)
+    assert found is not None
+    values = {**node, "lr": lr, "eps": eps}
+    # As a run with the default settings, whose self-check is no part of a step.
+    method: ZeroOrder = build(values, "method", model=model, seed=0, check=False)
+    return method, Losses(scorer, rows)
