@@ -22,9 +22,10 @@ class LeZO(ZeroOrder):
         projected_grad_q = [L(theta + eps m_t z_q) - L(theta - eps m_t z_q)] / (2 eps)
         theta <- theta - lr m_t (1/Q sum_q projected_grad_q z_q + weight_decay theta)
 
-    Of n layers ``round(sparsity n)`` rest, but never all. A layer is what has one number in its
-    name, such as model.layers.3; embeddings, the last norm and the head are of no layer and never
-    rest. The layers follow from the seed, the step and their names: a replay draws the same ones.
+    Of n layers ``round(sparsity n)`` rest, but never all. A layer is all tensors whose names begin
+    with the same number, such as model.layers.3; embeddings, the last norm and the head belong to
+    no layer and never rest. The seed, the step and the names say which layers rest, so a replay
+    draws the same ones.
 
     A layer at rest is neither drawn nor copied nor written to, and its forward is not wrapped; the
     forwards themselves are as long as MeZO's. Forwards a step: 2 Q. Keeps no state. There is no

@@ -102,15 +102,16 @@ class ZOBlock(ZeroOrder):
         projected_grad_qb = [L(theta + eps z_qb) - L(theta - eps z_qb)] / (2 eps)
         theta <- theta - lr (1/Q sum_q sum_b projected_grad_qb z_qb + weight_decay theta)
 
-    A block is a layer, which is what has one number in its name, such as model.layers.3; or with
-    ``num_blocks`` a group of neighbouring layers, as equal in number as can be. What is of no layer
-    (embeddings, the last norm, the head) is a block of its own.
+    A block is a layer: all tensors whose names begin with the same number, such as model.layers.3.
+    With ``num_blocks`` it is a group of neighbouring layers, and the groups are about equally many
+    layers long. Tensors of no layer (embeddings, the last norm, the head) are one block more.
 
-    Forwards a step: 2 Q B, and as many scalars are recorded as that has pairs. Keeps no state.
+    Forwards a step: 2 Q B; Q B scalars are recorded. Keeps no state.
 
-    The released code draws the noise of every block from one seed, so that blocks of equal shapes
-    are probed along the same numbers; here every tensor has its own. Its default moves a block
-    before the next one is probed; here, as in its other mode, all are probed at the same weights.
+    The released code draws the noise of every block from one seed, so blocks of equal shapes are
+    probed along the same numbers; here every tensor has noise of its own. By default it moves a
+    block before it probes the next one; here all blocks are probed at the same weights, which is
+    its other mode. Its embeddings and its last norm are a block each.
 
     Args:
         model: any module; parameters with ``requires_grad`` are trained.
