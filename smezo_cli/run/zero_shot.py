@@ -58,6 +58,7 @@ def choose_prompt(run: Run, evaluate: Evaluator) -> Evaluation | None:
         return None
     if s.zero_shot:
         run.say("zero-shot:" if is_frozen(s.method) else "zero-shot, before training:")
+    notes["prompts"] = []  # of a choice that was stopped nothing is left
     chosen, found = list[int](), dict[str, Evaluation]()
     for part, of_part in by_part(loaded.prompts).items():
         number, dev = _choose(run, evaluate, of_part)
@@ -80,7 +81,7 @@ def _choose(
     part = prompts[0].part
     rows = by_part(loaded.task.dev)[part]
     calibrates = s.zero_shot and loaded.node_of(part)["kind"] == "classification"
-    first = len(notes.setdefault("prompts", []))
+    first = len(notes["prompts"])
     name = f" {part}" if part else ""
     best: tuple[tuple[float, float], int, Evaluation] | None = None
     for k, prompt in enumerate(prompts, first):
