@@ -22,6 +22,7 @@ import argparse
 import collections
 import errno
 import functools
+import gc
 import json
 import os
 import random
@@ -45,6 +46,7 @@ import smezo_cli.cli.export
 import smezo_cli.cli.predict
 import smezo_cli.cli.replay  # noqa: F401 - as above
 from smezo_cli.cli.verbs import main as smezo
+from smezo_cli.config.compose import compose
 from smezo_cli.methods import mezo, sparse_mezo  # noqa: F401 - as above
 from smezo_cli.run import best, evaluate, loaded, replay, session  # noqa: F401
 from smezo_cli.scoring import scorer
@@ -533,6 +535,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    compose(shlex.split(RUNS[0])[1:])  # Hydra's plugins and its parser's tables are made here, once
+    # A collection in a child would write to every object of this process, and so copy its memory.
+    gc.collect()
+    gc.freeze()
     with tempfile.TemporaryDirectory(prefix="smezo-soak-") as work:
         if given.kills:
             report = kills(given.kills, given.seed, Path(work))

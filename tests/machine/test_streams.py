@@ -179,20 +179,23 @@ def test_a_command_that_was_told_to_ignore_ctrl_c_does(tmp_path: Path) -> None:
     assert (run.returncode, run.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("locale", ["C", "POSIX"])
-def test_paths_are_utf8_in_any_locale(locale: str, tmp_path: Path) -> None:
-    """A run made under an ASCII locale lies where others find it, and is printed as it is."""
-    ascii_only = {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    line = f"""smezo train {TINY} "runs_dir='räns'" name=x >/dev/null 2>err || exit
-    smezo runs --runs-dir räns >out 2>>err || exit
-    smezo export räns/x/* "exp ä" >>out 2>>err && cd "exp ä" && ls smezo.yaml >/dev/null"""
+def test_paths_are_utf8_in_any_locale(tmp_path: Path) -> None:
+    """A run made under an ASCII locale lies where others find it, and is printed as it is.
+
+    C and POSIX are two names of one locale, and every command starts alike: the verbs that load
+    torch are asked under one of them each.
+    """
+    ascii_only = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    line = f"""LC_ALL=C smezo train {TINY} "runs_dir='räns'" name=x >/dev/null 2>err || exit
+    for locale in C POSIX; do LC_ALL=$locale smezo runs --runs-dir räns >>out 2>>err || exit; done
+    LC_ALL=POSIX smezo export räns/x/* "exp ä" >>out 2>>err && ls "exp ä/smezo.yaml" >/dev/null"""
     assert shell(line, tmp_path, **ascii_only) == (0, "")
     (run,) = (tmp_path / "räns" / "x").iterdir()
     assert "folder  räns/x/" in (run / "console.log").read_text(encoding="utf-8")
     config = (run / "config.yaml").read_text(encoding="utf-8")
     assert "runs_dir: räns" in config or "runs_dir: r\\xE4ns" in config
     out = (tmp_path / "out").read_text(encoding="utf-8")
-    assert "räns/x/" in out
+    assert out.count("räns/x/") >= 2
     assert "exp ä" in out
 
 

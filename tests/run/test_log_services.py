@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shlex
+import signal
 import struct
 import subprocess
 import sys
@@ -17,32 +18,17 @@ import pytest
 from smezo_cli.cli.verbs import main
 from smezo_cli.run.loggers import _numbers
 from tests import ROOT
+from tests.run.processes import Fault, smezo
 
 SMALL = (
     "task=toy task.num_train=16 task.num_dev=8 task.num_test=8 task.prompt=0 model=tiny-llama "
     "device=cpu batch_size=4 method=mezo lr=1e-3 eval_every=2 method.executor=sequential"
 )
 
-KILLED = """
-import itertools, os, signal, sys
-from smezo_cli.config.launch import launch
-from smezo_cli.train import run as real
-
-def run(cfg):
-    from smezo_cli.scoring.scorer import Scorer
-
-    loss, count = Scorer.loss, itertools.count(1)
-
-    def counted(self, rows):
-        if len(rows) == 4 and next(count) == 10:  # between the two losses of step 5
-            os.kill(os.getpid(), signal.SIGKILL)
-        return loss(self, rows)
-
-    Scorer.loss = counted
-    return real(cfg)
-
-sys.exit(launch(sys.argv[1:], run))
-"""
+# Between the two losses of step 5 of 6.
+KILLED = Fault("loss", 10, signal.SIGKILL)
+# Zero-shot on dev and test, the evaluations at steps 2 and 4.
+STOPPED = Fault("evaluate", 4, signal.SIGTERM)
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +78,11 @@ def expected(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
+def tensorflow_is_installed() -> None:
+    """As if the folder were that of installed packages."""
+    sys.path.insert(0, "elsewhere")
+
+
 def test_a_killed_run_that_goes_on_has_every_step_once() -> None:
     """SIGKILL in step 5 of 6; then each number of metrics.jsonl stands there once, at its step.
 
@@ -101,13 +92,9 @@ def test_a_killed_run_that_goes_on_has_every_step_once() -> None:
     words = [*shlex.split(SMALL), "steps=6", "logger=tensorboard"]
     Path("elsewhere").mkdir()
     Path("elsewhere/tensorflow.py").write_text("open('imported', 'w')\nraise ImportError\n")
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, *words],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}elsewhere", "HOME": "home"},
-        capture_output=True,
-        text=True,
-    )
-    assert killed.returncode == -9, killed.stderr
+    faults = [tensorflow_is_installed, KILLED.install]
+    killed = smezo(words, Path.cwd(), env={"HOME": "home"}, faults=faults)
+    assert killed.code == -9, killed.err
     folder = run_folder()
     (first,) = (folder / "tensorboard").iterdir()
     assert main(["train", *words]) == 0
@@ -121,7 +108,7 @@ def test_a_killed_run_that_goes_on_has_every_step_once() -> None:
         assert len(found.pop(f"test.{name}.standard_error")) == 1
     assert found == wanted
     written = {path.parts[0] for path in Path().iterdir()}
-    assert written == {"runs", "elsewhere"}
+    assert written == {"runs", "elsewhere", "0.out", "0.err"}  # these two are what it printed
     assert {path.name for path in Path("elsewhere").iterdir()} <= {"tensorflow.py", "__pycache__"}
 
 
@@ -201,27 +188,9 @@ def sent_by(file: Path) -> list[Any]:
     return found
 
 
-STOPPED = """
-import itertools, os, signal, sys
-from smezo_cli.config.launch import launch
-from smezo_cli.run import evaluate as module
-from smezo_cli.train import run
-
-real, count = module.evaluate, itertools.count(1)
-
-def evaluate(*words):
-    if next(count) == 4:  # zero-shot on dev and test, the looks at steps 2 and 4
-        os.kill(os.getpid(), signal.SIGTERM)
-    return real(*words)
-
-module.evaluate = evaluate
-sys.exit(launch(sys.argv[1:], run))
-"""
-
-
-@pytest.mark.parametrize(("script", "code"), [(KILLED, -9), (STOPPED, 130)], ids=["kill", "stop"])
+@pytest.mark.parametrize(("fault", "code"), [(KILLED, -9), (STOPPED, 130)], ids=["kill", "stop"])
 def test_the_parts_of_a_resumed_run_hold_each_step_once(
-    script: str, code: int, capsys: pytest.CaptureFixture[str]
+    fault: Fault, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """SIGKILL in step 5 of 6, or a stop in the look at step 4: each row once, with its look.
 
@@ -229,13 +198,8 @@ def test_the_parts_of_a_resumed_run_hold_each_step_once(
     """
     pytest.importorskip("wandb")
     words = [*shlex.split(SMALL), "steps=6", "logger=wandb"]
-    first = subprocess.run(
-        [sys.executable, "-c", script, *words],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert first.returncode == code, first.stderr
+    first = smezo(words, Path.cwd(), faults=[fault.install])
+    assert first.code == code, first.err
     assert main(["train", *words]) == 0
     folder = run_folder()
     command = f"wandb sync {folder}/wandb"

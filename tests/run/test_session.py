@@ -1,4 +1,4 @@
-"""Whole runs, as the command line starts them: to the end, killed, stopped, refused, side by side.
+"""Whole runs, as the command line starts them: to the end, once more, and side by side.
 
 Every run is a process of its own, forked from one that has torch imported already.
 """

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smezo_cli.cli.verbs import main
 from smezo_cli.models import onednn
 from smezo_cli.zo.passes import openmp
 from tests import ROOT
@@ -25,7 +26,7 @@ from tests import ROOT
 SETTINGS = ["OMP_THREAD_LIMIT=1", "OMP_DYNAMIC=TRUE", "OMP_MAX_ACTIVE_LEVELS=0"]
 RUN = [
     *("task=toy", "model=tiny-llama", "task.num_train=16", "task.num_dev=16", "task.num_test=24"),
-    *("task.prompt=0", "device=cpu", "name=run"),
+    *("task.prompt=0", "device=cpu", "method=zero_shot"),
 ]
 needs_openmp = pytest.mark.skipif(
     openmp.find() is None or not torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]  # untyped in torch
@@ -142,30 +143,56 @@ def test_products_and_passes_are_right_where_fewer_threads_may_be_given(setting:
     assert found["low precision"] == [True] * 5
 
 
+# Two runs from one import of torch: each is a process that was forked before anything is computed.
+_LIMITED = """
+import os, sys
+import smezo_cli.run.session
+from smezo_cli.cli.verbs import main
+
+for dtype in ("float32", "bfloat16"):
+    if not (child := os.fork()):
+        sys.exit(main(["train", *sys.argv[1:], f"dtype={dtype}", f"name={dtype}"]))
+    if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+        sys.exit(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def limited(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run in each dtype where torch asks for two threads and OpenMP gives one."""
+    place = tmp_path_factory.mktemp("limited")
+    limit = {"OMP_NUM_THREADS": "2", "OMP_THREAD_LIMIT": "1"}
+    env = os.environ | limit | {"PYTHONPATH": str(ROOT)}
+    end = subprocess.run(
+        [sys.executable, "-c", _LIMITED, *RUN],
+        **{"capture_output": True, "text": True, "env": env, "cwd": place},
+    )
+    assert end.returncode == 0, end.stderr
+    return place
+
+
+def result_in(place: Path, dtype: str) -> dict[str, Any]:
+    (file,) = place.glob(f"runs/{dtype}/*/result.json")
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
 @needs_openmp
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_run_with_a_limit_of_threads_scores_as_one_without(dtype: str, tmp_path: Path) -> None:
+def test_a_run_with_a_limit_of_threads_scores_as_one_without(
+    dtype: str, limited: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its scores are those of one thread, and it says how many there are."""
-    words = [*RUN, "method=zero_shot", f"dtype={dtype}"]
-    results = []
-    for setting in ("OMP_THREAD_LIMIT=1", "OMP_NUM_THREADS=1"):
-        place = tmp_path / setting
-        place.mkdir()
-        name, _, value = setting.partition("=")
-        env = os.environ | {"OMP_NUM_THREADS": "2", name: value, "PYTHONPATH": str(ROOT)}
-        end = subprocess.run(
-            [sys.executable, "-m", "smezo_cli", "train", *words],
-            **{"capture_output": True, "text": True, "env": env, "cwd": place},
-        )
-        assert end.returncode == 0, end.stderr
-        (file,) = place.rglob("result.json")
-        result = json.loads(file.read_text())
-        results.append(result)
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *RUN, f"dtype={dtype}", f"name={dtype}"]) == 0
+    ours, wanted = (result_in(place, dtype) for place in (limited, tmp_path))
+    for result in (ours, wanted):
         assert result["versions"]["threads"] == 1
         assert (result["onednn_layers"] > 0) == (dtype == "float32")
-        if setting == "OMP_THREAD_LIMIT=1" and (os.cpu_count() or 1) > 1:
-            assert "  threads 1, not 2: OMP_THREAD_LIMIT=1" in end.stdout
-    ours, wanted = results
+    if (os.cpu_count() or 1) > 1:
+        (log,) = limited.glob(f"runs/{dtype}/*/console.log")
+        assert "  threads 1, not 2: OMP_THREAD_LIMIT=1" in log.read_text()
     assert ours["test"] == wanted["test"]
     assert math.isfinite(ours["test"]["loss"])
 
