@@ -180,8 +180,13 @@ def check_device_map(model: Mapping[str, Any], device: str) -> None:
         )
 
 
-def check_objective(objective: str, task: Mapping[str, Any]) -> None:
-    """Refuse an objective that is not the metric of the task."""
+def check_objective(objective: str, task: Mapping[str, Any], method: Mapping[str, Any]) -> None:
+    """Refuse an objective that is not the metric of the task, or has no gradient to be taken."""
+    if objective != "loss" and trait(method, "needs_gradient", default=False):
+        raise UserError(
+            f"method.objective={objective}: method={method['name']} takes derivatives, which "
+            f"{objective} has none of: leave method.objective out, or choose method=mezo."
+        )
     metric = METRICS[task["kind"]]
     if objective not in ("loss", metric):
         raise UserError(

@@ -114,7 +114,8 @@ def check(cfg: DictConfig) -> Settings:
         check_sfc(node, checked["model"], checked["method"])
     given = {key: checked[key] for key in OPTIONAL_SETTINGS if key in checked}
     check_method(checked["method"], given)
-    check_objective(checked["method"].get("objective", "loss"), checked["task"])
+    method = checked["method"]
+    check_objective(method.get("objective", "loss"), checked["task"], method)
     check_quantization(checked["model"], checked["method"], checked["device"])
     check_codes(checked["model"], checked["method"])
     check_device_map(checked["model"], checked["device"])

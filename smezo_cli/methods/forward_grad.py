@@ -71,6 +71,7 @@ class ForwardGrad(ZeroOrder):
 
     measures_pairs: ClassVar = False
     shares_steps: ClassVar = False
+    needs_gradient: ClassVar = True
 
     def __init__(
         self,

@@ -34,6 +34,7 @@ class ZeroOrder(Parts):
     compares_losses: ClassVar = True  # so that losses need no gradient, and may be any objective
     measures_pairs: ClassVar = True  # of losses at opposite points, which may run in turns
     shares_steps: ClassVar = True  # ranks may make a step together: it needs losses alone
+    needs_gradient: ClassVar = False  # of the objective, which must be the loss then
     mode = "eval"
 
     @torch.inference_mode(False)
@@ -74,6 +75,8 @@ class ZeroOrder(Parts):
         loss = sum(ask.all_losses) / len(ask.all_losses)
         self._joined.clear()
         record = self.record(loss, scalars, self.num_steps)
+        if self.tail is not None:  # at the weights that were probed; raises before it writes
+            self.tail.apply(closure, self.param_groups[0]["lr"])
         self._apply(scalars)
         return record
 
@@ -163,6 +166,7 @@ class ZeroOrder(Parts):
         forwards = self.estimator.forwards(step)
         if self.step_size is not None:
             forwards += self.step_size.forwards(scalars[-1])
+        forwards += self.tail is not None
         return StepRecord(loss, tuple(found), forwards, clipped, tuple(scalars))
 
     def _pair(self, query: int, eps: float) -> list[PointMover]:

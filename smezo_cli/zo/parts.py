@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from smezo_cli.zo import dynamo
+from smezo_cli.zo.backprop import Backprop
 from smezo_cli.zo.directions.base import Direction, DirectionContext, Named, PointMover
 from smezo_cli.zo.directions.dense import Dense
 from smezo_cli.zo.estimators.base import Estimator
@@ -94,6 +95,7 @@ class Parts(torch.optim.Optimizer):
         estimator: losses to scalars, scalars to a gradient.
         update: a gradient to moved weights.
         step_size: chooses a factor of lr by losses along the step; None: the factor is 1.
+        tail: trains some tensors by backpropagation in the same step; None: none.
         common: see :class:`Common`.
 
     Raises:
@@ -117,6 +119,7 @@ class Parts(torch.optim.Optimizer):
         estimator: Estimator,
         update: Update,
         step_size: MeasuredStepSize | None = None,
+        tail: Backprop | None = None,
         **common: Unpack[Common],
     ) -> None:
         given: dict[str, Any] = {**DEFAULTS, **common}
@@ -133,7 +136,7 @@ class Parts(torch.optim.Optimizer):
         self.clip_projected_grad = math.inf if clip is None else clip
         self.num_steps = 0
         self.selection, self.direction, self.estimator = selection, direction, estimator
-        self.update, self.step_size = update, step_size
+        self.update, self.step_size, self.tail = update, step_size, tail
         self.state_of_update = State(update.slots, direction.state_size, update.copies)
         self.set_thresholds()
         self._probe = FunctionalProbe(model, [t.parameter for t in self.targets])
@@ -204,12 +207,12 @@ class Parts(torch.optim.Optimizer):
     def forwards(self, step: int) -> int:
         """Return how many forwards over the batch a step takes, if a step size is found at once."""
         measured = 0 if self.step_size is None else self.step_size.forwards(1.0)
-        return self.estimator.forwards(step) + measured
+        return self.estimator.forwards(step) + measured + (self.tail is not None)
 
     @property
     def num_weights(self) -> int:
         """Weights that the method may train."""
-        return sum(t.parameter.numel() for t in self.targets)
+        return sum(p.numel() for p in self.trained.values())
 
     @property
     def keeps_state(self) -> bool:
@@ -224,7 +227,8 @@ class Parts(torch.optim.Optimizer):
     @property
     def trained(self) -> dict[str, nn.Parameter]:
         """The tensors that the method may write to, by name."""
-        return {t.name: t.parameter for t in self.targets}
+        own = {t.name: t.parameter for t in self.targets}
+        return own if self.tail is None else own | self.tail.parameters
 
     @property
     def passes(self) -> Named:
