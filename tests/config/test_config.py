@@ -561,10 +561,7 @@ def test_hydra_flags_work_and_run_nothing(
 def test_help_names_groups_before_settings(capsys: pytest.CaptureFixture[str]) -> None:
     launch(["--help"], lambda cfg: None)
     out = capsys.readouterr().out
-    places = [
-        out.index(x)
-        for x in ("smezo train -m", "method: adamw, icl, linear_probe, lora", "seed: 0")
-    ]
+    places = [out.index(x) for x in ("smezo train -m", "method: adamw, ", "seed: 0")]
     assert places == sorted(places)
 
 
