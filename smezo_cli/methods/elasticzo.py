@@ -11,7 +11,7 @@ from smezo_cli.zo.estimators.two_sided import TwoSided
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
 from smezo_cli.zo.ranges import Blocks, Count, Noise, StepSize
-from smezo_cli.zo.selections.layers import layer_of, layers_of
+from smezo_cli.zo.selections.layers import layer_of, layers_of, place_of
 from smezo_cli.zo.selections.masked import Everything
 from smezo_cli.zo.targets import Target, check, select
 from smezo_cli.zo.updates.sgd import SGD
@@ -91,26 +91,27 @@ def _head(model: nn.Module) -> nn.Linear | None:
 def _tail(targets: list[Target], blocks: int, head: Tensor | None) -> list[Target]:
     """The targets of the last blocks, of the output layer, and of what comes behind the blocks.
 
+    That is what belongs to no layer and has no "embed" in its name.
+
     Raises:
         ValueError: there are no layers, or nothing is left before the tail.
     """
     layers = layers_of(targets)
     rest = layers.pop("", [])
     check(bool(layers), "elasticzo trains the last layers apart, and no layer here has a number")
-    order = sorted(layers, key=lambda layer: max(t.position for t in layers[layer]))
+    order = sorted(layers, key=place_of)
     check(
         blocks < len(order),
         f"tail_blocks={blocks}: the model has {len(order)} layers, and one must stay before them; "
         f"at most {len(order) - 1}",
     )
     last = set(order[len(order) - blocks :]) if blocks else set()
-    behind = max(t.position for t in layers[order[-1]])
     tail = [
         target
         for target in targets
         if layer_of(target.name) in last
         or (head is not None and target.parameter is head)
-        or (target in rest and target.position > behind)
+        or (target in rest and "embed" not in target.name)
     ]
     check(bool(tail), f"tail_blocks={blocks} and nothing behind the last block: take 1 or more")
     return tail

@@ -14,6 +14,7 @@ from smezo_cli.zo.parts import Common
 from smezo_cli.zo.ranges import Count, Noise
 from smezo_cli.zo.selections.masked import Everything
 from smezo_cli.zo.step import Closure
+from smezo_cli.zo.tangent import NoTangent
 from smezo_cli.zo.targets import check
 from smezo_cli.zo.updates.sgd import SGD
 
@@ -93,12 +94,22 @@ class ForwardGrad(ZeroOrder):
     @torch.inference_mode(False)
     @torch.no_grad()
     def self_check(self, closure: Closure) -> int:
-        """See :meth:`ZeroOrder.self_check`; and take a derivative.
+        """See :meth:`ZeroOrder.self_check`; and compare a derivative with a difference of losses.
+
+        In float32 alone, where a difference at 1e-5 is exact enough: within 5% and 0.05.
 
         Raises:
-            NoTangent: a layer, or the loss, has none.
+            NoTangent: a layer, or the loss, has none, or drops it without a word.
         """
         checked = super().self_check(closure)
-        self.meter(closure).derivatives([Key(self.num_steps)])
+        key = Key(self.num_steps)
+        (found,) = self.meter(closure).derivatives([key])
+        if all(target.parameter.dtype == torch.float32 for target in self.targets):
+            (expected,) = self.meter(closure, eps=1e-5).two_sided([key])
+            if abs(found - expected) > 0.05 * abs(expected) + 0.05:
+                raise NoTangent(
+                    "a layer drops its forward-mode derivative without a word (the derivative is "
+                    f"{found:.4g}, a difference of losses gives {expected:.4g})"
+                )
         self.direction.end()
         return checked

@@ -13,7 +13,7 @@ from smezo_cli.zo.move import Gradient, Key, Move, Term
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
 from smezo_cli.zo.ranges import Count, Noise
-from smezo_cli.zo.selections.layers import layers_of
+from smezo_cli.zo.selections.layers import layers_of, place_of
 from smezo_cli.zo.selections.masked import Everything
 from smezo_cli.zo.targets import Target, check, select
 from smezo_cli.zo.updates.sgd import SGD
@@ -75,7 +75,7 @@ def blocks_of(targets: Sequence[Target], num_blocks: int | None) -> list[frozens
     """
     layers = layers_of(targets)
     rest = layers.pop("", [])
-    numbered = sorted(layers, key=_place)
+    numbered = sorted(layers, key=place_of)
     count = len(numbered) if num_blocks is None else num_blocks
     check(
         count <= len(numbered),
@@ -86,12 +86,6 @@ def blocks_of(targets: Sequence[Target], num_blocks: int | None) -> list[frozens
     groups = [numbered[start:end] for start, end in pairwise(ends)]
     blocks = [[target for layer in group for target in layers[layer]] for group in groups]
     return [frozenset(t.name for t in block) for block in [rest, *blocks] if block]
-
-
-def _place(layer: str) -> tuple[str, int]:
-    """What layers are sorted by: layer 10 comes after layer 2."""
-    stack, _, number = layer.rpartition(".")
-    return stack, int(number)
 
 
 class ZOBlock(ZeroOrder):

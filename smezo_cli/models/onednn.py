@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from smezo_cli.zo.passes import openmp
@@ -88,9 +89,16 @@ def _changed(model: nn.Module) -> list[nn.Module]:
 
 def _forward(self: nn.Linear, x: Tensor) -> Tensor:
     proof: _Proof = self.__dict__["_proof"]
-    if torch.is_grad_enabled() or not proof.holds(self.weight, self.bias):
+    if torch.is_grad_enabled() or _has_tangent(x, self.weight):
+        return F.linear(x, self.weight, self.bias)
+    if not proof.holds(self.weight, self.bias):
         return F.linear(x, self.weight, self.bias)
     return _product(x, self.weight, self.bias)
+
+
+def _has_tangent(*tensors: Tensor) -> bool:
+    """Whether forward-mode differentiation goes on, whose tangents oneDNN's product would drop."""
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)  # type: ignore[no-untyped-call]  # untyped in torch
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -134,8 +134,8 @@ class Backprop:
             for p, _ in asked:
                 p.requires_grad_(id(p) in mine and p is not kept)
             if self._alone is not None and kept is not None and id(kept) in mine:
-                leaf = kept.detach().requires_grad_(True)
-                self._alone._parameters["weight"] = leaf  # type: ignore[assignment]  # a plain tensor serves as the weight
+                leaf = nn.Parameter(kept.detach())  # the same weights, for this use of them
+                self._alone._parameters["weight"] = leaf
                 leaves[mine[id(kept)]] = leaf
             yield leaves
         finally:

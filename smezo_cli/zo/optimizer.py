@@ -81,14 +81,17 @@ class ZeroOrder(Parts):
         return record
 
     def meter(
-        self, closure: Closure, on_equal_losses: Callable[[], None] = lambda: None
+        self,
+        closure: Closure,
+        on_equal_losses: Callable[[], None] = lambda: None,
+        eps: float | None = None,
     ) -> LossMeter:
-        """Return what measures losses for the next step's estimator."""
+        """Return what measures losses for the next step; at another eps than that of the method."""
         return LossMeter(
             closure,
             self.direction,
             self.executors,
-            self.param_groups[0]["eps"],
+            self.param_groups[0]["eps"] if eps is None else eps,
             self.num_steps,
             on_equal_losses,
             self._joined,

@@ -251,6 +251,8 @@ class Parts(torch.optim.Optimizer):
         self.selection.begin(self.targets, self.num_steps, self.seed)
         # Not .sum(): it would write the mask out as int64.
         active = sum(int(m.count_nonzero()) for m in self.direction.masks(self.num_steps))
+        if self.tail is not None:
+            active += sum(p.numel() for p in self.tail.parameters.values())
         return active / self.num_weights
 
     def mask_at(self, parameter: Tensor, picked: Tensor, index: Tensor, step: int) -> Tensor:
@@ -262,6 +264,8 @@ class Parts(torch.optim.Optimizer):
             index: int64 (n,), where they are in the flat parameter.
             step: from 0; of thresholds that are refreshed, the present ones are taken.
         """
+        if self.tail is not None and any(parameter is p for p in self.tail.parameters.values()):
+            return torch.ones_like(index, dtype=torch.bool)
         target = self.direction.target_of(parameter)
         if target.index is not None:
             return torch.isin(index, target.index)

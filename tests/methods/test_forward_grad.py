@@ -197,3 +197,23 @@ def test_bfloat16_takes_tangents_too() -> None:
     exact = llama(torch.float64)
     expected = slopes(exact, loss_of(exact)(), 0)
     assert got == pytest.approx(expected, rel=0.2)
+
+
+class Dropped(nn.Module):
+    """A linear layer, one of whose halves loses its tangent on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self) -> Tensor:
+        x = torch.ones(1, 3)
+        lost = torch.from_numpy(self.b(x).detach().clone().numpy())
+        return (self.a(x) + 3 * lost).double().square().sum()
+
+
+def test_a_layer_that_drops_its_derivative_without_a_word_is_found() -> None:
+    """As oneDNN's product would, which has no forward-mode derivative and says nothing."""
+    model = Dropped()
+    with pytest.raises(NoTangent, match="drops its forward-mode derivative without a word"):
+        made(model).self_check(model)

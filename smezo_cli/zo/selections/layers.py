@@ -21,6 +21,12 @@ def layer_of(name: str) -> str:
     return "" if found is None else found.group()
 
 
+def place_of(layer: str) -> tuple[str, int]:
+    """Return what layers are sorted by: layer 10 comes after layer 2."""
+    stack, _, number = layer.rpartition(".")
+    return stack, int(number)
+
+
 def layers_of(targets: Sequence[Target]) -> dict[str, list[Target]]:
     """Return the targets by layer, sorted by name; those of no layer under ""."""
     found: dict[str, list[Target]] = {}
