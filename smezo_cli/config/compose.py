@@ -254,7 +254,7 @@ def _asked_by_experiment(composer: Composer, overrides: Sequence[Any]) -> tuple[
     for override in asking:
         if override.key_or_group == "experiment":
             check_choice(composer, override)
-    node = composer.compose([o.input_line for o in asking], with_hydra=True).hydra
+    node = composer.hydra_of([o.input_line for o in asking])
     given = {o.key_or_group for o in overrides}
     try:
         swept = {k: v for k, v in (node.sweeper.params or {}).items() if k not in given}

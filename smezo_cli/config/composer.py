@@ -28,6 +28,7 @@ class Composer:
         self._hydra.__enter__()
         self._loader = GlobalHydra.instance().config_loader()
         self._lists: dict[tuple[str, str], list[str]] = {}
+        self._nodes: dict[tuple[str, ...], DictConfig] = {}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -54,6 +55,13 @@ class Composer:
             return hydra.compose("train", list(overrides), return_hydra_config=with_hydra)
         except Exception as error:  # Hydra and its parsers raise anything for a malformed file
             raise UserError(sentence(error)) from error
+
+    def hydra_of(self, words: Sequence[str]) -> DictConfig:
+        """Return Hydra's own node as some words have it; the same words are composed once."""
+        key = tuple(words)
+        if key not in self._nodes:
+            self._nodes[key] = self.compose(words, with_hydra=True).hydra
+        return self._nodes[key]
 
     def options(self, group: str) -> list[str]:
         """Return the choices of a group."""
