@@ -229,7 +229,7 @@ def as_prompt(note: Any) -> "Prompt | Prompts":
     from smezo_cli.tasks.mixture import Prompts
 
     if isinstance(note, list):
-        return Prompts({of["part"]: as_one_prompt(of) for of in note})
+        return Prompts({of.get("part", ""): as_one_prompt(of) for of in note})
     return as_one_prompt(note)
 
 

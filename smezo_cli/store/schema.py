@@ -214,6 +214,8 @@ def _is_complete(result: Mapping[str, Any]) -> bool:
         return True
     if any(result.get(name) is None for name in _NEEDED):
         return False
+    if result.get("prompt") == []:
+        return False
     test = result["test"]
     gains = [value for name, value in test.items() if name.startswith("over_")]
     return result.get("metric", "accuracy") in test and all(isinstance(g, dict) for g in gains)
@@ -258,7 +260,7 @@ def is_sound_result(result: Mapping[str, Any]) -> bool:
 
 def is_prompt(value: object) -> bool:
     """Return whether a run could have noted this prompt."""
-    return _fits(_prompt, value)
+    return value != [] and _fits(_prompt, value)
 
 
 def is_batching(value: object) -> bool:

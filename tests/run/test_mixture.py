@@ -4,7 +4,7 @@ import copy
 import json
 import signal
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from smezo_cli.methods.mezo import MeZO
 from smezo_cli.run.batches import Batches, MixedBatches, batches_of
 from smezo_cli.run.measure import Batch, Measure, ShardedBatch
 from smezo_cli.scoring.scorer import Scorer
-from tests.run.processes import Fault, count_batches, smezo
+from smezo_cli.store import notes
 from tests.run.test_measure import halves, mezo, setting
 from tests.run.test_ranks import few_tokens, together
 from tests.run.tiny_runs import assert_same_run, records_of, result_of, run_folder
@@ -356,3 +356,28 @@ def test_a_plan_is_that_of_the_part_that_needs_most(
         assert both["phases"][name] == max(of["phases"][name] for of in each)
     assert both["work"]["forwards of training"] == each[0]["work"]["forwards of training"] == 20
     assert both["work"]["rows in them"] == 20 * 8
+
+
+def test_a_delta_whose_prompts_are_of_other_parts_is_refused_in_a_sentence(
+    finished: tuple[list[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As somebody could write one: no part, a part twice, one part alone."""
+    delta, real = tmp_path / "run.delta", notes.chosen_prompts
+    changes: list[Callable[[Any], Any]] = [
+        lambda of: [{k: v for k, v in note.items() if k != "part"} for note in of],
+        lambda of: [of[0], of[0]],
+        lambda of: of[1:],
+    ]
+    for change in changes:
+        with monkeypatch.context() as patch:
+            patch.setattr(notes, "noted_prompt", lambda of, do=change: do(real(of)))
+            assert main(["export", str(finished[1]), str(delta), "--delta"]) == 0
+        capsys.readouterr()
+        assert main(["replay", str(delta)]) == 2
+        err = capsys.readouterr().err
+        assert "does not fit the rows of mixture" in err
+        assert err.count("\n") == 1
+        delta.unlink()

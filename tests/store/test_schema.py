@@ -228,3 +228,19 @@ def test_help_and_the_check_of_settings_do_without_pydantic(tmp_path: Path) -> N
     )
     assert "smezo_cli.config.settings" in run.stderr.split()
     assert not {"pydantic", "torch"} & {*run.stderr.split()}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "sound"),
+    [([0, 1], True), ([1], True), ([], False), ([0, 9], False), ([0, -1], False), ("01", False)],
+)
+def test_a_mixture_notes_a_prompt_of_each_part(
+    chosen: object, sound: bool, state: dict[str, Any]
+) -> None:
+    notes = state["notes"]
+    note = {**notes["prompts"][0], "part": "toy"}
+    mixed = changed(changed(state, "notes.prompts", [note, note]), "notes.prompt", chosen)
+    assert is_sound_state(mixed) is sound
+    assert is_prompt([note, note])
+    assert not is_prompt([note, {"part": "toy"}])
+    assert not is_prompt([])
