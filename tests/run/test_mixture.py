@@ -19,6 +19,7 @@ from smezo_cli.run.batches import Batches, MixedBatches, batches_of
 from smezo_cli.run.measure import Batch, Measure, ShardedBatch
 from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.store import notes
+from tests.run.processes import Fault, count_batches, smezo
 from tests.run.test_measure import halves, mezo, setting
 from tests.run.test_ranks import few_tokens, together
 from tests.run.tiny_runs import assert_same_run, records_of, result_of, run_folder
