@@ -20,8 +20,8 @@ from smezo_cli.run.measure import Batch, Measure, ShardedBatch
 from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.store import notes
 from tests.run.processes import Fault, count_batches, smezo
+from tests.run.rank_groups import few_tokens, together
 from tests.run.test_measure import halves, mezo, setting
-from tests.run.test_ranks import few_tokens, together
 from tests.run.tiny_runs import assert_same_run, records_of, result_of, run_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
