@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -20,7 +19,7 @@ STYLE: dict[str, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
     "legend.frameon": False,
-    "legend.fontsize": 7,
+    "legend.fontsize": 6.5,
 }
 
 
@@ -36,7 +35,7 @@ def draw(groups: Mapping[str, Sequence[Trained]], file: Path) -> None:
     with style.context(["default", STYLE]):
         page = Figure(figsize=(11, 2.7 * len(names)), layout="constrained")
         FigureCanvasAgg(page)
-        axes = page.subplots(len(names), 4, squeeze=False)
+        axes = page.subplots(len(names), 4, squeeze=False, width_ratios=(1, 1, 1, 1.4))
         for row, name in zip(axes, names, strict=True):
             of_problem = {k: g for k, g in groups.items() if g[0].settings.problem == name}
             label, first = next(iter(of_problem.items()))
@@ -51,19 +50,32 @@ def _maps(page: Figure, axes: Sequence[Any], label: str, trained: Trained) -> No
     problem = PROBLEMS[trained.settings.problem]
     points, x, y = problem.section(41)
     exact, found = problem.exact(points), trained.found(points)
-    levels = torch.linspace(float(exact.min()), float(exact.max()), 15).tolist()
+    low, high = float(exact.min()), float(exact.max())
     most = float((found - exact).abs().max())
-    around_0 = torch.linspace(-most, most, 15).tolist()
 
-    def one(axis: Any, title: str, values: Tensor, levels: list[float], colours: str) -> None:
-        grid = values.view(len(y), len(x))
-        drawn = axis.contourf(x, y, grid, levels=levels, cmap=colours, extend="both")
-        page.colorbar(drawn, ax=axis)
+    def one(axis: Any, title: str, values: Tensor, limits: tuple[float, float], cmap: str) -> None:
+        shown = axis.imshow(
+            values.view(len(y), len(x)).numpy(),
+            vmin=limits[0],
+            vmax=limits[1],
+            cmap=cmap,
+            extent=(float(x[0]), float(x[-1]), float(y[0]), float(y[-1])),
+            origin="lower",
+            aspect="auto",
+            interpolation="bilinear",
+        )
+        page.colorbar(shown, ax=axis)
         axis.set(title=title, xlabel=problem.axes[0], ylabel=problem.axes[1])
 
-    one(axes[0], f"{problem.name}: exact", exact, levels, "viridis")
-    one(axes[1], f"found, seed {trained.settings.seed}\n{label}", found, levels, "viridis")
-    one(axes[2], "found - exact", found - exact, around_0, "RdBu_r")
+    one(axes[0], f"{problem.name}: exact", exact, (low, high), "viridis")
+    one(
+        axes[1],
+        f"found, seed {trained.settings.seed}\n({label.partition(', ')[2]})",
+        found,
+        (low, high),
+        "viridis",
+    )
+    one(axes[2], "found - exact", found - exact, (-most, most), "RdBu_r")
 
 
 def _errors(axis: Any, groups: Mapping[str, Sequence[Trained]]) -> None:
@@ -71,7 +83,7 @@ def _errors(axis: Any, groups: Mapping[str, Sequence[Trained]]) -> None:
         for k, trained in enumerate(group):
             steps, errors = zip(*trained.errors, strict=True)
             share = [step / steps[-1] for step in steps]
-            name = f"{label}, {steps[-1]} steps" if k == 0 else None
+            name = label.partition(", ")[2] if k == 0 else None  # less that of the problem
             axis.plot(share, errors, color=colour, linewidth=1, label=name)
     axis.set(
         title="relative l2 error, a line a seed",
@@ -79,4 +91,4 @@ def _errors(axis: Any, groups: Mapping[str, Sequence[Trained]]) -> None:
         yscale="log",
     )
     axis.grid(color="#dddddd", linewidth=0.6)
-    axis.legend()
+    axis.legend(loc="upper right")
