@@ -242,9 +242,9 @@ def check_steps(checked: Mapping[str, Any]) -> None:
     records_steps = trait(method, "replays", default=False)
     if checked["full_save_every"] != FULL_SAVE_EVERY and not records_steps:
         raise UserError(
-            f"full_save_every={checked['full_save_every']}: {method['name']} is no "
-            "zeroth-order method, whose steps are recorded: it saves its weights at each "
-            "evaluation, and full_save_every would be ignored: leave it out, and set eval_every."
+            f"full_save_every={checked['full_save_every']}: the steps of "
+            f"{method['name']} are not recorded: it saves its weights at each evaluation, and "
+            "full_save_every would be ignored: leave it out, and set eval_every."
         )
     if checked["warmup_steps"] >= steps:
         raise UserError(

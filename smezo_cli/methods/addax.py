@@ -54,7 +54,8 @@ class Addax(ZeroOrder):
         theta <- theta - lr (alpha g0 + (1 - alpha) g1 + weight_decay theta)
 
     Both are taken at theta. The gradient is never whole in memory: a tensor moves as soon as
-    backpropagation has come to it, and short rows keep few activations. ``long_above=0`` is the
+    backpropagation has come to it (unless the short rows come in micro-batches, whose gradients add
+    up first), and short rows keep few activations. ``long_above=0`` is the
     paper's Addax without the split: both batches come from all rows. Batches of each kind go
     through their rows epoch by epoch, in an order that the seed and the epoch give; the run's own
     batch is not read. It keeps no state. Forwards a step: 2 a query over the long rows, and a
@@ -105,6 +106,8 @@ class Addax(ZeroOrder):
                 {target.name: target.parameter for target in trained},
                 objective="short",
                 scale=1 - alpha,
+                seed=common.get("seed", 0),
+                rounding=common.get("rounding", "nearest"),
                 weight_decay=common.get("weight_decay", 0.0),
             ),
             **common,

@@ -1,5 +1,6 @@
 """ElasticZO: zeroth-order steps below, backpropagation in the last layers (arXiv 2501.04287)."""
 
+import re
 from typing import ClassVar, Unpack
 
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from smezo_cli.zo.selections.layers import layer_of, layers_of, place_of
 from smezo_cli.zo.selections.masked import Everything
 from smezo_cli.zo.targets import Target, check, select
 from smezo_cli.zo.updates.sgd import SGD
+
+# Parts of names of what stands behind the blocks of models of transformers; not "embed" besides.
+_BEHIND = re.compile(r"(^|\.)(\w*norm\w*|ln_f|\w*head\w*|project_out|score|classifier)(\.|$)")
 
 
 class ElasticZO(ZeroOrder):
@@ -74,6 +78,8 @@ class ElasticZO(ZeroOrder):
                 plain,
                 {target.name: target.parameter for target in tail},
                 scale=tail_lr / common["lr"],
+                seed=common.get("seed", 0),
+                rounding=common.get("rounding", "nearest"),
                 weight_decay=common.get("weight_decay", 0.0) * tail_lr / common["lr"],
                 alone=head,
             ),
@@ -91,7 +97,7 @@ def _head(model: nn.Module) -> nn.Linear | None:
 def _tail(targets: list[Target], blocks: int, head: Tensor | None) -> list[Target]:
     """The targets of the last blocks, of the output layer, and of what comes behind the blocks.
 
-    That is what belongs to no layer and has no "embed" in its name.
+    That is what belongs to no layer and is called a norm, a head or the like.
 
     Raises:
         ValueError: there are no layers, or nothing is left before the tail.
@@ -111,7 +117,7 @@ def _tail(targets: list[Target], blocks: int, head: Tensor | None) -> list[Targe
         for target in targets
         if layer_of(target.name) in last
         or (head is not None and target.parameter is head)
-        or (target in rest and "embed" not in target.name)
+        or (target in rest and "embed" not in target.name and _BEHIND.search(target.name))
     ]
     check(bool(tail), f"tail_blocks={blocks} and nothing behind the last block: take 1 or more")
     return tail

@@ -82,6 +82,13 @@ class ForwardGrad(ZeroOrder):
         noise: Noise = "gaussian",
         **common: Unpack[Common],
     ) -> None:
+        executor, keeps = common.get("executor", "auto"), common.get("keep_noise", "auto")
+        check(
+            executor in ("auto", "sequential"),
+            f"executor={executor}: a derivative is taken in one forward, not in two: leave it out",
+        )
+        check(keeps is not True, "keep_noise=true: directions are drawn anew here: leave it out")
+        common["keep_noise"] = False
         super().__init__(
             model,
             selection=Everything(),
@@ -90,26 +97,35 @@ class ForwardGrad(ZeroOrder):
             update=SGD(),
             **common,
         )
+        check(
+            all(target.parameter.dtype != torch.float16 for target in self.targets),
+            "float16 has no room for derivatives along directions as long as all weights: take "
+            "dtype=bfloat16 or float32",
+        )
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def self_check(self, closure: Closure) -> int:
-        """See :meth:`ZeroOrder.self_check`; and compare a derivative with a difference of losses.
+        """See :meth:`ZeroOrder.self_check`; and compare a derivative with differences of losses.
 
-        In float32 alone, where a difference at 1e-5 is exact enough: within 5% and 0.05.
+        Two of them, at eps and at half of it, tell how much a difference is worth here: the
+        derivative may be as far from the second as four times their distance, 5%, and what a
+        rounding of the loss by 1e-6 of it makes.
 
         Raises:
             NoTangent: a layer, or the loss, has none, or drops it without a word.
         """
         checked = super().self_check(closure)
         key = Key(self.num_steps)
-        (found,) = self.meter(closure).derivatives([key])
-        if all(target.parameter.dtype == torch.float32 for target in self.targets):
-            (expected,) = self.meter(closure, eps=1e-5).two_sided([key])
-            if abs(found - expected) > 0.05 * abs(expected) + 0.05:
-                raise NoTangent(
-                    "a layer drops its forward-mode derivative without a word (the derivative is "
-                    f"{found:.4g}, a difference of losses gives {expected:.4g})"
-                )
+        meter, eps = self.meter(closure), self.param_groups[0]["eps"]
+        (found,) = meter.derivatives([key])
+        (wide,) = meter.two_sided([key])
+        (near,) = self.meter(closure, eps=eps / 2).two_sided([key])
+        rounding = 1e-6 * abs(meter.all_losses[0]) / eps
+        if abs(found - near) > 4 * abs(wide - near) + 0.05 * abs(near) + rounding:
+            raise NoTangent(
+                "a layer drops its forward-mode derivative without a word (the derivative is "
+                f"{found:.4g}, a difference of losses gives {near:.4g})"
+            )
         self.direction.end()
         return checked

@@ -1,7 +1,7 @@
 """HELENE: annealed momentum over a bounded diagonal curvature (arXiv 2411.10696)."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Unpack
 
 import torch
@@ -57,7 +57,7 @@ class AnnealedCurvature(Update):
         is_due = weights.step % self.curvature_every == 0
         kept = weights.state.numbers
         if "bounds" not in kept:
-            kept["bounds"] = {t.name: self._bound_of(t) for t in weights.targets}
+            kept["bounds"] = self._bounds(weights.targets)
 
         def change_of(target: Target) -> Callable[..., Tensor]:
             bound = kept["bounds"][target.name]
@@ -73,10 +73,16 @@ class AnnealedCurvature(Update):
 
         weights.by_target(gradient, change_of, decay=lr * weights.weight_decay)
 
-    def _bound_of(self, target: Target) -> float:
-        """R / (2 sqrt(d)) of a tensor's first d weights of norm R; it does not fall below 1e-8."""
-        size = math.sqrt(sum_of_squares(target.flat) / target.parameter.numel())
-        return max(self.bound * size / 2, 1e-8)
+    def _bounds(self, targets: Sequence[Target]) -> dict[str, float]:
+        """Return R / (2 sqrt(d)) of each tensor's d weights of norm R, by name, from 1e-8 up.
+
+        A tensor of zeros, such as LoRA's B, has that of all tensors together.
+        """
+        squares = {t.name: sum_of_squares(t.flat) for t in targets}
+        numbers = {t.name: t.parameter.numel() for t in targets}
+        whole = math.fsum(squares.values()) / sum(numbers.values())
+        sizes = {n: math.sqrt(s / numbers[n] if s else whole) for n, s in squares.items()}
+        return {name: max(self.bound * size / 2, 1e-8) for name, size in sizes.items()}
 
     def identity(self) -> dict[str, Any]:
         """See :class:`Update`."""
@@ -96,8 +102,8 @@ class Helene(ZeroOrder):
 
     The curvature is the Gauss-Newton-Bartlett estimate with true labels, taken from the two-sided
     estimate rather than from a gradient. bound_i of tensor i is ``bound`` times R_i / (2 sqrt(d_i))
-    with the norm R_i of its d_i weights at the first step. It keeps m and h: 8 bytes a weight.
-    Forwards a step: 2 a query.
+    with the norm R_i of its d_i weights at the first step (of a tensor of zeros: of all weights).
+    It keeps m and h: 8 bytes a weight. Forwards a step: 2 a query.
 
     No code was released. What the notes on the paper do not settle is our choice: the bound is of
     each tensor, h begins at 0, and both betas, T and k are given in the YAML.

@@ -1,5 +1,6 @@
 """MeZO-SVRG: zeroth-order steps whose batch noise an anchor takes away (arXiv 2404.08080)."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar, Unpack
 
@@ -141,6 +142,7 @@ class MeZOSVRG(ZeroOrder):
     ) -> None:
         pairs = AnchorPairs(anchor_every, num_queries)
         self.full_rows = full_rows
+        self._full: list[int] = []
         super().__init__(
             model,
             selection=Everything(),
@@ -154,5 +156,8 @@ class MeZOSVRG(ZeroOrder):
         self, objective: str, step: int, batch: Sequence[int], lengths: Sequence[int]
     ) -> Sequence[int]:
         """Return the rows of an anchor's loss: all, or those drawn once for the run."""
-        rows = sorted(range(len(lengths)), key=lambda i: stream_key(self.seed, "full rows", i))
-        return sorted(rows[: self.full_rows or len(rows)])
+        if not self._full:  # the train rows of a run stay the same
+            key = functools.partial(stream_key, self.seed, "full rows")
+            rows = sorted(range(len(lengths)), key=key)
+            self._full = sorted(rows[: self.full_rows or len(rows)])
+        return self._full

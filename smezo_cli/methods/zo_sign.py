@@ -13,7 +13,7 @@ from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
 from smezo_cli.zo.ranges import Count, Noise, SignOf
 from smezo_cli.zo.selections.masked import Everything
-from smezo_cli.zo.targets import one_of
+from smezo_cli.zo.targets import check, one_of
 from smezo_cli.zo.updates.base import Update, WeightWriter
 
 
@@ -88,6 +88,12 @@ class ZOSign(ZeroOrder):
         noise: Noise = "gaussian",
         **common: Unpack[Common],
     ) -> None:
+        clip = common.get("clip_projected_grad")
+        check(
+            clip is None or (sign == "elementwise" and num_queries > 1),
+            f"clip_projected_grad={clip}: what is cut keeps its sign, which is all that a step of "
+            "one query, or sign=scalar, reads: leave it out",
+        )
         super().__init__(
             model,
             selection=Everything(),

@@ -19,6 +19,7 @@ from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.scoring.objectives import loss_weight
 from smezo_cli.scoring.parts import by_part
 from smezo_cli.scoring.scorer import Scorer
+from smezo_cli.zo.backprop import BackwardOutOfMemory
 from smezo_cli.zo.step import Closure, StepRecord
 
 T = TypeVar("T")
@@ -95,6 +96,7 @@ class Batch:
         self._cut(rows, size)
 
     def _cut(self, rows: Sequence[Candidates], size: int | None) -> None:
+        self._size = size
         size = size or len(rows)
         self._parts = [
             of_part[i : i + size]
@@ -104,9 +106,9 @@ class Batch:
         self.largest = max(map(len, self._parts), default=0)
 
     def of(self, objective: str) -> "Batch":
-        """See :class:`smezo_cli.zo.step.WithObjectives`: as many rows at once as of this batch."""
+        """See :class:`smezo_cli.zo.step.WithObjectives`: in micro-batches of the same size."""
         rows = self.rows_of(objective)
-        return type(self)(self._scorer, rows, self._objective, self.largest, **self._more)
+        return type(self)(self._scorer, rows, self._objective, self._size, **self._more)
 
     @property
     def _more(self) -> dict[str, Any]:
@@ -147,14 +149,19 @@ class Batch:
     def parts(self) -> Iterator[Closure]:
         """See :class:`smezo_cli.zo.step.InParts`."""
         if self._is_whole:
-            yield partial(self._scorer.objective, self._rows, self._objective)
+            yield self._whole
             return
         for part in self._parts:
             yield partial(self._part, part)
 
+    def _whole(self) -> Tensor:
+        with detecting_out_of_memory():
+            return self._scorer.objective(self._rows, self._objective)
+
     def _part(self, part: Sequence[Candidates]) -> Tensor:
-        total = self._scorer.objective_sum(part, self._objective)
-        return total / self._weight if self._factors is None else total * self._factor(part)
+        with detecting_out_of_memory():
+            total = self._scorer.objective_sum(part, self._objective)
+            return total / self._weight if self._factors is None else total * self._factor(part)
 
 
 class ShardedBatch(Batch):
@@ -252,7 +259,14 @@ class Measure:
         def use(batch: Batch) -> StepRecord:
             if of is not None:
                 batch.rows_of = of
-            return method.step(batch)
+            try:
+                return method.step(batch)
+            except BackwardOutOfMemory as error:
+                raise UserError(
+                    f"{error}: lower micro_batch_size or task.max_train_tokens, for method=addax "
+                    "method.short_rows, or take dtype=bfloat16; the run goes on from its last "
+                    "checkpoint."
+                ) from error
 
         record = self.until_it_fits(use, rows)
         if self._team is not None:

@@ -3,11 +3,22 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from smezo_cli.zo.noise import rounding_at, stream_key
+from smezo_cli.zo.rounding import ROUNDINGS
 from smezo_cli.zo.step import Closure, InParts, NonFiniteLoss, WithObjectives
+from smezo_cli.zo.targets import check
+
+#: Moves the weights of a name against their gradient.
+Move = Callable[[str, Tensor, Tensor], None]
+
+
+class BackwardOutOfMemory(MemoryError):
+    """The memory was too small for a backward pass; some weights may have moved already."""
 
 
 class Backprop:
@@ -23,8 +34,13 @@ class Backprop:
         objective: the loss that it asks the closure for.
         scale: factor of lr.
         weight_decay: of these parameters.
+        seed: names the random bits of stochastic rounding.
+        rounding: "nearest" or "stochastic", of weights narrower than float32.
         alone: a module whose own use of its ``weight`` is trained, though others share the tensor:
             the output layer, where the embedding is tied to it.
+
+    Raises:
+        ValueError: a parameter is float16, whose range gradients leave without loss scaling.
     """
 
     def __init__(
@@ -35,17 +51,33 @@ class Backprop:
         objective: str = "batch",
         scale: float = 1.0,
         weight_decay: float = 0.0,
+        seed: int = 0,
+        rounding: str = "nearest",
         alone: nn.Module | None = None,
     ) -> None:
+        half = [name for name, p in parameters.items() if p.dtype == torch.float16]
+        check(
+            not half,
+            f"{''.join(half[:1])} is float16, which has no room for gradients without loss "
+            "scaling: take dtype=bfloat16 or float32",
+        )
+        self._seed, self._is_stochastic = seed, rounding == "stochastic"
         self._model, self.parameters = model, dict(parameters)
         self.objective, self.scale, self.weight_decay = objective, scale, weight_decay
         self._alone = alone
 
-    def apply(self, closure: Closure, lr: float) -> float:
+    def apply(self, closure: Closure, lr: float, step: int) -> float:
         """Make the step at the present weights; return the loss.
 
+        Args:
+            closure: computes the loss.
+            lr: learning rate of the step.
+            step: its number; names the bits of stochastic rounding.
+
         Raises:
-            NonFiniteLoss: the loss is NaN or infinite; nothing was written.
+            NonFiniteLoss: the loss is NaN or infinite, and nothing was written; or a gradient is,
+                and some weights have moved.
+            BackwardOutOfMemory: likewise.
             TypeError: the closure is of one loss, and another is needed.
             ValueError: the loss has no gradient.
         """
@@ -55,18 +87,26 @@ class Backprop:
             closure = closure.of(self.objective)
         parts = list(closure.parts()) if isinstance(closure, InParts) else [closure]
         with self._trained_alone() as leaves, torch.enable_grad():
-            move = self._mover(lr)
+            move = self._mover(lr, step)
             if len(parts) == 1:
                 return self._in_place(parts[0], leaves, move)
             return self._added_up(parts, leaves, move)
 
-    def _mover(self, lr: float) -> Callable[[Tensor, Tensor], None]:
-        step, decay = lr * self.scale, lr * self.weight_decay
+    def _mover(self, lr: float, step: int) -> Move:
+        size, decay = lr * self.scale, lr * self.weight_decay
 
         @torch.no_grad()
-        def move(weight: Tensor, gradient: Tensor) -> None:
+        def move(name: str, weight: Tensor, gradient: Tensor) -> None:
+            if not gradient.isfinite().all():
+                raise NonFiniteLoss(f"the gradient of {name} at step {step} is not finite")
             w = weight.float()
-            weight.copy_(w - (gradient.float() * step + w * decay))
+            value = w - (gradient.float() * size + w * decay)
+            if self._is_stochastic and weight.dtype in ROUNDINGS:
+                key = torch.tensor(stream_key(self._seed, "round tail", step, name))
+                index = torch.arange(weight.numel(), device=weight.device).view(weight.shape)
+                bits = rounding_at(index, weight.numel(), key.to(weight.device))
+                value = ROUNDINGS[weight.dtype](value, bits)
+            weight.copy_(value)
 
         return move
 
@@ -74,45 +114,60 @@ class Backprop:
         self,
         part: Closure,
         leaves: Mapping[str, Tensor],
-        move: Callable[[Tensor, Tensor], None],
+        move: Move,
     ) -> float:
         loss = self._finite(part())
 
-        def as_soon_as_known(leaf: Tensor) -> None:
+        def as_soon_as_known(name: str, leaf: Tensor) -> None:
             assert leaf.grad is not None
             gradient, leaf.grad = leaf.grad, None
-            move(leaf.detach(), gradient)
+            move(name, leaf.detach(), gradient)
 
         hooks = [
-            leaf.register_post_accumulate_grad_hook(as_soon_as_known)  # type: ignore[no-untyped-call]  # untyped in torch
-            for leaf in leaves.values()
+            leaf.register_post_accumulate_grad_hook(partial(as_soon_as_known, name))  # type: ignore[no-untyped-call]  # untyped in torch
+            for name, leaf in leaves.items()
         ]
         try:
-            loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+            self._backward(loss)
         finally:
             for hook in hooks:
                 hook.remove()
+            for leaf in leaves.values():
+                leaf.grad = None
         return float(loss.detach())
 
     def _added_up(
         self,
         parts: list[Closure],
         leaves: Mapping[str, Tensor],
-        move: Callable[[Tensor, Tensor], None],
+        move: Move,
     ) -> float:
         total = 0.0
         try:
             for part in parts:
                 loss = self._finite(part())
-                loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+                self._backward(loss)
                 total += float(loss.detach())
-            for leaf in leaves.values():
+            for name, leaf in leaves.items():
                 if leaf.grad is not None:
-                    move(leaf.detach(), leaf.grad)
+                    move(name, leaf.detach(), leaf.grad)
         finally:
             for leaf in leaves.values():
                 leaf.grad = None
         return total
+
+    @staticmethod
+    def _backward(loss: Tensor) -> None:
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+        except (RuntimeError, MemoryError) as error:
+            is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            if not is_memory and "memory" not in str(error):
+                raise
+            said = str(error).partition("\n")[0]
+            raise BackwardOutOfMemory(
+                f"the memory is too small for backpropagation ({said})"
+            ) from error
 
     @staticmethod
     def _finite(loss: Tensor) -> Tensor:

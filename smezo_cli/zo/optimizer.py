@@ -76,7 +76,7 @@ class ZeroOrder(Parts):
         self._joined.clear()
         record = self.record(loss, scalars, self.num_steps)
         if self.tail is not None:  # at the weights that were probed; raises before it writes
-            self.tail.apply(closure, self.param_groups[0]["lr"])
+            self.tail.apply(closure, self.param_groups[0]["lr"], self.num_steps)
         self._apply(scalars)
         return record
 

@@ -252,7 +252,9 @@ class Parts(torch.optim.Optimizer):
         # Not .sum(): it would write the mask out as int64.
         active = sum(int(m.count_nonzero()) for m in self.direction.masks(self.num_steps))
         if self.tail is not None:
-            active += sum(p.numel() for p in self.tail.parameters.values())
+            own = {id(t.parameter) for t in self.targets}
+            others = [p for p in self.tail.parameters.values() if id(p) not in own]
+            active += sum(p.numel() for p in others)
         return active / self.num_weights
 
     def mask_at(self, parameter: Tensor, picked: Tensor, index: Tensor, step: int) -> Tensor:

@@ -310,7 +310,7 @@ MISTAKES = [
     ("method=sgd method.objective=f1", ["method sgd has no method.objective", "mezo"]),
     ("method.mask=none", ["sparsity=0.75 would be ignored", "sparsity=0"]),
     ("batch_order=by_length", ["batch_order=by_length", "must be shuffled or stratified"]),
-    ("method=adamw full_save_every=7", ["is no zeroth-order method", "set eval_every"]),
+    ("method=adamw full_save_every=7", ["the steps of adamw are not recorded", "set eval_every"]),
     ("task=copa batch_order=stratified", ["each class", "task=copa is of kind choice"]),
     ("method.mask_resample=step", ["method.mask=random"]),
     ("method.mask=random method.mask_refresh_every=5", ["mask_refresh_every=5", "set it to 0"]),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from smezo_cli.errors import UserError
 from smezo_cli.methods.addax import Addax
+from smezo_cli.zo.step import NonFiniteLoss
 from tests.methods.reference import weights64, z_of
 from tests.zo.test_optimizer import X, Y, bits, mlp
 
@@ -122,3 +123,51 @@ def test_half_precision_and_a_kept_order_of_writes() -> None:
         found.append([bits(p) for p in model.parameters()])
     assert all(map(torch.equal, *found))
     assert not any(map(torch.equal, found[0], (bits(p) for p in mlp(torch.bfloat16).parameters())))
+
+
+def test_all_weights_are_active_once() -> None:
+    assert made(mlp()).active_share() == 1.0
+
+
+def test_float16_is_one_sentence() -> None:
+    with pytest.raises(ValueError, match=r"0.weight is float16, which has no room for gradients"):
+        made(mlp(torch.float16))
+
+
+def test_stochastic_rounding_moves_what_is_below_half_an_ulp() -> None:
+    """Weights that nearest rounding leaves where they are move by chance; the same ones again."""
+    moved: dict[str, list[Tensor]] = {}
+    for rounding in ("nearest", "stochastic", "stochastic"):
+        model = mlp(torch.bfloat16)
+        made(model, lr=2e-4, alpha=0.0, rounding=rounding).step(Losses(model))
+        found = torch.cat([bits(p).view(-1) for p in model.parameters()])
+        start = torch.cat([bits(p).view(-1) for p in mlp(torch.bfloat16).parameters()])
+        moved.setdefault(rounding, []).append(found != start)
+    assert (moved["stochastic"][0] & ~moved["nearest"][0]).any()
+    assert torch.equal(*moved["stochastic"])
+
+
+def test_a_gradient_that_is_not_finite_ends_the_step() -> None:
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(3))
+
+        def forward(self) -> Tensor:
+            return self.w.double().abs().sqrt().sum()
+
+    class OfRoot:
+        def __init__(self, model: Root) -> None:
+            self._model = model
+
+        def __call__(self) -> Tensor:
+            return self._model()  # type: ignore[no-any-return]  # a module's
+
+        def of(self, objective: str) -> Callable[[], Tensor]:
+            return lambda: self._model() if objective == "short" else torch.ones(())
+
+    model = Root()
+    with pytest.raises(NonFiniteLoss, match="the gradient of w at step 0 is not finite"):
+        made(model).step(OfRoot(model))
+    assert not model.w.any()
+    assert model.w.grad is None

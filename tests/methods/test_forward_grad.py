@@ -217,3 +217,32 @@ def test_a_layer_that_drops_its_derivative_without_a_word_is_found() -> None:
     model = Dropped()
     with pytest.raises(NoTangent, match="drops its forward-mode derivative without a word"):
         made(model).self_check(model)
+
+
+def test_losses_of_low_precision_are_no_reason_to_refuse() -> None:
+    """Under autocast a difference of losses says little; the derivative is not held against it."""
+    model = llama()
+    loss = loss_of(model)
+
+    def closure() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss()  # type: ignore[no-any-return]  # a tensor
+
+    made(model).self_check(closure)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"executor": "lockstep"}, "executor=lockstep: a derivative is taken in one forward"),
+        ({"keep_noise": True}, "keep_noise=true: directions are drawn anew"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        made(mlp(), **arguments)
+
+
+def test_float16_is_refused() -> None:
+    with pytest.raises(ValueError, match="float16 has no room for derivatives"):
+        made(mlp(torch.float16))

@@ -134,3 +134,9 @@ def test_in_place_and_kept_noise_take_the_same_step() -> None:
 def test_another_sign_is_refused() -> None:
     with pytest.raises(ValueError, match="sign=both: one of elementwise, scalar"):
         made(mlp(), sign="both")
+
+
+@pytest.mark.parametrize("arguments", [{}, {"sign": "scalar", "num_queries": 3}])
+def test_a_clip_that_signs_would_not_notice_is_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="what is cut keeps its sign"):
+        ZOSign(mlp(), lr=1e-3, eps=1e-3, clip_projected_grad=1.0, **arguments)

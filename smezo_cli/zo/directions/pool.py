@@ -108,7 +108,9 @@ class Pool(Dense):
 
     def _values(self, index: Tensor, key: Tensor) -> Tensor:
         """The numbers at flat places of a tensor: key[0] is where it begins, key[1] of its step."""
-        pool = self._pools.setdefault(index.device, self._pool.to(index.device))
+        if index.device not in self._pools:
+            self._pools[index.device] = self._pool.to(index.device)
+        pool = self._pools[index.device]
         place = index + key[0]
         if not self.generators:
             return pool[(place + key[1]) % self.size]
