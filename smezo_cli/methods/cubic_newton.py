@@ -202,7 +202,7 @@ class CubicNewton(ZeroOrder):
         model: nn.Module,
         *,
         num_queries: Frame = 4,
-        cubic: Positive = 0.1,
+        cubic: Positive = 1.0,
         noise: Noise = "gaussian",
         **common: Unpack[Common],
     ) -> None:
