@@ -30,7 +30,8 @@ Every zeroth-order method of `smezo ls methods`, as `smezo train method=NAME` ru
 
 * **State** is what a method keeps between steps beside the weights, in bytes a trained weight (on
   a network of two layers of 64 x 96 in float32).
-* **Forwards** are passes over the batch in a step; of the first eight steps where they differ.
+* **Forwards** are losses measured in a step (of the first eight steps where they differ): over the
+  batch, over all rows where `mezo_svrg` sets an anchor, over fewer rows in the search of `bf_ssd`.
 * **Cost** is the time of a step over the time of its forwards, and **peak** the memory of a step
   over that of a forward, by `smezo bench` ({measured}). Empty: not measured, as for methods on
   adapters, which train another model.
@@ -43,6 +44,17 @@ FOOT = """
 ## What each step does
 
 {sections}
+## Names that are no method here
+
+* **SubZero for images** ([2502.19673](https://arxiv.org/abs/2502.19673)) shares only the name with
+  `subzero`: it personalises pictures without training any weights.
+* **Tensor-train training of optical PINNs** ([2502.12384](https://arxiv.org/abs/2502.12384)) is a
+  script on the library, not a method for language models: [docs/pinn.md](../pinn.md).
+* **P-RGE** ([2409.15520](https://arxiv.org/abs/2409.15520)) is MeZO on the B of LoRA with all its
+  points in one batch; the numbers are those of `mezo_lora` with `method.freeze=["*lora_A*"]`, one
+  forward after the other. The batch is not built yet.
+* **ElasticZO-INT8**, the variant in integers alone, is not built.
+
 This page is written by `scripts/methods_page.py`.
 """
 
@@ -98,10 +110,9 @@ def forwards(method: Any) -> str:
     return str(found[0]) if len(set(found)) == 1 else ", ".join(map(str, found))
 
 
-def source(cls: type) -> str:
-    """Return the paper that the docstring of the module, or of the class, names."""
-    module = inspect.getmodule(cls)
-    text = f"{module.__doc__ if module else ''} {cls.__doc__}"
+def source(name: str) -> str:
+    """Return the paper that the first comment of a method's YAML names first."""
+    text = (ROOT / "conf" / "method" / f"{name}.yaml").read_text(encoding="utf-8")
     papers = re.findall(r"arXiv (\d{4}\.\d{5})", text)
     return f"[{papers[0]}](https://arxiv.org/abs/{papers[0]})" if papers else ""
 
@@ -144,7 +155,7 @@ def page() -> str:
         cells = [
             *(f"`{name}`", headline(name), state(method), forwards(method)),
             *("" if x is None else f"{x:.2f}" for x in (cost, peak)),
-            *(source(cls), since(name)),
+            *(source(name), since(name)),
         ]
         rows.append(f"| {' | '.join(cells)} |")
         sections.append(f"### {name}\n\n" + "\n\n".join(formula(cls)) + "\n")
