@@ -105,6 +105,8 @@ class Loaded:
         with casts:  # as losses are computed
             #: modules that text never reads, which are frozen; none with an adapter: it trains none
             self.unread = [] if self.adapter is not None else freeze_unread(self.model)
+        #: the entries that the method trains, by tensor, where a mask names them (run/mask.py)
+        self.index: dict[str, Tensor] | None = None
         self._heads: dict[str, str] = {}  # demonstrations before every row, by part
         codes = self._hold_codes()
         if compute == self.dtype:

@@ -5,6 +5,7 @@ from fnmatch import filter as matching
 from typing import TYPE_CHECKING, Any
 
 from smezo_cli.config.build import build, parameters_of, target_of
+from smezo_cli.config.method_keys import trait
 from smezo_cli.errors import UserError
 from smezo_cli.run.loaded import Loaded
 from smezo_cli.zo.passes.by_compiler import NoCompiler
@@ -26,6 +27,9 @@ def build_method(loaded: Loaded) -> "Method":
     parameters = parameters_of(target_of(s.method, "method"))
     if "check" in parameters:
         runtime["check"] = False  # the run checks by itself, with two rows
+    if trait(s.method, "needs_mask", default=False):
+        assert loaded.index is not None  # run/mask.py finds it before
+        runtime["index"] = loaded.index
     if "backend" in parameters:
         chosen = {"True": "compiled", "False": "eager", "auto": "auto"}
         runtime["backend"] = chosen[str(s.compile)]
@@ -35,7 +39,7 @@ def build_method(loaded: Loaded) -> "Method":
     elif s.compile != "auto":
         raise _nothing_to_compile(loaded)
     try:
-        method: Method = build(_without_unread(loaded), "method", **runtime)
+        method: Method = build(without_unread(loaded), "method", **runtime)
     except NoCompiler as error:
         raise UserError(f"compile=true: {error}; mend that or leave compile out.") from error
     return method
@@ -62,7 +66,7 @@ def _nothing_to_compile(loaded: Loaded) -> UserError:
     )
 
 
-def _without_unread(loaded: Loaded) -> Mapping[str, Any]:
+def without_unread(loaded: Loaded) -> Mapping[str, Any]:
     """Return the method's node without globs for what is frozen because text never reads it.
 
     Globs that match nothing stay, to be refused.

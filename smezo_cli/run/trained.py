@@ -140,6 +140,7 @@ def trained(
     say: Callable[[str], None],
 ) -> int:
     """Put the trained weights, of the best step or another, into the model; return their step."""
+    from smezo_cli.run import mask
     from smezo_cli.run.replay import rebuild
     from smezo_cli.store.notes import noted_demonstrations
     from smezo_cli.store.trajectory import read
@@ -171,6 +172,7 @@ def trained(
     records = read(path)
     if not 0 <= chosen <= len(records):
         raise UserError(f"--step {step}: {folder.path} has made {len(records)} steps.")
+    mask.use(loaded, folder.path)
     rebuild(loaded, replayed(loaded, records, str(path)), folder, state, records, chosen, say)
     return chosen
 
