@@ -9,7 +9,7 @@ from smezo_cli.zo.directions.dense import Dense
 from smezo_cli.zo.estimators.two_sided import TwoSided
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
-from smezo_cli.zo.ranges import Count, Noise, Place, Scope, Sparsity
+from smezo_cli.zo.ranges import Count, Noise, Place, Scope, Sparsity, WeightBits
 from smezo_cli.zo.saliency import gradients, largest
 from smezo_cli.zo.selections.named import Named, beside
 from smezo_cli.zo.step import Closure
@@ -35,8 +35,9 @@ class SensZOQ(ZeroOrder):
 
     The paper takes the gradients from generic text (C4) and holds the other weights in 4 bits
     (SqueezeLLM); a run takes rows of its own training split, under the first prompt of the task,
-    and leaves the other weights in the dtype of the model. A mask is of a model, so that that of
-    another task serves as well (``mask_from``).
+    and leaves the other weights in the dtype of the model unless ``frozen_bits`` is given, whose
+    codes are whole numbers times a scale for 64 columns of a row. A mask belongs to a model, and
+    serves any task (``mask_from``).
 
     Args:
         model: any module; parameters with ``requires_grad`` are trained.
@@ -46,6 +47,8 @@ class SensZOQ(ZeroOrder):
         scope: "global" or "tensor"; likewise.
         mask_rows: training rows that the run takes gradients of, of each part of a mixture.
         mask_from: folder of a run, or file, whose mask the run takes instead of its own.
+        frozen_bits: 8 or 4: the run holds linear layers as codes around the entries of the mask
+            (:func:`smezo_cli.models.quantised.freeze_as_codes`); None: in the model's own dtype.
         num_queries: Q.
         noise: "gaussian" or "rademacher".
         common: see :class:`smezo_cli.zo.parts.Common`.
@@ -64,10 +67,12 @@ class SensZOQ(ZeroOrder):
         scope: Scope = "global",
         mask_rows: Count = 32,
         mask_from: Place | None = None,
+        frozen_bits: WeightBits | None = None,
         num_queries: Count = 1,
         noise: Noise = "gaussian",
         **common: Unpack[Common],
     ) -> None:
+        self._form = {} if frozen_bits is None else {"frozen_bits": frozen_bits}
         common["freeze"] = beside(model, index, common.get("freeze", ()))
         super().__init__(
             model,
@@ -77,6 +82,10 @@ class SensZOQ(ZeroOrder):
             update=SGD(),
             **common,
         )
+
+    def identity(self) -> dict[str, Any]:
+        """See :class:`ZeroOrder`; with the form of the weights beside the mask."""
+        return super().identity() | self._form
 
     @staticmethod
     def choose(

@@ -12,6 +12,7 @@ from smezo_cli.config.build import target_of
 from smezo_cli.config.method_keys import trait
 from smezo_cli.errors import UserError
 from smezo_cli.machine.out_of_memory import OutOfMemory, detecting_out_of_memory
+from smezo_cli.models.quantised import freeze_as_codes
 from smezo_cli.run.begin import Run
 from smezo_cli.run.loaded import Loaded
 from smezo_cli.run.method import without_unread
@@ -22,6 +23,7 @@ from smezo_cli.store import mask
 from smezo_cli.store.mask import NAME
 from smezo_cli.tasks import Prompt
 from smezo_cli.tasks.mixture import Prompts
+from smezo_cli.zo.quantised import linear_layers
 from smezo_cli.zo.targets import select
 
 
@@ -59,16 +61,46 @@ def settle(run: Run, loaded: Loaded) -> None:
         f"  mask    {sum(map(len, index.values()))} entries of {len(index)} of {len(parameters)} "
         f"tensors, {where}"
     )
+    del parameters
+    if line := _hold_codes(loaded):
+        run.say(line)
 
 
 def use(loaded: Loaded, folder: Path) -> None:
-    """Give a method that needs one the mask that a finished run keeps.
+    """Give a method that needs one the mask that a finished run keeps, if it has none yet.
 
     Raises:
         UserError: it is missing, damaged, or of another model.
     """
-    if trait(loaded.settings.method, "needs_mask", default=False):
+    if trait(loaded.settings.method, "needs_mask", default=False) and loaded.index is None:
         loaded.index = mask.read(folder / NAME, _described(loaded, _trainable(loaded)))
+        _hold_codes(loaded)
+
+
+def holds_codes(loaded: Loaded) -> bool:
+    """Return whether the frozen weights beside the mask are codes."""
+    return loaded.settings.method.get("frozen_bits") is not None
+
+
+def _hold_codes(loaded: Loaded) -> str:
+    """Hold the weights beside the mask as codes, if that is asked for; return a line about it."""
+    if not holds_codes(loaded):
+        return ""
+    assert loaded.index is not None
+    loaded.of_base = loaded.fingerprint()
+    bits, index = loaded.settings.method["frozen_bits"], loaded.index
+    names = {f"{name}.weight" for name in linear_layers(loaded.model, trained=False)}
+    around = {name: places for name, places in index.items() if name in names}
+    try:
+        freeze_as_codes(loaded.model, around, bits=bits)
+    except ValueError as error:
+        raise UserError(f"method: {error}.") from error
+    size = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+    kept = sum(map(len, around.values()))
+    return (
+        f"  codes   {len(names)} linear layers in {bits} bits around {kept} entries: "
+        f"{size / 1e6:.1f} MB"
+    )
 
 
 def _trainable(loaded: Loaded) -> dict[str, nn.Parameter]:

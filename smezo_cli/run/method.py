@@ -23,6 +23,7 @@ def build_method(loaded: Loaded) -> "Method":
         UserError: the method refuses its settings.
     """
     s = loaded.settings
+    node = without_unread(loaded)
     runtime: dict[str, Any] = {"model": loaded.model, "seed": s.seed}
     parameters = parameters_of(target_of(s.method, "method"))
     if "check" in parameters:
@@ -30,6 +31,7 @@ def build_method(loaded: Loaded) -> "Method":
     if trait(s.method, "needs_mask", default=False):
         assert loaded.index is not None  # run/mask.py finds it before
         runtime["index"] = loaded.index
+        node = _matching_alone(node, loaded)
     if "backend" in parameters:
         chosen = {"True": "compiled", "False": "eager", "auto": "auto"}
         runtime["backend"] = chosen[str(s.compile)]
@@ -39,7 +41,7 @@ def build_method(loaded: Loaded) -> "Method":
     elif s.compile != "auto":
         raise _nothing_to_compile(loaded)
     try:
-        method: Method = build(without_unread(loaded), "method", **runtime)
+        method: Method = build(node, "method", **runtime)
     except NoCompiler as error:
         raise UserError(f"compile=true: {error}; mend that or leave compile out.") from error
     return method
@@ -64,6 +66,14 @@ def _nothing_to_compile(loaded: Loaded) -> UserError:
         f"compile={str(s.compile).lower()}: method {s.method['name']} has no passes to "
         "compile; leave compile out."
     )
+
+
+def _matching_alone(node: Mapping[str, Any], loaded: Loaded) -> Mapping[str, Any]:
+    """Return the method's node without globs of weights that are codes now, and so frozen."""
+    if node.get("frozen_bits") is None:
+        return node
+    trained = [name for name, p in loaded.model.named_parameters() if p.requires_grad]
+    return {**node, "freeze": [g for g in node["freeze"] if matching(trained, g)]}
 
 
 def without_unread(loaded: Loaded) -> Mapping[str, Any]:

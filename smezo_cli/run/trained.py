@@ -155,6 +155,8 @@ def trained(
         if 0 in state.weights():
             loaded.set_probe(folder.load_weights(state, 0), folder.path)
         return 0
+    if mask.holds_codes(loaded):
+        mask.use(loaded, folder.path)  # the saved weights are those of the model with codes
     path = folder.path / "trajectory.bin"
     if not path.exists():
         if chosen not in state.weights():

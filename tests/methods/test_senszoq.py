@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from smezo_cli.cli.verbs import main
 from smezo_cli.methods.senszoq import SensZOQ
+from smezo_cli.models.quantised import freeze_as_codes
 from smezo_cli.store import mask
 from smezo_cli.store.saved import Saved, save_tensors
 from smezo_cli.zo.step import NonFiniteLoss
 from tests.methods.reference import weights64, z_of
-from tests.zo.test_optimizer import X, Y, bits, closure_of, mlp, same, weights_of
+from tests.zo.test_optimizer import X, Y, bits, closure_of, mlp, same, seeded, weights_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -182,6 +183,51 @@ def test_a_mask_belongs_to_the_identity_and_to_the_tensors() -> None:
         made(mlp(), index, executor="in_place")
 
 
+def test_steps_around_codes_are_those_of_a_model_whose_frozen_weights_are_rounded() -> None:
+    """Thirty steps against float64, at the noise of the weights that a layer keeps.
+
+    A probe's losses are of float32 products over 32 columns, so 2e-4 bears them, as above.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2))
+    x = torch.randn(8, 32, generator=seeded(3))
+
+    def loss(of: nn.Module, dtype: torch.dtype) -> Callable[[], Tensor]:
+        return lambda: (of(x.to(dtype)).double() - 1).square().mean()
+
+    index = {"0.weight": torch.tensor([5, 77, 1023]), "2.bias": torch.tensor([1])}
+    exact = model[0].weight.detach().clone()
+    freeze_as_codes(model, {"0.weight": index["0.weight"]}, bits=4, group_size=16)
+    opt = made(model, index, frozen_bits=4)
+    assert {t.name for t in opt.targets} == {"0.kept", "2.bias"}
+    assert opt.identity() != made(model, index).identity()
+    layer: Any = model[0]
+    twin = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2)).double()
+    with torch.no_grad():
+        twin[0].weight.copy_(layer.dense())
+        for name in ("0.bias", "2.weight", "2.bias"):
+            twin.get_parameter(name).copy_(model.get_parameter(name))
+    off = twin[0].weight.view(-1) != exact.double().view(-1)
+    assert off.sum() > 900
+    assert not off[index["0.weight"]].any()
+    trained = {"0.kept": ("0.weight", index["0.weight"]), "2.bias": ("2.bias", index["2.bias"])}
+    for step in range(30):
+        opt.step(loss(model, torch.float32))
+        z, losses = z_of({"0.kept": torch.zeros(3), "2.bias": torch.zeros(2)}, step), []
+        z["2.bias"] = z["2.bias"][1:]
+        with torch.no_grad():
+            for shift in (1e-3, -2e-3):
+                for own, (name, at) in trained.items():
+                    twin.get_parameter(name).view(-1)[at] += shift * z[own]
+                losses.append(float(loss(twin, torch.float64)()))
+            slope = (losses[0] - losses[1]) / 2e-3
+            for own, (name, at) in trained.items():
+                twin.get_parameter(name).view(-1)[at] += (1e-3 - 1e-2 * slope) * z[own]
+    torch.testing.assert_close(layer.dense().double(), twin[0].weight, rtol=0, atol=2e-4)
+    torch.testing.assert_close(model[2].bias.double(), twin[2].bias, rtol=0, atol=2e-4)
+    assert (layer.kept - exact.view(-1)[index["0.weight"]]).abs().max() > 1e-3
+
+
 # --- files -----------------------------------------------------------------------------------
 
 MODEL = mask.Model({"a": [3, 4], "b": [5]}, "float32", "0123456789ab")
@@ -289,3 +335,23 @@ def test_runs_keep_share_and_refuse_masks(
     assert "damaged" in capsys.readouterr().err
     assert train(tmp_path, "steps=6") == 0  # makes it anew, and goes on
     assert (run / mask.NAME).read_bytes() == kept
+
+
+def test_a_run_around_codes_goes_on_and_is_replayed_scored_and_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["method.frozen_bits=4", 'method.freeze=["*mlp*"]', "dtype=bfloat16", "sparsity=0.9"]
+    assert train(tmp_path, "steps=3", *words) == 0
+    (run,) = (tmp_path / "default").iterdir()
+    said = capsys.readouterr().out
+    assert "in 4 bits around" in said
+    assert "was not measured" not in said  # the loss noise of bfloat16
+    assert not any("mlp" in name for name in Saved(run / mask.NAME))
+    assert train(tmp_path, "steps=5", *words) == 0
+    assert main(["replay", str(run)]) == 0
+    capsys.readouterr()
+    assert main(["eval", str(run)]) == 0
+    assert main(["eval", str(run), "--step", "1"]) == 0
+    assert main(["eval", str(run), "--base"]) == 0
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    assert "Traceback" not in capsys.readouterr().err

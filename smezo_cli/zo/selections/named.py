@@ -15,6 +15,9 @@ from smezo_cli.zo.targets import Target, check, literal, select
 class Named(Everything):
     """The entries at given places, the same ones at every step.
 
+    Where a layer called NAME holds its weights as codes around those of the mask, the places of
+    "NAME.weight" stand for the parameter "NAME.kept", all of whose entries are trained.
+
     Args:
         index: int64 (n,), sorted: flat places in each tensor, by its name; None: every entry.
     """
@@ -32,9 +35,13 @@ class Named(Everything):
         super().set_thresholds(targets)
         for target in targets if self.index is not None else ():
             assert self.index is not None
-            places = self.index.get(target.name)
+            places = self.index.get(_in_mask(target.name, self.index))
             check(places is not None, f"the mask has no entries of {target.name}")
             assert places is not None
+            if target.name not in self.index:
+                numel, count = target.parameter.numel(), len(places)
+                check(numel == count, f"{target.name} keeps {numel} weights, the mask {count}")
+                continue
             check_places(target.name, places, target.parameter.numel())
             target.index = places.to(target.parameter.device, torch.int64)
 
@@ -64,6 +71,13 @@ def check_places(name: str, places: Tensor, numel: int) -> None:
     check(inside, f"{name} has {numel} entries, and a place is outside of it")
 
 
+def _in_mask(name: str, index: Mapping[str, Tensor]) -> str:
+    """Return the name by which a mask knows a parameter."""
+    stem, dot, own = name.rpartition(".")
+    is_kept = own == "kept" and name not in index
+    return f"{stem}{dot}weight" if is_kept else name
+
+
 def beside(
     model: nn.Module, index: Mapping[str, Tensor] | None, freeze: Iterable[str]
 ) -> list[str]:
@@ -76,6 +90,6 @@ def beside(
     if index is None:
         return globs
     trained = [target.name for target in select(dynamo.original(model), globs, [])]
-    if unknown := sorted(index.keys() - set(trained)):
+    if unknown := sorted(index.keys() - {_in_mask(name, index) for name in trained}):
         raise ValueError(f"the mask has entries of {unknown[0]}, which is not trained")
-    return [*globs, *(literal(name) for name in trained if name not in index)]
+    return [*globs, *(literal(name) for name in trained if _in_mask(name, index) not in index)]
