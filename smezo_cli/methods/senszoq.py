@@ -1,18 +1,21 @@
 """SensZOQ: zeroth-order steps on the few most sensitive weights (arXiv 2406.02913)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Unpack
 
 from torch import Tensor, nn
 
+from smezo_cli.zo import dynamo
 from smezo_cli.zo.directions.dense import Dense
 from smezo_cli.zo.estimators.two_sided import TwoSided
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
+from smezo_cli.zo.quantised import quantised_layers
 from smezo_cli.zo.ranges import Count, Noise, Place, Scope, Sparsity, WeightBits
 from smezo_cli.zo.saliency import gradients, largest
 from smezo_cli.zo.selections.named import Named, beside
 from smezo_cli.zo.step import Closure
+from smezo_cli.zo.targets import select
 from smezo_cli.zo.updates.sgd import SGD
 
 
@@ -73,6 +76,7 @@ class SensZOQ(ZeroOrder):
         **common: Unpack[Common],
     ) -> None:
         self._form = {} if frozen_bits is None else {"frozen_bits": frozen_bits}
+        self._chosen_among = _weights_of(model, common.get("freeze", ()))
         common["freeze"] = beside(model, index, common.get("freeze", ()))
         super().__init__(
             model,
@@ -82,6 +86,11 @@ class SensZOQ(ZeroOrder):
             update=SGD(),
             **common,
         )
+
+    @property
+    def num_weights(self) -> int:
+        """Weights that the mask was chosen among: of layers of codes all."""
+        return self._chosen_among
 
     def identity(self) -> dict[str, Any]:
         """See :class:`ZeroOrder`; with the form of the weights beside the mask."""
@@ -108,3 +117,11 @@ class SensZOQ(ZeroOrder):
         every = [loss for of_part in losses.values() for loss in of_part]
         squares = gradients(model, parameters, every).squares
         return largest(squares, settings["sparsity"], settings["scope"])
+
+
+def _weights_of(model: nn.Module, freeze: Iterable[str]) -> int:
+    plain = dynamo.original(model)
+    layers = quantised_layers(plain).values()
+    kept = {id(layer.kept) for layer in layers}
+    numbers = [t.parameter for t in select(plain, list(freeze), []) if id(t.parameter) not in kept]
+    return sum(p.numel() for p in numbers) + sum(layer.num_weights for layer in layers)

@@ -122,6 +122,7 @@ def _backward_of_one(run: DryRun, method: Any) -> int:
     def drop(parameter: Any) -> None:
         parameter.grad = None
 
+    asked = {name: parameter.requires_grad for name, parameter in named.items()}
     hooks = []
     for name, parameter in named.items():
         parameter.requires_grad_(name in method.trained)
@@ -130,6 +131,8 @@ def _backward_of_one(run: DryRun, method: Any) -> int:
     found, _ = run.count(lambda: scorer.loss(row).backward())
     for hook in hooks:
         hook.remove()
+    for name, parameter in named.items():
+        parameter.requires_grad_(asked[name])
     return found + run.cast_bytes
 
 

@@ -144,7 +144,8 @@ def test_thirty_steps_are_those_of_the_paper(scope: str) -> None:
         at_rest = bits(model.get_parameter(name)) == bits(mlp().get_parameter(name))
         assert bool(at_rest.view(-1)[masks[name] == 0].all())
     assert not same(weights_of(model), weights_of(mlp()))
-    wanted = sum(map(len, index.values())) / sum(p.numel() for p in opt.trained.values())
+    # Of all weights that might have been chosen, tensors without one included.
+    wanted = sum(map(len, index.values())) / sum(p.numel() for p in model.parameters())
     assert opt.active_share() == pytest.approx(wanted)
 
 
@@ -200,6 +201,7 @@ def test_steps_around_codes_are_those_of_a_model_whose_frozen_weights_are_rounde
     freeze_as_codes(model, {"0.weight": index["0.weight"]}, bits=4, group_size=16)
     opt = made(model, index, frozen_bits=4)
     assert {t.name for t in opt.targets} == {"0.kept", "2.bias"}
+    assert opt.active_share() == pytest.approx(4 / (32 * 32 + 32 + 64 + 2))
     assert opt.identity() != made(model, index).identity()
     layer: Any = model[0]
     twin = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2)).double()
@@ -286,6 +288,20 @@ _TINY = [
     *("batch_size=2", "eval_every=2", "lr_schedule=constant", "method.mask_rows=3"),
     "method.executor=sequential",
 ]
+
+
+def test_the_plan_counts_the_backpropagation_of_the_mask(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stages = {}
+    for method in ("method=senszoq", "method=mezo"):
+        words = [method if word.startswith("method=") else word for word in _TINY]
+        kept = [w for w in words if "mask_rows" not in w and not w.startswith("sparsity")]
+        assert main(["plan", *kept]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        stages[method] = [line.split()[0] for line in lines if line.startswith("    ")]
+    assert "mask" in stages["method=senszoq"]
+    assert "mask" not in stages["method=mezo"]
 
 
 def train(tmp_path: Path, *words: str) -> int:
