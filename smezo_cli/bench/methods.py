@@ -37,7 +37,9 @@ def timed(name: str) -> bool:
         return False
     if "_target_" not in node:  # it has the class of the method that it begins with
         return any(timed(base) for base in file.get("defaults", ()) if base != "_self_")
-    return trait({"_target_": node["_target_"]}, "compares_losses", default=False)
+    target = {"_target_": node["_target_"]}
+    needs_mask = trait(target, "needs_mask", default=False)  # and would move all weights without
+    return trait(target, "compares_losses", default=False) and not needs_mask
 
 
 def names() -> list[str]:

@@ -59,6 +59,7 @@ def main(words: Sequence[str]) -> int:
     streams.outlast()
     with opened(given.run, given.overrides) as (folder, state, settings, _):
         from smezo_cli.machine.device import choose_device
+        from smezo_cli.run import mask
         from smezo_cli.run.console import Console, in_words
         from smezo_cli.run.loaded import Loaded
 
@@ -74,6 +75,8 @@ def main(words: Sequence[str]) -> int:
         say_code(settings, console.say)
         job = Loaded(settings, device, console.say)
         check_model(state, job, given.overrides, given.run)
+        if given.base and mask.holds_codes(job):
+            mask.use(job, folder.path)
         step = 0 if given.base else trained(folder, state, job, given.step, console.say)
         same_task = not any(word.startswith("task.") for word in given.overrides)
         known = {given.split: state.notes["rows"][given.split]}

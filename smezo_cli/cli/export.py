@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from smezo_cli.cli.flags import Flags, shows_help
 from smezo_cli.config.fixed import is_frozen
+from smezo_cli.config.method_keys import trait
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.files.atomic import write_bytes
@@ -107,6 +108,11 @@ def _export_delta(run: str, target: Path, step: int | None) -> int:
     from smezo_cli.store.trajectory import read
 
     with opened(run) as (folder, state, settings, cfg):
+        if trait(settings.method, "needs_mask", default=False):
+            raise UserError(
+                f"--delta: the steps of method {settings.method['name']} need the mask of {run}, "
+                "which a delta does not hold; export it as a folder."
+            )
         path = folder.path / "trajectory.bin"
         if not path.exists():
             raise UserError(

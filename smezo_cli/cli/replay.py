@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from smezo_cli.cli.export import shown_bytes
 from smezo_cli.cli.flags import Flags, shows_help
+from smezo_cli.config.method_keys import trait
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.files.bounded import parse_yaml
@@ -91,6 +92,7 @@ def _replay(
     import time
 
     from smezo_cli.machine.device import choose_device
+    from smezo_cli.run import mask
     from smezo_cli.run.console import Console
     from smezo_cli.run.loaded import Loaded
     from smezo_cli.store.saved import tensors_digest
@@ -101,6 +103,7 @@ def _replay(
     say_code(settings, console.say)
     job = Loaded(settings, device, console.say, with_rows=given.split != "none")
     same_task = not any(word.startswith("task.") for word in given.overrides)
+    mask.use(job, Path(given.source))
     method = replayed(job, records, given.source)
     if given.split != "none":  # before the steps, as in the run
         encode_rows(job, getattr(job.task, given.split)[:1], prompt, given.source)
@@ -165,6 +168,11 @@ def _of_delta(name: str, overrides: Sequence[str]) -> _Source:
         raise UserError(
             f"{name}: its model brings Python files, which would run with all your rights; if you "
             f"trust them, add {trusted}."
+        )
+    if trait(settings.method, "needs_mask", default=False):
+        raise UserError(
+            f"{name}: the steps of method {settings.method['name']} need the mask of the run, "
+            "which a delta does not hold: replay the folder of the run."
         )
     noted, metrics = about.get("weights"), {key: about.get(key) for key in ("test", "dev")}
     if (

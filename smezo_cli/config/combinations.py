@@ -133,6 +133,15 @@ def check_quantization(model: Mapping[str, Any], method: Mapping[str, Any], devi
 
 def check_codes(model: Mapping[str, Any], method: Mapping[str, Any]) -> None:
     """Refuse what does not go with a method whose weights are integers."""
+    if method.get("frozen_bits") is not None:
+        bits = f"method.frozen_bits={method['frozen_bits']}"
+        if method.get("adapter") is not None:
+            raise UserError(f"{bits} beside method.adapter: leave one of them out.")
+        if model["device_map"] is not None:
+            raise UserError(
+                f"model.device_map beside {bits}: a model of codes lies on one device so far; "
+                "leave one of them out."
+            )
     if not trait(method, "moves_codes", default=False):
         return
     name = method["name"]

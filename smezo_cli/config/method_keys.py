@@ -16,7 +16,7 @@ from smezo_cli.zo import ranges
 from smezo_cli.zo.ranges import SettingType
 
 # Arguments that the run gives, so that no setting of a method does.
-_BY_THE_RUN = ("model", "seed", "backend", "check")
+_BY_THE_RUN = ("model", "seed", "backend", "check", "index")
 _ROOT = Path(__file__).resolve().parent.parent  # of the package
 
 

@@ -14,7 +14,7 @@ from smezo_cli.zo.parts import Common
 from smezo_cli.zo.ranges import Blocks, Count, Noise, StepSize
 from smezo_cli.zo.selections.layers import layer_of, layers_of, place_of
 from smezo_cli.zo.selections.masked import Everything
-from smezo_cli.zo.targets import Target, check, select
+from smezo_cli.zo.targets import Target, check, literal, select
 from smezo_cli.zo.updates.sgd import SGD
 
 # Parts of names of what stands behind the blocks of models of transformers; not "embed" besides.
@@ -67,7 +67,7 @@ class ElasticZO(ZeroOrder):
         targets = select(plain, freeze, [])
         head = _head(plain)
         tail = _tail(targets, tail_blocks, None if head is None else head.weight)
-        common["freeze"] = [*freeze, *(_literal(target.name) for target in tail)]
+        common["freeze"] = [*freeze, *(literal(target.name) for target in tail)]
         super().__init__(
             model,
             selection=Everything(),
@@ -121,8 +121,3 @@ def _tail(targets: list[Target], blocks: int, head: Tensor | None) -> list[Targe
     ]
     check(bool(tail), f"tail_blocks={blocks} and nothing behind the last block: take 1 or more")
     return tail
-
-
-def _literal(name: str) -> str:
-    """A glob that matches this name alone."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

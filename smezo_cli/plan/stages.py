@@ -93,6 +93,8 @@ def _by_perturbations(run: DryRun, method: Any, capacity: int) -> Needs:
     # the mask of one tensor.
     found["thresholds"] = max(_THRESHOLD * _threshold_chunk(run, largest), largest)
     batch = run.micro_batch()
+    if method.needs_mask:
+        found["mask"] = weights * method.score_bytes + _backward_of_one(run, method)
     if writes_in_place(method):
         scorer = run.scorer()
         with torch.no_grad():
@@ -110,6 +112,28 @@ def _by_perturbations(run: DryRun, method: Any, capacity: int) -> Needs:
     saved = _checked_together(run, method)
     found["self-check"] = saved * (run.dtype.itemsize + (_KEPT if keeps else 0)) + pair
     return Needs(held, found)
+
+
+def _backward_of_one(run: DryRun, method: Any) -> int:
+    """Return the bytes of a backpropagation of one row that drops each gradient at once."""
+    scorer, row = run.scorer(), run.micro_batch()[:1]
+    named = dict(run.computing.named_parameters())
+
+    def drop(parameter: Any) -> None:
+        parameter.grad = None
+
+    asked = {name: parameter.requires_grad for name, parameter in named.items()}
+    hooks = []
+    for name, parameter in named.items():
+        parameter.requires_grad_(name in method.trained)
+        if name in method.trained:
+            hooks.append(parameter.register_post_accumulate_grad_hook(drop))
+    found, _ = run.count(lambda: scorer.loss(row).backward())
+    for hook in hooks:
+        hook.remove()
+    for name, parameter in named.items():
+        parameter.requires_grad_(asked[name])
+    return found + run.cast_bytes
 
 
 def _threshold_chunk(run: DryRun, largest: int) -> int:

@@ -94,10 +94,10 @@ class Loaded:
             compute_dtype=compute,
         )
         total = num_weights(self.model)
-        self._of_base: str | None = None  # fingerprint of a model that an adapter changes
+        self.of_base: str | None = None  # fingerprint of a model that an adapter changes
         self.adapter: Adapter | None = None
         if (node := settings.method.get("adapter")) is not None:
-            self._of_base = self.fingerprint()
+            self.of_base = self.fingerprint()
             self.adapter = attach(self.model, node, settings.seed)
         casts = torch.autocast(
             self.device.type, compute, enabled=compute != self.dtype, cache_enabled=False
@@ -105,6 +105,8 @@ class Loaded:
         with casts:  # as losses are computed
             #: modules that text never reads, which are frozen; none with an adapter: it trains none
             self.unread = [] if self.adapter is not None else freeze_unread(self.model)
+        #: the entries that the method trains, by tensor, where a mask names them (run/mask.py)
+        self.index: dict[str, Tensor] | None = None
         self._heads: dict[str, str] = {}  # demonstrations before every row, by part
         codes = self._hold_codes()
         if compute == self.dtype:
@@ -138,7 +140,7 @@ class Loaded:
         node = self.settings.method
         if not trait(node, "moves_codes", default=False):
             return ""
-        self._of_base = self.fingerprint()
+        self.of_base = self.fingerprint()
         count = quantise(self.model, node["weight_bits"], node["group_size"])
         size = sum(p.numel() * p.element_size() for p in self.model.parameters())
         return f"  codes   {count} linear layers in {node['weight_bits']} bits: {size / 1e6:.1f} MB"
@@ -263,8 +265,8 @@ class Loaded:
 
         For a model with an adapter, they are those of the model as it came.
         """
-        if self._of_base is not None:
-            return self._of_base
+        if self.of_base is not None:
+            return self.of_base
         digest = hashlib.sha256()
         for name, p in self.model.named_parameters():
             flat = p.detach().reshape(-1)

@@ -5,6 +5,7 @@ from fnmatch import filter as matching
 from typing import TYPE_CHECKING, Any
 
 from smezo_cli.config.build import build, parameters_of, target_of
+from smezo_cli.config.method_keys import trait
 from smezo_cli.errors import UserError
 from smezo_cli.run.loaded import Loaded
 from smezo_cli.zo.passes.by_compiler import NoCompiler
@@ -22,10 +23,15 @@ def build_method(loaded: Loaded) -> "Method":
         UserError: the method refuses its settings.
     """
     s = loaded.settings
+    node = without_unread(loaded)
     runtime: dict[str, Any] = {"model": loaded.model, "seed": s.seed}
     parameters = parameters_of(target_of(s.method, "method"))
     if "check" in parameters:
         runtime["check"] = False  # the run checks by itself, with two rows
+    if trait(s.method, "needs_mask", default=False):
+        assert loaded.index is not None  # run/mask.py finds it before
+        runtime["index"] = loaded.index
+        node = _matching_alone(node, loaded)
     if "backend" in parameters:
         chosen = {"True": "compiled", "False": "eager", "auto": "auto"}
         runtime["backend"] = chosen[str(s.compile)]
@@ -35,7 +41,7 @@ def build_method(loaded: Loaded) -> "Method":
     elif s.compile != "auto":
         raise _nothing_to_compile(loaded)
     try:
-        method: Method = build(_without_unread(loaded), "method", **runtime)
+        method: Method = build(node, "method", **runtime)
     except NoCompiler as error:
         raise UserError(f"compile=true: {error}; mend that or leave compile out.") from error
     return method
@@ -62,7 +68,15 @@ def _nothing_to_compile(loaded: Loaded) -> UserError:
     )
 
 
-def _without_unread(loaded: Loaded) -> Mapping[str, Any]:
+def _matching_alone(node: Mapping[str, Any], loaded: Loaded) -> Mapping[str, Any]:
+    """Return the method's node without globs of weights that are codes now, and so frozen."""
+    if node.get("frozen_bits") is None:
+        return node
+    trained = [name for name, p in loaded.model.named_parameters() if p.requires_grad]
+    return {**node, "freeze": [g for g in node["freeze"] if matching(trained, g)]}
+
+
+def without_unread(loaded: Loaded) -> Mapping[str, Any]:
     """Return the method's node without globs for what is frozen because text never reads it.
 
     Globs that match nothing stay, to be refused.

@@ -11,6 +11,7 @@ from smezo_cli.run import (
     best,
     frozen,
     leader,
+    mask,
     numerics,
     result,
     resume,
@@ -107,6 +108,7 @@ def _without_steps(run: Run, so_far: SoFar, loaded: Loaded, evaluate: Evaluator)
 def _with_steps(run: Run, so_far: SoFar, loaded: Loaded, evaluate: Evaluator) -> dict[str, Any]:
     """Train, and test the best weights."""
     s, state = run.settings, run.state
+    mask.settle(run, loaded)
     method = build_method(loaded)
     so_far.measure = measure = measure_for(run, loaded, method)
     so_far.keeps_state, so_far.passes = method.keeps_state, passes_of(run, method)

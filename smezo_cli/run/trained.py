@@ -140,6 +140,7 @@ def trained(
     say: Callable[[str], None],
 ) -> int:
     """Put the trained weights, of the best step or another, into the model; return their step."""
+    from smezo_cli.run import mask
     from smezo_cli.run.replay import rebuild
     from smezo_cli.store.notes import noted_demonstrations
     from smezo_cli.store.trajectory import read
@@ -154,6 +155,8 @@ def trained(
         if 0 in state.weights():
             loaded.set_probe(folder.load_weights(state, 0), folder.path)
         return 0
+    if mask.holds_codes(loaded):
+        mask.use(loaded, folder.path)  # the saved weights are those of the model with codes
     path = folder.path / "trajectory.bin"
     if not path.exists():
         if chosen not in state.weights():
@@ -171,6 +174,7 @@ def trained(
     records = read(path)
     if not 0 <= chosen <= len(records):
         raise UserError(f"--step {step}: {folder.path} has made {len(records)} steps.")
+    mask.use(loaded, folder.path)
     rebuild(loaded, replayed(loaded, records, str(path)), folder, state, records, chosen, say)
     return chosen
 

@@ -2,6 +2,7 @@
 
     RUNS_DIR/NAME/TASK-MODEL-METHOD-sSEED-DIGEST/
         config.yaml  metrics.jsonl  console.log  result.json  scores.safetensors  trajectory.bin
+        mask.safetensors (of a method that trains named entries)
         checkpoint/state.json  weights-STEP.safetensors  optimizer-STEP.safetensors
 
 Every file but those that grow line by line is written beside its place and then renamed, so a

@@ -35,6 +35,8 @@ class ZeroOrder(Parts):
     measures_pairs: ClassVar = True  # of losses at opposite points, which may run in turns
     shares_steps: ClassVar = True  # ranks may make a step together: it needs losses alone
     needs_gradient: ClassVar = False  # of the objective, which must be the loss then
+    needs_mask: ClassVar = False  # of named entries, which a run makes once and keeps
+    score_bytes: ClassVar = 0  # a weight, while that mask is made
     mode = "eval"
 
     @torch.inference_mode(False)

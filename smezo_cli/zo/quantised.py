@@ -174,7 +174,7 @@ class QuantisedLinear(nn.Module):
                 dense = torch.empty(shape, dtype=self.dtype, device=held.device)
                 self.write(dense)
         if self.kept is not None and self.kept_at is not None:
-            dense.view(-1).index_copy_(0, self.kept_at, self.kept)
+            dense.view(-1).index_copy_(0, self.kept_at, self.kept.to(dense.dtype))
         return dense
 
     def forward(self, x: Tensor) -> Tensor:

@@ -130,6 +130,18 @@ class Names:
         return value
 
 
+class Text:
+    """A text of at least one character."""
+
+    words = "a text"
+    example = "runs/default/RUN"
+
+    def __call__(self, value: object) -> str:
+        if not isinstance(value, str) or not value:
+            raise ValueError
+        return value
+
+
 # --- names for signatures ---------------------------------------------------------------------
 
 Count = Annotated[int, Whole(1, example="16")]
@@ -156,6 +168,8 @@ Globs = Annotated[Iterable[str], Names()]
 MaskRule = Annotated[str, Choice("small", "large", "random", "none")]
 Resample = Annotated[str, Choice("run", "step")]
 ConstantTensors = Annotated[str, Choice("dense", "frozen")]
+Scope = Annotated[str, Choice("global", "tensor")]
+Place = Annotated[str, Text()]
 Noise = Annotated[str, Choice("gaussian", "rademacher")]
 SignOf = Annotated[str, Choice("elementwise", "scalar")]
 YesNo = Annotated[bool, Choice(True, False)]

@@ -87,6 +87,11 @@ def select(
     return targets
 
 
+def literal(name: str) -> str:
+    """Return a glob that matches this name alone."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
 def number(loss: Tensor) -> float:
     """Return a loss as a Python float."""
     return float(loss.detach())

@@ -9,8 +9,9 @@
 Sparsity 0 is ``small`` with h = infinity: MeZO, by the same code.
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -67,33 +68,35 @@ def extremes(weight: Tensor) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def kth_magnitude(weight: Tensor, k: int) -> float:
-    """The k-th smallest |w| (k from 1), exactly, in chunks.
+def kth_magnitude(weight: Tensor | Sequence[Tensor], k: int) -> float:
+    """The k-th smallest |w| (k from 1) of one tensor, or of several of one dtype; exact, in chunks.
 
     Magnitudes order like their bit patterns, so two histograms (upper 16 bits, then the lower ones
     within the bucket that holds the k-th) find the value without a sort or a full-size copy.
     """
-    assert 1 <= k <= weight.numel()
-    if weight.dtype == torch.float32:
+    weights = [weight] if isinstance(weight, Tensor) else list(weight)
+    dtype, device = weights[0].dtype, weights[0].device
+    assert 1 <= k <= sum(w.numel() for w in weights)
+    if dtype == torch.float32:
         view, lower_bits = torch.int32, 15
-    elif weight.dtype in (torch.bfloat16, torch.float16):
+    elif dtype in (torch.bfloat16, torch.float16):
         view, lower_bits = torch.int16, 0
     else:
-        raise ValueError(f"dtype {weight.dtype} has no mask: float32, bfloat16, float16")
-    upper = torch.zeros(1 << 16, dtype=torch.int64, device=weight.device)
-    for chunk in _chunks(weight):
+        raise ValueError(f"dtype {dtype} has no mask: float32, bfloat16, float16")
+    upper = torch.zeros(1 << 16, dtype=torch.int64, device=device)
+    for chunk in itertools.chain.from_iterable(map(_chunks, weights)):
         bits = chunk.abs().view(view).to(torch.int64) >> lower_bits
-        upper += torch.bincount(bits, minlength=1 << 16)
+        upper += torch.bincount(bits, minlength=1 << 16).to(device)
     bucket, below = _bucket_of(upper, k)
     pattern = bucket
     if lower_bits:
-        lower = torch.zeros(1 << lower_bits, dtype=torch.int64, device=weight.device)
-        for chunk in _chunks(weight):
+        lower = torch.zeros(1 << lower_bits, dtype=torch.int64, device=device)
+        for chunk in itertools.chain.from_iterable(map(_chunks, weights)):
             bits = chunk.abs().view(view)
             inside = bits[bits >> lower_bits == bucket] & ((1 << lower_bits) - 1)
-            lower += torch.bincount(inside.to(torch.int64), minlength=1 << lower_bits)
+            lower += torch.bincount(inside.to(torch.int64), minlength=1 << lower_bits).to(device)
         pattern = (bucket << lower_bits) | _bucket_of(lower, k - below)[0]
-    return float(torch.tensor(pattern, dtype=view).view(weight.dtype))
+    return float(torch.tensor(pattern, dtype=view).view(dtype))
 
 
 def _bucket_of(counts: Tensor, k: int) -> tuple[int, int]:
