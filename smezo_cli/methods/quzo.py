@@ -138,7 +138,7 @@ class RoundedPair:
         perturb_bits: of u, which has 2^perturb_bits levels (k + 1/2) step in [-RANGE, RANGE].
     """
 
-    may_keep = False  # what it draws of a step
+    has_compiled_passes = True
 
     def __init__(self, perturb_bits: int) -> None:
         check(2 <= perturb_bits <= 8, f"perturb_bits={perturb_bits}: from 2 to 8")
@@ -159,6 +159,10 @@ class RoundedPair:
         self.passes, self.why_eager = choose_draws(self.step, backend, device)
 
     kept_bytes = 0
+
+    def noise_bytes(self, *, compiles: bool, on_cpu: bool, free: int) -> int:
+        """See :class:`Direction`: the probe and the update draw anew."""
+        return 0
 
     def state_size(self, target: Target) -> int:
         """See :class:`Direction`."""

@@ -18,8 +18,6 @@ _THRESHOLD = 28  # bytes that masks.kth_magnitude takes for each entry of a chun
 
 _COUNTED = 1_000_000  # steps whose forwards are asked for one by one
 
-_KEPT = 4 + 1  # bytes a weight of noise that is kept: z in float32, the mask
-
 
 @dataclass(frozen=True)
 class Needs:
@@ -81,6 +79,8 @@ def training(run: DryRun, method: Any, capacity: int) -> Needs:
 def _by_perturbations(run: DryRun, method: Any, capacity: int) -> Needs:
     import torch
 
+    from smezo_cli.zo.directions import dense
+
     sizes = [p.numel() for p in method.trained.values()]
     weights, largest = sum(sizes), max(sizes)
     held, found = dict[str, int](), dict[str, int]()
@@ -100,17 +100,17 @@ def _by_perturbations(run: DryRun, method: Any, capacity: int) -> Needs:
         with torch.no_grad():
             forward = run.count(_objective(run, scorer, batch))[0] + run.cast_bytes
         # eps m z and the mask of every weight; one tensor in float32, moved and chosen.
-        found["step"] = weights * (_KEPT + 4) + max(forward, 12 * largest)
+        found["step"] = weights * (dense.KEPT + 4) + max(forward, 12 * largest)
         return Needs(held, found)
-    keeps = keeps_noise(run, method, compiles=compiles, capacity=capacity)
+    noise = noise_bytes(run, method, compiles=compiles, capacity=capacity)
     points = points_at_once(method)
     step, copies = _probed(run, method, batch)
     held["scratch of probes"] = points * copies
-    found["step"] = points * step + (_KEPT * weights if keeps else 0)
+    found["step"] = points * step + noise
     pair, _ = _probed(run, method, batch[:2])
     # The self-check perturbs some tensors in place, and puts an exact copy of them back.
     saved = _checked_together(run, method)
-    found["self-check"] = saved * (run.dtype.itemsize + (_KEPT if keeps else 0)) + pair
+    found["self-check"] = saved * run.dtype.itemsize + min(saved * dense.KEPT, noise) + pair
     return Needs(held, found)
 
 
@@ -301,6 +301,8 @@ def compiles_passes(run: DryRun, method: Any) -> bool:
     from smezo_cli.zo.directions import dense
     from smezo_cli.zo.passes import choose
 
+    if not method.direction.has_compiled_passes:
+        return False
     if run.settings.compile != "auto":
         return bool(run.settings.compile)
     if run.device == "cuda":
@@ -310,19 +312,10 @@ def compiles_passes(run: DryRun, method: Any) -> bool:
     return bool(worth_it and method.num_weights >= dense.WORTH_COMPILING)
 
 
-def keeps_noise(run: DryRun, method: Any, *, compiles: bool, capacity: int) -> bool:
-    """Return whether the noise of a step is kept between its passes, as a run decides by itself."""
-    stochastic = run.settings.method.get("rounding") == "stochastic"
-    if never_keeps_noise(method) or compiles or run.device != "cpu":
-        return False
-    if method.num_scalars != 1 or stochastic:
-        return False
-    return bool(capacity > 10 * method.num_weights)
-
-
-def never_keeps_noise(method: Any) -> bool:
-    """Return whether the noise of a step is drawn anew in each pass, whatever a run decides."""
-    return not getattr(method.direction, "may_keep", True)
+def noise_bytes(run: DryRun, method: Any, *, compiles: bool, capacity: int) -> int:
+    """Return the bytes of noise that a step keeps between its passes, as its direction says."""
+    on_cpu = run.device == "cpu"
+    return int(method.direction.noise_bytes(compiles=compiles, on_cpu=on_cpu, free=capacity))
 
 
 def objective_of(settings: Settings) -> str:

@@ -82,6 +82,19 @@ class Direction(Protocol):
     def kept_bytes(self) -> int:
         """Bytes of what is kept from step to step, beside the state."""
 
+    @property
+    def has_compiled_passes(self) -> bool:
+        """Whether compiled passes are used where they are asked for."""
+
+    def noise_bytes(self, *, compiles: bool, on_cpu: bool, free: int) -> int:
+        """Return the bytes of noise that a step keeps from pass to pass.
+
+        Args:
+            compiles: compiled passes are asked for.
+            on_cpu: the tensors are on a CPU, wherever they are now.
+            free: bytes of free memory there.
+        """
+
     def state_size(self, target: Target) -> int:
         """Return how many numbers a slot of the state holds for a target."""
 

@@ -1,8 +1,8 @@
 """Perturb tensors along a dense direction: one keyed number of noise for every weight."""
 
 import os
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from smezo_cli.zo.passes.eager import EagerPasses, Use, round_bits
 from smezo_cli.zo.rounding import ROUNDINGS
 from smezo_cli.zo.targets import Target, check, one_of
 
+KEPT = 4 + 1  # bytes a weight of noise that is kept: z in float32, the mask
+
 WORTH_COMPILING = 1_000_000  # weights; fewer are moved some hundred times while Numba starts
 
 
@@ -28,6 +30,8 @@ class Dense:
     Raises:
         ValueError: another noise.
     """
+
+    has_compiled_passes: ClassVar = True
 
     def __init__(self, noise: str = "gaussian") -> None:
         one_of("noise", noise, KINDS)
@@ -77,6 +81,7 @@ class Dense:
         rounding = "stochastic" if context.is_stochastic else "nearest"
         needs = f"num_queries=1 and rounding=nearest, not {num_terms} and {rounding}"
         check(can_keep or wish is not True, f"keep_noise=true needs {needs}: leave it out")
+        self._may_keep: bool | None = None  # None: where that pays
         if context.is_in_place:
             check(can_keep, f"executor=in_place needs {needs}: leave it out")
             check(
@@ -84,11 +89,33 @@ class Dense:
                 "keep_noise=false: executor=in_place updates by the noise and the mask that it "
                 "kept; leave keep_noise out",
             )
-            return True  # its update uses the mask of before the first write
-        if wish != "auto":
-            return bool(wish)
-        is_slow_to_draw = self.passes.name == "eager" and device.type == "cpu"
-        return can_keep and is_slow_to_draw and free_memory_bytes() > 10 * num_weights
+            self._may_keep = True  # its update uses the mask of before the first write
+        elif wish != "auto":
+            self._may_keep = bool(wish)
+        elif not can_keep:
+            self._may_keep = False
+        is_slow = self.passes.name == "eager" and device.type == "cpu"
+        return self._keeps_where(is_slow, free_memory_bytes, num_weights)
+
+    def _keeps_where(self, is_slow: bool, free: Callable[[], int], num_weights: int) -> bool:
+        """Return whether z is kept where drawing is slow or not, and so many bytes are free."""
+        if self._may_keep is not None:
+            return self._may_keep
+        return is_slow and free() > 10 * num_weights
+
+    def noise_bytes(self, *, compiles: bool, on_cpu: bool, free: int) -> int:
+        """See :class:`Direction`."""
+        return self.noise_bytes_of(self.targets, compiles=compiles, on_cpu=on_cpu, free=free)
+
+    def noise_bytes_of(
+        self, targets: Sequence[Target], *, compiles: bool, on_cpu: bool, free: int
+    ) -> int:
+        """As :meth:`noise_bytes`, where only these targets are perturbed along dense noise."""
+        is_slow = on_cpu and not (compiles and self.has_compiled_passes)
+        num_weights = sum(t.parameter.numel() for t in self.targets)
+        if not self._keeps_where(is_slow, lambda: free, num_weights):
+            return 0
+        return KEPT * sum(t.parameter.numel() for t in targets)
 
     def begin(self, step: int) -> None:
         """See :class:`Direction`."""

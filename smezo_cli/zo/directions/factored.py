@@ -126,6 +126,13 @@ class Factored:
                 found += 4 * self.rank_of(target) * sides
         return found
 
+    has_compiled_passes = True
+
+    def noise_bytes(self, *, compiles: bool, on_cpu: bool, free: int) -> int:
+        """See :class:`Direction`; of the tensors that have no factors."""
+        dense = [t for t in self.dense.targets if self.shape_of(t) is None]
+        return self.dense.noise_bytes_of(dense, compiles=compiles, on_cpu=on_cpu, free=free)
+
     # --- steps --------------------------------------------------------------------------------
 
     def begin(self, step: int) -> None:

@@ -60,6 +60,8 @@ class Pool(Dense):
         ValueError: an argument out of range.
     """
 
+    has_compiled_passes = False  # numbers are looked up
+
     def __init__(self, bits: int, generators: int, modulus: str, num_queries: int) -> None:
         super().__init__("gaussian")
         check(bits in TAPS, f"bits={bits}: 4 to 16")
