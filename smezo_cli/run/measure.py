@@ -139,6 +139,8 @@ class Batch:
             with detecting_out_of_memory():
                 found = self._scorer.objective_sum(part, self._objective).detach().double()
                 sums.append((found * self._factor(part) * _GRID).round() / _GRID)
+        if not sums:  # fewer rows than ranks that share them
+            return torch.zeros((), dtype=torch.float64, device=self._scorer.forward.device)
         return torch.stack(sums).sum()  # where the model is: nothing waits between the parts
 
     def _factor(self, part: Sequence[Candidates]) -> float:

@@ -48,6 +48,8 @@ from tests.run.tiny_runs import METHODS, SMALL, records_of, result_of, run_folde
         # A step has two exchanges, of other lengths: 2 and 3 losses, or 6 and 3.
         ("mezo", 2, ["method=zo_conservative"], ["micro_batch_size=4"]),
         ("mezo", 2, ["method=zo_conservative", "method.num_queries=3", "query_ranks=2"], []),
+        # The rows of an anchor are fewer than the ranks.
+        ("mezo", 2, ["method=mezo_svrg", "method.full_rows=1"], ["micro_batch_size=4"]),
     ],
 )
 def test_ranks_train_the_weights_of_one_process(
