@@ -49,6 +49,9 @@ class Team(Protocol):
     def add(self, numbers: Sequence[float]) -> list[float]:
         """Return sums over the ranks."""
 
+    def measured(self) -> None:
+        """Take note that a step has all its losses."""
+
     def step_made(self) -> None:
         """Take note that a step is made."""
 
@@ -141,6 +144,8 @@ class Batch:
             with detecting_out_of_memory():
                 found = self._scorer.objective_sum(part, self._objective).detach().double()
                 sums.append((found * self._factor(part) * _GRID).round() / _GRID)
+        if not sums:  # fewer rows than ranks that share them
+            return torch.zeros((), dtype=torch.float64, device=self._scorer.forward.device)
         return torch.stack(sums).sum()  # where the model is: nothing waits between the parts
 
     def _factor(self, part: Sequence[Candidates]) -> float:
@@ -201,6 +206,10 @@ class ShardedBatch(Batch):
         weight = self._weight if self._team.shares_rows else 1
         sums = iter([total / weight for total in self._team.add(flat)])
         return [[next(sums) for _ in range(size)] for size in sizes]
+
+    def measured(self) -> None:
+        """See :class:`smezo_cli.zo.step.TakesNote`."""
+        self._team.measured()
 
 
 class Measure:

@@ -19,7 +19,7 @@ from datetime import timedelta
 from typing import Any
 
 from smezo_cli.config.fixed import is_frozen
-from smezo_cli.config.method_keys import trait
+from smezo_cli.config.method_keys import shared_by, trait
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.machine import torchrun
@@ -77,7 +77,6 @@ def join(settings: Settings) -> "Ranks | None":
 
 def _check(settings: Settings, size: int) -> None:
     of_queries, name = settings.query_ranks, settings.method["name"]
-    queries = settings.method.get("num_queries", 1)
     if settings.eps is None:
         why = "takes no steps" if is_frozen(settings.method) else "would exchange whole gradients"
         raise UserError(
@@ -98,10 +97,17 @@ def _check(settings: Settings, size: int) -> None:
             f"query_ranks={of_queries}: the {size} ranks must be a multiple of it; "
             f"query_ranks=1 shares the rows alone."
         )
-    if of_queries > queries:
+    shared, queries = shared_by(settings.method)
+    if of_queries > 1 and not shared:
         raise UserError(
-            f"query_ranks={of_queries}: there are {queries} queries to share; raise "
-            "method.num_queries, or lower query_ranks."
+            f"query_ranks={of_queries}: the losses of a step of method={name} belong together, so "
+            "ranks share its rows alone; leave query_ranks out."
+        )
+    if queries is not None and of_queries > queries:
+        there_are = "there is 1 query" if queries == 1 else f"there are {queries} queries"
+        more = " or ".join(f"method.{key}" for key in shared)
+        raise UserError(
+            f"query_ranks={of_queries}: {there_are} to share; raise {more}, or lower query_ranks."
         )
     if size // of_queries > settings.batch_size:
         raise UserError(
@@ -172,6 +178,7 @@ class Ranks:
         of_rows: number of ranks that share the rows of a query.
         of_queries: number of groups of such ranks, which share the queries.
         left: steps that the followers take before they ask rank 0 what comes next.
+        most_queries: that there were to share at once so far.
         lost: whether a collective has failed.
     """
 
@@ -216,6 +223,7 @@ class Ranks:
             raise RankLost("the ranks have lost each other; start them again.")
         self.of_queries, self.of_rows = settings.query_ranks, self.size // settings.query_ranks
         self.stop_asked, self.left, self._width = False, 0, 0
+        self.most_queries = 0
         self.asked: Callable[[], bool] = lambda: False  # was this rank asked to stop?
         self._expected: int | None = None  # numbers in the sum that the followers wait in
         self._stage = "before"
@@ -234,6 +242,7 @@ class Ranks:
 
     def queries(self, num: int) -> Sequence[int]:
         """Return which of so many queries this rank measures."""
+        self.most_queries = max(self.most_queries, num)
         return range(self.rank // self.of_rows, num, self.of_queries)
 
     # --- what is exchanged --------------------------------------------------------------------
@@ -255,18 +264,26 @@ class Ranks:
             raise Left
         self.stop_asked = self.stop_asked or stop > 0
         if not all(map(math.isfinite, sums)):
-            self.left = 0  # all ranks know it, and wait for rank 0's next command
+            self._end_steps()  # all ranks know it, and wait for rank 0's next command
         elif self.stop_asked:
             self.left = min(self.left, 1)  # likewise, once this step is made
         if self.left > 0:
             self._expected = len(sums)
         return sums[: len(numbers)]
 
+    def measured(self) -> None:
+        """Take note that the present step has all its losses, before the weights are moved."""
+        if self.left <= 1:  # the followers wait for a command next, whatever happens here
+            self._expected = None
+
     def step_made(self) -> None:
         """Take note that a step is made, of those that the followers make with rank 0."""
         self.left -= 1
         if self.left <= 0:
-            self.left, self._expected, self._width = 0, None, 0
+            self._end_steps()
+
+    def _end_steps(self) -> None:
+        self.left, self._expected, self._width = 0, None, 0
 
     def _add(self, numbers: Sequence[float]) -> list[float]:
         import torch
@@ -291,7 +308,7 @@ class Ranks:
         self.left = 2  # another may follow, whatever comes of this one
         goes_on = self.add([float(has_scored)])[0] > 0
         if not goes_on or self.stop_asked:
-            self.left, self._expected = 0, None
+            self._end_steps()
         return goes_on
 
     def add_tensor(self, tensor: Any) -> Any:

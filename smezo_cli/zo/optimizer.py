@@ -16,7 +16,7 @@ from smezo_cli.zo.loss_meter import LossMeter
 from smezo_cli.zo.move import Gradient
 from smezo_cli.zo.parts import Parts
 from smezo_cli.zo.self_check import SelfCheck
-from smezo_cli.zo.step import Closure, NonFiniteLoss, StepRecord
+from smezo_cli.zo.step import Closure, NonFiniteLoss, StepRecord, TakesNote
 from smezo_cli.zo.targets import check, number
 from smezo_cli.zo.updates.base import WeightWriter
 
@@ -34,6 +34,10 @@ class ZeroOrder(Parts):
     compares_losses: ClassVar = True  # so that losses need no gradient, and may be any objective
     measures_pairs: ClassVar = True  # of losses at opposite points, which may run in turns
     shares_steps: ClassVar = True  # ranks may make a step together: it needs losses alone
+    # Ranks share the groups of points of a step (query_ranks). There are at least as many as the
+    # product of these arguments (of one that is None: as many as the model has), or so many.
+    groups_by: ClassVar = "num_queries"
+    least_groups: ClassVar = 1
     needs_gradient: ClassVar = False  # of the objective, which must be the loss then
     needs_mask: ClassVar = False  # of named entries, which a run makes once and keeps
     score_bytes: ClassVar = 0  # a weight, while that mask is made
@@ -74,6 +78,8 @@ class ZeroOrder(Parts):
         except NonFiniteLoss:  # of all processes
             self._joined.clear()
             raise
+        if isinstance(closure, TakesNote):
+            closure.measured()
         loss = sum(ask.all_losses) / len(ask.all_losses)
         self._joined.clear()
         record = self.record(loss, scalars, self.num_steps)

@@ -1,6 +1,7 @@
 """Micro-batches: the same update whatever their size, and half of it where memory is too small."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from smezo_cli.errors import UserError
 from smezo_cli.machine.out_of_memory import OutOfMemory, detecting_out_of_memory
 from smezo_cli.methods.first_order import FirstOrder
 from smezo_cli.methods.mezo import MeZO
-from smezo_cli.run.measure import Batch, Measure
+from smezo_cli.run.measure import Batch, Measure, ShardedBatch
 from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.zo.optimizer import ZeroOrder
 from tests.scoring.test_objectives import KINDS, in_the_mood
@@ -95,6 +96,53 @@ def test_sums_do_not_depend_on_their_order() -> None:
         sums = [float(Batch(scorer, quarter, "loss", 2)._sum()) for quarter in quarters]
         parts += [sum(sums), (sums[0] + sums[3]) + (sums[1] + sums[2])]
     assert len(set(parts)) == 1
+
+
+class OneOf:
+    """A rank among some that share the rows of a query; what it hears are given sums."""
+
+    shares_rows = True
+
+    def __init__(self, rank: int, size: int, sums: Sequence[float] = ()) -> None:
+        self._rank, self._size, self._sums = rank, size, sums
+
+    def rows(self, num: int) -> slice:
+        return slice(self._rank * num // self._size, (self._rank + 1) * num // self._size)
+
+    def queries(self, num: int) -> Sequence[int]:
+        return range(num)
+
+    def add(self, numbers: Sequence[float]) -> list[float]:
+        return list(self._sums)
+
+    def measured(self) -> None: ...
+
+    def step_made(self) -> None: ...
+
+
+@pytest.mark.parametrize("executor", ["sequential", "lockstep"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_shards_of_fewer_rows_than_ranks_add_up(kind: str, executor: str) -> None:
+    """Five shards of the four rows of another objective: one is empty, and the sum is exact."""
+    model, scorer, rows = setting(kind)
+    opt = mezo(model, executor=executor)
+
+    def few(batch: Batch) -> Batch:
+        batch.rows_of = lambda _: rows[:4]
+        return batch.of("few")
+
+    def losses(batch: Batch) -> list[float]:
+        return [float(x) for x in opt.executors.losses(batch, opt._pair(0, EPS))]
+
+    shards = [few(ShardedBatch(scorer, rows, "loss", 1, OneOf(rank, 5))) for rank in range(5)]
+    found = [losses(shard) for shard in shards]
+    assert [0.0, 0.0] in found
+    heard = OneOf(0, 5, [sum(of_point) for of_point in zip(*found, strict=True)])
+    whole = few(ShardedBatch(scorer, rows, "loss", 1, heard))
+    assert isinstance(whole, ShardedBatch)
+    alone = losses(few(Batch(scorer, rows, "loss", 1)))
+    assert whole.join({0: found[0]}, [2]) == [alone]
+    assert alone[0] != alone[1]
 
 
 class Small:
