@@ -33,7 +33,6 @@ AWAITED = {
     "method=hizoo",
     "method=mezo_gv",
     "method=qzo",
-    "method=senszoq",
     "method=subzero_gv",
     "method=subzero_plus",
     "method=svd0",
