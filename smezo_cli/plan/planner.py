@@ -12,7 +12,7 @@ from smezo_cli.config.digest import is_extensible
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.kinds import MIXTURE
-from smezo_cli.plan import stages
+from smezo_cli.plan import losses, stages
 from smezo_cli.plan.dry_run import OPTION_TOKENS, DryRun, dry_run
 from smezo_cli.plan.trace import bytes_of
 
@@ -300,7 +300,7 @@ def _disk(s: Settings, trained: int, state: int, *, by_steps: bool) -> tuple[int
 def _work(run: DryRun, method: Any) -> dict[str, int]:
     """Return forwards, rows and tokens by name."""
     s, shows = run.settings, run.lengths.demonstrated > 0
-    forwards = stages.forwards_of_training(method, s.steps)
+    forwards = losses.forwards_of_training(method, s.steps)
     fits = stages.fits_probe(method)
     evaluations = math.ceil(s.steps / s.eval_every) + (shows or fits)
     work = {

@@ -11,6 +11,10 @@ from smezo_cli.config.compose import compose
 from smezo_cli.config.settings import Settings, check
 from smezo_cli.models.load import load_model
 from smezo_cli.plan.planner import Plan, plan
+from smezo_cli.plan.trace import Keep, PadOnly, trace
+from smezo_cli.scoring.candidates import Candidates
+from smezo_cli.scoring.scorer import Scorer
+from smezo_cli.zo.tangent import TangentMover
 
 TINY = ("task=toy", "model=tiny-llama", "steps=20", "eval_every=10", "compile=false")
 WEIGHTS = 37_472  # of tiny-llama, its tied embedding once
@@ -68,3 +72,100 @@ def test_noise_that_a_user_asks_for_is_kept_by_compiled_passes() -> None:
         for wish in ("auto", "true")
     )
     assert kept - auto == 5 * WEIGHTS
+
+
+# --- gradients beside probes, and tangents ----------------------------------------------------
+
+TAIL = "backpropagation, gradients included"
+ALL = "forward and backward, gradients included"
+
+
+def test_backpropagation_of_all_weights_is_that_of_sgd_less_its_gradients() -> None:
+    """Of as many rows; a gradient is dropped once its tensor has moved."""
+    found = planned("method=addax", "method.short_rows=4", "method.keep_noise=false").phases[TAIL]
+    whole = planned("method=sgd", "batch_size=4").phases[ALL]
+    assert whole - 4 * WEIGHTS < found < whole
+
+
+def test_over_micro_batches_gradients_add_up() -> None:
+    words = ("method=addax", "method.short_rows=4", "method.keep_noise=false")
+    found = planned(*words, "micro_batch_size=2").phases[TAIL]
+    of_two = planned("method=sgd", "batch_size=2").phases[ALL]
+    # Up to the moves of the largest tensor, and a float64 sum.
+    assert of_two <= found <= of_two + 4 * 4 * 334 * 32
+
+
+def test_short_rows_are_as_long_as_short_ones_may_be() -> None:
+    short, long, few = (
+        planned("method=addax", *words).phases[TAIL]
+        for words in (["method.long_above=16"], [], ["method.short_rows=2"])
+    )
+    assert short < long
+    assert few < long
+
+
+def test_activations_are_kept_for_the_tail_alone() -> None:
+    nothing, one, whole = (
+        planned(*words, "method.keep_noise=false").phases[TAIL]
+        for words in (
+            ["method=elasticzo", "method.tail_blocks=0"],
+            ["method=elasticzo", "method.tail_blocks=1"],
+            ["method=addax", "method.short_rows=16", "batch_size=16"],
+        )
+    )
+    assert nothing < one < whole
+    noisy = planned("method=elasticzo").phases[TAIL]
+    frozen = sum(p.numel() for p in _tail_of_elasticzo())
+    assert noisy - one == 5 * (WEIGHTS - frozen)  # noise of the others is kept meanwhile
+
+
+def _tail_of_elasticzo() -> list[Any]:
+    settings = settings_of("method=elasticzo")
+    model = tiny_model(settings)
+    method = build(settings.method, "method", model=model, seed=0, check=False)
+    return list(method.tail.parameters.values())
+
+
+@pytest.mark.parametrize("method", ["addax", "elasticzo"])
+def test_a_tail_takes_what_it_takes_of_real_tensors(method: str) -> None:
+    settings = settings_of(f"method={method}", "method.keep_noise=false")
+    model = tiny_model(settings)
+    real = build(settings.method, "method", model=model, seed=0, check=False)
+    number = 4 if method == "addax" else settings.batch_size
+    closure = Rows(model, number)
+    found, _ = trace(list(model.parameters()), lambda: real.tail.apply(closure, 1e-9))
+    stage = planned(f"method={method}", "method.keep_noise=false").phases[TAIL]
+    assert stage == pytest.approx(found, rel=0.02)  # equal rows share what differs on meta
+
+
+class Rows:
+    """The loss of equal rows of 32 tokens."""
+
+    def __init__(self, model: Any, number: int) -> None:
+        row = Candidates((tuple(range(32)), (*range(31), 40)), (1, 1), 0, False)
+        self._scorer, self._rows = Scorer(model, PadOnly()), [row] * number
+
+    def __call__(self) -> Any:
+        return self._scorer.loss(self._rows)
+
+    def of(self, objective: str) -> "Rows":
+        return self
+
+
+def test_tangents_take_what_they_take_of_real_tensors() -> None:
+    settings = settings_of("method=forward_grad")
+    model = tiny_model(settings)
+    real = build(settings.method, "method", model=model, seed=0, backend="eager", check=False)
+    closure = Rows(model, settings.batch_size)
+    mover = TangentMover(lambda parameter, out: None, Keep())
+    made = []
+
+    def measure() -> None:
+        with torch.no_grad():
+            made.append(real.executors.derivative(closure, mover))
+
+    found, left = trace(list(model.parameters()), measure, is_fused=False)
+    step = planned("method=forward_grad", "method.keep_noise=false").phases["step"]
+    # Of real tensors tangents that are zero count, too, which torch holds without memory.
+    assert step == pytest.approx(found - left, rel=0.1)
+    assert step > 1.5 * planned("method=mezo", "method.executor=sequential").phases["step"]
