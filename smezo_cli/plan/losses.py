@@ -125,18 +125,50 @@ def rows_of(method: Any, objective: str, settings: Settings, longest: int) -> Ro
     return Rows(number, tokens)
 
 
+def rows_and_tokens(method: Any, settings: Settings, longest: int) -> tuple[int, int] | None:
+    """Return the rows in all forwards of the training, and their tokens at most.
+
+    None where that hangs on the number of train rows, which is not known.
+    """
+    rows = tokens = 0
+    for objective, forwards in forwards_by_loss(method, settings.steps).items():
+        own = rows_of(method, objective, settings, longest)
+        if own.number is None:
+            return None
+        rows += forwards * own.number
+        tokens += forwards * own.number * own.tokens
+    return rows, tokens
+
+
+def sentence(method: Any, settings: Settings, longest: int) -> str:
+    """Return what a forward is and which losses there are; "" where all are of the batch."""
+    if not chooses_rows(method):
+        return ""
+    words = []
+    for objective, forwards in sorted(forwards_by_loss(method, settings.steps).items()):
+        number = rows_of(method, objective, settings, longest).number
+        of = f"{number} rows" if number is not None else "all train rows (task.num_train is null)"
+        words.append(f"{forwards} for the loss {objective} of {of}")
+    return (
+        "a forward is a pass over all rows of one loss, as num_forwards of result.json counts: "
+        f"{', '.join(words)}"
+    )
+
+
 def _longest_taken(
     method: Any, objective: str, batch_size: int, count: int, longest: int
 ) -> tuple[int, int]:
     """Return the tokens of the longest rows that a loss takes, and how many it takes of them."""
-    refused: UserError | None = None
     for tokens in range(longest, 0, -1):
         try:
             return tokens, _number(method, objective, batch_size, count, tokens)
-        except UserError as error:
-            refused = refused or error
-    assert refused is not None
-    raise refused
+        except UserError:  # rows so long do not belong to it
+            continue
+    raise UserError(
+        f"no row of at most {longest} tokens (--tokens, task.max_train_tokens, model.max_length) "
+        f"belongs to the loss {objective!r} of the method: plan with longer rows, or change the "
+        "method's keys, such as method.long_above=0."
+    )
 
 
 def _number(method: Any, objective: str, batch_size: int, count: int, tokens: int) -> int:
