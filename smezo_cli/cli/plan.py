@@ -7,8 +7,9 @@ scorer and probe then go through it, and every tensor that they make is counted 
 import dataclasses
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from smezo_cli.cli.flags import Flags, shows_help
 from smezo_cli.config.compose import checked_settings
@@ -17,7 +18,7 @@ from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.files import strict_json
 from smezo_cli.files.bounded import read_json
-from smezo_cli.plan.planner import plan
+from smezo_cli.plan.planner import ROWS, plan
 
 USAGE = """\
 smezo plan [KEY=VALUE ...]      what the run of `smezo train KEY=VALUE ...` will need
@@ -53,16 +54,17 @@ def main(words: Sequence[str]) -> int:
     capacity = None if given.memory is None else parse_memory(given.memory)
     settings = checked_settings(given.overrides, given.config_dir, say)
     tokens = None if given.tokens is None else _parse_tokens(given.tokens, settings)
-    seconds = None if given.bench is None else _benched(Path(given.bench), settings)
+    bench = None if given.bench is None else _bench_of(Path(given.bench), settings)
     found = plan(settings, capacity=capacity, tokens=tokens)
-    if seconds is not None:
+    if bench is not None:
+        seconds = _seconds(Path(given.bench), bench, settings, found.work)
         found = dataclasses.replace(found, seconds=seconds)
     print(strict_json.dumps(found.record(), indent=2) if given.json else found.text())
     return 0
 
 
-def _benched(path: Path, settings: Settings) -> dict[str, float]:
-    """Return the seconds of steps from a file of `smezo bench --json`.
+def _bench_of(path: Path, settings: Settings) -> dict[str, Any]:
+    """Return what a file of `smezo bench --json` holds, which has steps like those of the run.
 
     Raises:
         UserError: it cannot be read, or measured something else.
@@ -88,11 +90,40 @@ def _benched(path: Path, settings: Settings) -> dict[str, float]:
             f"--bench {path} holds no step of method {settings.method['name']}: smezo bench "
             "measures mezo and sparse_mezo."
         )
-    length = found.get("length")
-    if not isinstance(length, int):
+    if not isinstance(found.get("length"), int):
         raise UserError(f"--bench {path} does not say its length; make it anew.")
-    rows = settings.batch_size
-    return {"step": step, "rows": rows, "tokens": length, "steps": step * settings.steps}
+    return dict(found)
+
+
+def _seconds(
+    path: Path, bench: Mapping[str, Any], settings: Settings, work: Mapping[str, int]
+) -> dict[str, float]:
+    """Return the seconds of a step as it was measured, and those of all steps.
+
+    Every forward of a bench is over one batch. Where those of the run are over other rows, too,
+    all steps take the seconds of a forward as often as their rows make batches.
+
+    Raises:
+        UserError: these rows are not known, or the file does not say what a forward takes.
+    """
+    name, size = settings.method["name"], settings.batch_size
+    step = bench["median_seconds"][name]
+    found = {"step": step, "rows": size, "tokens": bench["length"], "steps": step * settings.steps}
+    rows = work.get(ROWS)
+    if rows == work["forwards of training"] * size:
+        return found
+    if rows is None:
+        raise UserError(
+            f"--bench {path}: method {name} computes losses of all train rows, whose number is "
+            "not known: say it, such as task.num_train=1000, or leave --bench out."
+        )
+    forward = bench["median_seconds"].get("forward")
+    ratio = (bench.get("ratio_to_its_forwards") or {}).get(name)
+    if not isinstance(forward, float) or not isinstance(ratio, float):
+        raise UserError(
+            f"--bench {path} does not say what a forward of method {name} takes; make it anew."
+        )
+    return found | {"steps": forward * ratio * rows / size}
 
 
 _UNITS = {"": 3, "K": 1, "M": 2, "G": 3, "T": 4}

@@ -94,9 +94,10 @@ class DryRun:
 
         return Scorer(self.computing, PadOnly())
 
-    def count(self, call: Callable[[], Any]) -> tuple[int, int]:
+    def count(self, call: Callable[[], Any], *, is_fused: bool = True) -> tuple[int, int]:
         """Return the most bytes beside the model's that live during `call`, and those that stay."""
-        return trace([*self.computing.parameters(), *self.computing.buffers()], call)
+        held = [*self.computing.parameters(), *self.computing.buffers()]
+        return trace(held, call, is_fused=is_fused)
 
     def rows(self, count: int, tokens: int) -> list[Any]:
         """Return equal rows of so many tokens, as the kind of the task has them."""
@@ -121,9 +122,13 @@ class DryRun:
 
     def micro_batch(self) -> list[Any]:
         """Return the most rows that a step computes together."""
+        return self.rows(self.micro_batch_size, self.lengths.training)
+
+    @property
+    def micro_batch_size(self) -> int:
+        """How many these are."""
         s = self.settings
-        count = min(s.batch_size, s.micro_batch_size or s.batch_size)
-        return self.rows(count, self.lengths.training)
+        return int(min(s.batch_size, s.micro_batch_size or s.batch_size))
 
     def demonstrated(self, row: Any, first: int) -> Any:
         """Return the row behind demonstrations, its own first token being `first`."""

@@ -12,9 +12,11 @@ from smezo_cli.config.digest import is_extensible
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.kinds import MIXTURE
-from smezo_cli.plan import stages
+from smezo_cli.plan import losses, stages
 from smezo_cli.plan.dry_run import OPTION_TOKENS, DryRun, dry_run
 from smezo_cli.plan.trace import bytes_of
+
+ROWS = "rows in them"  # in the forwards of training
 
 # Resident memory of a run on a CPU less its weights and tensors (Linux, torch 2.13, transformers
 # 5.23, datasets 5.2): libraries, the embedded task's rows and tokens, and what an allocator keeps.
@@ -164,21 +166,25 @@ def _of_mixture(settings: Settings, capacity: int | None, tokens: int | None) ->
     """
     nodes = settings.task["nodes"]
     each = math.ceil(settings.batch_size / len(nodes))
-    plans = {
-        name: plan(
-            dataclasses.replace(settings, task=node, batch_size=each),
-            capacity=capacity,
-            tokens=tokens,
-        )
-        for name, node in nodes.items()
-    }
-    parts, first = list(plans.values()), next(iter(plans.values()))
-    work = {key: sum(part.work.get(key, 0) for part in parts) for key in first.work}
-    forwards = first.work["forwards of training"]
-    work |= {"forwards of training": forwards, "rows in them": forwards * settings.batch_size}
-    work["evaluations on dev"] = first.work["evaluations on dev"]
-    if any(key not in part.work for part in parts for key in first.work):
-        work.pop("rows in evaluations, at most", None)
+
+    def part_of(node: dict[str, Any]) -> Settings:
+        return dataclasses.replace(settings, task=node, batch_size=each)
+
+    parts = [plan(part_of(node), capacity=capacity, tokens=tokens) for node in nodes.values()]
+    first, first_node = parts[0], next(iter(nodes.values()))
+    known = [key for key in first.work if all(key in part.work for part in parts)]
+    work = {key: sum(part.work[key] for part in parts) for key in known}
+    for key in ("forwards of training", "evaluations on dev"):
+        work[key] = first.work[key]
+    # A loss has rows of all parts.
+    run = dry_run(part_of(first_node), first.device, tokens, stages.num_demonstrations(settings))
+    method, longest = stages.method_on_meta(run), run.lengths.training
+    if ROWS in work:
+        work[ROWS] = _rows_of_training(run, method, settings)[ROWS]
+    of_parts = {losses.sentence(method, part_of(node), longest) for node in nodes.values()}
+    said = [line for part in parts for line in part.assumptions if line not in of_parts]
+    if words := losses.sentence(method, settings, longest):
+        said.append(words)
     return dataclasses.replace(
         first,
         run=first.run.replace(next(iter(nodes)), f"mixture of {', '.join(nodes)}", 1),
@@ -190,7 +196,7 @@ def _of_mixture(settings: Settings, capacity: int | None, tokens: int | None) ->
         work=work,
         assumptions=[
             f"at most {each} rows of a part in a step; of all parts what takes most memory",
-            *dict.fromkeys(line for part in parts for line in part.assumptions),
+            *dict.fromkeys(said),
         ],
     )
 
@@ -300,13 +306,12 @@ def _disk(s: Settings, trained: int, state: int, *, by_steps: bool) -> tuple[int
 def _work(run: DryRun, method: Any) -> dict[str, int]:
     """Return forwards, rows and tokens by name."""
     s, shows = run.settings, run.lengths.demonstrated > 0
-    forwards = stages.forwards_of_training(method, s.steps)
+    forwards = losses.forwards_of_training(method, s.steps)
     fits = stages.fits_probe(method)
     evaluations = math.ceil(s.steps / s.eval_every) + (shows or fits)
     work = {
         "forwards of training": forwards,
-        "rows in them": forwards * s.batch_size,
-        "tokens in them, at most": forwards * s.batch_size * run.lengths.training,
+        **_rows_of_training(run, method, s),
         "evaluations on dev": evaluations,
     }
     if fits and s.task["num_train"]:
@@ -320,6 +325,14 @@ def _work(run: DryRun, method: Any) -> dict[str, int]:
         rows = (evaluations + prompts) * num_dev + tests * s.task["num_test"]
         work["rows in evaluations, at most"] = rows
     return work
+
+
+def _rows_of_training(run: DryRun, method: Any, settings: Settings) -> dict[str, int]:
+    """Return the rows and tokens in all forwards of the training; nothing where not known."""
+    found = losses.rows_and_tokens(method, settings, run.lengths.training)
+    if found is None:
+        return {}
+    return dict(zip((ROWS, "tokens in them, at most"), found, strict=True))
 
 
 def _assumptions(run: DryRun, method: Any) -> Iterator[str]:
@@ -344,6 +357,8 @@ def _assumptions(run: DryRun, method: Any) -> Iterator[str]:
         yield f"{run.num_options} options of {OPTION_TOKENS} tokens each"
     if run.kind == "generation":
         yield f"answers of task.max_new_tokens={s.task['max_new_tokens']} tokens"
+    if stages.takes_steps(method) and (words := losses.sentence(method, s, lengths.training)):
+        yield words
     if stages.objective_of(s) == "f1":
         yield "a forward of training generates an answer a row, whose tokens are not counted"
     if run.packed:

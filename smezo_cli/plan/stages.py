@@ -5,9 +5,11 @@ What differs between methods is asked by the short functions at the end of this 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from smezo_cli.config.settings import Settings
+from smezo_cli.plan import losses
 from smezo_cli.plan.dry_run import DryRun
 from smezo_cli.plan.trace import Keep, bytes_of, trace
 
@@ -16,7 +18,7 @@ _NUMBA = 100_000_000
 
 _THRESHOLD = 28  # bytes that masks.kth_magnitude takes for each entry of a chunk
 
-_COUNTED = 1_000_000  # steps whose forwards are asked for one by one
+_TAIL = "backpropagation, gradients included"
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def _by_perturbations(run: DryRun, method: Any, capacity: int) -> Needs:
 
     from smezo_cli.zo.directions import dense
 
-    sizes = [p.numel() for p in method.trained.values()]
+    sizes = [target.parameter.numel() for target in method.targets]
     weights, largest = sum(sizes), max(sizes)
     held, found = dict[str, int](), dict[str, int]()
     if method.state_bytes:
@@ -100,13 +102,22 @@ def _by_perturbations(run: DryRun, method: Any, capacity: int) -> Needs:
         with torch.no_grad():
             forward = run.count(_objective(run, scorer, batch))[0] + run.cast_bytes
         # eps m z and the mask of every weight; one tensor in float32, moved and chosen.
-        found["step"] = weights * (dense.KEPT + 4) + max(forward, 12 * largest)
+        kept = weights * (dense.KEPT + 4)
+        found["step"] = kept + max(forward, 12 * largest)
+        if method.tail is not None:
+            found[_TAIL] = kept + _backward_of_tail(run, method)
         return Needs(held, found)
     noise = noise_bytes(run, method, compiles=compiles, capacity=capacity)
     points = points_at_once(method)
     step, copies = _probed(run, method, batch)
     held["scratch of probes"] = points * copies
     found["step"] = points * step + noise
+    if carries_tangents(method):
+        # Its self-check compares two plain losses, by kept noise; the update fills that anew.
+        tangents, _ = _probed(run, method, batch, with_tangents=True)
+        found["step"] = max(tangents, found["step"])
+    if method.tail is not None:
+        found[_TAIL] = noise + _backward_of_tail(run, method)
     pair, _ = _probed(run, method, batch[:2])
     # The self-check perturbs some tensors in place, and puts an exact copy of them back.
     saved = _checked_together(run, method)
@@ -152,27 +163,79 @@ def _objective(run: DryRun, scorer: Any, batch: Sequence[Any]) -> Callable[[], A
     return lambda: compute(batch)
 
 
-def _probed(run: DryRun, method: Any, batch: Sequence[Any]) -> tuple[int, int]:
+def _probed(
+    run: DryRun, method: Any, batch: Sequence[Any], *, with_tangents: bool = False
+) -> tuple[int, int]:
     """Return the bytes that a loss at moved weights needs for a while, and those of the scratch.
 
     The scratch stays; the probe of the run itself goes through the model.
+
+    Args:
+        run: the model and its rows.
+        method: moves its targets.
+        batch: rows of the loss.
+        with_tangents: the loss is computed together with its derivative along a direction.
     """
     import torch
 
     from smezo_cli.zo.probe import FunctionalProbe
+    from smezo_cli.zo.tangent import TangentMover, derivative
 
     named = dict(run.computing.named_parameters())
-    probe = FunctionalProbe(run.computing, [named[name] for name in method.trained])
+    probe = FunctionalProbe(run.computing, [named[target.name] for target in method.targets])
     compute = _objective(run, run.scorer(), batch)
+    mover: Any = Keep()
 
     def measure() -> None:
-        with probe.at(Keep()):
+        if with_tangents:
+            derivative(compute, TangentMover(lambda parameter, out: None, mover), probe)
+            return
+        with probe.at(mover):
             compute()
 
     with torch.no_grad():
-        peak, left = run.count(measure)
+        peak, left = run.count(measure, is_fused=not with_tangents)
     # The scratch has the dtype of the weights.
     return peak - left + run.cast_bytes, left * run.dtype.itemsize // run.compute_dtype.itemsize
+
+
+def _backward_of_tail(run: DryRun, method: Any) -> int:
+    """Return the most bytes of a forward and backward of what is trained by backpropagation.
+
+    Beside the activations one gradient at a time, and what its tensor's update takes; or all
+    gradients, where they add up over micro-batches.
+    """
+    tail = method.tail
+    if run.computing is not run.model:
+        tail = method_on_meta(run, run.computing).tail
+    own = losses.rows_of(method, tail.objective, run.settings, run.lengths.training)
+    number, size = own.number or run.settings.batch_size, run.micro_batch_size
+    rows, scorer = run.rows(number, own.tokens), run.scorer()
+    parts = [partial(scorer.loss, rows[i : i + size]) for i in range(0, number, size)]
+    found, _ = run.count(lambda: tail.apply(_InParts(parts), 1.0))
+    if run.compute_dtype != run.dtype:
+        # Gradients are of the weights' dtype.
+        sizes = [p.numel() for p in tail.parameters.values()]
+        found += (max(sizes) if len(parts) == 1 else sum(sizes)) * run.dtype.itemsize
+    return found
+
+
+class _InParts:
+    """The loss of the rows of a step, in micro-batches; see :mod:`smezo_cli.zo.step`."""
+
+    def __init__(self, parts: Sequence[Callable[[], Any]]) -> None:
+        self._parts = parts
+
+    def __call__(self) -> Any:
+        return self._parts[0]()
+
+    def parts(self) -> Sequence[Callable[[], Any]]:
+        """See :class:`smezo_cli.zo.step.InParts`."""
+        return self._parts
+
+    def of(self, objective: str) -> "_InParts":
+        """See :class:`smezo_cli.zo.step.WithObjectives`: these rows are those of the objective."""
+        return self
 
 
 def _checked_together(run: DryRun, method: Any) -> int:
@@ -180,7 +243,7 @@ def _checked_together(run: DryRun, method: Any) -> int:
     from smezo_cli.zo.probe import FunctionalProbe
     from smezo_cli.zo.reached import checked_together, kinds_to_check
 
-    trained = method.trained
+    trained = {target.name: target.parameter for target in method.targets}
     names = {id(parameter): name for name, parameter in trained.items()}
     total = sum(p.numel() for p in trained.values())
     probe = FunctionalProbe(run.model, list(trained.values()))
@@ -250,14 +313,19 @@ def _optimizer_step(run: DryRun, parameters: Sequence[Any]) -> tuple[int, int]:
 # --- what is asked of a method ----------------------------------------------------------------
 
 
-def method_on_meta(run: DryRun) -> Any:
-    """Build the method of the settings for the model, which has no contents."""
+def method_on_meta(run: DryRun, model: Any = None) -> Any:
+    """Build the method of the settings for the model, which has no contents, or for this one."""
     from smezo_cli.config.build import build
 
     node = run.settings.method
     if "sparsity" in node:  # there are no weights to find thresholds of
         node = node | {"sparsity": 0.0}
-    runtime = {"model": run.model, "seed": run.settings.seed, "backend": "eager", "check": False}
+    runtime = {
+        "model": run.model if model is None else model,
+        "seed": run.settings.seed,
+        "backend": "eager",
+        "check": False,
+    }
     return build(node, "method", **runtime)
 
 
@@ -276,16 +344,6 @@ def records_steps(method: Any) -> bool:
     return bool(method.replays)
 
 
-def forwards_of_training(method: Any, steps: int) -> int:
-    """Return how many forwards so many steps make; of very many, the last as often as the rest."""
-    if not takes_steps(method):
-        return 0
-    if not perturbs(method):
-        return steps
-    forwards, counted = method.forwards, min(steps, _COUNTED)
-    return int(sum(map(forwards, range(counted))) + (steps - counted) * forwards(steps - 1))
-
-
 def writes_in_place(method: Any) -> bool:
     """Return whether the weights themselves are moved for a loss."""
     return bool(method.executor == "in_place")
@@ -293,7 +351,14 @@ def writes_in_place(method: Any) -> bool:
 
 def points_at_once(method: Any) -> int:
     """Return how many moved copies of a module live at once, each with its activations."""
-    return 2 if method.executor in ("lockstep", "auto") else 1
+    if method.executor == "auto":
+        return 2 if method.measures_pairs else 1
+    return 2 if method.executor == "lockstep" else 1
+
+
+def carries_tangents(method: Any) -> bool:
+    """Return whether a step computes derivatives along directions, by forwards alone."""
+    return bool(method.needs_gradient) and method.tail is None
 
 
 def compiles_passes(run: DryRun, method: Any) -> bool:

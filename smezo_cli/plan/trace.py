@@ -2,14 +2,22 @@
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 
-def trace(held: Sequence[Any], call: Callable[[], Any]) -> tuple[int, int]:
+def trace(
+    held: Sequence[Any], call: Callable[[], Any], *, is_fused: bool = True
+) -> tuple[int, int]:
     """Return the most bytes of tensors that live at once during ``call``, and those left after it.
 
-    Tensors of ``held`` do not count. On the meta device questions about contents get the answer of
-    an ordinary batch: nothing is padded, all rows of an embedding that are looked up differ.
+    On the meta device questions about contents get the answer of an ordinary batch: nothing is
+    padded, all rows of an embedding that are looked up differ.
+
+    Args:
+        held: tensors that do not count.
+        call: computes on the meta device.
+        is_fused: scaled dot product attention is computed without writing its scores out.
     """
     import torch
     from torch.overrides import TorchFunctionMode
@@ -67,13 +75,15 @@ def trace(held: Sequence[Any], call: Callable[[], Any]) -> tuple[int, int]:
             )[0]
 
     most_rows = max((t.shape[0] for t in held if t.ndim > 1), default=1)
-    with Fused(), Counting():  # type: ignore[no-untyped-call]  # untyped in torch
+    with Fused() if is_fused else nullcontext(), Counting():  # type: ignore[no-untyped-call]  # untyped in torch
         call()
     return peak, live
 
 
 class Keep:
     """Move nothing, but take the memory that moving takes."""
+
+    only = None  # it stands for a move of all
 
     def whole(self, parameter: Any, out: Any) -> None:
         """Take nothing: the scratch is there already."""
