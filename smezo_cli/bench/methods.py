@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from smezo_cli.config.build import build
 from smezo_cli.config.compose import compose
 from smezo_cli.config.fixed import CONF_DIR, load_yaml, plain
-from smezo_cli.config.method_keys import describe, trait
+from smezo_cli.config.method_keys import trait
 from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.zo.optimizer import ZeroOrder
@@ -62,9 +62,8 @@ def step_of(
         own = copy.deepcopy(scorer.model)
         scorer = Scorer(own, scorer.tokenizer, scorer.compute_dtype)
         model = own
-    found = describe(node)
-    assert found is not None
-    values = {**node, "lr": lr, "eps": eps}
+    # tail_lr: of what a method trains by backpropagation.
+    values = {**node, "lr": lr, "eps": eps} | ({"tail_lr": lr} if "tail_lr" in node else {})
     # As a run with the default settings, whose self-check is no part of a step.
     method: ZeroOrder = build(values, "method", model=model, seed=0, check=False)
     return method, Losses(scorer, rows)

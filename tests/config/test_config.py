@@ -135,7 +135,10 @@ OWN_DATA = {
 )
 def test_every_choice_composes(choice: str) -> None:
     group, _, name = choice.partition("=")
-    needed = OWN_DATA | {"own": ["model.path=x"]}
+    needed = OWN_DATA | {
+        "own": ["model.path=x"],
+        "mixture": ["task.parts=[toy,rotten_tomatoes]"],
+    }
     assert compose([choice, *needed.get(name, ())])[group].name == name
 
 
@@ -278,7 +281,7 @@ MISTAKES = [
     ("task=copa +task.labels=[a,b]", ["there is no task.labels", "option_template"]),
     ("task=rte task.test_from=dev", ["task.test_from=dev", "test or train"]),
     ("task=rte task.prompt=[a]", ["a template in quotes", "null"]),
-    ("task=rte task.kind=regression", ["task.kind=regression", "choice or generation"]),
+    ("task=rte task.kind=regression", ["task.kind=regression", "choice, generation or mixture"]),
     ("task=classification", ["task.data is needed by task=classification", "task.data=my.csv"]),
     ("task=classification task.data=a.csv", ["task.prompt is needed", '"{text} It was"']),
     ("task=classification task.data=a.csv task.prompt={a}", ["task.labels is needed", "{0: ter"]),
