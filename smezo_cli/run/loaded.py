@@ -51,6 +51,13 @@ def _differing(task: Task, known: Mapping[str, str]) -> list[str]:
     return [name for name, was in known.items() if was != fingerprint(getattr(task, name))]
 
 
+def _hold_codes(model: nn.Module, method: Mapping[str, Any]) -> str:
+    """Hold linear layers as codes, as the method trains them; return a line about it."""
+    count = quantise(model, method["weight_bits"], method["group_size"])
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return f"  codes   {count} linear layers in {method['weight_bits']} bits: {size / 1e6:.1f} MB"
+
+
 class Loaded:
     """Hold the task, model and tokenizer that some settings name.
 
@@ -108,7 +115,9 @@ class Loaded:
         #: the entries that the method trains, by tensor, where a mask names them (run/mask.py)
         self.index: dict[str, Tensor] | None = None
         self._heads: dict[str, str] = {}  # demonstrations before every row, by part
-        codes = self._hold_codes()
+        if moves_codes := trait(settings.method, "moves_codes", default=False):
+            self.of_base = self.fingerprint()
+        codes = _hold_codes(self.model, settings.method) if moves_codes else ""
         if compute == self.dtype:
             use_onednn(self.model, warn)
         keep_freed_memory()
@@ -134,16 +143,6 @@ class Loaded:
                 "  auto_map: the Python files that the model brings are not executed; "
                 f"transformers' own {type(self.model).__name__} computes it"
             )
-
-    def _hold_codes(self) -> str:
-        """Hold linear layers as codes, if the method trains those; return a line about it."""
-        node = self.settings.method
-        if not trait(node, "moves_codes", default=False):
-            return ""
-        self.of_base = self.fingerprint()
-        count = quantise(self.model, node["weight_bits"], node["group_size"])
-        size = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        return f"  codes   {count} linear layers in {node['weight_bits']} bits: {size / 1e6:.1f} MB"
 
     @property
     def device_map(self) -> dict[str, str] | None:
