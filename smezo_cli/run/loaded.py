@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from smezo_cli.config.method_keys import trait
 from smezo_cli.config.settings import Settings
