@@ -48,6 +48,9 @@ class Team(Protocol):
     def add(self, numbers: Sequence[float]) -> list[float]:
         """Return sums over the ranks."""
 
+    def measured(self) -> None:
+        """Take note that a step has all its losses."""
+
     def step_made(self) -> None:
         """Take note that a step is made."""
 
@@ -196,6 +199,10 @@ class ShardedBatch(Batch):
         weight = self._weight if self._team.shares_rows else 1
         sums = iter([total / weight for total in self._team.add(flat)])
         return [[next(sums) for _ in range(size)] for size in sizes]
+
+    def measured(self) -> None:
+        """See :class:`smezo_cli.zo.step.TakesNote`."""
+        self._team.measured()
 
 
 class Measure:

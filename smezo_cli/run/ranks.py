@@ -255,18 +255,30 @@ class Ranks:
             raise Left
         self.stop_asked = self.stop_asked or stop > 0
         if not all(map(math.isfinite, sums)):
-            self.left = 0  # all ranks know it, and wait for rank 0's next command
+            self._end_steps()  # all ranks know it, and wait for rank 0's next command
         elif self.stop_asked:
             self.left = min(self.left, 1)  # likewise, once this step is made
         if self.left > 0:
             self._expected = len(sums)
         return sums[: len(numbers)]
 
+    def measured(self) -> None:
+        """Take note that the present step has all its losses, before the weights are moved.
+
+        After the last of some steps the followers wait for a command: if rank 0 fails while it
+        moves its weights, they are in no exchange that it could leave.
+        """
+        if self.left <= 1:
+            self._expected = None
+
     def step_made(self) -> None:
         """Take note that a step is made, of those that the followers make with rank 0."""
         self.left -= 1
         if self.left <= 0:
-            self.left, self._expected, self._width = 0, None, 0
+            self._end_steps()
+
+    def _end_steps(self) -> None:
+        self.left, self._expected, self._width = 0, None, 0
 
     def _add(self, numbers: Sequence[float]) -> list[float]:
         import torch
@@ -291,7 +303,7 @@ class Ranks:
         self.left = 2  # another may follow, whatever comes of this one
         goes_on = self.add([float(has_scored)])[0] > 0
         if not goes_on or self.stop_asked:
-            self.left, self._expected = 0, None
+            self._end_steps()
         return goes_on
 
     def add_tensor(self, tensor: Any) -> Any:

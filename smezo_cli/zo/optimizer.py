@@ -16,7 +16,7 @@ from smezo_cli.zo.loss_meter import LossMeter
 from smezo_cli.zo.move import Gradient
 from smezo_cli.zo.parts import Parts
 from smezo_cli.zo.self_check import SelfCheck
-from smezo_cli.zo.step import Closure, NonFiniteLoss, StepRecord
+from smezo_cli.zo.step import Closure, NonFiniteLoss, StepRecord, TakesNote
 from smezo_cli.zo.targets import check, number
 from smezo_cli.zo.updates.base import WeightWriter
 
@@ -72,6 +72,8 @@ class ZeroOrder(Parts):
         except NonFiniteLoss:  # of all processes
             self._joined.clear()
             raise
+        if isinstance(closure, TakesNote):
+            closure.measured()
         loss = sum(ask.all_losses) / len(ask.all_losses)
         self._joined.clear()
         record = self.record(loss, scalars, self.num_steps)

@@ -45,6 +45,15 @@ class Shared(Protocol):
 
 
 @runtime_checkable
+class TakesNote(Protocol):
+    """A closure that is told when a step has all its losses, before it writes to the weights."""
+
+    def __call__(self) -> Tensor: ...
+    def measured(self) -> None:
+        """Take note that this step asks for no more losses."""
+
+
+@runtime_checkable
 class WithObjectives(Protocol):
     """A closure that stands for several losses, such as that of a batch and that of all rows."""
 

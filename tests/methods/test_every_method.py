@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from smezo_cli.config.compose import compose
 from smezo_cli.config.fixed import plain
 from smezo_cli.config.method_keys import describe, trait
 from smezo_cli.zo.optimizer import ZeroOrder
+from smezo_cli.zo.step import NonFiniteLoss
 from tests import CONF
 from tests.zo.test_optimizer import bits, mlp, same, seeded, weights_of
 from tests.zo.test_optimizer import closure_of as squares_of
@@ -136,6 +138,39 @@ def test_forwards_counted_are_forwards_made(name: str) -> None:
     for _ in range(4):
         calls[0] = 0
         assert opt.step(Losses(counted)).num_forwards == calls[0]
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_a_step_says_when_it_has_all_its_losses(name: str) -> None:
+    """Once, after its last forward and before it writes; not if a loss is not finite."""
+    model = mlp()
+    opt, said = made(name, model), list[str]()
+
+    class Noting(Losses):
+        factor = 1.0
+
+        def __call__(self) -> Tensor:
+            said.append("loss")
+            return super().__call__() * self.factor
+
+        def of(self, objective: str) -> Callable[[], Tensor]:
+            return self
+
+        def measured(self) -> None:
+            said.append("measured")
+            assert same(weights_of(model), before)
+
+    closure = Noting(squares_of(model))
+    for _ in range(3):
+        before = weights_of(model)
+        said.clear()
+        record = opt.step(closure)
+        assert said == ["loss"] * record.num_forwards + ["measured"]
+    closure.factor = math.nan
+    said.clear()
+    with pytest.raises(NonFiniteLoss):
+        opt.step(closure)
+    assert set(said) == {"loss"}
 
 
 class Square(nn.Module):

@@ -115,6 +115,8 @@ class OneOf:
     def add(self, numbers: Sequence[float]) -> list[float]:
         return list(self._sums)
 
+    def measured(self) -> None: ...
+
     def step_made(self) -> None: ...
 
 

@@ -1,12 +1,16 @@
 """Ranks that die, stop, fail, or wait for others: all end, in words, and fewer go on."""
 
+import copy
 import functools
 import math
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from smezo_cli.config.compose import compose
 from smezo_cli.config.settings import check
@@ -14,6 +18,7 @@ from smezo_cli.errors import UserError
 from smezo_cli.machine import torchrun
 from smezo_cli.run import measure, ranks
 from smezo_cli.store.partial_scores import NAME
+from smezo_cli.zo.optimizer import ZeroOrder
 from tests.run.processes import Started, count_batches, smezo, until
 from tests.run.rank_groups import RUN, Group, free_port, together, weights_of
 from tests.run.tiny_runs import METHODS, result_of, run_folder
@@ -134,6 +139,81 @@ def test_a_follower_that_fails_ends_a_sweep_on_all_ranks(tmp_path: Path) -> None
     assert "rank 1: job 0" in second.err
     assert "no room" in second.err
     assert "another rank has ended" in first.err
+
+
+def update_fails(step: int) -> None:
+    """Rank 0 has no room to move its weights, after all losses of a step are known."""
+    apply = ZeroOrder._apply
+
+    def fail(self: ZeroOrder, scalars: Sequence[float]) -> None:
+        if self.num_steps == step:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        apply(self, scalars)
+
+    if os.environ["RANK"] == "0":
+        ZeroOrder._apply = fail  # type: ignore[method-assign]  # in this process alone
+
+
+@pytest.mark.parametrize("step", [1, 2], ids=["in the middle", "the last before dev"])
+def test_an_update_that_fails_on_rank_0_leaves_nobody_behind(step: int, tmp_path: Path) -> None:
+    """Followers wait in the next step's exchange, or for a command: dev comes each third step."""
+    fault = functools.partial(update_fails, step)
+    with Group(2, [*METHODS["mezo"], *RUN], tmp_path, faults=[fault]) as group:
+        ended = [rank.wait(100) for rank in group.ranks]
+    assert [one.code for one in ended] == [1, 0], ended
+    assert "CUDA out of memory" in ended[0].err
+    assert ended[1].err == ""
+
+
+class Heard(ranks.Ranks):
+    """A rank 0 whose followers add nothing; what is exchanged is noted, by its length."""
+
+    def __init__(self) -> None:
+        self.rank, self.size, self.lost = 0, 2, False
+        self.lengths: list[int] = []
+        self.begin(check(compose([*METHODS["mezo"], *RUN])))
+
+    def _add(self, numbers: Sequence[float]) -> list[float]:
+        self.lengths.append(len(numbers))
+        return list(numbers)
+
+    def tell(self, do: str, content: bytes = b"", **about: Any) -> None:
+        self.lengths.append(0)
+
+
+def leaves_with(team: Heard) -> list[int]:
+    """The lengths of what is exchanged when rank 0 ends the run; 0 is a command."""
+    team.lengths.clear()
+    team.leave()
+    return team.lengths
+
+
+def test_after_a_loss_that_is_not_finite_exchanges_have_their_own_length() -> None:
+    """One number of an evaluation or of weights, and the two that go with every exchange."""
+    team = Heard()
+    team.begin_steps(3, width=6)
+    assert team.add([1.0, math.nan]) == pytest.approx([1.0, math.nan], nan_ok=True)
+    team.lengths.clear()
+    team.hand_out("path", "sha256")
+    team.evaluate()
+    assert team.goes_on(has_scored=True)
+    assert team.lengths == [0, 3, 0, 3]
+    assert leaves_with(team) == [3, 0]
+
+
+@pytest.mark.parametrize("is_asked", [False, True])
+@pytest.mark.parametrize("num", [1, 2])
+def test_rank_0_leaves_the_exchange_that_others_are_in(num: int, is_asked: bool) -> None:
+    """Of a step that has all its losses that is the next step's, or none after the last."""
+    team = Heard()
+    team.begin_steps(num, width=4)
+    team.asked = lambda: is_asked
+    team.add([1.0, 2.0, 3.0, 4.0])
+    before = copy.copy(team)
+    assert leaves_with(before) == [6, 0]  # a step may have more exchanges
+    team.measured()
+    is_last = num == 1 or is_asked
+    assert leaves_with(team) == ([0] if is_last else [6, 0])
 
 
 def stopped_late() -> None:
