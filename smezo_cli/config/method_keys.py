@@ -6,6 +6,7 @@ method can stand in one place: its class.
 
 import ast
 import functools
+import math
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -61,6 +62,21 @@ def trait(method: object, name: str, default: bool) -> bool:
     """Return a constant of the method's class, or the default where it has none."""
     found = describe(method)
     return bool(default if found is None else found.traits.get(name, default))
+
+
+def shared_by(method: Mapping[str, Any]) -> tuple[list[str], int | None]:
+    """Return which settings of a method say how many queries ranks can share, and how many.
+
+    A query stands for points that one rank (or those that share its rows) measures. There may be
+    more of them; None: it is known once the model is loaded.
+    """
+    found = describe(method)
+    traits = {} if found is None else found.traits
+    names = traits.get("groups_by", "num_queries").split()
+    counts = [method.get(name, 1) for name in names]
+    if None in counts:
+        return names, None
+    return names, max(traits.get("least_groups", 1), math.prod(counts))
 
 
 @functools.cache

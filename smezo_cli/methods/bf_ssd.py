@@ -171,6 +171,7 @@ class BFSSD(ZeroOrder):
 
     objectives: ClassVar = ("batch", "low")
     measures_pairs: ClassVar = False
+    groups_by: ClassVar = ""  # all differences have one loss in common
 
     def __init__(
         self,

@@ -127,6 +127,7 @@ class MeZOSVRG(ZeroOrder):
     """
 
     objectives: ClassVar = ("batch", "full")
+    least_groups: ClassVar = 2  # between anchors a pair at the weights, one at the anchor
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Unpack
+from typing import ClassVar, Unpack
 
 from torch import nn
 
@@ -118,6 +118,8 @@ class ZOBlock(ZeroOrder):
     Raises:
         ValueError: there are more blocks than layers.
     """
+
+    groups_by: ClassVar = "num_queries num_blocks"
 
     def __init__(
         self,

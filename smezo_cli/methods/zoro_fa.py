@@ -399,6 +399,7 @@ class ZoroFA(ZeroOrder):
     """
 
     measures_pairs: ClassVar = False
+    groups_by: ClassVar = "num_entries"  # which take more measurements than they are
     estimator: Rounds
 
     def __init__(

@@ -19,7 +19,7 @@ from datetime import timedelta
 from typing import Any
 
 from smezo_cli.config.fixed import is_frozen
-from smezo_cli.config.method_keys import trait
+from smezo_cli.config.method_keys import shared_by, trait
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.machine import torchrun
@@ -77,7 +77,6 @@ def join(settings: Settings) -> "Ranks | None":
 
 def _check(settings: Settings, size: int) -> None:
     of_queries, name = settings.query_ranks, settings.method["name"]
-    queries = settings.method.get("num_queries", 1)
     if settings.eps is None:
         why = "takes no steps" if is_frozen(settings.method) else "would exchange whole gradients"
         raise UserError(
@@ -98,10 +97,17 @@ def _check(settings: Settings, size: int) -> None:
             f"query_ranks={of_queries}: the {size} ranks must be a multiple of it; "
             f"query_ranks=1 shares the rows alone."
         )
-    if of_queries > queries:
+    shared, queries = shared_by(settings.method)
+    if of_queries > 1 and not shared:
         raise UserError(
-            f"query_ranks={of_queries}: there are {queries} queries to share; raise "
-            "method.num_queries, or lower query_ranks."
+            f"query_ranks={of_queries}: the losses of a step of method={name} belong together, so "
+            "ranks share its rows alone; leave query_ranks out."
+        )
+    if queries is not None and of_queries > queries:
+        there_are = "there is 1 query" if queries == 1 else f"there are {queries} queries"
+        more = " or ".join(f"method.{key}" for key in shared)
+        raise UserError(
+            f"query_ranks={of_queries}: {there_are} to share; raise {more}, or lower query_ranks."
         )
     if size // of_queries > settings.batch_size:
         raise UserError(
@@ -172,6 +178,7 @@ class Ranks:
         of_rows: number of ranks that share the rows of a query.
         of_queries: number of groups of such ranks, which share the queries.
         left: steps that the followers take before they ask rank 0 what comes next.
+        most_queries: that there were to share at once so far.
         lost: whether a collective has failed.
     """
 
@@ -216,6 +223,7 @@ class Ranks:
             raise RankLost("the ranks have lost each other; start them again.")
         self.of_queries, self.of_rows = settings.query_ranks, self.size // settings.query_ranks
         self.stop_asked, self.left, self._width = False, 0, 0
+        self.most_queries = 0
         self.asked: Callable[[], bool] = lambda: False  # was this rank asked to stop?
         self._expected: int | None = None  # numbers in the sum that the followers wait in
         self._stage = "before"
@@ -234,6 +242,7 @@ class Ranks:
 
     def queries(self, num: int) -> Sequence[int]:
         """Return which of so many queries this rank measures."""
+        self.most_queries = max(self.most_queries, num)
         return range(self.rank // self.of_rows, num, self.of_queries)
 
     # --- what is exchanged --------------------------------------------------------------------
@@ -263,12 +272,8 @@ class Ranks:
         return sums[: len(numbers)]
 
     def measured(self) -> None:
-        """Take note that the present step has all its losses, before the weights are moved.
-
-        After the last of some steps the followers wait for a command: if rank 0 fails while it
-        moves its weights, they are in no exchange that it could leave.
-        """
-        if self.left <= 1:
+        """Take note that the present step has all its losses, before the weights are moved."""
+        if self.left <= 1:  # the followers wait for a command next, whatever happens here
             self._expected = None
 
     def step_made(self) -> None:

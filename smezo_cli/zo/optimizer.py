@@ -34,6 +34,10 @@ class ZeroOrder(Parts):
     compares_losses: ClassVar = True  # so that losses need no gradient, and may be any objective
     measures_pairs: ClassVar = True  # of losses at opposite points, which may run in turns
     shares_steps: ClassVar = True  # ranks may make a step together: it needs losses alone
+    # Ranks share the groups of points of a step (query_ranks). There are at least as many as the
+    # product of these arguments (of one that is None: as many as the model has), or so many.
+    groups_by: ClassVar = "num_queries"
+    least_groups: ClassVar = 1
     needs_gradient: ClassVar = False  # of the objective, which must be the loss then
     mode = "eval"
 

@@ -15,7 +15,7 @@ from smezo_cli.cli.verbs import main
 from smezo_cli.config.build import build
 from smezo_cli.config.compose import compose
 from smezo_cli.config.fixed import plain
-from smezo_cli.config.method_keys import describe, trait
+from smezo_cli.config.method_keys import describe, shared_by, trait
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.step import NonFiniteLoss
 from tests import CONF
@@ -356,6 +356,36 @@ def test_two_ranks_make_the_steps_of_one(name: str) -> None:
         thread.join()
     for model in models:
         assert same(weights_of(model), weights_of(alone))
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_there_are_as_many_queries_to_share_as_the_class_says(name: str) -> None:
+    """At once, in some step; other losses of it, such as those of a line search, are fewer."""
+    values = {"num_queries": 3, "num_blocks": 2, "num_epochs": 2, "epoch_steps": 1}
+    model = mlp()
+    opt, most = made(name, model, **values), list[int]()
+
+    class Alone(Losses):
+        def queries(self, num: int) -> Sequence[int]:
+            asked.append(num)
+            return range(num)
+
+        def join(self, losses: Mapping[int, Sequence[float]], sizes: object) -> list[Any]:
+            return list(losses.values())
+
+        def of(self, objective: str) -> Callable[[], Tensor]:
+            return self
+
+    closure = Alone(squares_of(model))
+    for _ in range(3):
+        asked = list[int]()
+        opt.step(closure)
+        most.append(max(asked))
+    node = node_of(name)
+    names, declared = shared_by(node | {k: v for k, v in values.items() if k in node})
+    assert declared is not None
+    assert set(names) <= node.keys()
+    assert 1 <= declared <= max(most)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -189,7 +189,15 @@ def settings_of(*words: str) -> Any:
         (["method=adamw"], 2, "method=adamw would exchange whole gradients"),
         (["method=zero_shot"], 2, "method=zero_shot takes no steps"),
         (["query_ranks=2"], 3, "query_ranks=2: the 3 ranks must be a multiple"),
-        (["query_ranks=2"], 2, "query_ranks=2: there are 1 queries to share"),
+        (["query_ranks=2"], 2, "query_ranks=2: there is 1 query to share; raise method.num_quer"),
+        (["query_ranks=2", "method=bf_ssd"], 2, "method=bf_ssd belong together.* leave query_rank"),
+        (["query_ranks=3", "method=mezo_svrg"], 3, "there are 2 queries to share"),
+        (
+            ["query_ranks=4", "method=zo_block", "method.num_blocks=2"],
+            4,
+            "there are 2 queries to share; raise method.num_queries or method.num_blocks, or lower",
+        ),
+        (["query_ranks=5", "method=zoro_fa"], 5, "4 queries to share; raise method.num_entries"),
         ([], 9, "batch_size=8: 9 ranks share the rows"),
         (["query_ranks=2", "method.num_queries=2"], 1, "query_ranks=2 is for several ranks"),
         (["+model.device_map=auto"], 2, "model.device_map spreads the model of one process"),
@@ -203,6 +211,36 @@ def test_what_ranks_cannot_share_is_refused(
     monkeypatch.setattr(ranks.Ranks, "__init__", lambda *_: None)  # no others to wait for
     with pytest.raises(UserError, match=message):
         ranks.join(settings_of(*words))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["method=zo_block"],  # layers, which nobody has counted yet
+        ["method=zo_block", "method.num_blocks=2"],
+        ["method=mezo_svrg"],  # pairs at the weights and at the anchor
+        ["method=zoro_fa"],
+        ["method=cubic_newton"],
+        ["method=mezo", "method.num_queries=2"],
+    ],
+)
+def test_ranks_may_share_what_is_more_than_one_query(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_rank(monkeypatch, 2)
+    monkeypatch.setattr(ranks.Ranks, "__init__", lambda *_: None)  # no others to wait for
+    monkeypatch.setattr(ranks.Ranks, "begin", lambda *_: None)
+    monkeypatch.setattr(ranks.Ranks, "rank", 0, raising=False)
+    monkeypatch.setattr(ranks, "_joined", None)
+    assert ranks.join(settings_of("query_ranks=2", *words)) is not None
+
+
+def test_ranks_that_had_nothing_to_measure_are_said(tmp_path: Path) -> None:
+    """Two layers and the rest are three blocks, which no setting says; a fourth rank waits."""
+    words = [*METHODS["mezo"], *RUN, "method=zo_block", "query_ranks=4", "steps=1"]
+    ended = together(4, words, tmp_path)
+    assert [one.code for one in ended] == [0] * 4, ended[0].err
+    assert "query_ranks=4: no step had more than 3 queries to share" in ended[0].out
 
 
 @pytest.mark.parametrize(("size", "of_queries"), [(1, 1), (3, 1), (4, 2), (6, 3), (5, 5)])
