@@ -1,5 +1,6 @@
 """Check settings that must agree with each other."""
 
+import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -291,14 +292,15 @@ def _is_variant(cfg: DictConfig) -> bool:
 def lacks(key: str, method: object, others: Sequence[str]) -> str:
     """Return a sentence that the method has no such setting, and which methods have it.
 
-    It advises the default method, if that has it.
+    It advises the default method, if that has it, else the one whose name is nearest.
     """
     have = "has" if len(others) == 1 else "have"
     defaults = load_yaml(CONF_DIR / "train.yaml").get("defaults", [])
     usual = [entry["method"] for entry in defaults if "method" in entry]
     if not others:
         return f"method {method} has no {key}: leave {key} out."
-    advised = next((name for name in usual if name in others), others[0])
+    alike = difflib.get_close_matches(str(method), others, n=1, cutoff=0.0)
+    advised = next((name for name in usual if name in others), alike[0])
     return (
         f"method {method} has no {key}; {', '.join(others)} {have}: add method={advised}, or leave "
         f"{key} out."

@@ -67,6 +67,23 @@ class Composer:
         """Return the choices of a group."""
         return self._listed(group, "CONFIG")
 
+    def mentions(self, group: str, option: str, word: str) -> bool:
+        """Return whether the file of a choice, or one that it begins with, holds a word.
+
+        That takes a tenth of the time of a composition. True where it cannot be told.
+        """
+        for source in self._loader.get_sources():
+            if not source.is_config(f"{group}/{option}"):
+                continue
+            found = source.load_config(f"{group}/{option}")
+            if word in str(found.config):
+                return True
+            bases = [str(getattr(base, "path", "/")) for base in found.defaults_list or ()]
+            if any("/" in base for base in bases):
+                return True
+            return any(self.mentions(group, base, word) for base in bases if base != "_self_")
+        return True
+
     def below(self, group: str) -> list[str]:
         """Return a group and the groups inside it."""
         return [group, *(f"{group}/{inner}" for inner in self.groups(group))]

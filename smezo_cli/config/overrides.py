@@ -89,7 +89,8 @@ def _check_key(composer: Composer, override: Any, base: DictConfig, chosen: Sequ
         others = [
             option
             for option in composer.options(group)
-            if _has(cfg := _with_choice(composer, group, option, chosen), key)
+            if composer.mentions(group, option, key.rpartition(".")[2])
+            and _has(cfg := _with_choice(composer, group, option, chosen), key)
             # Variants with an adapter are named for the keys of adapters alone.
             and ("adapter" not in cfg[group] or key.startswith("method.adapter"))
         ]
