@@ -31,10 +31,8 @@ DERIVATIVES: dict[str, Callable[[int, float], Stencil]] = {
 }
 
 
-class Sign:
+class Sign(Update):
     """theta <- theta - lr sign(g), each weight by itself; g is the estimate from all queries."""
-
-    slots: tuple[str, ...] = ()
 
     def apply(self, weights: WeightWriter, gradient: Gradient, lr: float) -> None:
         """See :class:`Update`."""

@@ -45,7 +45,7 @@ _FLAGS = {
     ),
     "plot": ("--x", "--y", "--row", "--column", "--out", "--runs-dir", "--results", "--help"),
     "eval": ("--split", "--base", "--step", "--out", "--help"),
-    "predict": ("--field", "--out", "--help"),
+    "predict": ("--field", "--out", "--part", "--help"),
     "export": ("--step", "--delta", "--help"),
     "replay": ("--step", "--split", "--out", "--help"),
     "bench": ("--rounds", "--only", "--grow", "--json", "--config-dir", "--help"),
