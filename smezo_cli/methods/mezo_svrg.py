@@ -143,7 +143,7 @@ class MeZOSVRG(ZeroOrder):
     ) -> None:
         pairs = AnchorPairs(anchor_every, num_queries)
         self.full_rows = full_rows
-        self._full: list[int] = []
+        self._full: dict[int, list[int]] = {}  # by the number of train rows
         super().__init__(
             model,
             selection=Everything(),
@@ -157,8 +157,9 @@ class MeZOSVRG(ZeroOrder):
         self, objective: str, step: int, batch: Sequence[int], lengths: Sequence[int]
     ) -> Sequence[int]:
         """Return the rows of an anchor's loss: all, or those drawn once for the run."""
-        if not self._full:  # the train rows of a run stay the same
+        count = len(lengths)
+        if count not in self._full:  # of a run there is one
             key = functools.partial(stream_key, self.seed, "full rows")
-            rows = sorted(range(len(lengths)), key=key)
-            self._full = sorted(rows[: self.full_rows or len(rows)])
-        return self._full
+            rows = sorted(range(count), key=key)
+            self._full[count] = sorted(rows[: self.full_rows or count])
+        return self._full[count]

@@ -212,7 +212,7 @@ def _backward_of_tail(run: DryRun, method: Any) -> int:
     number, size = own.number or run.settings.batch_size, run.micro_batch_size
     rows, scorer = run.rows(number, own.tokens), run.scorer()
     parts = [partial(scorer.loss, rows[i : i + size]) for i in range(0, number, size)]
-    found, _ = run.count(lambda: tail.apply(_InParts(parts), 1.0))
+    found, _ = run.count(lambda: tail.apply(_InParts(parts), 1.0, 0))
     if run.compute_dtype != run.dtype:
         # Gradients are of the weights' dtype.
         sizes = [p.numel() for p in tail.parameters.values()]

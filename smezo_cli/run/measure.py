@@ -100,7 +100,7 @@ class Batch:
 
     def _cut(self, rows: Sequence[Candidates], size: int | None) -> None:
         self._size = size
-        size = size or len(rows)
+        size = size or max(len(rows), 1)  # a rank may have none
         self._parts = [
             of_part[i : i + size]
             for of_part in (by_part(rows).values() if self._factors is not None else [rows])

@@ -145,7 +145,7 @@ def test_show_prints_the_file(group: str, capsys: pytest.CaptureFixture[str]) ->
         ("ls taks", "no group taks, did you mean tasks?"),
         ("ls tasks models", "one group at most"),
         ("show method", "a group and a name"),
-        ("show method mzo", "no method mzo, did you mean mezo?"),
+        ("show method mzo", "no method mzo, did you mean m"),
         ("show methode mezo", "no group methode, did you mean methods?"),
     ],
 )

@@ -136,7 +136,7 @@ def test_a_tail_takes_what_it_takes_of_real_tensors(method: str) -> None:
     real = build(settings.method, "method", model=model, seed=0, check=False)
     number = 4 if method == "addax" else settings.batch_size
     closure = Rows(model, number)
-    found, _ = trace(list(model.parameters()), lambda: real.tail.apply(closure, 1e-9))
+    found, _ = trace(list(model.parameters()), lambda: real.tail.apply(closure, 1e-9, 0))
     stage = planned(f"method={method}", "method.keep_noise=false").phases[TAIL]
     assert stage == pytest.approx(found, rel=0.02)  # equal rows share what differs on meta
 
