@@ -250,3 +250,15 @@ def test_layers_at_rest_cost_nothing_and_stay_as_they_are() -> None:
         at_rest.add(frozenset(layers))
     assert len(at_rest) > 6
     assert opt.active_share() == pytest.approx(3 / 9)
+
+
+def test_named_entries_among_rows_in_any_order() -> None:
+    """Label words come as the task has them, not sorted."""
+    model = WithTokens()
+    opt = made(model, selection=Picked())
+    mover = opt.direction.mover(0, Move((Term(Key(0), 1e-2),)))
+    whole = torch.empty(55)
+    mover.whole(model.embed.weight, whole)
+    for rows in ([7, 2, 9], [0, 10, 5, 3], [4]):
+        found = mover.rows(model.embed.weight, torch.tensor(rows))
+        assert torch.equal(found, whole.view(11, 5)[rows])

@@ -359,16 +359,17 @@ def _among(index: Tensor, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
     Args:
         index: int64 (n,), sorted: flat places in the whole tensor.
-        rows: int64 (r,), sorted.
+        rows: int64 (r,), in any order, each once.
         width: entries of a row.
 
     Returns:
         Their flat places among the rows, and in the whole tensor.
     """
-    row = index // width
-    found = torch.searchsorted(rows, row).clamp(max=len(rows) - 1)
-    named = rows[found] == row
-    return (found * width + index % width)[named], index[named]
+    order = rows.argsort()
+    inorder, row = rows[order], index // width
+    found = torch.searchsorted(inorder, row).clamp(max=len(rows) - 1)
+    named = inorder[found] == row
+    return (order[found] * width + index % width)[named], index[named]
 
 
 def _adding(flat: Tensor, change: Change, decay: float, mask: Tensor | None) -> Use:
