@@ -143,7 +143,8 @@ class Heat:
     def _start(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """u and k (d2u/dx1^2 + ...) at time 0."""
         waves = [(a * self._wave(points, n), self._rate(n)) for a, n in self.modes]
-        return sum(w for w, _ in waves), sum(-rate * w for w, rate in waves)  # type: ignore[return-value]
+        whole = torch.stack([w for w, _ in waves]).sum(0)
+        return whole, torch.stack([-rate * w for w, rate in waves]).sum(0)
 
     def _ramp(self, points: Tensor) -> Jet:
         """t (1 - x1^2) ... (1 - x4^2)."""
@@ -178,7 +179,8 @@ class Heat:
     def exact(self, points: Tensor) -> Tensor:
         """See :class:`Problem`."""
         t = self._time(points)
-        return sum(a * self._wave(points, n) * torch.exp(-self._rate(n) * t) for a, n in self.modes)  # type: ignore[return-value]
+        decayed = [a * self._wave(points, n) * torch.exp(-self._rate(n) * t) for a, n in self.modes]
+        return torch.stack(decayed).sum(0)
 
     def found(self, network: Callable[[Tensor], Tensor], stencil: Stencil, at: Tensor) -> Tensor:
         """See :class:`Problem`."""
