@@ -184,6 +184,10 @@ class Ranks:
 
     def __init__(self, backend: str) -> None:
         import torch
+
+        # Its functions take the group of their import as a default, and so would keep ours alive
+        # past its end: gloo's threads then outlive Python, which may abort the process.
+        import torch.distributed.nn.functional
         from torch import distributed
 
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -206,7 +210,9 @@ class Ranks:
     def _close(self) -> None:
         from torch import distributed
 
-        if not self.lost:  # else it may wait for what is gone
+        if self.lost and self.backend != "gloo":
+            return  # it may wait for what is gone
+        if distributed.is_initialized():
             distributed.destroy_process_group()
 
     def abandon(self) -> None:

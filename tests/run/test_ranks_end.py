@@ -5,6 +5,8 @@ import functools
 import math
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from smezo_cli.machine import torchrun
 from smezo_cli.run import measure, ranks
 from smezo_cli.store.partial_scores import NAME
 from smezo_cli.zo.optimizer import ZeroOrder
+from tests import ROOT
 from tests.run.processes import Started, count_batches, smezo, until
 from tests.run.rank_groups import RUN, Group, free_port, together, weights_of
 from tests.run.tiny_runs import METHODS, result_of, run_folder
@@ -277,6 +280,41 @@ def test_a_rank_that_waits_can_be_stopped(tmp_path: Path) -> None:
         ended = waiting.wait(60)
     assert ended.code == 130
     assert "Traceback" not in ended.err
+
+
+CLOSED = """
+import os
+from smezo_cli.run.ranks import Ranks
+
+def threads():
+    names = (open(f"/proc/self/task/{t}/comm").read() for t in os.listdir("/proc/self/task"))
+    return sum("gloo" in name for name in names)
+
+team = Ranks("gloo")
+import torch._dynamo  # as models do, after the ranks have met
+assert team.gather(b"all") == [b"all"]
+assert threads() > 0
+team.lost = LOST
+team._close()
+print(threads())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+@pytest.mark.parametrize("lost", [False, True])
+def test_the_threads_of_ranks_end_before_python_does(lost: bool, tmp_path: Path) -> None:
+    """One that outlives Python may abort the process at its very end, after all is done."""
+    env = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    env |= {"MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        [sys.executable, "-c", CLOSED.replace("LOST", str(lost))],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (0, "0\n"), ended.stderr
 
 
 @pytest.mark.parametrize(
