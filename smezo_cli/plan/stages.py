@@ -353,6 +353,8 @@ def points_at_once(method: Any) -> int:
     """Return how many moved copies of a module live at once, each with its activations."""
     if method.executor == "auto":
         return 2 if method.measures_pairs else 1
+    if method.executor == "batched":
+        return int(method.forwards(0))
     return 2 if method.executor == "lockstep" else 1
 
 

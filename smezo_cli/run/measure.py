@@ -7,6 +7,7 @@ the rows are cut into the same micro-batches (a forward over other rows rounds i
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -20,6 +21,7 @@ from smezo_cli.scoring.objectives import loss_weight
 from smezo_cli.scoring.parts import by_part
 from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.zo.backprop import BackwardOutOfMemory
+from smezo_cli.zo.points import NotBatched
 from smezo_cli.zo.step import Closure, StepRecord
 
 T = TypeVar("T")
@@ -212,6 +214,15 @@ class ShardedBatch(Batch):
         self._team.measured()
 
 
+@contextmanager
+def saying_why_not_batched() -> Iterator[None]:
+    """Raise UserError where an executor that is not exact cannot measure a loss."""
+    try:
+        yield
+    except NotBatched as error:
+        raise UserError(f"method.{error}.") from error
+
+
 class Measure:
     """Take the steps of a run, in micro-batches that fit into the memory.
 
@@ -269,7 +280,8 @@ class Measure:
             if of is not None:
                 batch.rows_of = of
             try:
-                return method.step(batch)
+                with saying_why_not_batched():
+                    return method.step(batch)
             except BackwardOutOfMemory as error:
                 raise UserError(
                     f"{error}: lower micro_batch_size or task.max_train_tokens, for method=addax "

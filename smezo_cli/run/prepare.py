@@ -8,7 +8,7 @@ from smezo_cli.run.batches import Batches
 from smezo_cli.run.begin import Run
 from smezo_cli.run.leader import lead
 from smezo_cli.run.loaded import Loaded
-from smezo_cli.run.measure import Measure
+from smezo_cli.run.measure import Measure, saying_why_not_batched
 from smezo_cli.run.numerics import Numerics
 from smezo_cli.run.watch import Watch
 
@@ -67,7 +67,8 @@ def _choose_executor(run: Run, method: Method, measure: Measure, batches: Batche
     choose = getattr(method, "choose_executor", None)
     if choose is None:
         return
-    seconds = measure.until_it_fits(choose, batches.rows(run.state.step))
+    with saying_why_not_batched():
+        seconds = measure.until_it_fits(choose, batches.rows(run.state.step))
     words = ", ".join(f"{name} {spent:.3g} s" for name, spent in seconds.items())
     chosen: str = method.executor  # type: ignore[attr-defined]  # there, where choose_executor is
     run.notes["executor"] = chosen

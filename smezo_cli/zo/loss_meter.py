@@ -62,9 +62,8 @@ class LossMeter:
             return self._taken(self._joined[self._num_asked])
         numbers = range(len(groups)) if shared is None else shared.queries(len(groups))
         measured: dict[int, list[float]] = {}
-        for i in numbers:
-            movers = [self._direction.mover(self.step, move) for move in groups[i]]
-            found = self._executors.losses(closure, movers)
+        asked = ([self._direction.mover(self.step, move) for move in groups[i]] for i in numbers)
+        for i, found in zip(numbers, self._executors.of_groups(closure, asked), strict=True):
             losses = torch.stack([x.detach().double() for x in found]).tolist()
             if shared is None:
                 self._check_finite(losses)

@@ -204,15 +204,21 @@ class ZeroOrder(Parts):
         """Where the executor is "auto", take the faster one that gives the losses of sequential.
 
         The losses of the present step's first query are measured twice each way; they are the same
-        whichever is chosen, and nothing else depends on the choice.
+        whichever is chosen, and nothing else depends on the choice. An executor that was asked for
+        and is not exact is compared with sequential, once.
 
         Args:
             closure: as for :meth:`step`.
 
         Returns:
             Seconds of a pair of losses by the name of the executor, of those that could be used.
+
+        Raises:
+            ValueError: the executor that was asked for gives other losses, or cannot be used.
         """
         if self.executor != "auto":
+            self.executors.check(closure, self._pair(0, self.param_groups[0]["eps"]))
+            self.direction.end()
             return {}
         if not self.measures_pairs:
             self.executors.use(self.executors.sequential)

@@ -49,8 +49,10 @@ class Common(TypedDict, total=False):
     rounding: "nearest" or "stochastic": how updates are stored below float32.
     executor: how the losses of a query are measured. "sequential": one after the other at moved
         copies of the weights, module by module; "lockstep": in turns, with one draw for both;
-        "in_place": the textbook's, in the weights. "auto" takes the faster of the first two by
-        timing both at the first step, see :meth:`ZeroOrder.choose_executor`.
+        "in_place": the textbook's, in the weights; "batched": all points of a step as one batch,
+        and "side_path": one after the other, both without copies of matrices that are moved along
+        thin products, and equal to the others up to rounding. "auto" takes the faster of the first
+        two by timing both at the first step, see :meth:`ZeroOrder.choose_executor`.
     backend: "compiled" (by Numba on a CPU, by torch.compile elsewhere), "eager", or "auto":
         compiled where that works and the weights are many enough to earn it. The numbers are the
         same.

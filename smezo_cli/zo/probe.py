@@ -165,6 +165,35 @@ class FunctionalProbe:
             for module, forward in held.items():
                 _restore(module, forward)
 
+    def moved(self) -> list[tuple[nn.Module, list[str]]]:
+        """Return the modules that are wrapped just now, and which parameters each one moves."""
+        only = getattr(self._mover, "only", None)
+
+        def own(module: nn.Module, places: list[tuple[nn.Module, str]]) -> list[str]:
+            names = [name for owner, name in places if owner is module]
+            return [n for n in names if only is None or id(module._parameters[n]) in only]
+
+        return [
+            (module, own(module, places))
+            for module, places in self._places.items()
+            if getattr(module.__dict__.get("forward"), "is_probe", False)
+        ]
+
+    def is_plain(self, module: nn.Linear) -> bool:
+        """Return whether a wrapped linear layer computes x W^T + b, as far as can be seen."""
+        held = self._wrapped.get(module, (None, None))[0]
+        has_hooks = module._forward_pre_hooks or module._forward_hooks
+        return held is None and not has_hooks and type(module).forward is nn.Linear.forward
+
+    @contextmanager
+    def pointed_at(self, mover: Mover) -> Iterator[None]:
+        """Inside, within :meth:`at`, the same parameters are moved by another mover."""
+        before, self._mover = self._mover, mover
+        try:
+            yield
+        finally:
+            self._mover = before
+
     @contextmanager
     def in_turns(self, plus: PairMover, minus: PairMover, turns: Turns) -> Iterator[None]:
         """As :meth:`at`, for the two forwards of ``turns`` with one draw for both.

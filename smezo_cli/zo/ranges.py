@@ -174,7 +174,9 @@ Noise = Annotated[str, Choice("gaussian", "rademacher")]
 SignOf = Annotated[str, Choice("elementwise", "scalar")]
 YesNo = Annotated[bool, Choice(True, False)]
 RoundingMode = Annotated[str, Choice("nearest", "stochastic")]
-ExecutorName = Annotated[str, Choice("auto", "sequential", "lockstep", "in_place")]
+ExecutorName = Annotated[
+    str, Choice("auto", "sequential", "lockstep", "in_place", "side_path", "batched")
+]
 WeightBits = Annotated[int, Sizes(8, 4)]
 PerturbBits = Annotated[int, Sizes(8, 7, 6, 5, 4, 3, 2)]
 KeepNoise = Annotated[bool | str, Choice("auto", True, False)]

@@ -13,7 +13,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, NoReturn
 
 import torch
@@ -68,7 +68,7 @@ class Turns:
 
         def replay(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             inputs, output = next(calls, (None, None))
-            if inputs is None or not _equal(inputs, (args, kwargs)):
+            if inputs is None or not same_inputs(inputs, (args, kwargs)):
                 refuse("the two calls of the closure give the model other inputs")
             return output
 
@@ -77,24 +77,8 @@ class Turns:
         if next(calls, None) is not None:
             refuse("the second call of the closure calls the model less often than the first")
 
-    @contextmanager
-    def _instead(self, function: Callable[..., Any]) -> Iterator[None]:
-        """Let ``function(forward, *args, **kwargs)`` stand for the model's forward."""
-        inner, held = self._model.forward, self._model.__dict__.get("forward")
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            # A forward that calls its own model, inside the paired ones.
-            run = inner if self.is_running else functools.partial(function, inner)
-            return run(*args, **kwargs)
-
-        self._model.__dict__["forward"] = forward
-        try:
-            yield
-        finally:
-            if held is None:
-                self._model.__dict__.pop("forward", None)
-            else:
-                self._model.__dict__["forward"] = held
+    def _instead(self, function: Callable[..., Any]) -> AbstractContextManager[None]:
+        return standing_in(self._model, function, lambda: self.is_running)
 
     def _run_both(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         assert self._kept is not None
@@ -208,6 +192,33 @@ def _check_inputs(value: Any) -> None:
         refuse(f"the model is given a {type(value).__name__}, which both forwards would write to")
 
 
+@contextmanager
+def standing_in(
+    model: nn.Module, function: Callable[..., Any], is_running: Callable[[], bool]
+) -> Iterator[None]:
+    """Let ``function(forward, *args, **kwargs)`` stand for a model's forward inside the context.
+
+    Args:
+        model: whose forward is replaced.
+        function: is given the forward that was there, and the arguments of the call.
+        is_running: says whether it runs that forward just now, which then may call its own model.
+    """
+    inner, held = model.forward, model.__dict__.get("forward")
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        run = inner if is_running() else functools.partial(function, inner)
+        return run(*args, **kwargs)
+
+    model.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if held is None:
+            model.__dict__.pop("forward", None)
+        else:
+            model.__dict__["forward"] = held
+
+
 def _close(a: Tensor, b: Tensor) -> bool:
     """Equal, but for what rounding may do to numbers that a device sums up in any order."""
     if torch.equal(a, b) or not a.is_floating_point():
@@ -216,8 +227,8 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=eps, atol=eps, equal_nan=True)
 
 
-def _equal(a: Any, b: Any) -> bool:
-    """The same values, tensors compared by entries (on whatever device they are)."""
+def same_inputs(a: Any, b: Any) -> bool:
+    """Return whether two calls got the same: tensors by entries, on whatever device they are."""
     if a is b:
         return True
     if type(a) is not type(b):
@@ -225,9 +236,9 @@ def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return a.shape == b.shape and a.dtype == b.dtype and _close(a, b)
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(same_inputs(a[key], b[key]) for key in a)
     if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(map(_equal, a, b))
+        return len(a) == len(b) and all(map(same_inputs, a, b))
     return bool(a == b)
 
 

@@ -22,6 +22,7 @@ from smezo_cli.zo.passes.low_rank import (
     NumbaLowRank,
     product,
 )
+from smezo_cli.zo.selections import masks
 from smezo_cli.zo.targets import Target, check, one_of
 
 KINDS = ("uv", "uzv")
@@ -333,6 +334,19 @@ class FactoredMover:
         """Whether a tensor is moved along a product."""
         is_matrix = self._direction.shape_of(target) is not None
         return is_matrix and target.position in self._is_moved
+
+    def thin(self, parameter: Tensor) -> Factors | None:
+        """Return what is added to a matrix as it is, if that is a product of thin ones alone.
+
+        None: it is not moved so, or a mask leaves entries out. The right factor is the same object
+        for all moves of a step.
+        """
+        direction, target = self._direction, self._direction.target_of(parameter)
+        if not self._is_factored(target) or self.move.base or self.move.decay:
+            return None
+        is_itself = direction.shape_of(target) == tuple(parameter.shape)
+        takes_all = masks.takes_all(self._direction.probe_passes.rule.mask, target.h)
+        return self.factors(target) if is_itself and takes_all and not target.rests else None
 
     def factors(self, target: Target) -> Factors:
         """Return the sum of the terms as a product."""

@@ -2,29 +2,34 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
+import torch
 from torch import Tensor, nn
 
 from smezo_cli.zo import dynamo, tangent
 from smezo_cli.zo.directions.base import PointMover
 from smezo_cli.zo.executors.base import Executor
+from smezo_cli.zo.executors.batched import Batched
 from smezo_cli.zo.executors.in_place import InPlace
 from smezo_cli.zo.executors.lockstep import Lockstep
 from smezo_cli.zo.executors.sequential import Sequential
+from smezo_cli.zo.points import NotBatched
 from smezo_cli.zo.probe import FunctionalProbe
 from smezo_cli.zo.step import Closure
 from smezo_cli.zo.tangent import TangentMover
 from smezo_cli.zo.targets import Target, number, one_of
 from smezo_cli.zo.turns import NotInLockstep
 
+NAMES = ("auto", "sequential", "lockstep", "in_place", "side_path", "batched")
+
 
 class Executors:
     """The executors of a model, one of which is in use.
 
     Args:
-        name: "auto", "sequential", "lockstep" or "in_place".
+        name: one of :data:`NAMES`.
         model: whose losses are measured.
         targets: the trained tensors.
         probe: of the model.
@@ -36,8 +41,8 @@ class Executors:
     def __init__(
         self, name: str, model: nn.Module, targets: Sequence[Target], probe: FunctionalProbe
     ) -> None:
-        one_of("executor", name, ("auto", "sequential", "lockstep", "in_place"))
-        self._probe = probe
+        one_of("executor", name, NAMES)
+        self._probe, self._targets = probe, targets
         self.sequential, self.lockstep = Sequential(probe), Lockstep(model, probe)
         self.compiler = dynamo.KeptOut(model)
         self._may_choose = name == "auto"
@@ -48,6 +53,9 @@ class Executors:
             self.used = self.lockstep
         elif name == "in_place":
             self.used = InPlace(targets)
+        elif name in ("batched", "side_path"):
+            self.used = Batched(model, probe, name)
+        self._is_checked = self.used.is_exact
 
     @property
     def is_in_place(self) -> bool:
@@ -57,6 +65,23 @@ class Executors:
     def use(self, executor: Executor) -> None:
         """Measure by this executor from now on."""
         self.used, self.name = executor, executor.name
+
+    def of_groups(
+        self, closure: Closure, groups: Iterable[Sequence[PointMover]]
+    ) -> Iterator[list[Tensor]]:
+        """Yield the losses of each group of points, by the executor in use.
+
+        A group is asked for when it is measured, but for an executor that takes all at once.
+        """
+        if isinstance(self.used, Batched):
+            all_of_them = list(groups)
+            movers = [mover for group in all_of_them for mover in group]
+            found = iter(self.by(self.used, closure, movers))
+            for group in all_of_them:
+                yield [next(found) for _ in group]
+        else:
+            for group in groups:
+                yield self.losses(closure, group)
 
     def losses(self, closure: Closure, movers: Sequence[PointMover]) -> list[Tensor]:
         """Return the losses by the executor in use, or one that takes its place."""
@@ -77,6 +102,33 @@ class Executors:
     def derivative(self, closure: Closure, mover: TangentMover) -> tuple[Tensor, Tensor]:
         """Return the loss and its derivative along a direction, see :mod:`smezo_cli.zo.tangent`."""
         return self.compiler.run(lambda: tangent.derivative(closure, mover, self._probe))
+
+    def check(self, closure: Closure, movers: Sequence[PointMover]) -> None:
+        """Compare an executor that is not exact with the sequential one, once.
+
+        Losses may differ by 1e-5 of their size where all is computed in float32, else by four
+        times the precision of the dtype.
+
+        Raises:
+            NotBatched: they differ by more, or the closure or the model does not allow the
+                executor.
+        """
+        if self._is_checked:
+            return
+        assert isinstance(self.used, Batched)
+        found = [number(x) for x in self.by(self.used, closure, movers)]
+        expected = [number(x) for x in self.by(self.sequential, closure, movers)]
+        dtypes = {target.flat.dtype for target in self._targets if target.flat.is_floating_point()}
+        dtypes |= {self.used.points.autocast or torch.float32}
+        eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+        bound = 1e-5 if eps <= torch.finfo(torch.float32).eps else 4 * eps
+        for a, b in zip(found, expected, strict=True):
+            if not abs(a - b) <= bound * max(abs(b), 1.0):
+                raise NotBatched(
+                    f"executor={self.name} gives the loss {a:.9g} where one forward at a point "
+                    f"gives {b:.9g}, which is more than rounding: use executor=sequential"
+                )
+        self._is_checked = True
 
     def choose(self, closure: Closure, movers: Sequence[PointMover]) -> dict[str, float]:
         """Use the faster executor from now on, of those that give the losses of sequential.

@@ -21,6 +21,7 @@ class InPlace:
     """
 
     name = "in_place"
+    is_exact = True
 
     def __init__(self, targets: Sequence[Target]) -> None:
         self._targets = targets

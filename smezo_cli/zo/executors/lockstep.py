@@ -23,6 +23,7 @@ class Lockstep:
     """
 
     name = "lockstep"
+    is_exact = True
 
     def __init__(self, model: nn.Module, probe: FunctionalProbe) -> None:
         self._probe, self._turns = probe, Turns(model)

@@ -16,6 +16,7 @@ class Sequential:
     """
 
     name = "sequential"
+    is_exact = True
 
     def __init__(self, probe: FunctionalProbe) -> None:
         self._probe = probe

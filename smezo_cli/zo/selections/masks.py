@@ -60,6 +60,11 @@ def threshold(weight: Tensor, rule: str, sparsity: float, constant_tensors: str 
     return h
 
 
+def takes_all(rule: str, h: float) -> bool:
+    """Return whether the mask of a threshold takes every weight, whatever it becomes."""
+    return h == _EVERYTHING[rule]
+
+
 def extremes(weight: Tensor) -> tuple[float, float]:
     """Smallest and largest magnitude; NaN where a weight is NaN."""
     parts = [chunk.abs().aminmax() for chunk in _chunks(weight)]
