@@ -115,7 +115,7 @@ def check_quantization(model: Mapping[str, Any], method: Mapping[str, Any], devi
     if model["quantization"] is None:
         return
     out = "or leave model.quantization out"
-    if (method.get("adapter") or {}).get("kind") != "lora":
+    if (method.get("adapter") or {}).get("kind") not in ("lora", "lora_fa"):
         raise UserError(
             f"model.quantization=4bit is for a model that stays frozen beside LoRA, and method is "
             f"{method['name']}: choose method=lora, mezo_lora or sparse_mezo_lora, {out}."

@@ -128,14 +128,16 @@ DATA_EXAMPLES = {
 }
 
 # What each kind of `method.adapter` takes, all of it needed.
-_ADAPTER_KINDS = Choice("lora", "prefix", "tensor_train")
+_ADAPTER_KINDS = Choice("lora", "lora_fa", "prefix", "tensor_train")
 
+_LORA_KEYS: dict[str, SettingType] = {
+    "r": Whole(1, example="8"),
+    "alpha": Number(0, above=True, example="16"),
+    "targets": SomeNames(),
+}
 _ADAPTER_KEYS: dict[str, dict[str, SettingType]] = {
-    "lora": {
-        "r": Whole(1, example="8"),
-        "alpha": Number(0, above=True, example="16"),
-        "targets": SomeNames(),
-    },
+    "lora": _LORA_KEYS,
+    "lora_fa": _LORA_KEYS,
     "prefix": {"num_tokens": Whole(1, example="5")},
     "tensor_train": {
         "bottleneck": Whole(1, example="64"),

@@ -168,6 +168,10 @@ class RoundedPair:
         """See :class:`Direction`."""
         return num_weights(target)
 
+    def thin_rank(self, target: Target) -> int | None:
+        """See :class:`Direction`: codes are moved as they are."""
+        return None
+
     def refreshes_at(self, step: int) -> bool:
         """See :class:`Direction`: there is no subspace."""
         return False

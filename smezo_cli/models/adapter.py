@@ -1,13 +1,14 @@
 """Put an adapter into a model: a few weights beside its own, which alone are trained.
 
 LoRA (arXiv 2106.09685) and prefix tuning (arXiv 2101.00190) as MeZO has them (arXiv 2305.17333,
-appendix E), made of ``peft``'s modules, so that peft loads what was trained; and bottlenecks of
-tensor-train cores as AdaZeta has them (arXiv 2406.18060). The model stays the object that it was:
-its scores, its probes and its cache are those of any other.
+appendix E), and LoRA-FA (arXiv 2308.03303), made of ``peft``'s modules, so that peft loads what was
+trained; and bottlenecks of tensor-train cores as AdaZeta has them (arXiv 2406.18060). The model
+stays the object that it was: its scores, its probes and its cache are those of any other.
 """
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,6 +57,7 @@ def attach(model: PreTrainedModel, node: Mapping[str, Any], seed: int) -> Adapte
     arguments = {key: value for key, value in node.items() if key != "kind"}
     kinds: Mapping[str, Callable[..., Adapter]] = {
         "lora": Lora,
+        "lora_fa": partial(Lora, trains_a=False),
         "prefix": Prefix,
         "tensor_train": TensorTrain,
     }

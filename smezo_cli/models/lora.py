@@ -1,4 +1,4 @@
-"""Train low-rank matrices beside chosen linear layers: LoRA (arXiv 2106.09685), by peft."""
+"""Train low-rank matrices beside chosen linear layers: LoRA and LoRA-FA, by peft."""
 
 import warnings
 from collections.abc import Iterator
@@ -19,6 +19,8 @@ from smezo_cli.zo.noise import stream_key, uniform_at
 class Lora:
     """Put W + alpha/r B A in the place of W: A (r, in) and B (out, r) are trained.
 
+    LoRA is of arXiv 2106.09685; LoRA-FA (arXiv 2308.03303) leaves A as it was drawn.
+
     A is uniform in +-1/sqrt(in), what Kaiming's rule gives; B is zero, so that training begins at
     the model itself. Both have the dtype of W, or of the model where that has W in 4 bits.
 
@@ -28,6 +30,7 @@ class Lora:
         alpha: the scale is alpha/r.
         targets: ends of the names of the layers; those that the model has are taken.
         seed: keys A.
+        trains_a: False leaves A frozen.
 
     Raises:
         UserError: no layer has such a name, or one is of a kind that peft cannot wrap.
@@ -36,7 +39,14 @@ class Lora:
     num_places = 0
 
     def __init__(
-        self, model: PreTrainedModel, *, r: int, alpha: float, targets: list[str], seed: int
+        self,
+        model: PreTrainedModel,
+        *,
+        r: int,
+        alpha: float,
+        targets: list[str],
+        seed: int,
+        trains_a: bool = True,
     ) -> None:
         from peft import LoraConfig
         from peft.tuners.lora import LoraLayer, LoraModel
@@ -64,6 +74,7 @@ class Lora:
             with torch.no_grad():
                 a.copy_(_kaiming(a.shape, stream_key(seed, "adapter", f"{name}.lora_A")))
                 b.zero_()
+            a.requires_grad_(trains_a)
 
     @property
     def _is_packed(self) -> bool:
@@ -82,10 +93,16 @@ class Lora:
     def saved_bytes(self) -> int:
         """Return the bytes of the model without A and B; for a model in 4 bits those of A and B."""
         if self._is_packed:
-            mine = (p for p in self._model.parameters() if p.requires_grad)
-            return sum(p.numel() * p.element_size() for p in mine)
-        kept = (p for p in self._model.parameters() if not p.requires_grad)
-        return sum(p.numel() * p.element_size() for p in kept)
+            return self._bytes_of(is_adapter=True)
+        return self._bytes_of(is_adapter=False)
+
+    def _bytes_of(self, *, is_adapter: bool) -> int:
+        """Return the bytes of A and B, or of all other parameters."""
+        return sum(
+            p.numel() * p.element_size()
+            for name, p in self._model.named_parameters()
+            if (".lora_A." in name or ".lora_B." in name) is is_adapter
+        )
 
     @contextmanager
     def off(self) -> Iterator[None]:

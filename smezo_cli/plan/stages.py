@@ -11,7 +11,7 @@ from typing import Any
 from smezo_cli.config.settings import Settings
 from smezo_cli.plan import losses
 from smezo_cli.plan.dry_run import DryRun
-from smezo_cli.plan.trace import Keep, bytes_of, trace
+from smezo_cli.plan.trace import Keep, KeepThin, bytes_of, trace
 
 # Measured on Linux with torch 2.13: Numba, LLVM and the compiled passes.
 _NUMBA = 100_000_000
@@ -178,6 +178,7 @@ def _probed(
     """
     import torch
 
+    from smezo_cli.zo.points import Points
     from smezo_cli.zo.probe import FunctionalProbe
     from smezo_cli.zo.tangent import TangentMover, derivative
 
@@ -185,12 +186,18 @@ def _probed(
     probe = FunctionalProbe(run.computing, [named[target.name] for target in method.targets])
     compute = _objective(run, run.scorer(), batch)
     mover: Any = Keep()
+    if (at_once := points_of_a_batch(method)) and not with_tangents:
+        ranks = {t.name: method.direction.thin_rank(t) for t in method.targets}
+        thin = {id(named[name]): rank for name, rank in ranks.items() if rank is not None}
+        shared: dict[int, Any] = {}
+        batched = Points(run.computing, probe)
+        movers = [KeepThin(thin, shared) for _ in range(at_once)]
 
     def measure() -> None:
         if with_tangents:
             derivative(compute, TangentMover(lambda parameter, out: None, mover), probe)
             return
-        with probe.at(mover):
+        with batched.first(movers) if at_once else probe.at(mover):
             compute()
 
     with torch.no_grad():
@@ -353,9 +360,14 @@ def points_at_once(method: Any) -> int:
     """Return how many moved copies of a module live at once, each with its activations."""
     if method.executor == "auto":
         return 2 if method.measures_pairs else 1
+    return 2 if method.executor == "lockstep" else 1
+
+
+def points_of_a_batch(method: Any) -> int:
+    """Return how many points one forward computes, and without copies of thin products; else 0."""
     if method.executor == "batched":
         return int(method.forwards(0))
-    return 2 if method.executor == "lockstep" else 1
+    return int(method.executor == "side_path")
 
 
 def carries_tangents(method: Any) -> bool:

@@ -1,7 +1,7 @@
 """Count the bytes of a forward by running it on the meta device."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -97,6 +97,29 @@ class Keep:
         moved = torch.empty_like(picked)
         del index
         return moved
+
+
+class KeepThin(Keep):
+    """As :class:`Keep`, of matrices that are moved along thin products and so have no copies.
+
+    Args:
+        ranks: of these products, by ``id`` of the parameter.
+        shared: what the points of a step have in common; the same dict for all of them.
+    """
+
+    def __init__(self, ranks: Mapping[int, int], shared: dict[int, Any]) -> None:
+        self._ranks, self._shared = ranks, shared
+
+    def thin(self, parameter: Any) -> Any:
+        """Return the product's factors, without contents; None: a copy is made."""
+        from smezo_cli.zo.passes.low_rank import Factors
+
+        if id(parameter) not in self._ranks:
+            return None
+        rank, (rows, columns) = self._ranks[id(parameter)], parameter.shape
+        if id(parameter) not in self._shared:
+            self._shared[id(parameter)] = parameter.new_empty(rank, columns)
+        return Factors(parameter.new_empty(rows, rank), self._shared[id(parameter)])
 
 
 class PadOnly:

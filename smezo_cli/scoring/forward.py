@@ -75,9 +75,10 @@ class Forward:
 
         def pick(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             self._calls_head = True
-            hidden, *others = args  # (sequences, positions, hidden)
+            hidden, *others = args  # (sequences, positions, hidden), perhaps of several points
             at = sequences.to(hidden.device), positions.to(hidden.device)
-            return (hidden[at][None], *others)
+            points = hidden.shape[0] // len(inputs["input_ids"])
+            return (hidden.view(points, -1, *hidden.shape[1:])[(slice(None), *at)], *others)
 
         handle = head.register_forward_pre_hook(pick) if isinstance(head, nn.Module) else None
         rows = None if vocabulary is None else self.tensor(vocabulary)

@@ -234,7 +234,7 @@ class Points:
         points = len(self._movers)
         if not isinstance(x, Tensor) or x.dim() < 2 or "weight" not in names:
             return None
-        if torch.is_autocast_enabled(x.device.type):
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             self.autocast = torch.get_autocast_dtype(x.device.type)
         if points > 1 and self._part(x, 0) is None:
             return None

@@ -15,6 +15,8 @@ from smezo_cli.errors import UserError
 from smezo_cli.models.load import load_model
 from smezo_cli.plan.planner import Plan, plan
 from smezo_cli.plan.trace import Keep, PadOnly, trace
+from smezo_cli.run.loaded import Loaded
+from smezo_cli.run.method import build_method
 from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.zo.tangent import TangentMover
@@ -172,6 +174,29 @@ def test_tangents_take_what_they_take_of_real_tensors() -> None:
     # Of real tensors tangents that are zero count, too, which torch holds without memory.
     assert step == pytest.approx(found - left, rel=0.1)
     assert step > 1.5 * planned("method=mezo", "method.executor=sequential").phases["step"]
+
+
+@pytest.mark.parametrize("method", ["lozo", "subzero", "mezo", "p_rge"])
+@pytest.mark.parametrize("executor", ["batched", "side_path"])
+def test_points_of_a_batch_take_what_they_take_of_real_tensors(method: str, executor: str) -> None:
+    words = (f"method={method}", f"method.executor={executor}", "method.num_queries=2")
+    words = (*words, "method.keep_noise=false", "batch_size=4", "compile=true")
+    settings = settings_of(*words)
+    job = Loaded(settings, "cpu", lambda _: None)
+    real = build_method(job)
+    closure = Rows(job.model, 4)
+    keys = [(query, sign * settings.eps) for query in (0, 1) for sign in (1, -1)]  # type: ignore[operator]  # it is set
+    movers = [real.mover([query], [size]) for query, size in keys]
+
+    def measure() -> None:
+        with torch.no_grad():
+            real.executors.by(real.executors.used, closure, movers)
+
+    measure()  # factors and scratch are there, as in later steps
+    held = [*job.model.parameters(), *real._probe._scratch.values()]
+    found, left = trace(held, measure)  # movers keep the cores that they have drawn
+    # Equal rows share what differs on meta.
+    assert planned(*words).phases["step"] == pytest.approx(found - left, rel=0.1)
 
 
 # --- rows of losses ---------------------------------------------------------------------------

@@ -98,6 +98,12 @@ class Direction(Protocol):
     def state_size(self, target: Target) -> int:
         """Return how many numbers a slot of the state holds for a target."""
 
+    def thin_rank(self, target: Target) -> int | None:
+        """Return the rank of what is added to a whole matrix; None: it is no product of thin ones.
+
+        Where a mask leaves entries out it is none.
+        """
+
     def refreshes_at(self, step: int) -> bool:
         """Return whether u(key) of this step lie in other subspaces than before."""
 

@@ -103,6 +103,10 @@ class Dense:
             return self._may_keep
         return is_slow and free() > 10 * num_weights
 
+    def thin_rank(self, target: Target) -> int | None:
+        """See :class:`Direction`: noise is no product."""
+        return None
+
     def noise_bytes(self, *, compiles: bool, on_cpu: bool, free: int) -> int:
         """See :class:`Direction`."""
         return self.noise_bytes_of(self.targets, compiles=compiles, on_cpu=on_cpu, free=free)

@@ -109,6 +109,12 @@ class Factored:
         assert shape is not None
         return min(self.rank, *shape) if self.kind == "uzv" else self.rank
 
+    def thin_rank(self, target: Target) -> int | None:
+        """See :class:`Direction`."""
+        is_itself = self.shape_of(target) == tuple(target.parameter.shape)
+        takes_all = masks.takes_all(self.dense.selection.rule, target.h)
+        return self.rank_of(target) if is_itself and takes_all else None
+
     def state_size(self, target: Target) -> int:
         """Return the numbers of a core: what an update keeps so many of."""
         shape = self.shape_of(target)
@@ -342,11 +348,10 @@ class FactoredMover:
         for all moves of a step.
         """
         direction, target = self._direction, self._direction.target_of(parameter)
-        if not self._is_factored(target) or self.move.base or self.move.decay:
+        is_moved = self._is_factored(target) and not target.rests
+        if not is_moved or self.move.base or self.move.decay:
             return None
-        is_itself = direction.shape_of(target) == tuple(parameter.shape)
-        takes_all = masks.takes_all(self._direction.probe_passes.rule.mask, target.h)
-        return self.factors(target) if is_itself and takes_all and not target.rests else None
+        return None if direction.thin_rank(target) is None else self.factors(target)
 
     def factors(self, target: Target) -> Factors:
         """Return the sum of the terms as a product."""

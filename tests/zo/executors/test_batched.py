@@ -1,4 +1,4 @@
-"""Several points in one batch, and products beside a weight: the losses of forwards of their own."""
+"""Several points in one batch, and products beside a weight: losses of forwards of their own."""
 
 from collections.abc import Callable
 from typing import Any
