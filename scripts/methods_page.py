@@ -50,9 +50,6 @@ FOOT = """
   `subzero`: it personalises pictures without training any weights.
 * **Tensor-train training of optical PINNs** ([2502.12384](https://arxiv.org/abs/2502.12384)) is a
   script on the library, not a method for language models: [docs/pinn.md](../pinn.md).
-* **P-RGE** ([2409.15520](https://arxiv.org/abs/2409.15520)) is MeZO on the B of LoRA with all its
-  points in one batch; the numbers are those of `mezo_lora` with `method.freeze=["*lora_A*"]`, one
-  forward after the other. The batch is not built yet.
 * **ElasticZO-INT8**, the variant in integers alone, is not built.
 
 This page is written by `scripts/methods_page.py`.

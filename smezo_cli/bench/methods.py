@@ -1,4 +1,4 @@
-"""Make a step of any method of conf/method/ that compares losses of all weights, to be timed."""
+"""Make a step of any method of conf/method/ that compares losses, to be timed."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,12 @@ from smezo_cli.config.build import build
 from smezo_cli.config.compose import compose
 from smezo_cli.config.fixed import CONF_DIR, load_yaml, plain
 from smezo_cli.config.method_keys import trait
+from smezo_cli.models.adapter import attach
 from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.zo.optimizer import ZeroOrder
+
+_LORA = ("lora", "lora_fa")
 
 
 class Losses:
@@ -33,13 +36,39 @@ def timed(name: str) -> bool:
     """Return whether steps of a method of conf/method/ can be timed on any model."""
     file = load_yaml(CONF_DIR / "method" / f"{name}.yaml")
     node = file.get("method", {})
-    if "adapter" in node or "optimizer" in node:
+    if "optimizer" in node or node.get("adapter", {"kind": "lora"})["kind"] not in _LORA:
         return False
     if "_target_" not in node:  # it has the class of the method that it begins with
         return any(timed(base) for base in file.get("defaults", ()) if base != "_self_")
     target = {"_target_": node["_target_"]}
     needs_mask = trait(target, "needs_mask", default=False)  # and would move all weights without
+    if "adapter" in node and not trait(target, "measures_pairs", default=True):
+        return False  # hundreds of losses, on an adapter of its own size
     return trait(target, "compares_losses", default=False) and not needs_mask
+
+
+def on_lora(name: str) -> bool:
+    """Return whether a method trains low-rank matrices, in a copy of the model."""
+    return "adapter" in node_of(name.partition("@")[0])
+
+
+def node_of(name: str) -> Mapping[str, Any]:
+    """Return the settings of a method as its YAML has them."""
+    words = [f"method={name}", "model=tiny-llama", "task=toy"]  # of no recipe
+    node: Mapping[str, Any] = plain(compose(words))["method"]
+    return node
+
+
+def beside_lora(scorer: Scorer, node: Mapping[str, Any]) -> Scorer:
+    """Return a scorer of a copy of the model that shares its weights and has an adapter.
+
+    Raises:
+        UserError: the adapter does not fit the model.
+    """
+    shared = {id(p): nn.Parameter(p.detach(), False) for p in scorer.model.parameters()}
+    model: Any = copy.deepcopy(scorer.model, shared)
+    attach(model, node, seed=0)
+    return Scorer(model, scorer.tokenizer, scorer.compute_dtype)
 
 
 def names() -> list[str]:
@@ -54,9 +83,18 @@ def step_of(
     """Return a method with its YAML's values, but these step sizes, and the loss of its steps.
 
     A method that changes the layers of the model gets a copy of it.
+
+    Args:
+        name: of a method; behind an @ the executor that it is to have.
+        scorer: of the model.
+        rows: of each loss.
+        lr: step size.
+        eps: radius of the probe.
     """
-    words = [f"method={name}", "model=tiny-llama", "task=toy"]  # of no recipe
-    node: Mapping[str, Any] = plain(compose(words))["method"]
+    name, _, executor = name.partition("@")
+    node = node_of(name)
+    if "adapter" in node:
+        scorer = beside_lora(scorer, node["adapter"])
     model: nn.Module = scorer.model
     if trait(node, "moves_codes", default=False):
         own = copy.deepcopy(scorer.model)
@@ -64,6 +102,8 @@ def step_of(
         model = own
     # tail_lr: of what a method trains by backpropagation.
     values = {**node, "lr": lr, "eps": eps} | ({"tail_lr": lr} if "tail_lr" in node else {})
+    values = {key: value for key, value in values.items() if key != "adapter"}
+    values |= {"executor": executor} if executor else {}
     # As a run with the default settings, whose self-check is no part of a step.
     method: ZeroOrder = build(values, "method", model=model, seed=0, check=False)
     return method, Losses(scorer, rows)

@@ -51,9 +51,11 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "r_mezo": {"mask": "random"},
 }
 UNIT = "forward"
+UNIT_LORA = "forward_lora"  # of methods that train such matrices
 PASSES = ("pass_gaussian", "pass_rademacher")
 NAMES = (
     UNIT,
+    UNIT_LORA,
     "forward_full_logits",
     "textbook_mezo",
     "textbook_sparse_mezo",
@@ -63,6 +65,12 @@ NAMES = (
     *VARIANTS,
     *(name for name in methods.names() if name not in ("mezo", *VARIANTS)),
     *PASSES,
+)
+INEXACT = ("side_path", "batched")
+#: with the candidates that run where they are asked for alone
+ALL_NAMES = (
+    *NAMES,
+    *(f"{name}@{how}" for name in methods.names() for how in ("sequential", "lockstep", *INEXACT)),
 )
 GROW_NAMES = (UNIT, "mezo", "sparse_mezo")
 
@@ -179,8 +187,13 @@ def makers(
         method, loss = methods.step_of(name, scorer, batch, LR, EPS)
         return Candidate(partial(method.step, loss), method.passes.name)
 
+    def forward_lora() -> Candidate:
+        own = methods.beside_lora(scorer, methods.node_of("mezo_lora")["adapter"])
+        return forward(partial(own.scores, batch))
+
     found: dict[str, Callable[[], Candidate]] = {
         UNIT: partial(forward, partial(scorer.scores, batch)),
+        UNIT_LORA: forward_lora,
         "forward_full_logits": partial(forward, plain_loss),
         "textbook_mezo": partial(textbook_step, False),
         "textbook_sparse_mezo": partial(textbook_step, True),
@@ -190,8 +203,8 @@ def makers(
     }
     for name, arguments in VARIANTS.items():
         found[name] = partial(ours, thresholds.sparse, **arguments)
-    for name in methods.names():
-        if name not in found:
+    for name in ALL_NAMES:
+        if name.partition("@")[0] in methods.names() and name not in found:
             found[name] = partial(of_method, name)
     for name in PASSES:
         noise = name.removeprefix("pass_")
@@ -274,11 +287,17 @@ def summary(
             if name not in PASSES
         },
         "ratio_to_its_forwards": {
-            name: float(np.median(np.divide(seconds[name], made))) / quartiles[UNIT][1]
+            name: float(np.median(np.divide(seconds[name], made))) / quartiles[unit_of(name)][1]
             for name, made in (forwards or {}).items()
         },
         "rounds": {name: list(values) for name, values in seconds.items()},
     }
+
+
+def unit_of(name: str) -> str:
+    """Return which forward a candidate's cost is compared with."""
+    method = name.partition("@")[0]
+    return UNIT_LORA if method in methods.names() and methods.on_lora(method) else UNIT
 
 
 class Bench:
@@ -306,7 +325,8 @@ class Bench:
         tick: Callable[[str], object] = lambda what: None,
     ) -> None:
         wanted = {UNIT, *names}
-        self.names = [name for name in NAMES if name in wanted]
+        wanted |= {unit_of(name) for name in wanted}
+        self.names = [name for name in ALL_NAMES if name in wanted]
         self.scorer, self.batch, self.rounds, self.tick = scorer, batch, rounds, tick
         self.pass_weights = pass_weights
         self._thresholds = Thresholds(scorer.model, sparsity)

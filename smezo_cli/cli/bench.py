@@ -38,7 +38,7 @@ smezo bench [KEY=VALUE ...]         what a step costs, beside plain forwards and
     --config-dir DIR  your own model files, read before smezo's own
     --json FILE       every round and all numbers: {"median_seconds": {NAME: ...}, ...}
 KEY is model (or model.KEY), batch_size (16), length (tokens of a prompt, 64), dtype, compute_dtype,
-device. All weights are trained. Names:
+device. All weights are trained, but by methods on LoRA. Names:
   forward                    the model alone: last position, label rows; two of them are the unit
   forward_full_logits        the textbook's: a sequence a candidate, all logits
   textbook_mezo, textbook_sparse_mezo    the papers' pseudo-code, with forwards like that
@@ -46,7 +46,9 @@ device. All weights are trained. Names:
   mezo, sparse_mezo          as smezo train makes them, and variants:
     sparse_mezo_sequential, sparse_mezo_lockstep, sparse_mezo_in_place, sparse_mezo_kept_noise,
     sparse_mezo_rademacher, sparse_mezo_eager, r_mezo
-  lezo, lozo, ...            any method of smezo ls methods without an adapter that compares losses
+  lezo, lozo, ...            any method of smezo ls methods that compares losses
+  forward_lora               the model with LoRA, the unit of mezo_lora, p_rge and the like
+  lozo@side_path, ...        a method with an executor: sequential, lockstep, side_path, batched
   pass_gaussian, pass_rademacher         one masked pass over 64 M float32 weights
 Examples:
   smezo bench
@@ -144,7 +146,7 @@ def _measure(
     from smezo_cli.run.console import Console
     from smezo_cli.store import versions
 
-    names = _chosen(only, timing.NAMES)
+    names = list(timing.NAMES) if only is None else _chosen(only, timing.ALL_NAMES)
     console = Console()
     started = versions.now()
     scorer, ids, labels, source = _model_and_tokens(settings, length, device_name, grow, console)
@@ -191,9 +193,7 @@ def _measure(
     return result
 
 
-def _chosen(only: str | None, names: Sequence[str]) -> list[str]:
-    if only is None:
-        return list(names)
+def _chosen(only: str, names: Sequence[str]) -> list[str]:
     chosen = [name.strip() for name in only.split(",")]
     for name in chosen:
         if name not in names:

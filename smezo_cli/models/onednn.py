@@ -96,6 +96,9 @@ def _forward(self: nn.Linear, x: Tensor) -> Tensor:
     return _product(x, self.weight, self.bias)
 
 
+_forward.is_linear = True  # type: ignore[attr-defined]  # read by probes: x W^T + b, and no more
+
+
 def _has_tangent(*tensors: Tensor) -> bool:
     """Whether forward-mode differentiation goes on, whose tangents oneDNN's product would drop."""
     return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)  # type: ignore[no-untyped-call]  # untyped in torch

@@ -152,7 +152,7 @@ class Points:
     def _wrap(
         self, module: nn.Module, single: Callable[..., Any], names: Sequence[str]
     ) -> Callable[..., Any]:
-        linear = module if isinstance(module, nn.Linear) and self._probe.is_plain(module) else None
+        plain = self._probe.plain_forward(module)
 
         def forward(*args: Any, only_rows: Tensor | None = None, **kwargs: Any) -> Any:
             more = {} if only_rows is None else {"only_rows": only_rows}
@@ -160,8 +160,8 @@ class Points:
                 return single(*args, **more, **kwargs)
             if not self._is_running:
                 refuse(f"the closure calls a {type(module).__name__} of the model by itself")
-            if linear is not None and len(args) == 1 and not kwargs and only_rows is None:
-                found = self._linear(linear, args[0], names)
+            if plain is not None and len(args) == 1 and not kwargs and only_rows is None:
+                found = self._linear(module, plain, args[0], names)
                 if found is not None:
                     return found
             return self._point_by_point(module, single, args, kwargs, more)
@@ -226,7 +226,9 @@ class Points:
             refuse(f"a module returns a {type(one).__name__} that is another at each point")
         return one
 
-    def _linear(self, module: nn.Linear, x: Any, names: Sequence[str]) -> Tensor | None:
+    def _linear(
+        self, module: nn.Module, plain: Callable[[Tensor], Tensor], x: Any, names: Sequence[str]
+    ) -> Tensor | None:
         """What a linear layer gives by its products of thin matrices, or by copies side by side.
 
         None where there are neither.
@@ -238,14 +240,10 @@ class Points:
             self.autocast = torch.get_autocast_dtype(x.device.type)
         if points > 1 and self._part(x, 0) is None:
             return None
-        weight = module.weight
-        bias: Tensor | None = module.bias
-        biases = None
-        if bias is not None and "bias" in names:
-            biases, bias = self._copies(bias), None
+        weight, bias = module.get_parameter("weight"), module._parameters["bias"]
         thin = self._thin(weight)
         if thin is not None:
-            y = F.linear(x, weight, bias)
+            y = plain(x)
             flat = y.view(points, -1, y.shape[-1])
             right, left = thin
             inner = F.linear(x, right.to(x.dtype)).view(points, -1, right.shape[0])
@@ -255,11 +253,11 @@ class Points:
             flat = x.reshape(points, -1, x.shape[-1]) @ moved.mT
             y = flat.view(*x.shape[:-1], moved.shape[1])
             if bias is not None:
-                y += bias
+                flat += bias.to(flat.dtype)
         else:
             return None
-        if biases is not None:
-            flat += biases[:, None].to(flat.dtype)
+        if bias is not None and "bias" in names:  # which is in y as it is
+            flat += (self._copies(bias) - bias)[:, None].to(flat.dtype)
         self._is_split[module] = True
         return y
 

@@ -6,8 +6,9 @@ form S-MeZO-EI, arXiv 2402.15751). Memory stays that of inference plus the scrat
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any, Protocol
 
 import torch
@@ -101,6 +102,8 @@ class FunctionalProbe:
         self._addresses: set[int] = set()
         self._depth = 0
         self._mover: Mover | None = None
+        #: the forwards of the modules that are wrapped just now, where they are not their class's
+        self._held: Mapping[nn.Module, Any] = {}
         self._pair: tuple[PairMover, PairMover, Turns] | None = None
         self._ready: tuple[nn.Module, int] | None = (
             None  # whose scratch is drawn, and for which side
@@ -149,7 +152,8 @@ class FunctionalProbe:
         places = self._places
         only = getattr(mover, "only", None) if only is None else only
         held = {module: module.__dict__.get("forward") for module in places}
-        before, self._mover = self._mover, mover
+        before, self._mover = (self._mover, self._held), mover
+        self._held = held
         for module, moved in places.items():
             if only is None:
                 made = self._wrapped.get(module)
@@ -161,7 +165,7 @@ class FunctionalProbe:
         try:
             yield
         finally:
-            self._mover = before
+            self._mover, self._held = before
             for module, forward in held.items():
                 _restore(module, forward)
 
@@ -179,11 +183,18 @@ class FunctionalProbe:
             if getattr(module.__dict__.get("forward"), "is_probe", False)
         ]
 
-    def is_plain(self, module: nn.Linear) -> bool:
-        """Return whether a wrapped linear layer computes x W^T + b, as far as can be seen."""
-        held = self._wrapped.get(module, (None, None))[0]
-        has_hooks = module._forward_pre_hooks or module._forward_hooks
-        return held is None and not has_hooks and type(module).forward is nn.Linear.forward
+    def plain_forward(self, module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+        """Return what computes x W^T + b of a wrapped module by its weights as they are.
+
+        None: as far as can be seen it computes something else. A forward of another make says that
+        it does by an attribute ``is_linear``.
+        """
+        if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+            return None
+        held = self._held.get(module)
+        if held is None:
+            return MethodType(nn.Linear.forward, module)
+        return held if getattr(held, "is_linear", False) else None
 
     @contextmanager
     def pointed_at(self, mover: Mover) -> Iterator[None]:

@@ -18,6 +18,7 @@ from smezo_cli.bench.textbook import Textbook
 from smezo_cli.bench.timing import (
     NAMES,
     PASSES,
+    UNIT_LORA,
     Bench,
     Thresholds,
     interleave,
@@ -148,7 +149,8 @@ def test_a_step_makes_the_forwards_that_its_kind_has(scorer: Scorer, name: str) 
     if name in methods.names():
         assert isinstance(record, StepRecord)
         expected = record.num_forwards
-    if name == "quzo":  # its layers are changed, so it has a model of its own
+    # Where layers are changed it has a model of its own.
+    if name in ("quzo", UNIT_LORA) or (name in methods.names() and methods.on_lora(name)):
         assert not shapes
         return
     assert len(shapes) == expected
@@ -239,7 +241,7 @@ def test_every_candidate_is_timed_and_weighed(scorer: Scorer) -> None:
     steps = set(NAMES) - set(PASSES)
     assert set(found["ratio_to_two_forwards"]) == steps
     assert set(found["weights_per_second"]) == set(PASSES)
-    assert set(found["passes"]) == set(NAMES) - {"forward", "forward_full_logits"}
+    assert set(found["passes"]) == set(NAMES) - {"forward", UNIT_LORA, "forward_full_logits"}
     assert found["failed"] == {}
     assert len(told) == bench.num_ticks
     peaks = found["peak_bytes"]
@@ -370,3 +372,20 @@ def test_a_gpu_is_measured_by_its_own_allocator(tmp_path: Path) -> None:
     found = json.loads(out.read_text())
     assert found["machine"]["accelerator"]
     assert 4 * found["num_weights"] < found["peak_bytes"]["forward"] < 2**28
+
+
+@pytest.mark.parametrize("name", ["lozo@side_path", "lozo@batched", "p_rge@sequential"])
+def test_a_method_is_timed_with_the_executor_that_is_asked_for(scorer: Scorer, name: str) -> None:
+    found = Bench(scorer, ROWS, [name], rounds=1).run()
+    wanted = {"forward", name} | ({UNIT_LORA} if name.startswith("p_rge") else set())
+    assert set(found["median_seconds"]) == wanted
+    assert found["ratio_to_its_forwards"][name] > 0
+
+
+def test_a_copy_with_lora_shares_the_weights_and_leaves_them_trained(scorer: Scorer) -> None:
+    own = methods.beside_lora(scorer, methods.node_of("p_rge")["adapter"])
+    places = {p.data_ptr() for p in scorer.model.parameters()}
+    shared = [p for n, p in own.model.named_parameters() if ".lora_" not in n]
+    assert {p.data_ptr() for p in shared} == places
+    assert not any(p.requires_grad for p in shared)
+    assert all(p.requires_grad for p in scorer.model.parameters())

@@ -13,6 +13,7 @@ from smezo_cli.methods.mezo import MeZO
 from smezo_cli.methods.sparse_mezo import SparseMeZO
 from smezo_cli.methods.subzero import SubZero
 from smezo_cli.methods.zo_block import ZOBlock
+from smezo_cli.models.onednn import use_onednn
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.points import NotBatched
 from tests.zo.test_optimizer import closure_of, language_loss, llama, mlp, seeded
@@ -235,3 +236,25 @@ def test_narrow_weights_are_probed_to_their_precision(executor: str, dtype: torc
     bound = 0.1 if dtype == torch.bfloat16 else 0.01
     assert found[1].loss == pytest.approx(found[0].loss, rel=bound / 4)
     assert found[1].projected_grad == pytest.approx(found[0].projected_grad, abs=10 * bound)
+
+
+@pytest.mark.parametrize("executor", INEXACT)
+def test_layers_that_compute_by_another_library_are_products_too(executor: str) -> None:
+    """In float32 on a CPU runs give linear layers another forward, which says what it computes."""
+    model, plain = llama(), llama()
+    assert use_onednn(model) > 0
+    opt, other = made("lozo", model, executor), made("lozo", plain, "sequential")
+    written: list[tuple[int, ...]] = []
+    kind = type(opt._pair(0, 1e-2)[0])
+    with pytest.MonkeyPatch.context() as patched:
+        whole = kind.whole
+
+        def watched(self: Any, parameter: Tensor, out: Tensor) -> None:
+            written.append(tuple(parameter.shape))
+            whole(self, parameter, out)
+
+        opt.choose_executor(language_loss(model))
+        patched.setattr(kind, "whole", watched)
+        record = opt.step(language_loss(model))
+    assert {len(shape) for shape in written} == {1}
+    assert record.loss == pytest.approx(other.step(language_loss(plain)).loss, rel=1e-5)
