@@ -23,12 +23,14 @@ from smezo_cli.machine.memory import PeakMemory
 from smezo_cli.machine.stop import Stopped, StopRequest
 from smezo_cli.machine.torchrun import local_rank
 from smezo_cli.methods.base import replays
+from smezo_cli.run import mask
 from smezo_cli.run.batches import batches_of
 from smezo_cli.run.console import Console
 from smezo_cli.run.evaluate import evaluate
 from smezo_cli.run.loaded import Loaded
 from smezo_cli.run.measure import Measure
 from smezo_cli.run.method import build_method
+from smezo_cli.run.parcel import Parcel
 from smezo_cli.run.ranks import Left, Ranks
 from smezo_cli.run.rows import short_enough
 from smezo_cli.scoring.batching import Found
@@ -100,6 +102,7 @@ class Follower:
         self.method: ZeroOrder | None = None
         self._is_checked = False
         self._known = np.zeros((2, 0))
+        self._parcel = Parcel()
         self._encoded: dict[str, list[Candidates]] = {}
         self._measure = Measure(
             self.loaded.scorer,
@@ -119,6 +122,11 @@ class Follower:
         do = message.pop("do")
         if do == "trajectory":
             self._known = np.frombuffer(content, "<f8").reshape(message["queries"] + 1, -1)
+        elif do == "piece":
+            self._parcel.add(message["name"], content)
+        elif do == "mask":
+            with self._parcel.opened() as folder:
+                mask.use(self.loaded, folder)
         elif do == "batching":
             Found.of(message["found"]).to(self.loaded.scorer)
         elif do == "evaluate":

@@ -3,12 +3,15 @@
 from dataclasses import dataclass
 from typing import Any
 
+from smezo_cli.config.method_keys import trait
 from smezo_cli.methods.base import Method, compares_losses
+from smezo_cli.run import parcel
 from smezo_cli.run.begin import Run
 from smezo_cli.run.follower import facts
 from smezo_cli.run.loaded import Loaded
 from smezo_cli.run.measure import Measure
 from smezo_cli.run.ranks import Ranks
+from smezo_cli.store import mask
 from smezo_cli.store.trajectory import Recorder
 
 
@@ -45,6 +48,12 @@ def agree(run: Run, loaded: Loaded, team: Ranks) -> None:
         + (f", {team.of_queries} the queries" if team.of_queries > 1 else "")
     )
     run.check_stop()
+
+
+def hand_mask(run: Run, team: Ranks) -> None:
+    """Send the other ranks the mask, if the method has one: all train the same entries."""
+    if trait(run.settings.method, "needs_mask", default=False):
+        parcel.send(team, run.folder.path / mask.NAME, "mask")
 
 
 def teach(team: Ranks, recorder: Recorder) -> None:

@@ -109,6 +109,8 @@ def _with_steps(run: Run, so_far: SoFar, loaded: Loaded, evaluate: Evaluator) ->
     """Train, and test the best weights."""
     s, state = run.settings, run.state
     mask.settle(run, loaded)
+    if run.team is not None:
+        leader.hand_mask(run, run.team)
     method = build_method(loaded)
     so_far.measure = measure = measure_for(run, loaded, method)
     so_far.keeps_state, so_far.passes = method.keeps_state, passes_of(run, method)
