@@ -21,10 +21,9 @@ from smezo_cli.scoring.parts import by_part
 from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.zo.backprop import BackwardOutOfMemory
 from smezo_cli.zo.step import Closure, StepRecord
+from smezo_cli.zo.sums import on_grid
 
 T = TypeVar("T")
-
-_GRID = 2.0**32  # sums of up to 2^21 are exact in float64
 
 
 class Steps(Protocol):
@@ -143,7 +142,7 @@ class Batch:
         for part in self._parts:
             with detecting_out_of_memory():
                 found = self._scorer.objective_sum(part, self._objective).detach().double()
-                sums.append((found * self._factor(part) * _GRID).round() / _GRID)
+                sums.append(on_grid(found * self._factor(part)))
         if not sums:  # fewer rows than ranks that share them
             return torch.zeros((), dtype=torch.float64, device=self._scorer.forward.device)
         return torch.stack(sums).sum()  # where the model is: nothing waits between the parts
