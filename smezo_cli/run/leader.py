@@ -67,7 +67,7 @@ def lead(run: Run, method: Method, step: int, until: int) -> None:
     """Let the other ranks, if there are any, take the steps from `step` up to `until` too."""
     if run.team is not None:
         assert compares_losses(method)
-        width = max(map(method.forwards, range(step, until)))
+        width = max(map(method.exchanged, range(step, until)))
         run.team.take_steps(step, until, width, prompt=run.notes["prompt"])
 
 

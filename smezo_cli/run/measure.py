@@ -201,9 +201,23 @@ class ShardedBatch(Batch):
         self, losses: Mapping[int, Sequence[float]], sizes: Sequence[int]
     ) -> list[list[float]]:
         """Return the losses of all queries; a float64 a loss is all that ranks exchange."""
-        flat = [x for i, size in enumerate(sizes) for x in losses.get(i, [0.0] * size)]
         weight = self._weight if self._team.shares_rows else 1
-        sums = iter([total / weight for total in self._team.add(flat)])
+        return [[total / weight for total in of] for of in self._added(losses, sizes)]
+
+    def join_parts(
+        self, found: Mapping[int, Sequence[float]], sizes: Sequence[int]
+    ) -> list[list[float]]:
+        """See :class:`smezo_cli.zo.step.Shared`; sums of what is rounded to 2^-32 are exact."""
+        if self._team.shares_rows:
+            rounded = {i: on_grid(torch.tensor(of, dtype=torch.float64)) for i, of in found.items()}
+            found = {i: of.tolist() for i, of in rounded.items()}
+        return self._added(found, sizes)
+
+    def _added(
+        self, found: Mapping[int, Sequence[float]], sizes: Sequence[int]
+    ) -> list[list[float]]:
+        flat = [x for i, size in enumerate(sizes) for x in found.get(i, [0.0] * size)]
+        sums = iter(self._team.add(flat))
         return [[next(sums) for _ in range(size)] for size in sizes]
 
     def measured(self) -> None:

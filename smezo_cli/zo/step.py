@@ -43,6 +43,11 @@ class Shared(Protocol):
     ) -> list[list[float]]:
         """The losses of all queries, from those of this process; so many losses each."""
 
+    def join_parts(
+        self, found: Mapping[int, Sequence[float]], sizes: Sequence[int]
+    ) -> list[list[float]]:
+        """As :meth:`join`, from sums over the parts that :meth:`InParts.parts` gives here."""
+
 
 @runtime_checkable
 class TakesNote(Protocol):
