@@ -56,11 +56,20 @@ def hand_mask(run: Run, team: Ranks) -> None:
         parcel.send(team, run.folder.path / mask.NAME, "mask")
 
 
-def teach(team: Ranks, recorder: Recorder) -> None:
-    """Send the other ranks the steps that are recorded: their weights follow from them."""
-    known = recorder.trajectory()
-    columns = known.columns(len(known)).astype("<f8")
-    team.tell("trajectory", columns.tobytes(), queries=len(columns) - 1)
+def teach(run: Run, team: Ranks, recorder: Recorder | None) -> None:
+    """Send the other ranks the recorded steps, from which their weights follow; or the weights.
+
+    Weights that are saved are loaded from the run folder by ranks that see it, and sent otherwise.
+    """
+    if recorder is not None:
+        known = recorder.trajectory()
+        columns = known.columns(len(known)).astype("<f8")
+        team.tell("trajectory", columns.tobytes(), queries=len(columns) - 1)
+    elif step := run.state.step:
+        path = run.folder.weights_path(step)
+        if not hand_out(run, team, step):
+            parcel.send(team, path, "saved", name=path.name, sha256=run.state.files[path.name])
+        team.tell("restore", numbers=run.state.method)
 
 
 def lead(run: Run, method: Method, step: int, until: int) -> None:

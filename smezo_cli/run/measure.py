@@ -48,6 +48,9 @@ class Team(Protocol):
     def add(self, numbers: Sequence[float]) -> list[float]:
         """Return sums over the ranks."""
 
+    def add_gradient(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over the ranks, within a step."""
+
     def measured(self) -> None:
         """Take note that a step has all its losses."""
 
@@ -212,6 +215,10 @@ class ShardedBatch(Batch):
             rounded = {i: on_grid(torch.tensor(of, dtype=torch.float64)) for i, of in found.items()}
             found = {i: of.tolist() for i, of in rounded.items()}
         return self._added(found, sizes)
+
+    def join_tensor(self, tensor: Tensor) -> Tensor:
+        """See :class:`smezo_cli.zo.step.Shared`."""
+        return self._team.add_gradient(tensor)
 
     def _added(
         self, found: Mapping[int, Sequence[float]], sizes: Sequence[int]

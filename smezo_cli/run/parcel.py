@@ -42,7 +42,7 @@ class Parcel:
         try:
             if self._folder is None:
                 self._folder = tempfile.TemporaryDirectory(prefix="smezo-")
-            with (Path(self._folder.name) / name).open("ab") as file:
+            with (Path(self._folder.name) / Path(name).name).open("ab") as file:
                 file.write(piece)
         except OSError as error:
             raise UserError(

@@ -48,6 +48,9 @@ class Shared(Protocol):
     ) -> list[list[float]]:
         """As :meth:`join`, from sums over the parts that :meth:`InParts.parts` gives here."""
 
+    def join_tensor(self, tensor: Tensor) -> Tensor:
+        """The sum of such a tensor of every process, float32 on the CPU: the same bits for all."""
+
 
 @runtime_checkable
 class TakesNote(Protocol):
