@@ -6,21 +6,24 @@ A test compares ranks with one process whose micro-batches are their shards.
 import itertools
 import math
 import os
+import signal
 import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from smezo_cli.errors import UserError
 from smezo_cli.run import follower, parcel, ranks
 from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.store.saved import Saved
-from tests.run.processes import smezo
+from tests.run.processes import smezo, until
 from tests.run.rank_groups import RUN, Group, few_tokens, together, weights_of
 from tests.run.test_ranks import crowded
+from tests.run.test_ranks_end import steps_made
 from tests.run.tiny_runs import SEQUENTIAL, records_of, result_of, run_folder
 
 OF_METHOD = {
@@ -182,6 +185,49 @@ def test_a_rank_that_fails_amid_gradients_leaves_nobody_behind(rank: int, tmp_pa
     assert [one.code for one in ended] == ([1, 2] if rank == 0 else [2, 1]), ended
     assert "no room for a gradient" in ended[rank].err
     assert "another rank has ended" in ended[1 - rank].err
+
+
+def no_room_backwards(rank: int) -> None:
+    """A rank has room for a forward, and not for backpropagation."""
+    whole = Scorer.objective_sum
+
+    def crammed(gradient: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def heavy(self: Any, batch: Any, name: str = "loss") -> Any:
+        found = whole(self, batch, name)
+        if found.requires_grad:
+            found.register_hook(crammed)
+        return found
+
+    if os.environ["RANK"] == str(rank):
+        Scorer.objective_sum = heavy  # type: ignore[method-assign]  # in this process alone
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_without_room_for_backpropagation_ends_all(rank: int, tmp_path: Path) -> None:
+    """The others wait for its loss, so that rank 0 can still let them go."""
+    fault = partial(no_room_backwards, rank)
+    with Group(2, words_of("elasticzo"), tmp_path, faults=[fault]) as group:
+        ended = [one.wait(100) for one in group.ranks]
+    assert [one.code for one in ended] == ([2, 0] if rank == 0 else [2, 2]), ended
+    assert "the memory is too small for backpropagation" in ended[rank].err
+    assert "Traceback" not in ended[0].err + ended[1].err
+
+
+def test_a_stop_between_two_steps_of_ranks_is_gone_on_from(tmp_path: Path) -> None:
+    """Of steps that are not recorded: the weights at the stop are saved, and none is lost."""
+    words = words_of("elasticzo", "steps=40", "eval_every=20")
+    with Group(2, words, tmp_path, faults=[few_tokens]) as group:
+        until(lambda: steps_made(tmp_path) > 4)
+        os.kill(group.ranks[1].pid, signal.SIGTERM)
+        ended = group.wait()
+    assert [one.code for one in ended] == [130, 0], ended
+    ended = together(2, words, tmp_path, [few_tokens])
+    assert [one.code for one in ended] == [0, 0], ended
+    assert "going on from step" in ended[0].out
+    assert smezo([*words, "micro_batch_size=4"], tmp_path / "one", faults=[few_tokens]).code == 0
+    assert weights_of(run_folder(tmp_path)) == weights_of(run_folder(tmp_path / "one"))
 
 
 def infinite_gradients() -> None:
