@@ -75,7 +75,6 @@ class Addax(ZeroOrder):
 
     replays: ClassVar = False
     needs_gradient: ClassVar = True
-    shares_steps: ClassVar = False
     objectives: ClassVar = ("long", "short")
 
     def __init__(

@@ -50,7 +50,6 @@ class ElasticZO(ZeroOrder):
 
     replays: ClassVar = False
     needs_gradient: ClassVar = True
-    shares_steps: ClassVar = False
 
     def __init__(
         self,

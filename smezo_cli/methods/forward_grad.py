@@ -61,7 +61,7 @@ class ForwardGrad(ZeroOrder):
     ones, and activations take twice the memory. ``eps`` is that of the self-check alone: nothing is
     probed at a distance. The released code draws tangents of all weights at once; here they are
     drawn module by module. Layers without a forward-mode derivative are refused, and so are
-    objectives that are no function of the weights with derivatives, and ranks.
+    objectives that are no function of the weights with derivatives.
 
     Args:
         model: any module; parameters with ``requires_grad`` are trained.
@@ -71,7 +71,6 @@ class ForwardGrad(ZeroOrder):
     """
 
     measures_pairs: ClassVar = False
-    shares_steps: ClassVar = False
     needs_gradient: ClassVar = True
 
     def __init__(
@@ -102,6 +101,10 @@ class ForwardGrad(ZeroOrder):
             "float16 has no room for derivatives along directions as long as all weights: take "
             "dtype=bfloat16 or float32",
         )
+
+    def exchanged(self, step: int) -> int:
+        """See :meth:`ZeroOrder.exchanged`: a loss and its derivative a query."""
+        return 2 * self.forwards(step)
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -58,7 +58,6 @@ class MaZO(ZeroOrder):
 
     needs_mask: ClassVar = True
     score_bytes: ClassVar = 12
-    shares_steps: ClassVar = False  # ranks exchange losses, and a mask comes from gradients
 
     def __init__(
         self,

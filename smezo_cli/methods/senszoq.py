@@ -59,7 +59,6 @@ class SensZOQ(ZeroOrder):
 
     needs_mask: ClassVar = True
     score_bytes: ClassVar = 4
-    shares_steps: ClassVar = False  # ranks exchange losses, and a mask comes from gradients
 
     def __init__(
         self,

@@ -1,7 +1,8 @@
 """Run a rank other than 0: follow rank 0's commands; write and print nothing.
 
-A follower has no folder. Its weights follow from the base model and the losses that all ranks
-share; if the run goes on from an earlier start, from the trajectory that rank 0 sends.
+A follower has no folder. Its weights follow from the base model and from what all ranks share in a
+step; if the run goes on from an earlier start, from the trajectory that rank 0 sends, or from the
+weights that it saved where the method records no steps.
 """
 
 import dataclasses
@@ -9,7 +10,7 @@ import hashlib
 import io
 import json
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ from smezo_cli.machine.device import choose_device
 from smezo_cli.machine.memory import PeakMemory
 from smezo_cli.machine.stop import Stopped, StopRequest
 from smezo_cli.machine.torchrun import local_rank
-from smezo_cli.methods.base import replays
+from smezo_cli.methods.base import compares_losses, replays
+from smezo_cli.run import mask
 from smezo_cli.run.batches import batches_of
 from smezo_cli.run.console import Console
 from smezo_cli.run.evaluate import evaluate
 from smezo_cli.run.loaded import Loaded
 from smezo_cli.run.measure import Measure
 from smezo_cli.run.method import build_method
+from smezo_cli.run.parcel import Parcel
 from smezo_cli.run.ranks import Left, Ranks
 from smezo_cli.run.rows import short_enough
 from smezo_cli.scoring.batching import Found
@@ -100,6 +103,7 @@ class Follower:
         self.method: ZeroOrder | None = None
         self._is_checked = False
         self._known = np.zeros((2, 0))
+        self._parcel = Parcel()
         self._encoded: dict[str, list[Candidates]] = {}
         self._measure = Measure(
             self.loaded.scorer,
@@ -119,6 +123,11 @@ class Follower:
         do = message.pop("do")
         if do == "trajectory":
             self._known = np.frombuffer(content, "<f8").reshape(message["queries"] + 1, -1)
+        elif do == "piece":
+            self._parcel.add(message["name"], content)
+        elif do == "mask":
+            with self._parcel.opened() as folder:
+                mask.use(self.loaded, folder)
         elif do == "batching":
             Found.of(message["found"]).to(self.loaded.scorer)
         elif do == "evaluate":
@@ -127,6 +136,10 @@ class Follower:
             self._steps(**message)
         elif do == "weights":
             self._load(**message)
+        elif do == "saved":
+            self._take(**message)
+        elif do == "restore":
+            self._made().restore(message["numbers"], {})
         elif do == "memory":
             size = self._measure.size
             halved = size != self.settings.micro_batch_size
@@ -135,16 +148,21 @@ class Follower:
         else:
             raise AssertionError(do)
 
-    def _advance(self, step: int) -> ZeroOrder:
-        """Return the method after so many steps; those that it lacks are in the trajectory."""
+    def _made(self) -> ZeroOrder:
         if self.method is None:
             method = build_method(self.loaded)
-            assert replays(method)
+            assert compares_losses(method)
             self.method = method
-        while self.method.num_steps < step:
-            lr, *scalars = self._known[:, self.method.num_steps].tolist()
-            self.method.replay(lr, scalars)
         return self.method
+
+    def _advance(self, step: int) -> ZeroOrder:
+        """Return the method after so many steps; those that it lacks are in the trajectory."""
+        method = self._made()
+        assert replays(method) or method.num_steps >= step
+        while method.num_steps < step:
+            lr, *scalars = self._known[:, method.num_steps].tolist()
+            method.replay(lr, scalars)
+        return method
 
     def _rows(
         self, split: str, prompt: int | Sequence[int], part: str | None = None
@@ -209,12 +227,25 @@ class Follower:
 
     def _load(self, path: str, sha256: str) -> None:
         """Load weights from the run folder, if it is on this machine; tell all ranks if it is."""
-        found = 0.0
-        try:
-            saved = Saved(Path(path))
-            if saved.about.get("sha256") == sha256 and saved.is_whole():
-                self.loaded.set_weights(saved, Path(path))
-                found = 1.0
-        except UserError:
-            pass
-        self.team.add([found])
+        found = False
+        with suppress(UserError):
+            found = self._set_weights(Path(path), sha256)
+        self.team.add([float(found)])
+
+    def _take(self, name: str, sha256: str) -> None:
+        """Load the weights that rank 0 has sent.
+
+        Raises:
+            UserError: they did not come whole.
+        """
+        with self._parcel.opened() as folder:
+            if not self._set_weights(folder / name, sha256):
+                raise UserError(f"{name} of rank 0 did not come whole: start the ranks again.")
+
+    def _set_weights(self, path: Path, sha256: str) -> bool:
+        """Put saved weights into the model; return whether they are those with this digest."""
+        saved = Saved(path)
+        is_whole = saved.about.get("sha256") == sha256 and saved.is_whole()
+        if is_whole:
+            self.loaded.set_weights(saved, path)
+        return is_whole

@@ -3,12 +3,15 @@
 from dataclasses import dataclass
 from typing import Any
 
+from smezo_cli.config.method_keys import trait
 from smezo_cli.methods.base import Method, compares_losses
+from smezo_cli.run import parcel
 from smezo_cli.run.begin import Run
 from smezo_cli.run.follower import facts
 from smezo_cli.run.loaded import Loaded
 from smezo_cli.run.measure import Measure
 from smezo_cli.run.ranks import Ranks
+from smezo_cli.store import mask
 from smezo_cli.store.trajectory import Recorder
 
 
@@ -47,18 +50,33 @@ def agree(run: Run, loaded: Loaded, team: Ranks) -> None:
     run.check_stop()
 
 
-def teach(team: Ranks, recorder: Recorder) -> None:
-    """Send the other ranks the steps that are recorded: their weights follow from them."""
-    known = recorder.trajectory()
-    columns = known.columns(len(known)).astype("<f8")
-    team.tell("trajectory", columns.tobytes(), queries=len(columns) - 1)
+def hand_mask(run: Run, team: Ranks) -> None:
+    """Send the other ranks the mask, if the method has one: all train the same entries."""
+    if trait(run.settings.method, "needs_mask", default=False):
+        parcel.send(team, run.folder.path / mask.NAME, "mask")
+
+
+def teach(run: Run, team: Ranks, recorder: Recorder | None) -> None:
+    """Send the other ranks the recorded steps, from which their weights follow; or the weights.
+
+    Weights that are saved are loaded from the run folder by ranks that see it, and sent otherwise.
+    """
+    if recorder is not None:
+        known = recorder.trajectory()
+        columns = known.columns(len(known)).astype("<f8")
+        team.tell("trajectory", columns.tobytes(), queries=len(columns) - 1)
+    elif step := run.state.step:
+        path = run.folder.weights_path(step)
+        if not hand_out(run, team, step):
+            parcel.send(team, path, "saved", name=path.name, sha256=run.state.files[path.name])
+        team.tell("restore", numbers=run.state.method)
 
 
 def lead(run: Run, method: Method, step: int, until: int) -> None:
     """Let the other ranks, if there are any, take the steps from `step` up to `until` too."""
     if run.team is not None:
         assert compares_losses(method)
-        width = max(map(method.forwards, range(step, until)))
+        width = max(map(method.exchanged, range(step, until)))
         run.team.take_steps(step, until, width, prompt=run.notes["prompt"])
 
 

@@ -23,10 +23,9 @@ from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.zo.backprop import BackwardOutOfMemory
 from smezo_cli.zo.points import NotBatched
 from smezo_cli.zo.step import Closure, StepRecord
+from smezo_cli.zo.sums import on_grid
 
 T = TypeVar("T")
-
-_GRID = 2.0**32  # sums of up to 2^21 are exact in float64
 
 
 class Steps(Protocol):
@@ -50,6 +49,9 @@ class Team(Protocol):
 
     def add(self, numbers: Sequence[float]) -> list[float]:
         """Return sums over the ranks."""
+
+    def add_gradient(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over the ranks, within a step."""
 
     def measured(self) -> None:
         """Take note that a step has all its losses."""
@@ -145,7 +147,7 @@ class Batch:
         for part in self._parts:
             with detecting_out_of_memory():
                 found = self._scorer.objective_sum(part, self._objective).detach().double()
-                sums.append((found * self._factor(part) * _GRID).round() / _GRID)
+                sums.append(on_grid(found * self._factor(part)))
         if not sums:  # fewer rows than ranks that share them
             return torch.zeros((), dtype=torch.float64, device=self._scorer.forward.device)
         return torch.stack(sums).sum()  # where the model is: nothing waits between the parts
@@ -204,9 +206,27 @@ class ShardedBatch(Batch):
         self, losses: Mapping[int, Sequence[float]], sizes: Sequence[int]
     ) -> list[list[float]]:
         """Return the losses of all queries; a float64 a loss is all that ranks exchange."""
-        flat = [x for i, size in enumerate(sizes) for x in losses.get(i, [0.0] * size)]
         weight = self._weight if self._team.shares_rows else 1
-        sums = iter([total / weight for total in self._team.add(flat)])
+        return [[total / weight for total in of] for of in self._added(losses, sizes)]
+
+    def join_parts(
+        self, found: Mapping[int, Sequence[float]], sizes: Sequence[int]
+    ) -> list[list[float]]:
+        """See :class:`smezo_cli.zo.step.Shared`; sums of what is rounded to 2^-32 are exact."""
+        if self._team.shares_rows:
+            rounded = {i: on_grid(torch.tensor(of, dtype=torch.float64)) for i, of in found.items()}
+            found = {i: of.tolist() for i, of in rounded.items()}
+        return self._added(found, sizes)
+
+    def join_tensor(self, tensor: Tensor) -> Tensor:
+        """See :class:`smezo_cli.zo.step.Shared`."""
+        return self._team.add_gradient(tensor)
+
+    def _added(
+        self, found: Mapping[int, Sequence[float]], sizes: Sequence[int]
+    ) -> list[list[float]]:
+        flat = [x for i, size in enumerate(sizes) for x in found.get(i, [0.0] * size)]
+        sums = iter(self._team.add(flat))
         return [[next(sums) for _ in range(size)] for size in sizes]
 
     def measured(self) -> None:

@@ -3,7 +3,8 @@
 torchrun starts them and torch.distributed carries the numbers; nothing is scheduled here. Rank 0 is
 the run: it has the folder, the console and the loggers, and tells the others (the followers,
 :mod:`smezo_cli.run.follower`) what comes next. Every rank holds all weights and moves them by
-itself; in a step the ranks exchange two losses a query.
+itself; in a step the ranks exchange two losses a query, and the gradient of what a method trains by
+backpropagation.
 """
 
 import atexit
@@ -232,6 +233,7 @@ class Ranks:
         self.most_queries = 0
         self.asked: Callable[[], bool] = lambda: False  # was this rank asked to stop?
         self._expected: int | None = None  # numbers in the sum that the followers wait in
+        self._adds_gradients = False  # so that the followers wait in the sum of a tensor
         self._stage = "before"
 
     # --- shards -------------------------------------------------------------------------------
@@ -265,7 +267,7 @@ class Ranks:
         """
         padding = [0.0] * (self._width - len(numbers))
         *sums, stop, leaving = self._add([*numbers, *padding, float(self.asked()), 0.0])
-        self._expected = None
+        self._expected, self._adds_gradients = None, False
         if leaving:
             raise Left
         self.stop_asked = self.stop_asked or stop > 0
@@ -279,6 +281,7 @@ class Ranks:
 
     def measured(self) -> None:
         """Take note that the present step has all its losses, before the weights are moved."""
+        self._adds_gradients = False
         if self.left <= 1:  # the followers wait for a command next, whatever happens here
             self._expected = None
 
@@ -324,6 +327,14 @@ class Ranks:
         tensor = tensor.to(self._device)
         self._call(distributed.all_reduce, tensor)
         return tensor.cpu()
+
+    def add_gradient(self, tensor: Any) -> Any:
+        """As :meth:`add_tensor`, of a step: between :meth:`add` and :meth:`measured`.
+
+        Rank 0 cannot end the run for the others between two of them, but by :meth:`abandon`.
+        """
+        self._adds_gradients = True
+        return self.add_tensor(tensor)
 
     def gather(self, content: bytes) -> list[bytes]:
         """Return what each rank gives, by rank."""
@@ -419,6 +430,9 @@ class Ranks:
     def leave(self) -> None:
         """End the run for the followers, wherever they are, if they are not gone."""
         if self.lost or self._stage == "ended":
+            return
+        if self._adds_gradients:
+            self.abandon()
             return
         try:
             if self._stage == "agreeing":

@@ -109,6 +109,8 @@ def _with_steps(run: Run, so_far: SoFar, loaded: Loaded, evaluate: Evaluator) ->
     """Train, and test the best weights."""
     s, state = run.settings, run.state
     mask.settle(run, loaded)
+    if run.team is not None:
+        leader.hand_mask(run, run.team)
     method = build_method(loaded)
     so_far.measure = measure = measure_for(run, loaded, method)
     so_far.keeps_state, so_far.passes = method.keeps_state, passes_of(run, method)
@@ -123,8 +125,8 @@ def _with_steps(run: Run, so_far: SoFar, loaded: Loaded, evaluate: Evaluator) ->
         so_far.rows = rows.encode(run, loaded)
         zero_shot.measure(run, as_it_came, so_far.rows)
     so_far.recorder = resume.put_back(run, loaded, method)
-    if run.team is not None and so_far.recorder is not None:
-        leader.teach(run.team, so_far.recorder)
+    if run.team is not None:
+        leader.teach(run, run.team, so_far.recorder)
     allocator.give_back()  # what reading and encoding the data has freed
     if not is_checked:
         self_check.check(run, loaded, method, so_far.rows.train)

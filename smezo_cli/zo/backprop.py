@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from smezo_cli.zo.noise import rounding_at, stream_key
 from smezo_cli.zo.rounding import ROUNDINGS
-from smezo_cli.zo.step import Closure, InParts, NonFiniteLoss, WithObjectives
+from smezo_cli.zo.step import Closure, InParts, NonFiniteLoss, Shared, WithObjectives
 from smezo_cli.zo.targets import check
 
 #: Moves the weights of a name against their gradient.
@@ -25,8 +25,9 @@ class Backprop:
     """One SGD step on some parameters by backpropagation, beside a zeroth-order step.
 
     No gradient of the model's size is kept: a parameter moves when backpropagation has come to it,
-    and its gradient is dropped. Where a batch comes in micro-batches, gradients of these parameters
-    add up first. What lies before the first of them keeps no activations.
+    and its gradient is dropped. Where a batch comes in micro-batches, or several processes share
+    it, gradients of these parameters add up first. What lies before the first of them keeps no
+    activations.
 
     Args:
         model: owns the parameters.
@@ -66,17 +67,25 @@ class Backprop:
         self.objective, self.scale, self.weight_decay = objective, scale, weight_decay
         self._alone = alone
 
-    def apply(self, closure: Closure, lr: float, step: int) -> float:
+    def apply(
+        self,
+        closure: Closure,
+        lr: float,
+        step: int,
+        measured: Callable[[], None] = lambda: None,
+    ) -> float:
         """Make the step at the present weights; return the loss.
 
         Args:
-            closure: computes the loss.
+            closure: computes the loss. Of processes that share it those that measure the first
+                query compute the gradient, each of its rows; all move by the sum.
             lr: learning rate of the step.
             step: its number; names the bits of stochastic rounding.
+            measured: called once the loss is known, before anything is written.
 
         Raises:
             NonFiniteLoss: the loss is NaN or infinite, and nothing was written; or a gradient is,
-                and some weights have moved.
+                and some weights have moved, unless processes share the step: all of them raise it.
             BackwardOutOfMemory: likewise.
             TypeError: the closure is of one loss, and another is needed.
             ValueError: the loss has no gradient.
@@ -88,9 +97,15 @@ class Backprop:
         parts = list(closure.parts()) if isinstance(closure, InParts) else [closure]
         with self._trained_alone() as leaves, torch.enable_grad():
             move = self._mover(lr, step)
-            if len(parts) == 1:
-                return self._in_place(parts[0], leaves, move)
-            return self._added_up(parts, leaves, move)
+            try:
+                if isinstance(closure, Shared):
+                    return self._shared(closure, parts, leaves, move, measured)
+                if len(parts) == 1:
+                    return self._in_place(parts[0], leaves, move, measured)
+                return self._added_up(parts, leaves, move, measured)
+            finally:
+                for leaf in leaves.values():
+                    leaf.grad = None
 
     def _mover(self, lr: float, step: int) -> Move:
         size, decay = lr * self.scale, lr * self.weight_decay
@@ -115,8 +130,10 @@ class Backprop:
         part: Closure,
         leaves: Mapping[str, Tensor],
         move: Move,
+        measured: Callable[[], None],
     ) -> float:
         loss = self._finite(part())
+        measured()
 
         def as_soon_as_known(name: str, leaf: Tensor) -> None:
             assert leaf.grad is not None
@@ -132,8 +149,6 @@ class Backprop:
         finally:
             for hook in hooks:
                 hook.remove()
-            for leaf in leaves.values():
-                leaf.grad = None
         return float(loss.detach())
 
     def _added_up(
@@ -141,20 +156,63 @@ class Backprop:
         parts: list[Closure],
         leaves: Mapping[str, Tensor],
         move: Move,
+        measured: Callable[[], None],
     ) -> float:
         total = 0.0
-        try:
-            for part in parts:
-                loss = self._finite(part())
-                self._backward(loss)
-                total += float(loss.detach())
-            for name, leaf in leaves.items():
-                if leaf.grad is not None:
-                    move(name, leaf.detach(), leaf.grad)
-        finally:
-            for leaf in leaves.values():
-                leaf.grad = None
+        for part in parts:
+            loss = self._finite(part())
+            self._backward(loss)
+            total += float(loss.detach())
+        measured()
+        for name, leaf in leaves.items():
+            if leaf.grad is not None:
+                move(name, leaf.detach(), leaf.grad)
         return total
+
+    def _shared(
+        self,
+        closure: Shared,
+        parts: list[Closure],
+        leaves: Mapping[str, Tensor],
+        move: Move,
+        measured: Callable[[], None],
+    ) -> float:
+        own = 0.0
+        is_mine = bool(closure.queries(1))
+        for part in parts if is_mine else ():
+            loss = part()
+            own += float(loss.detach())
+            if not math.isfinite(own):
+                break  # all processes will know it
+            self._backward(self._finite(loss))
+        ((total,),) = closure.join_parts({0: [own]} if is_mine else {}, [1])
+        self._check_finite(total)
+        gradients = self._gradients(closure, leaves)
+        for name, gradient in gradients.items():
+            if not gradient.isfinite().all():
+                closure.join_parts({0: [math.nan]} if is_mine else {}, [1])  # so the step ends here
+                raise NonFiniteLoss(f"the gradient of {name} is not finite")
+        measured()
+        for name, gradient in gradients.items():
+            move(name, leaves[name].detach(), gradient.to(leaves[name].device))
+        return total
+
+    @staticmethod
+    def _gradients(closure: Shared, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the sums over the processes, of what has a gradient in one of them; drop theirs.
+
+        All processes ask for the same tensors in the same order.
+        """
+        has = torch.tensor([float(leaf.grad is not None) for leaf in leaves.values()])
+        found = {}
+        for (name, leaf), count in zip(
+            leaves.items(), closure.join_tensor(has).tolist(), strict=True
+        ):
+            if count:
+                own = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+                leaf.grad = None
+                found[name] = closure.join_tensor(own.detach().float())
+        return found
 
     @staticmethod
     def _backward(loss: Tensor) -> None:
@@ -170,10 +228,13 @@ class Backprop:
             ) from error
 
     @staticmethod
-    def _finite(loss: Tensor) -> Tensor:
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise NonFiniteLoss(f"loss {value} in a step by backpropagation")
+    def _check_finite(loss: float) -> None:
+        if not math.isfinite(loss):
+            raise NonFiniteLoss(f"loss {loss} in a step by backpropagation")
+
+    @classmethod
+    def _finite(cls, loss: Tensor) -> Tensor:
+        cls._check_finite(float(loss.detach()))
         if not loss.requires_grad:
             raise ValueError("the loss has no gradient, which this method takes of some weights")
         return loss

@@ -1,7 +1,7 @@
 """Measure the losses that an estimator asks for, in one process or in several."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -11,6 +11,9 @@ from smezo_cli.zo.executors.choose import Executors
 from smezo_cli.zo.move import Key, Move, Term
 from smezo_cli.zo.step import Closure, NonFiniteLoss, Shared, WithObjectives
 from smezo_cli.zo.tangent import TangentMover
+
+#: Puts together what several processes have measured; see :class:`Shared`.
+Join = Callable[[Mapping[int, Sequence[float]], Sequence[int]], list[list[float]]]
 
 
 class LossMeter:
@@ -57,31 +60,50 @@ class LossMeter:
             if not isinstance(closure, WithObjectives):
                 raise TypeError(f"the closure has no of(), which gives the loss {objective!r}")
             closure = closure.of(objective)
-        shared = closure if isinstance(closure, Shared) else None
-        if shared is not None and self._num_asked < len(self._joined):
-            return self._taken(self._joined[self._num_asked])
-        numbers = range(len(groups)) if shared is None else shared.queries(len(groups))
-        measured: dict[int, list[float]] = {}
-        asked = ([self._direction.mover(self.step, move) for move in groups[i]] for i in numbers)
-        for i, found in zip(numbers, self._executors.of_groups(closure, asked), strict=True):
-            losses = torch.stack([x.detach().double() for x in found]).tolist()
-            if shared is None:
-                self._check_finite(losses)
-                if len(losses) == 2 and losses[0] == losses[1]:
-                    self._on_equal_losses()
-            measured[i] = losses
-        joined = list(measured.values())
-        if shared is not None:
-            joined = shared.join(measured, list(map(len, groups)))
-            for losses in joined:  # of all, so that every process raises or none
-                self._check_finite(losses)
-            self._joined.append(joined)
-        return self._taken(joined)
 
-    def _taken(self, found: list[list[float]]) -> list[list[float]]:
-        self._num_asked += 1
+        def measure(numbers: Sequence[int]) -> Iterator[list[float]]:
+            step, mover = self.step, self._direction.mover
+            movers = ([mover(step, move) for move in groups[i]] for i in numbers)
+            for found in self._executors.of_groups(closure, movers):
+                yield torch.stack([x.detach().double() for x in found]).tolist()
+
+        def alone(losses: list[float]) -> list[float]:
+            self._finite(losses)
+            if len(losses) == 2 and losses[0] == losses[1]:
+                self._on_equal_losses()
+            return losses
+
+        if isinstance(closure, Shared):
+            sizes = list(map(len, groups))
+            found = self._of_all(closure.queries, closure.join, sizes, measure)
+        else:
+            found = list(map(alone, measure(range(len(groups)))))
         self.all_losses += [loss for losses in found for loss in losses]
         return found
+
+    def _of_all(
+        self,
+        queries: Callable[[int], Sequence[int]],
+        join: Join,
+        sizes: Sequence[int],
+        measure: Callable[[Sequence[int]], Iterable[list[float]]],
+    ) -> list[list[float]]:
+        """Return the numbers of all queries, of which this process measures some.
+
+        Args:
+            queries: says which, see :class:`Shared`.
+            join: puts together what all processes have measured.
+            sizes: how many numbers each query has.
+            measure: gives those of some queries, one after the other.
+        """
+        self._num_asked += 1
+        if self._num_asked > len(self._joined):
+            numbers = queries(len(sizes))
+            joined = join(dict(zip(numbers, measure(numbers), strict=True)), sizes)
+            for of_query in joined:  # of all, so that every process raises or none
+                self._finite(of_query)
+            self._joined.append(joined)
+        return self._joined[self._num_asked - 1]
 
     def two_sided(
         self, keys: Sequence[Key], objective: str = "batch", base: str = ""
@@ -97,19 +119,24 @@ class LossMeter:
         Raises:
             NoTangent: the model or the loss has no derivative along a direction.
         """
-        found = []
-        for key in keys:
-            assert isinstance(self._direction, Dense)
-            mover = self._direction.mover(self.step, Move((Term(key, 1.0),)))
-            tangents = TangentMover(self._direction.write_alone(mover), mover)
-            pair = self._executors.derivative(self._closure, tangents)
-            loss, slope = torch.stack(pair).tolist()
-            self._check_finite([loss, slope])
-            self.all_losses.append(loss)
-            found.append(slope)
-        return found
+        closure = self._closure
 
-    def _check_finite(self, losses: Sequence[float]) -> None:
+        def measure(numbers: Sequence[int]) -> Iterator[list[float]]:
+            for i in numbers:
+                assert isinstance(self._direction, Dense)
+                mover = self._direction.mover(self.step, Move((Term(keys[i], 1.0),)))
+                tangents = TangentMover(self._direction.write_alone(mover), mover)
+                yield torch.stack(self._executors.derivative(closure, tangents)).tolist()
+
+        if isinstance(closure, Shared):
+            found = self._of_all(closure.queries, closure.join_parts, [2] * len(keys), measure)
+        else:
+            found = list(map(self._finite, measure(range(len(keys)))))
+        self.all_losses += [loss for loss, _ in found]
+        return [slope for _, slope in found]
+
+    def _finite(self, losses: list[float]) -> list[float]:
         if not all(map(math.isfinite, losses)):
             said = " and ".join(map(str, losses))
             raise NonFiniteLoss(f"loss {said} at step {self.step}")
+        return losses

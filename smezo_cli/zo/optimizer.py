@@ -72,19 +72,24 @@ class ZeroOrder(Parts):
                 self._asks_again = False
                 self.check_reads(closure)
 
+        def measured() -> None:
+            if isinstance(closure, TakesNote):
+                closure.measured()
+
         ask = self.meter(closure, on_equal_losses)
         try:
             scalars = self._measure(ask)
+            loss = sum(ask.all_losses) / len(ask.all_losses)
+            record = self.record(loss, scalars, self.num_steps)
+            if self.tail is None:
+                measured()
+            else:  # at the weights that were probed; raises before it writes
+                lr = self.param_groups[0]["lr"]
+                self.tail.apply(closure, lr, self.num_steps, measured)
         except NonFiniteLoss:  # of all processes
             self._joined.clear()
             raise
-        if isinstance(closure, TakesNote):
-            closure.measured()
-        loss = sum(ask.all_losses) / len(ask.all_losses)
         self._joined.clear()
-        record = self.record(loss, scalars, self.num_steps)
-        if self.tail is not None:  # at the weights that were probed; raises before it writes
-            self.tail.apply(closure, self.param_groups[0]["lr"], self.num_steps)
         self._apply(scalars)
         return record
 

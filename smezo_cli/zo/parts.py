@@ -211,6 +211,10 @@ class Parts(torch.optim.Optimizer):
         measured = 0 if self.step_size is None else self.step_size.forwards(1.0)
         return self.estimator.forwards(step) + measured + (self.tail is not None)
 
+    def exchanged(self, step: int) -> int:
+        """Return how many numbers processes that share a step exchange at once, at most."""
+        return self.forwards(step)
+
     @property
     def num_weights(self) -> int:
         """Weights that the method may train."""

@@ -43,6 +43,14 @@ class Shared(Protocol):
     ) -> list[list[float]]:
         """The losses of all queries, from those of this process; so many losses each."""
 
+    def join_parts(
+        self, found: Mapping[int, Sequence[float]], sizes: Sequence[int]
+    ) -> list[list[float]]:
+        """As :meth:`join`, from sums over the parts that :meth:`InParts.parts` gives here."""
+
+    def join_tensor(self, tensor: Tensor) -> Tensor:
+        """The sum of such a tensor of every process, float32 on the CPU: the same bits for all."""
+
 
 @runtime_checkable
 class TakesNote(Protocol):

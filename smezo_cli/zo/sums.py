@@ -6,6 +6,11 @@ from torch import Tensor
 _GRID = 2.0**32
 
 
+def on_grid(numbers: Tensor) -> Tensor:
+    """Return numbers rounded to multiples of 2^-32, in float64: their sums are exact up to 2^21."""
+    return (numbers.double() * _GRID).round() / _GRID
+
+
 def sum_of_squares(flat: Tensor) -> float:
     """Return the sum of the squares of a tensor, each rounded to a multiple of 2^-32.
 

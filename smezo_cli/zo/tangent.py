@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from smezo_cli.zo.directions.base import PointMover
 from smezo_cli.zo.probe import FunctionalProbe
 from smezo_cli.zo.step import Closure, InParts
+from smezo_cli.zo.sums import on_grid
 
 
 class NoTangent(ValueError):
@@ -52,7 +53,8 @@ def derivative(
 
     One forward that carries tangents beside the values: activations take twice the memory, and of
     the direction one module's tensors are held at a time. Attention is computed by its formula,
-    since fused kernels have no tangents.
+    since fused kernels have no tangents. Of several parts both are rounded to multiples of 2^-32,
+    so that their sums are exact, whoever adds them.
 
     Raises:
         NoTangent: an operation or the loss has none.
@@ -74,8 +76,13 @@ def derivative(
                 if tangent is None:
                     raise NoTangent("the loss does not depend on the weights by way of derivatives")
                 found.append((loss.detach().double(), tangent.detach().double()))
-    losses, tangents = zip(*found, strict=True)
-    return torch.stack(losses).sum(), torch.stack(tangents).sum()
+    if not found:  # fewer rows than processes that share them
+        nothing = torch.zeros((), dtype=torch.float64)
+        return nothing, nothing
+    losses, tangents = (torch.stack(of) for of in zip(*found, strict=True))
+    if len(found) == 1:
+        return losses[0], tangents[0]
+    return on_grid(losses).sum(), on_grid(tangents).sum()
 
 
 def _dual(primal: Tensor, tangent: Tensor) -> Tensor:

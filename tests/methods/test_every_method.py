@@ -305,11 +305,16 @@ def test_a_quadratic_is_descended(name: str) -> None:
 
 
 class Ranks:
-    """Processes that share the queries of a step, played by threads."""
+    """Processes that share the queries of a step, played by threads.
+
+    They measure in turns: derivatives are of one thread at a time, whoever asks for them.
+    """
 
     def __init__(self, num: int) -> None:
+        self._turn = threading.Lock()
         self._barrier = threading.Barrier(num)
         self._found: list[Mapping[int, Sequence[float]]] = [{}] * num
+        self._tensors = [torch.zeros(())] * num
 
     def closure(self, rank: int, loss: Callable[[], Tensor]) -> Any:
         outer = self
@@ -319,16 +324,27 @@ class Ranks:
                 return loss()
 
             def queries(self, num: int) -> Sequence[int]:
+                assert outer._turn.acquire(timeout=60)
                 return range(num)[rank :: len(outer._found)]
 
             def join(
                 self, losses: Mapping[int, Sequence[float]], sizes: Sequence[int]
             ) -> list[list[float]]:
+                outer._turn.release()
                 outer._found[rank] = losses
                 outer._barrier.wait(60)
                 joined = {i: list(x) for found in outer._found for i, x in found.items()}
                 outer._barrier.wait(60)
                 return [joined[i] for i in range(len(sizes))]
+
+            join_parts = join
+
+            def join_tensor(self, tensor: Tensor) -> Tensor:
+                outer._tensors[rank] = tensor
+                outer._barrier.wait(60)
+                total = torch.stack(outer._tensors).sum(0)
+                outer._barrier.wait(60)
+                return total
 
             def of(self, objective: str) -> "Closure":
                 return self
@@ -372,6 +388,11 @@ def test_there_are_as_many_queries_to_share_as_the_class_says(name: str) -> None
 
         def join(self, losses: Mapping[int, Sequence[float]], sizes: object) -> list[Any]:
             return list(losses.values())
+
+        join_parts = join
+
+        def join_tensor(self, tensor: Tensor) -> Tensor:
+            return tensor
 
         def of(self, objective: str) -> Callable[[], Tensor]:
             return self

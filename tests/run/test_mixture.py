@@ -146,6 +146,23 @@ def test_what_ranks_measure_adds_up_to_the_loss_of_one_process() -> None:
     )
 
 
+def test_the_gradients_of_ranks_add_up_to_that_of_one_process() -> None:
+    """Float32 sums in another order, as of micro-batches."""
+    gradients = []
+    model, scorer, rows, _ = two_parts()
+    whole = Batch(scorer, rows, "loss", 1, WEIGHTS)
+    shards = [ShardedBatch(scorer, rows, "loss", None, Pair(rank), WEIGHTS) for rank in range(2)]
+    for batches in ([whole], shards):
+        model.zero_grad()
+        for part in (part for batch in batches for part in batch.parts()):
+            part().backward()  # type: ignore[no-untyped-call]  # untyped in torch
+        of_all = [p.grad for p in model.parameters() if p.grad is not None]
+        gradients.append(torch.cat([g.view(-1) for g in of_all]))
+    largest = float(gradients[0].abs().max())
+    assert torch.allclose(gradients[0], gradients[1], rtol=0, atol=2e-5 * largest)
+    assert largest > 0
+
+
 def test_micro_batches_are_halved_where_memory_is_too_small() -> None:
     """A step in parts of one row is the step of the whole: 2e-6 of a loss of 4, over 2 eps."""
     found = []
@@ -310,11 +327,12 @@ def test_a_run_that_is_stopped_in_an_evaluation_scores_no_row_of_a_part_twice(
         assert (halved / str(number) / "batches").read_text().splitlines() == batches
 
 
+@pytest.mark.parametrize("more", [[], ["method=forward_grad"], ["method=mazo"]])
 def test_two_ranks_train_the_weights_of_one_process(
-    finished: tuple[list[str], Path], tmp_path: Path
+    more: list[str], finished: tuple[list[str], Path], tmp_path: Path
 ) -> None:
     """For the same micro-batches: of one row here."""
-    words = [*finished[0], "micro_batch_size=1"]
+    words = [*finished[0], "micro_batch_size=1", *more]
     ended = together(2, words, tmp_path / "many", [few_tokens])
     assert [one.code for one in ended] == [0, 0], ended[0].err
     assert smezo(words, tmp_path / "one", faults=[few_tokens]).code == 0
