@@ -53,7 +53,10 @@ FOOT = """
 * **P-RGE** ([2409.15520](https://arxiv.org/abs/2409.15520)) is MeZO on the B of LoRA with all its
   points in one batch; the numbers are those of `mezo_lora` with `method.freeze=["*lora_A*"]`, one
   forward after the other. The batch is not built yet.
-* **ElasticZO-INT8**, the variant in integers alone, is not built.
+* **ElasticZO-INT8** ([2501.04287](https://arxiv.org/abs/2501.04287)), the variant in integers, is
+  a class of the library for small networks, not a method for language models:
+  `smezo_cli.methods.elasticzo_int8.ElasticZOInt8`. Its weights take one byte each, and no float is
+  computed in a step.
 
 This page is written by `scripts/methods_page.py`.
 """
