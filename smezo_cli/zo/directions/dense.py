@@ -174,8 +174,14 @@ class Dense:
         def write(parameter: Tensor, out: Tensor) -> None:
             target = self.target_of(parameter)
             out.zero_()
-            if mover.moves(target):
-                self.probe_passes.move(out, out, mover.read_by(self.probe_passes, target))
+            if not mover.moves(target):
+                return
+            passes, numbers = self.probe_passes, mover.read_by(self.probe_passes, target)
+            if target.index is None:
+                passes.move(out, out, numbers)
+            else:
+                numel = target.parameter.numel()
+                out[target.index] = passes.move_at(out[target.index], target.index, numel, numbers)
 
         return write
 
