@@ -372,7 +372,8 @@ class ZoroFA(ZeroOrder):
     then, while steps grow shorter; after ``max_rounds`` the weights stay. Where half of the n
     weights could count, and 2 n measurements may be made, all are solved for by least squares.
 
-    Forwards a step: 1 + m + the rounds tried. Keeps no state: each step begins again at s and lr,
+    Forwards a step: 1 + m + the rounds tried; the logged loss is the mean of them, those of the
+    tried steps among them. Keeps no state: each step begins again at s and lr,
     as the paper's. The slopes and the round are recorded, so a replay decodes again. It does so in
     float64 on the CPU with sums that are exact in any order, and solves by Cholesky in a fixed
     order, so that machines agree to the last bit (no LAPACK).

@@ -67,10 +67,15 @@ class StepRecord:
     """What a step did.
 
     Attributes:
-        loss: mean of the losses measured in the step.
+        loss: mean of all losses measured in the step, each counting once, for the log. Of most
+            methods these are the losses of the batch at the probes. Some measure at other points,
+            or over other rows, and say so in their docstring; the number is then no loss of one
+            point, and is to be compared with that of the same method alone.
         projected_grad: the coefficients of the step's directions, as measured, for the log: of
             most methods one directional derivative a query (empty for first-order methods).
-        num_forwards: forward passes over the batch.
+        num_forwards: how many losses were measured, by backpropagation too. One is a pass over all
+            rows of that loss (the batch, or others, see :class:`WithObjectives`), in however many
+            micro-batches. ``smezo plan`` counts the same forwards, and their rows apart.
         clipped: how many projected gradients were cut for the update.
         scalars: what is recorded of the step, from which it can be made again without a forward.
     """
