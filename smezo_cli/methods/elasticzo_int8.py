@@ -139,7 +139,7 @@ def errors(logits: Scaled, labels: Tensor) -> Tensor:
 
 
 class IntegerNetwork(nn.Module):
-    """A chain of linear layers of int8 codes with ReLU between them, and no biases.
+    """Chains linear layers of int8 codes with ReLU between them, and no biases.
 
     Sums are int32, and are shifted to int8 between layers; each tensor has one power of two as its
     scale. A constant column of the input takes the place of biases.
@@ -184,7 +184,7 @@ class IntegerNetwork(nn.Module):
 
     @property
     def weights(self) -> list[Tensor]:
-        """The codes of each layer."""
+        """Return the codes of each layer."""
         return [self.get_buffer(f"weight{i}") for i in range(len(self.exponents))]
 
     def layer(self, i: int, x: Scaled, weight: Tensor) -> Scaled:
@@ -210,7 +210,7 @@ class IntegerNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class IntegerStep:
-    """What a step measured.
+    """Says what a step measured.
 
     Attributes:
         plus: cross-entropy of the batch on one side, summed, in units of 2**-FRACTION log 2.
@@ -222,7 +222,7 @@ class IntegerStep:
 
     @property
     def sign(self) -> int:
-        """The sign of the difference: 1, 0 or -1."""
+        """Return the sign of the difference: 1, 0 or -1."""
         return (self.plus > self.minus) - (self.plus < self.minus)
 
 

@@ -99,12 +99,12 @@ class QuZO(ZeroOrder):
 
     @property
     def num_weights(self) -> int:
-        """Weights that the method trains; a byte may hold two."""
+        """Return how many weights the method trains; a byte may hold two."""
         return sum(map(num_weights, self.targets))
 
     @property
     def layers(self) -> dict[str, QuantisedLinear]:
-        """The layer that holds the codes of a trained tensor, by the tensor's name."""
+        """Return the layer that holds the codes of a trained tensor, by the tensor's name."""
         return {t.name: t.layer for t in self.targets if t.layer is not None}
 
     def identity(self) -> dict[str, Any]:
@@ -371,7 +371,7 @@ class RoundedMover:
             layer.store(rows, moved.to(torch.int8))
 
         def pairs(first: slice) -> None:
-            """Rows of the first half, with those as far below: they share draws."""
+            """Yield rows of the first half, with those as far below: they share draws."""
             span = first.start * width, first.stop * width, device
             u = [self._draws.pair(*span, s) for s in streams]
             chances = [self._draws.chances(*span, key) for key in keys]

@@ -119,7 +119,7 @@ def cosamp(
 
 
 class Round(NamedTuple):
-    """What a round of a step supposes: nonzero entries of the gradient, and measurements."""
+    """Says what a round of a step supposes: nonzero entries of the gradient, and measurements."""
 
     num_entries: int
     measurements: int
@@ -249,7 +249,7 @@ class DecodedMover(DenseMover):
 
 
 class Facts(NamedTuple):
-    """What a step's search for a decrease takes: lr, the decay at lr, and the limit of slopes."""
+    """Holds what a step's search for a decrease takes: lr, the decay at lr, the limit of slopes."""
 
     lr: float
     decay: float

@@ -24,7 +24,7 @@ class InParts(Protocol):
 
     def __call__(self) -> Tensor: ...
     def parts(self) -> Iterable[Closure]:
-        """Closures of the parts; each returns its part of the loss, ()."""
+        """Return closures of the parts; each returns its part of the loss, ()."""
 
 
 @runtime_checkable
@@ -36,12 +36,12 @@ class Shared(Protocol):
 
     def __call__(self) -> Tensor: ...
     def queries(self, num: int) -> Sequence[int]:
-        """Those, of so many, that this process measures."""
+        """Return those, of so many, that this process measures."""
 
     def join(
         self, losses: Mapping[int, Sequence[float]], sizes: Sequence[int]
     ) -> list[list[float]]:
-        """The losses of all queries, from those of this process; so many losses each."""
+        """Return the losses of all queries, from those of this process; so many losses each."""
 
 
 @runtime_checkable
@@ -64,7 +64,7 @@ class WithObjectives(Protocol):
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What a step did.
+    """Says what a step did.
 
     Attributes:
         loss: mean of all losses measured in the step, each counting once, for the log. Of most
@@ -88,5 +88,5 @@ class StepRecord:
 
     @property
     def unmoved(self) -> int:
-        """Probes that moved nothing: queries whose two losses are the same number."""
+        """Return how many probes moved nothing: queries whose two losses are the same number."""
         return sum(g == 0 for g in self.projected_grad)

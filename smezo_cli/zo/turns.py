@@ -209,7 +209,7 @@ def _check_inputs(value: Any) -> None:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    """Equal, but for what rounding may do to numbers that a device sums up in any order."""
+    """Return whether numbers are equal, but for what rounding does to sums in any order."""
     if torch.equal(a, b) or not a.is_floating_point():
         return torch.equal(a, b)
     eps = 8 * torch.finfo(a.dtype).eps
@@ -217,7 +217,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """The same values, tensors compared by entries (on whatever device they are)."""
+    """Return whether values are the same, tensors by entries (on whatever device they are)."""
     if a is b:
         return True
     if type(a) is not type(b):

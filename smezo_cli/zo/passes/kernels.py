@@ -142,13 +142,13 @@ def _finish(mask: str, rounding: Rounding, decay: bool) -> Function:
 
 @njit(forceinline=True)
 def wide(pattern):
-    """The float32 of a bfloat16's pattern (int16)."""
+    """Return the float32 of a bfloat16's pattern (int16)."""
     return np.int32(np.int32(pattern) << np.int32(16)).view(np.float32)
 
 
 @njit(forceinline=True)
 def narrow(value):
-    """The pattern (int16) of the bfloat16 nearest to a float32, ties to even; NaN stays NaN."""
+    """Return the pattern (int16) of the nearest bfloat16, ties to even; NaN stays NaN."""
     pattern = np.float32(value).view(np.int32)
     odd = (pattern >> np.int32(16)) & np.int32(1)
     rounded = np.int32(pattern + odd + np.int32(0x7FFF)) >> np.int32(16)
@@ -157,7 +157,7 @@ def narrow(value):
 
 @njit(forceinline=True)
 def as_is(value):
-    """The float32 that it is."""
+    """Return the float32 that it is."""
     return value
 
 
@@ -165,7 +165,7 @@ def as_is(value):
 def whole(
     mask: str, kind: str, rounding: Rounding, more: bool, decay: bool, patterns: bool = False
 ) -> Function:
-    """The loop over pairs.
+    """Return the loop over pairs.
 
     Args:
         mask: a key of ``masks.RULES``.
@@ -301,7 +301,7 @@ def picked_direction(kind: str, more: bool) -> Function:
 
 @intrinsic
 def address(context, number):
-    """The pointer that an int64 is."""
+    """Return the pointer that an int64 is."""
 
     def generate(context, builder, signature, args):
         return builder.inttoptr(args[0], cgutils.voidptr_t)
@@ -311,7 +311,7 @@ def address(context, number):
 
 @intrinsic
 def as_f64(context, pattern):
-    """The float64 whose bits an int64 holds."""
+    """Return the float64 whose bits an int64 holds."""
 
     def generate(context, builder, signature, args):
         return builder.bitcast(args[0], context.get_value_type(types.float64))

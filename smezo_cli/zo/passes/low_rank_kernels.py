@@ -147,7 +147,7 @@ def _earlier() -> tuple[Function, Function]:
 
 
 def _num_last(rank: int) -> int:
-    """How many products are left for the end of a sum: 1 to 4."""
+    """Return how many products are left for the end of a sum: 1 to 4."""
     return (rank - 1) % _TOGETHER + 1
 
 
@@ -241,7 +241,7 @@ def moved_rows(
 
 
 def _alike(rank: int) -> int:
-    """The least rank for which the same loop is compiled."""
+    """Return the least rank for which the same loop is compiled."""
     return rank if rank <= _TOGETHER else _TOGETHER + _num_last(rank)
 
 

@@ -13,7 +13,7 @@ from smezo_cli.zo.targets import Target, check, literal, select
 
 
 class Named(Everything):
-    """The entries at given places, the same ones at every step.
+    """Selects the entries at given places, the same ones at every step.
 
     Where a layer called NAME holds its weights as codes around those of the mask, the places of
     "NAME.weight" stand for the parameter "NAME.kept", all of whose entries are trained.
