@@ -353,7 +353,7 @@ class RoundedMover:
         over_halves(flat.numel(), flat.device, one)
 
     def _update_codes(self, target: Target, layer: QuantisedLinear, streams: list[Stream]) -> None:
-        """Each term, and the decay, is rounded by itself to whole codes; the sum is then cut."""
+        """Round each term, and the decay, by itself to whole codes; the sum is then cut."""
         stream, decay, device = self._direction.stream, self.move.decay, target.flat.device
         terms = self.move.terms
         keys = [stream(target, OF_CODES, t.key.step, t.key.query) for t in terms]

@@ -109,7 +109,7 @@ class Pool(Dense):
         return PassesByIndex(rule, self._values)
 
     def _values(self, index: Tensor, key: Tensor) -> Tensor:
-        """Return the numbers at flat places of a tensor: key[0] is its start, key[1] of its step."""
+        """Return the numbers at flat places of a tensor: key is its start, and that of its step."""
         if index.device not in self._pools:
             self._pools[index.device] = self._pool.to(index.device)
         pool = self._pools[index.device]

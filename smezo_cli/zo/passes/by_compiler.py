@@ -138,7 +138,7 @@ def _compile(function: types.FunctionType) -> Callable[..., Tensor]:
 
 
 def _compile_alone(function: types.FunctionType) -> Callable[..., Tensor]:
-    """``torch.compile`` under a code object of its own: recompilations are limited per object."""
+    """Compile under a code object of its own: recompilations are limited per object."""
     own = types.FunctionType(
         function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}"),
         function.__globals__,

@@ -64,7 +64,7 @@ for _function, _scalar in _COMPILED.items():
 
 
 def _step(kind: str, added: bool) -> Function:
-    """(counter, key, a, before, before') -> a z of both elements, added to what was before."""
+    """Return (counter, key, a, before, before') -> a z of both elements, added to that before."""
     pair, hash64, f32 = noise.PAIRS[kind], noise.hash64, elementwise.f32
 
     @njit(forceinline=True)
@@ -81,7 +81,7 @@ def _step(kind: str, added: bool) -> Function:
 
 
 def _mask(name: str) -> Function:
-    """(w, w', counter, key, h) -> is each perturbed."""
+    """Return (w, w', counter, key, h) -> is each perturbed."""
     is_active, uniform_pair, f32 = masks.RULES[name], noise.uniform_pair, elementwise.f32
     if name == "random":
 
@@ -100,7 +100,7 @@ def _mask(name: str) -> Function:
 
 
 def _finish(mask: str, rounding: Rounding, decay: bool) -> Function:
-    """(w, w', steps, counter, mask_key, round_key, h, d) -> both elements, moved."""
+    """Return (w, w', steps, counter, mask_key, round_key, h, d) -> both elements, moved."""
     masks_of, f32, where = _mask(mask), elementwise.f32, elementwise.where
     rounding_pair = noise.rounding_pair
     if decay:
@@ -199,7 +199,7 @@ def whole(
 def in_place(
     mask: str, kind: str, rounding: Rounding, decay: bool, patterns: bool = False
 ) -> Function:
-    """As :func:`whole` of one query, but first and second are moved where they are.
+    """Do as :func:`whole` of one query, but first and second are moved where they are.
 
     Of arrays that are both read and written the compiler must know that they are the same, else it
     finds that they overlap and takes one element after the other.
@@ -221,7 +221,7 @@ def in_place(
 
 @functools.cache
 def both(mask: str, kind: str, patterns: bool = False) -> Function:
-    """As :func:`whole` of one query without decay, for the coefficients a and -a from one draw.
+    """Do as :func:`whole` of one query without decay, for coefficients a and -a from one draw.
 
     Returns:
         A function of arrays first, second, plus_first, plus_second, minus_first, minus_second,
@@ -246,7 +246,7 @@ def both(mask: str, kind: str, patterns: bool = False) -> Function:
 
 @functools.cache
 def picked(mask: str, kind: str, rounding: Rounding, more: bool, decay: bool) -> Function:
-    """The loop over entries picked by index; arguments as for :func:`whole`.
+    """Return the loop over entries picked by index; arguments as for :func:`whole`.
 
     Returns:
         A function of float32 weight and out, int64 index, all (n,), the entries of the whole
@@ -268,7 +268,7 @@ def picked(mask: str, kind: str, rounding: Rounding, more: bool, decay: bool) ->
 
 @functools.cache
 def direction(kind: str, more: bool) -> Function:
-    """(out_first, out_second, counter of the first pair, key, a): a z, written or added to them."""
+    """Return (out_first, out_second, first counter, key, a): a z, written or added to them."""
     step = _step(kind, more)
 
     @njit(nogil=True)
@@ -283,7 +283,7 @@ def direction(kind: str, more: bool) -> Function:
 
 @functools.cache
 def picked_direction(kind: str, more: bool) -> Function:
-    """(out, index, numel, key, a): as :func:`direction`, for entries picked by index."""
+    """Return (out, index, numel, key, a): as :func:`direction`, for entries picked by index."""
     step, locate = _step(kind, more), noise.locate
 
     @njit(nogil=True)
@@ -325,7 +325,7 @@ _ALIGNED = 16  # entries: a cache line, and the vectors of all processors, divid
 
 @functools.cache
 def in_threads(loop: Function, count: int, item: type) -> Callable[[Any, Any, int], None] | None:
-    """A loop of :func:`whole`, :func:`in_place` or :func:`both` in the threads of torch.
+    """Run a loop of :func:`whole`, :func:`in_place` or :func:`both` in the threads of torch.
 
     Args:
         loop: it.
