@@ -59,7 +59,8 @@ class Addax(ZeroOrder):
     paper's Addax without the split: both batches come from all rows. Batches of each kind go
     through their rows epoch by epoch, in an order that the seed and the epoch give; the run's own
     batch is not read. It keeps no state. Forwards a step: 2 a query over the long rows, and a
-    forward and backward over the short ones. Its steps cannot be made again from scalars. The
+    forward and backward over the short ones. The logged loss is that of the long rows at the
+    probes. Its steps cannot be made again from scalars. The
     released code is behind an anonymous link and was not read.
 
     Args:

@@ -1,4 +1,4 @@
-"""What the loop asks of a method."""
+"""State what the loop asks of a method."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, TypeGuard
@@ -19,30 +19,30 @@ class Method(Protocol):
 
     @property
     def keeps_state(self) -> bool:
-        """Whether the next step depends on tensors beside the weights."""
+        """Return whether the next step depends on tensors beside the weights."""
 
     @property
     def trained(self) -> Mapping[str, nn.Parameter]:
-        """The tensors that it may write to, by name."""
+        """Return the tensors that it may write to, by name."""
 
     @property
     def num_weights(self) -> int:
-        """Weights in them."""
+        """Return how many weights are in them."""
 
     def set_lr_factor(self, factor: float) -> None:
         """Let the next steps use ``factor`` times the lr given."""
 
     def step(self, closure: Closure) -> StepRecord:
-        """One update."""
+        """Make one update."""
 
     def active_share(self) -> float:
-        """Fraction of the weights that the present mask perturbs."""
+        """Return the fraction of the weights that the present mask perturbs."""
 
     def self_check(self, closure: Closure) -> int:
-        """Refuse what cannot work; the number of checks made."""
+        """Refuse what cannot work; return the number of checks made."""
 
     def snapshot(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Plain numbers and tensors that the next step depends on, beside the weights."""
+        """Return plain numbers and tensors that the next step depends on, beside the weights."""
 
     def restore(self, numbers: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Undo :meth:`snapshot`."""

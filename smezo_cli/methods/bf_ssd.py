@@ -146,7 +146,8 @@ class BFSSD(ZeroOrder):
     Forwards a step: l + 1 of the batch, high_points of the batch again, high_points + 1 of the low
     rows, and one of the low rows for each factor tried that is not among these points. Low ones
     count as forwards in num_forwards. Keeps no state; the factor is recorded, so a replay needs no
-    forward.
+    forward. The logged loss is the mean of all of these: at the weights, at the probes and along
+    the search, of the batch and of the low rows.
 
     The paper's directions are a Haar frame scaled to E[P P^T] = I: the Q of a QR of d x l Gaussian
     numbers. Of a whole model that takes l d numbers at once and O(d l^2) operations, while

@@ -172,9 +172,9 @@ class CubicNewton(ZeroOrder):
         s = argmin g.s + s.H s / 2 + M |s|^3 / 6
         theta <- theta + lr (sum_i s_i u_i - weight_decay theta)
 
-    Forwards a step: 1 + 2 k + 2 k (k - 1) = 1 + 2 k^2. Keeps no state. The scalars are g and H,
-    and the step follows from them in plain floats. lr 1 is the whole step; M is fixed. The
-    projected gradients of the log are -s_i.
+    Forwards a step: 1 + 2 k + 2 k (k - 1) = 1 + 2 k^2; the logged loss is their mean. Keeps no
+    state. The scalars are g and H, and the step follows from them in plain floats. lr 1 is the
+    whole step; M is fixed. The projected gradients of the log are -s_i.
 
     The paper takes a gradient of n entries and recovers a Hessian of n x n from fewer measurements
     by nuclear-norm minimisation. Here all k (k + 1) / 2 entries of a k x k Hessian are measured, so

@@ -87,14 +87,14 @@ class ElasticZO(ZeroOrder):
 
 
 def _head(model: nn.Module) -> nn.Linear | None:
-    """The output layer of a language model of transformers; None of other modules."""
+    """Return the output layer of a language model of transformers; None of other modules."""
     find = getattr(model, "get_output_embeddings", None)
     found = None if find is None else find()
     return found if isinstance(found, nn.Linear) else None
 
 
 def _tail(targets: list[Target], blocks: int, head: Tensor | None) -> list[Target]:
-    """The targets of the last blocks, of the output layer, and of what comes behind the blocks.
+    """Return the targets of the last blocks, of the output layer and of what is behind the blocks.
 
     That is what belongs to no layer and is called a norm, a head or the like.
 
@@ -118,5 +118,10 @@ def _tail(targets: list[Target], blocks: int, head: Tensor | None) -> list[Targe
         or (head is not None and target.parameter is head)
         or (target in rest and "embed" not in target.name and _BEHIND.search(target.name))
     ]
-    check(bool(tail), f"tail_blocks={blocks} and nothing behind the last block: take 1 or more")
+    beside = ", ".join(target.name for target in rest) or "none"
+    check(
+        bool(tail),
+        f"tail_blocks={blocks} trains what stands behind the last block, a norm or a head, and of "
+        f"the trained tensors that belong to no block ({beside}) none is called so: take 1 or more",
+    )
     return tail

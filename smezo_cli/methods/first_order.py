@@ -15,7 +15,7 @@ from smezo_cli.zo.step import Closure, InParts, NonFiniteLoss, StepRecord
 
 
 class FirstOrder:
-    """One forward, one backward, one step of a torch optimizer.
+    """Makes one forward, one backward and one step of a torch optimizer.
 
     Args:
         model: parameters with ``requires_grad`` are trained.
@@ -67,7 +67,7 @@ class FirstOrder:
 
     @property
     def num_weights(self) -> int:
-        """Weights that the method trains."""
+        """Return how many weights the method trains."""
         return sum(p.numel() for p in self.trained.values())
 
     def set_lr_factor(self, factor: float) -> None:
@@ -76,7 +76,7 @@ class FirstOrder:
             group["lr"] = factor * lr
 
     def step(self, closure: Closure) -> StepRecord:
-        """One step; ``closure``, or each of its parts, is called once, with gradients.
+        """Make one step; ``closure``, or each of its parts, is called once, with gradients.
 
         The gradients of parts are added up, each as soon as it is there.
 
@@ -116,15 +116,15 @@ class FirstOrder:
         return StepRecord(value, (), 1)
 
     def active_share(self) -> float:
-        """Every weight is trained."""
+        """Return 1: every weight is trained."""
         return 1.0
 
     def self_check(self, closure: Closure) -> int:
-        """Nothing to check: no probes."""
+        """Check nothing: there are no probes."""
         return 0
 
     def snapshot(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Plain numbers and tensors that the next step depends on, beside the weights."""
+        """Return plain numbers and tensors that the next step depends on, beside the weights."""
         tensors, numbers = {}, {}
         names = list(self.trained)
         for index, entry in self._optimizer.state_dict()["state"].items():

@@ -48,7 +48,7 @@ class InContext(Frozen):
         self.seed = seed
 
     def drawn(self, num_rows: int) -> list[int]:
-        """Indices of the rows to show, in the order in which they are shown."""
+        """Return the indices of the rows to show, in the order in which they are shown."""
         order = list(range(num_rows))
         random.Random(f"{self.seed}/demonstrations").shuffle(order)
         return order[: self.num_demonstrations]
@@ -60,7 +60,7 @@ class InContext(Frozen):
         limit: int,
         longest: int,
     ) -> dict[str, Any]:
-        """Of the training rows what is shown.
+        """Return what is shown of the training rows.
 
         As many of those drawn are shown, the first ones, as leave room for the longest row, or for
         half of the window where that row takes more: such rows lose tokens on the left, which are
@@ -116,7 +116,7 @@ class LinearProbe(Frozen):
         self.l2 = l2
 
     def fit(self, features: Tensor, labels: Tensor, num_classes: int) -> dict[str, Tensor]:
-        """The probe of some rows.
+        """Return the probe of some rows.
 
         Args:
             features: (n, size), of any dtype.

@@ -110,7 +110,9 @@ class MeZOSVRG(ZeroOrder):
         theta <- theta - lr batch_lr_factor [g(theta; B) - g(anchor; B) + g_anchor]
 
     It keeps a copy of the weights (in their dtype) and Q numbers; the paper keeps g_anchor as a
-    second copy. Forwards a step: 2 Q over all rows, or 4 over the batch.
+    second copy. Forwards a step: 2 Q over all rows, or 4 over the batch. The logged loss is that
+    of all rows at the probes of an anchor's step, and between anchors the mean of the batch's at
+    the probes of the weights and of those of the anchor.
 
     The released code differs: its anchor is a list of the live parameters, so that it is no copy;
     its two estimates of a step use different seeds, which doubles the noise in place of removing

@@ -99,12 +99,12 @@ class QuZO(ZeroOrder):
 
     @property
     def num_weights(self) -> int:
-        """Weights that the method trains; a byte may hold two."""
+        """Return how many weights the method trains; a byte may hold two."""
         return sum(map(num_weights, self.targets))
 
     @property
     def layers(self) -> dict[str, QuantisedLinear]:
-        """The layer that holds the codes of a trained tensor, by the tensor's name."""
+        """Return the layer that holds the codes of a trained tensor, by the tensor's name."""
         return {t.name: t.layer for t in self.targets if t.layer is not None}
 
     def identity(self) -> dict[str, Any]:
@@ -357,7 +357,7 @@ class RoundedMover:
         over_halves(flat.numel(), flat.device, one)
 
     def _update_codes(self, target: Target, layer: QuantisedLinear, streams: list[Stream]) -> None:
-        """Each term, and the decay, is rounded by itself to whole codes; the sum is then cut."""
+        """Round each term, and the decay, by itself to whole codes; the sum is then cut."""
         stream, decay, device = self._direction.stream, self.move.decay, target.flat.device
         terms = self.move.terms
         keys = [stream(target, OF_CODES, t.key.step, t.key.query) for t in terms]
@@ -375,7 +375,7 @@ class RoundedMover:
             layer.store(rows, moved.to(torch.int8))
 
         def pairs(first: slice) -> None:
-            """Rows of the first half, with those as far below: they share draws."""
+            """Yield rows of the first half, with those as far below: they share draws."""
             span = first.start * width, first.stop * width, device
             u = [self._draws.pair(*span, s) for s in streams]
             chances = [self._draws.chances(*span, key) for key in keys]

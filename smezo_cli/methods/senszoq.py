@@ -88,7 +88,7 @@ class SensZOQ(ZeroOrder):
 
     @property
     def num_weights(self) -> int:
-        """Weights that the mask was chosen among: of layers of codes all."""
+        """Return how many weights the mask was chosen among: of layers of codes all."""
         return self._chosen_among
 
     def identity(self) -> dict[str, Any]:

@@ -48,7 +48,8 @@ class ZOConservative(ZeroOrder):
         g = 1/Q sum_q projected_grad_q z_q + weight_decay theta
         theta <- the one of theta - lr g, theta, theta + lr g with the lowest L
 
-    Forwards a step: 2 Q + 3. Keeps no state; the factor of lr, which is 1, 0 or -1, is recorded
+    Forwards a step: 2 Q + 3. The logged loss is the mean of them all, so that of the three points
+    is in it. Keeps no state; the factor of lr, which is 1, 0 or -1, is recorded
     beside the projected gradients, so a replay needs no forward. Of equal losses theta - lr g is
     taken before theta, and theta before theta + lr g. The released code takes theta + lr g where
     all three are equal, which under an objective such as accuracy is often so, and then climbs.

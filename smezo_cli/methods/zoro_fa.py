@@ -119,7 +119,7 @@ def cosamp(
 
 
 class Round(NamedTuple):
-    """What a round of a step supposes: nonzero entries of the gradient, and measurements."""
+    """Says what a round of a step supposes: nonzero entries of the gradient, and measurements."""
 
     num_entries: int
     measurements: int
@@ -249,7 +249,7 @@ class DecodedMover(DenseMover):
 
 
 class Facts(NamedTuple):
-    """What a step's search for a decrease takes: lr, the decay at lr, and the limit of slopes."""
+    """Holds what a step's search for a decrease takes: lr, the decay at lr, the limit of slopes."""
 
     lr: float
     decay: float
@@ -372,7 +372,8 @@ class ZoroFA(ZeroOrder):
     then, while steps grow shorter; after ``max_rounds`` the weights stay. Where half of the n
     weights could count, and 2 n measurements may be made, all are solved for by least squares.
 
-    Forwards a step: 1 + m + the rounds tried. Keeps no state: each step begins again at s and lr,
+    Forwards a step: 1 + m + the rounds tried; the logged loss is the mean of them, those of the
+    tried steps among them. Keeps no state: each step begins again at s and lr,
     as the paper's. The slopes and the round are recorded, so a replay decodes again. It does so in
     float64 on the CPU with sums that are exact in any order, and solves by Cholesky in a fixed
     order, so that machines agree to the last bit (no LAPACK).

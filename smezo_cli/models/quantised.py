@@ -63,6 +63,8 @@ def _checked(name: str, at: Tensor, weight: Tensor) -> Tensor:
     Raises:
         ValueError: one is outside of the weight, or stands twice.
     """
+    if at.is_meta:  # of a plan they are so many, and have no values
+        return at
     ordered = at.to(weight.device, torch.int64).sort().values
     if int(ordered[0]) < 0 or int(ordered[-1]) >= weight.numel():
         raise ValueError(f"{name} has {weight.numel()} weights, and a position is outside of it")

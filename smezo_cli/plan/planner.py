@@ -12,7 +12,7 @@ from smezo_cli.config.digest import is_extensible
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.kinds import MIXTURE
-from smezo_cli.plan import losses, stages
+from smezo_cli.plan import losses, masks, stages
 from smezo_cli.plan.dry_run import OPTION_TOKENS, DryRun, dry_run
 from smezo_cli.plan.trace import bytes_of
 
@@ -127,12 +127,20 @@ def plan(settings: Settings, *, capacity: int | None = None, tokens: int | None 
     device = _device(settings, capacity)
     capacity = capacity or _capacity(settings, device)
     run = dry_run(settings, device, tokens, stages.num_demonstrations(settings))
-    method = stages.method_on_meta(run)
+    before = {"loading": _loading(run)}  # anything is held for the method, or weights are codes
+    loaded, index = bytes_of(run.model.parameters()), None
+    if masks.needs_mask(run):
+        before["mask"] = stages.making_a_mask(run)
+        index = masks.places(run)
+        masks.hold_codes(run, index)
+    method = stages.method_on_meta(run, index=index)
     resident = _resident(run)
     phases = stages.evaluation(run)
     needs = stages.training(run, method, capacity)
-    # While the model is loaded, nothing is held for the method yet.
-    phases["loading"] = max(0, _loading(run) - sum(needs.held.values()))
+    if index is not None:
+        needs.held["mask"] = masks.bytes_of_mask(index)
+    less = loaded - bytes_of(run.model.parameters()) - sum(needs.held.values())
+    phases |= {name: max(0, size + less) for name, size in before.items()}
     phases |= needs.stages
     trained = method.trained.values() if stages.takes_steps(method) else []
     if device == "cpu" and trained:
@@ -143,6 +151,8 @@ def plan(settings: Settings, *, capacity: int | None = None, tokens: int | None 
         # Weights pass through the host when they are loaded, and tensors when they are saved.
         host = _RUNTIME_CPU + max(resident["weights"], saved + state)
     disk, disk_peak = _disk(settings, saved, state, by_steps=stages.records_steps(method))
+    if index is not None:
+        disk, disk_peak = (size + masks.bytes_on_disk(run, index) for size in (disk, disk_peak))
     s = settings
     return Plan(
         run=f"{s.task['name']} | {s.model['name']} | {s.method['name']} | {s.dtype} weights, "
@@ -361,6 +371,8 @@ def _assumptions(run: DryRun, method: Any) -> Iterator[str]:
         yield words
     if stages.objective_of(s) == "f1":
         yield "a forward of training generates an answer a row, whose tokens are not counted"
+    if masks.needs_mask(run):
+        yield "the mask takes the same share of every tensor"
     if run.packed:
         yield "linear layers but the head are in 4 bits, with double quantisation; not measured"
     if run.device == "cuda":

@@ -3,13 +3,13 @@
 What differs between methods is asked by the short functions at the end of this file alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from smezo_cli.config.settings import Settings
-from smezo_cli.plan import losses
+from smezo_cli.plan import losses, masks
 from smezo_cli.plan.dry_run import DryRun
 from smezo_cli.plan.trace import Keep, KeepThin, bytes_of, trace
 
@@ -93,10 +93,8 @@ def _by_perturbations(run: DryRun, method: Any, capacity: int) -> Needs:
         held["Numba"] = _NUMBA
     # Thresholds chunk by chunk, unless every weight is active; active weights are counted by
     # the mask of one tensor.
-    found["thresholds"] = max(_THRESHOLD * _threshold_chunk(run, largest), largest)
+    found["thresholds"] = max(_THRESHOLD * _threshold_chunk(run, method, largest), largest)
     batch = run.micro_batch()
-    if method.needs_mask:
-        found["mask"] = weights * method.score_bytes + _backward_of_one(run, method)
     if writes_in_place(method):
         scorer = run.scorer()
         with torch.no_grad():
@@ -125,6 +123,18 @@ def _by_perturbations(run: DryRun, method: Any, capacity: int) -> Needs:
     return Needs(held, found)
 
 
+def making_a_mask(run: DryRun) -> int:
+    """Return the bytes that making a mask takes beside the model as it was loaded.
+
+    None, if the run takes the mask of another one.
+    """
+    if run.settings.method.get("mask_from") is not None:
+        return 0
+    method = method_on_meta(run)  # before there is a mask, all weights are scored
+    scores = sum(target.parameter.numel() for target in method.targets) * method.score_bytes
+    return int(scores) + _backward_of_one(run, method)
+
+
 def _backward_of_one(run: DryRun, method: Any) -> int:
     """Return the bytes of a backpropagation of one row that drops each gradient at once."""
     scorer, row = run.scorer(), run.micro_batch()[:1]
@@ -147,11 +157,12 @@ def _backward_of_one(run: DryRun, method: Any) -> int:
     return found + run.cast_bytes
 
 
-def _threshold_chunk(run: DryRun, largest: int) -> int:
+def _threshold_chunk(run: DryRun, method: Any, largest: int) -> int:
     """Return how many entries of the largest tensor are sorted at once."""
-    from smezo_cli.zo.selections import masks
+    from smezo_cli.zo.selections.masks import CHUNK
 
-    return min(masks.CHUNK, largest) if run.settings.sparsity else 0
+    has_thresholds = run.settings.sparsity and not method.needs_mask
+    return min(CHUNK, largest) if has_thresholds else 0
 
 
 def _objective(run: DryRun, scorer: Any, batch: Sequence[Any]) -> Callable[[], Any]:
@@ -320,11 +331,17 @@ def _optimizer_step(run: DryRun, parameters: Sequence[Any]) -> tuple[int, int]:
 # --- what is asked of a method ----------------------------------------------------------------
 
 
-def method_on_meta(run: DryRun, model: Any = None) -> Any:
-    """Build the method of the settings for the model, which has no contents, or for this one."""
+def method_on_meta(run: DryRun, model: Any = None, index: Mapping[str, Any] | None = None) -> Any:
+    """Build the method of the settings for the model, which has no contents, or for this one.
+
+    Args:
+        run: the model and its rows.
+        model: to train in place of the run's.
+        index: places of the mask, of a method that needs one; None: before there is one.
+    """
     from smezo_cli.config.build import build
 
-    node = run.settings.method
+    node = masks.node_beside(run)
     if "sparsity" in node:  # there are no weights to find thresholds of
         node = node | {"sparsity": 0.0}
     runtime = {
@@ -333,6 +350,8 @@ def method_on_meta(run: DryRun, model: Any = None) -> Any:
         "backend": "eager",
         "check": False,
     }
+    if index is not None:
+        runtime["index"] = index
     return build(node, "method", **runtime)
 
 

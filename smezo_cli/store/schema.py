@@ -161,7 +161,13 @@ class Result(TypedDict, total=False):
     stopped_early: Annotated[
         Any, says("step and why, where stop_if_diverged or patience ended the run. Else null.")
     ]
-    num_forwards: Annotated[Any, says("Forwards of steps; evaluations are not counted.")]
+    num_forwards: Annotated[
+        Any,
+        says(
+            "Losses measured by steps, each a pass over all of its rows in however many "
+            "micro-batches; evaluations are not counted."
+        ),
+    ]
     train_seconds: Annotated[Number, says("Seconds spent in steps; evaluations are not counted.")]
     watch: Annotated[
         Any,

@@ -18,35 +18,35 @@ def f32(x: Tensor) -> Tensor: ...
 @overload
 def f32(x: float) -> float: ...
 def f32(x: Tensor | float) -> Tensor | float:
-    """The value as float32; a constant takes the dtype of what it meets."""
+    """Return the value as float32; a constant takes the dtype of what it meets."""
     return x.to(torch.float32) if isinstance(x, Tensor) else x
 
 
 def i32(x: Tensor) -> Tensor:
-    """The low 32 bits of an integer."""
+    """Return the low 32 bits of an integer."""
     return x.to(torch.int32)
 
 
 def as_i32(x: Tensor) -> Tensor:
-    """The pattern of a float32."""
+    """Return the pattern of a float32."""
     return x.view(torch.int32)
 
 
 def as_f32(x: Tensor) -> Tensor:
-    """The float32 of an int32 pattern."""
+    """Return the float32 of an int32 pattern."""
     return x.view(torch.float32)
 
 
 def at_least(x: Tensor, low: float) -> Tensor:
-    """``low`` where x is below it; may write to x."""
+    """Return ``low`` where x is below it, else x; may write to x."""
     return x.clamp_min_(low)
 
 
 def floor(x: Tensor) -> Tensor:
-    """The largest whole number not above x, in x's dtype."""
+    """Return the largest whole number not above x, in x's dtype."""
     return x.floor()
 
 
 def where(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    """``yes`` or ``no``, both being evaluated."""
+    """Return ``yes`` or ``no``, both being evaluated."""
     return torch.where(condition, yes, no)

@@ -47,7 +47,7 @@ class Move:
 
 @dataclass(frozen=True)
 class Gradient:
-    """What an estimator makes of the scalars of a step: a sum of terms over ``divisor``.
+    """Holds what an estimator makes of the scalars of a step: a sum of terms over ``divisor``.
 
     Attributes:
         terms: one for each direction that was probed; a coefficient is a projected gradient.

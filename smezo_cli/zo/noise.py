@@ -52,7 +52,7 @@ _COS = (  # cos(pi v) in v**2, |v| <= 1/2
 
 
 def stream_key(*parts: int | str) -> tuple[int, int]:
-    """Two signed 64-bit words that name one stream, e.g. (seed, "z", step, query, tensor name)."""
+    """Return two signed 64-bit words that name a stream, e.g. (seed, "z", step, query, name)."""
     raw = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=16).digest()
     return int.from_bytes(raw[:8], "little", signed=True), int.from_bytes(
         raw[8:], "little", signed=True
@@ -60,14 +60,14 @@ def stream_key(*parts: int | str) -> tuple[int, int]:
 
 
 def _shift_right(x: Tensor, k: int) -> Tensor:
-    """Logical shift of int64; torch's own shift drags the sign along."""
+    """Shift int64 without its sign, which torch's own shift drags along."""
     y = x >> k
     y &= (1 << (64 - k)) - 1
     return y
 
 
 def hash64(counter: Tensor, key: Words) -> Tensor:
-    """64 random bits per counter.
+    """Return 64 random bits per counter.
 
     Args:
         counter: int64, any shape.
@@ -96,7 +96,7 @@ def _horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
 
 
 def _radius(bits: Tensor) -> Tensor:
-    """sqrt(-2 ln u), u = (k + 1/2) / 2**31 from the top 31 bits; float32, at most 6.7."""
+    """Return sqrt(-2 ln u), u = (k + 1/2) / 2**31 of the top 31 bits; float32, at most 6.7."""
     f = f32(i32(_shift_right(bits, 33)))
     f += f32(0.5)
     fb = as_i32(f)
@@ -118,7 +118,7 @@ def _radius(bits: Tensor) -> Tensor:
 
 
 def _gaussian_pair(bits: Tensor) -> tuple[Tensor, Tensor]:
-    """Box-Muller: the angle is pi * w, w in [-1, 1) from the low 32 bits."""
+    """Draw by Box-Muller: the angle is pi * w, w in [-1, 1) from the low 32 bits."""
     r = _radius(bits)
     b = i32(bits)
     v = f32(b)
@@ -143,7 +143,7 @@ KINDS = tuple(PAIRS)
 
 
 def pair(counter: Tensor, key: Words, kind: str) -> tuple[Tensor, Tensor]:
-    """Two independent standard draws per counter.
+    """Return two independent standard draws per counter.
 
     Args:
         counter: int64, any shape.
@@ -157,34 +157,34 @@ def pair(counter: Tensor, key: Words, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def uniform_pair(counter: Tensor, key: Words) -> tuple[Tensor, Tensor]:
-    """Two float32 uniforms in [0, 1) per counter, multiples of 2**-24."""
+    """Return two float32 uniforms in [0, 1) per counter, multiples of 2**-24."""
     bits = hash64(counter, key)
     scale = f32(2.0**-24)
     return f32(i32(_shift_right(bits, 40))) * scale, f32(i32(bits & 0xFFFFFF)) * scale
 
 
 def uniform_at(index: Tensor, numel: int, key: Words) -> Tensor:
-    """The uniforms at flat indices of a tensor of ``numel`` entries: float32, the index's shape."""
+    """Return the uniforms at flat indices of a tensor of ``numel`` entries: float32, so shaped."""
     counter, is_first = locate(index, numel)
     first, second = uniform_pair(counter, key)
     return where(is_first, first, second)
 
 
 def rounding_pair(counter: Tensor, key: Words) -> tuple[Tensor, Tensor]:
-    """Two times 31 random bits per counter: int32, not negative."""
+    """Return two times 31 random bits per counter: int32, not negative."""
     bits = hash64(counter, key)
     return i32((bits >> 32) & 0x7FFFFFFF), i32(bits & 0x7FFFFFFF)
 
 
 def rounding_at(index: Tensor, numel: int, key: Tensor) -> Tensor:
-    """31 random bits at flat indices of a tensor of ``numel`` entries: int32, not negative."""
+    """Return 31 random bits at flat indices of a tensor of ``numel`` entries: int32, from 0."""
     counter, is_first = locate(index, numel)
     first, second = rounding_pair(counter, key)
     return where(is_first, first, second)
 
 
 def locate(index: Tensor, numel: int | Tensor) -> tuple[Tensor, Tensor]:
-    """Counter of each flat index, and whether the element is the first of its pair.
+    """Return the counter of each flat index, and whether the element is the first of its pair.
 
     Args:
         index: int64 flat indices below ``numel``.
@@ -199,7 +199,7 @@ def locate(index: Tensor, numel: int | Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw(index: Tensor, numel: int, key: Tensor, kind: str) -> Tensor:
-    """z at flat indices of a tensor of ``numel`` entries: float32, the index's shape."""
+    """Return z at flat indices of a tensor of ``numel`` entries: float32, the index's shape."""
     counter, is_first = locate(index, numel)
     first, second = pair(counter, key, kind)
     return where(is_first, first, second)

@@ -166,7 +166,7 @@ class ZeroOrder(Parts):
         self.num_steps += 1
 
     def _gradient(self, scalars: Sequence[float], step: int) -> Gradient:
-        """The gradient as measured. Clipping comes later, so that a replay clips again."""
+        """Return the gradient as measured. Clipping comes later, so that a replay clips again."""
         return self.estimator.read(scalars[: self.estimator.num_scalars], step)
 
     def record(self, loss: float, scalars: Sequence[float], step: int) -> StepRecord:
@@ -186,7 +186,7 @@ class ZeroOrder(Parts):
         return StepRecord(loss, tuple(found), forwards, clipped, tuple(scalars))
 
     def _pair(self, query: int, eps: float) -> list[PointMover]:
-        """What moves the weights to both sides along a query of the next step."""
+        """Return what moves the weights to both sides along a query of the next step."""
         self.selection.begin(self.targets, self.num_steps, self.seed)
         return [self.mover([query], [eps]), self.mover([query], [-eps])]
 

@@ -38,7 +38,7 @@ from smezo_cli.zo.updates.base import Update
 
 
 class Common(TypedDict, total=False):
-    """Arguments that every zeroth-order method takes.
+    """Names the arguments that every zeroth-order method takes.
 
     lr: step size.
     eps: radius of the probe.
@@ -198,12 +198,12 @@ class Parts(torch.optim.Optimizer):
 
     @property
     def remark(self) -> str:
-        """What a user should know of the method on this model, as words after "method"; or ""."""
+        """Return what a user should know of the method here, as words after "method"; or ""."""
         return ""
 
     @property
     def num_scalars(self) -> int:
-        """How many scalars a step records."""
+        """Return how many scalars a step records."""
         return self.estimator.num_scalars + (self.step_size is not None)
 
     def forwards(self, step: int) -> int:
@@ -217,38 +217,38 @@ class Parts(torch.optim.Optimizer):
 
     @property
     def num_weights(self) -> int:
-        """Weights that the method may train."""
+        """Return how many weights the method may train."""
         return sum(p.numel() for p in self.trained.values())
 
     @property
     def keeps_state(self) -> bool:
-        """Whether the next step depends on tensors beside the weights."""
+        """Return whether the next step depends on tensors beside the weights."""
         return bool(self.update.slots or self.update.copies)
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of these tensors, and of what the direction keeps from step to step."""
+        """Return the bytes of these tensors, and of what the direction keeps from step to step."""
         return self.state_of_update.bytes_of(self.targets) + self.direction.kept_bytes
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
-        """The tensors that the method may write to, by name."""
+        """Return the tensors that the method may write to, by name."""
         own = {t.name: t.parameter for t in self.targets}
         return own if self.tail is None else own | self.tail.parameters
 
     @property
     def passes(self) -> Named:
-        """What computes a pass over a tensor."""
+        """Return what computes a pass over a tensor."""
         return self.direction.passes
 
     @property
     def why_eager(self) -> str:
-        """Why passes are not fused; "" where they are, or that was asked for."""
+        """Return why passes are not fused; "" where they are, or that was asked for."""
         return self.direction.why_eager
 
     @property
     def executor(self) -> str:
-        """The name of the executor in use; "auto" until one is chosen."""
+        """Return the name of the executor in use; "auto" until one is chosen."""
         return self.executors.name
 
     @torch.no_grad()
@@ -327,7 +327,7 @@ class Parts(torch.optim.Optimizer):
         self.state_of_update.restore(tensors, self.targets, numbers.get("state"))
 
     def state_dict(self) -> dict[str, Any]:
-        """As :meth:`snapshot`, with copies of the tensors, for users of torch's own protocol."""
+        """Do as :meth:`snapshot`, with copies of the tensors, for users of torch's own protocol."""
         numbers, tensors = self.snapshot()
         if not self.keeps_state:
             return numbers

@@ -89,17 +89,17 @@ class QuantisedLinear(nn.Module):
 
     @property
     def largest(self) -> int:
-        """The largest code: 127 or 7."""
+        """Return the largest code: 127 or 7."""
         return int(2 ** (self.bits - 1)) - 1
 
     @property
     def num_weights(self) -> int:
-        """Weights of the matrix."""
+        """Return how many weights the matrix has."""
         return self.out_features * self.in_features
 
     @property
     def moved_as(self) -> Mapping[str, tuple[torch.Size, torch.dtype]]:
-        """Shape and dtype of the moved copy that a probe puts in place of the codes."""
+        """Return shape and dtype of the moved copy that a probe puts in place of the codes."""
         return {"weight": (torch.Size((self.out_features, self.in_features)), self.dtype)}
 
     def codes(self, rows: slice | Tensor) -> Tensor:

@@ -22,11 +22,11 @@ class SettingType(Protocol):
 
     @property
     def words(self) -> str:
-        """Ends the sentence "KEY must be ..."."""
+        """Return what ends the sentence "KEY must be ..."."""
 
     @property
     def example(self) -> str:
-        """A value that is allowed."""
+        """Return a value that is allowed."""
 
     def __call__(self, value: object) -> object:
         """Return the value in its own type, or raise ValueError."""

@@ -49,14 +49,14 @@ class Unreached(ValueError):
 
 
 def _few(words: Iterable[str]) -> str:
-    """The first of them, and how many more there are."""
+    """Return the first of them, and how many more there are."""
     first = list(words)
     more = f" and {len(first) - _MANY} more" if len(first) > _MANY else ""
     return ", ".join(first[:_MANY]) + more
 
 
 def globs_of(names: Sequence[str], others: Iterable[str]) -> list[str]:
-    """Globs that match these names and none of the others: one for layers that differ by number.
+    """Return globs of these names and none of the others: one for layers that differ by number.
 
     Args:
         names: of parameters.
@@ -158,7 +158,7 @@ class _Moving:
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    """First byte of a strided tensor in its storage, and the one behind its last."""
+    """Return the first byte of a strided tensor in its storage, and the one behind its last."""
     start = int(tensor.storage_offset()) * tensor.element_size()
     if not tensor.numel():
         return start, start
@@ -168,7 +168,7 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
 
 
 def _asks_shape(func: Any) -> bool:
-    """An operation that takes a tensor for its shape, dtype and device alone."""
+    """Return whether an operation takes a tensor for its shape, dtype and device alone."""
     name: str = func.overloadpacket.__name__
     return name.endswith("_like") or name.startswith("new_")
 
@@ -182,12 +182,12 @@ class Losses(NamedTuple):
 
     @property
     def error(self) -> float:
-        """How far the probe is from the weights overwritten."""
+        """Return how far the probe is from the weights overwritten."""
         return abs(self.functional - self.in_place)
 
     @property
     def effect(self) -> float:
-        """How far the move is seen in the loss at all."""
+        """Return how far the move is seen in the loss at all."""
         return max(abs(x - self.unmoved) for x in (self.functional, self.in_place))
 
 
@@ -263,7 +263,7 @@ def is_reached(ask: Callable[[float], Losses], rounding: Rounding, was_read_dire
 
 
 def search(asked: Sequence[T], agree: Callable[[Sequence[T]], bool]) -> list[T]:
-    """Those for which ``agree([one])`` is false, asked together as far as they agree."""
+    """Return those for which ``agree([one])`` is false, asked together as far as they agree."""
     if not asked or agree(asked):
         return []
     if len(asked) == 1:
@@ -273,7 +273,7 @@ def search(asked: Sequence[T], agree: Callable[[Sequence[T]], bool]) -> list[T]:
 
 
 def enclosing(model: nn.Module, parameter: nn.Parameter) -> list[nn.Module]:
-    """Modules with parameters of their own that contain all owners of one, the nearest first.
+    """Return modules with own parameters that contain all owners of one, the nearest first.
 
     Their forwards are those that may read it by themselves.
     """
@@ -296,7 +296,7 @@ def enclosing(model: nn.Module, parameter: nn.Parameter) -> list[nn.Module]:
 
 
 def generators(devices: Iterable[torch.device]) -> list[object]:
-    """States of the generators that a closure may draw from, to compare."""
+    """Return the states of the generators that a closure may draw from, to compare."""
     states: list[object] = [random.getstate(), torch.get_rng_state().numpy().tobytes()]
     for device in {d for d in devices if d.type == "cuda"}:
         states.append(torch.cuda.get_rng_state(device).numpy().tobytes())
@@ -307,7 +307,7 @@ def generators(devices: Iterable[torch.device]) -> list[object]:
 
 
 def random_closure(first: float, second: float, is_drawn: bool) -> str:
-    """A sentence about a closure whose losses of the same weights differ."""
+    """Return a sentence about a closure whose losses of the same weights differ."""
     gave = f"it gave {first:.9g} and then {second:.9g} at the same weights"
     if is_drawn:
         return (
@@ -322,7 +322,7 @@ def random_closure(first: float, second: float, is_drawn: bool) -> str:
 
 
 def fast_path_of(model: nn.Module, parameter: nn.Parameter) -> str:
-    """A hint where torch's own fast path reads the parameter, else ""."""
+    """Return a hint where torch's own fast path reads the parameter, else ""."""
     kinds = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
     for module in model.modules():
         if isinstance(module, kinds) and any(p is parameter for p in module.parameters()):
@@ -336,7 +336,7 @@ def fast_path_of(model: nn.Module, parameter: nn.Parameter) -> str:
 def kinds_to_check(
     probe: FunctionalProbe, names: Mapping[int, str], num_weights: int
 ) -> dict[str, list[str]]:
-    """Parameters that the self-check moves, by kind: (module class, parameter name) of the owner.
+    """Return what the self-check moves, by kind: (module class, parameter name) of the owner.
 
     All of a kind, where their exact copies are small beside the model. Of a larger kind, of those
     whose names differ in numbers alone, as those of layers do, the first and the last.
@@ -355,12 +355,12 @@ def kinds_to_check(
 
 
 def alike(probe: FunctionalProbe, names: Mapping[int, str], kind: str) -> list[str]:
-    """All parameters of a kind of :func:`kinds_to_check`."""
+    """Return all parameters of a kind of :func:`kinds_to_check`."""
     return [name for places in _by_kind(probe, names)[kind] for name in places]
 
 
 def _by_kind(probe: FunctionalProbe, names: Mapping[int, str]) -> dict[str, list[dict[str, int]]]:
-    """Sizes by name, those together whose names differ in numbers alone, by kind."""
+    """Return sizes by name, those together whose names differ in numbers alone, by kind."""
     kinds: dict[str, dict[str, dict[str, int]]] = {}
     for module, own in probe.owners:
         for name in own:
@@ -385,7 +385,7 @@ def _most_saved(num_weights: int) -> int:
 
 
 def checked_together(sizes: Sequence[int], num_weights: int) -> list[slice]:
-    """Parts of a kind that the self-check moves at once: small beside the model, or one tensor.
+    """Yield parts of a kind that the self-check moves at once: small, or one tensor.
 
     Args:
         sizes: weights of the kind's parameters.

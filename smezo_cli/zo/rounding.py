@@ -7,12 +7,12 @@ from smezo_cli.zo.elementwise import as_f32, as_i32, f32, floor, i32, where
 
 
 def _round_to_bfloat16(value: Tensor, bits: Tensor) -> Tensor:
-    """One of the two neighbours in bfloat16, by chance and without bias; still float32."""
+    """Return one of the two neighbours in bfloat16, by chance and without bias; still float32."""
     return as_f32((as_i32(value) + (bits & 0xFFFF)) & -0x10000)
 
 
 def _round_to_float16(value: Tensor, bits: Tensor) -> Tensor:
-    """As above, for float16."""
+    """Do as above, for float16."""
     normal = as_f32((as_i32(value) + (bits & 0x1FFF)) & -0x2000)
     # Below 2**-14 float16 has a fixed grid of 2**-24.
     # Fourteen bits of chance beside the ten of a subnormal: the sum is exact in float32.
@@ -26,7 +26,7 @@ ROUNDINGS = {torch.bfloat16: _round_to_bfloat16, torch.float16: _round_to_float1
 
 
 def to_levels(value: Tensor, chance: Tensor, inverse: float, step: float) -> Tensor:
-    """One of the two levels (k + 1/2) step beside a float32, by chance and without bias.
+    """Return one of the levels (k + 1/2) step beside a float32, by chance and without bias.
 
     Args:
         value: float32.

@@ -12,7 +12,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def lr_factor(schedule: str, step: int, steps: int, warmup_steps: int = 0) -> float:
-    """Factor at a step (from 0) of a run of ``steps``.
+    """Return the factor at a step (from 0) of a run of ``steps``.
 
     The first ``warmup_steps`` steps rise evenly to the factor 1; the schedule spans the rest.
     """

@@ -94,7 +94,7 @@ class SelfCheck:
         return Reads([t.parameter for t in self._targets])
 
     def _base(self, closure: Closure) -> Reference:
-        """The loss of the weights as they are, twice.
+        """Measure the loss of the weights as they are, twice.
 
         Raises:
             ValueError: the two differ by more than rounding.
@@ -116,7 +116,7 @@ class SelfCheck:
         return Reference(one, rounding, is_drawn)
 
     def _reads(self, closure: Closure) -> Reads:
-        """What is read past the probe, and the loss of a probe that moves nothing."""
+        """Return what is read past the probe, and the loss of a probe that moves nothing."""
         reads = self._moves_nothing()
         with self._probe.at(reads, self._only), reads:
             reads.loss = number(closure())
@@ -165,7 +165,7 @@ class SelfCheck:
     def _disagreeing(
         self, kind: str, targets: list[Target], closure: Closure, base: Reference
     ) -> list[Target]:
-        """Parameters of a kind whose functional loss is another than that in place."""
+        """Return parameters of a kind whose functional loss is another than that in place."""
 
         def agree(asked: Sequence[Target]) -> bool:
             losses = self._losses_of_move(asked, closure, base, 1.0)
@@ -201,7 +201,7 @@ class SelfCheck:
     def _losses_of_move(
         self, targets: Sequence[Target], closure: Closure, base: Reference, scale: float
     ) -> Losses:
-        """Losses where these are moved alone, by a multiple of the self-check's step."""
+        """Measure losses where these are moved alone, by a multiple of the self-check's step."""
         mover = self._mover(scale * max(self._eps, 1e-2))
         with self._probe.at(mover, only={id(t.parameter) for t in targets}):
             functional = number(closure())

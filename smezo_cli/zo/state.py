@@ -10,7 +10,7 @@ from smezo_cli.zo.targets import Target
 
 
 class State:
-    """What the next step depends on beside the weights: slots, copies of the weights, numbers.
+    """Holds what the next step depends on beside the weights: slots, copies of them, numbers.
 
     Args:
         slots: names of float32 tensors, such as "exp_avg"; in files a tensor is called

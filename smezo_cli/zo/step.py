@@ -24,7 +24,7 @@ class InParts(Protocol):
 
     def __call__(self) -> Tensor: ...
     def parts(self) -> Iterable[Closure]:
-        """Closures of the parts; each returns its part of the loss, ()."""
+        """Return closures of the parts; each returns its part of the loss, ()."""
 
 
 @runtime_checkable
@@ -36,12 +36,12 @@ class Shared(Protocol):
 
     def __call__(self) -> Tensor: ...
     def queries(self, num: int) -> Sequence[int]:
-        """Those, of so many, that this process measures."""
+        """Return those, of so many, that this process measures."""
 
     def join(
         self, losses: Mapping[int, Sequence[float]], sizes: Sequence[int]
     ) -> list[list[float]]:
-        """The losses of all queries, from those of this process; so many losses each."""
+        """Return the losses of all queries, from those of this process; so many losses each."""
 
     def join_parts(
         self, found: Mapping[int, Sequence[float]], sizes: Sequence[int]
@@ -72,13 +72,18 @@ class WithObjectives(Protocol):
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What a step did.
+    """Says what a step did.
 
     Attributes:
-        loss: mean of the losses measured in the step.
+        loss: mean of all losses measured in the step, each counting once, for the log. Of most
+            methods these are the losses of the batch at the probes. Some measure at other points,
+            or over other rows, and say so in their docstring; the number is then no loss of one
+            point, and is to be compared with that of the same method alone.
         projected_grad: the coefficients of the step's directions, as measured, for the log: of
             most methods one directional derivative a query (empty for first-order methods).
-        num_forwards: forward passes over the batch.
+        num_forwards: how many losses were measured, by backpropagation too. One is a pass over all
+            rows of that loss (the batch, or others, see :class:`WithObjectives`), in however many
+            micro-batches. ``smezo plan`` counts the same forwards, and their rows apart.
         clipped: how many projected gradients were cut for the update.
         scalars: what is recorded of the step, from which it can be made again without a forward.
     """
@@ -91,5 +96,5 @@ class StepRecord:
 
     @property
     def unmoved(self) -> int:
-        """Probes that moved nothing: queries whose two losses are the same number."""
+        """Return how many probes moved nothing: queries whose two losses are the same number."""
         return sum(g == 0 for g in self.projected_grad)

@@ -40,12 +40,12 @@ class Target:
 
     @property
     def num_trained(self) -> int:
-        """Entries that a step may change: a whole tensor, or those of ``index``."""
+        """Return how many entries a step may change: a whole tensor, or those of ``index``."""
         return self.parameter.numel() if self.index is None else self.index.numel()
 
     @property
     def flat(self) -> Tensor:
-        """The weights (or codes) themselves, flat; writing to it writes to the model."""
+        """Return the weights (or codes) themselves, flat; writing to it writes to the model."""
         p, flat = self.parameter, self._flat
         # Made once: passes keep what they need to know of a tensor with the tensor object.
         if flat is None or flat.data_ptr() != p.data_ptr() or flat.dtype != p.dtype:

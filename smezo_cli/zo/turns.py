@@ -220,7 +220,7 @@ def standing_in(
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    """Equal, but for what rounding may do to numbers that a device sums up in any order."""
+    """Return whether numbers are equal, but for what rounding does to sums in any order."""
     if torch.equal(a, b) or not a.is_floating_point():
         return torch.equal(a, b)
     eps = 8 * torch.finfo(a.dtype).eps

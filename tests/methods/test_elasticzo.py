@@ -171,7 +171,7 @@ def test_a_loss_that_is_not_finite_writes_nothing() -> None:
     [
         (nn.Bilinear(2, 2, 2), {}, "no layer here has a number"),
         (mlp(), {"tail_blocks": 3}, "the model has 3 layers"),
-        (mlp(), {"tail_blocks": 0}, "nothing behind the last block"),
+        (mlp(), {"tail_blocks": 0}, r"belong to no block \(none\) none is called so"),
     ],
 )
 def test_a_model_without_trunk_or_tail_is_one_sentence(
@@ -179,3 +179,10 @@ def test_a_model_without_trunk_or_tail_is_one_sentence(
 ) -> None:
     with pytest.raises(ValueError, match=says):
         made(model, **arguments)
+
+
+def test_a_refusal_names_what_belongs_to_no_block() -> None:
+    model = nn.ModuleDict({"words": nn.Embedding(3, 2)})
+    model["layers"] = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    with pytest.raises(ValueError, match=r"tail_blocks=0 trains .* no block \(words\.weight\)"):
+        made(model, tail_blocks=0)

@@ -13,12 +13,15 @@ from smezo_cli.config.compose import compose
 from smezo_cli.config.settings import Settings, check
 from smezo_cli.errors import UserError
 from smezo_cli.models.load import load_model
+from smezo_cli.models.quantised import freeze_as_codes
 from smezo_cli.plan.planner import Plan, plan
 from smezo_cli.plan.trace import Keep, PadOnly, trace
 from smezo_cli.run.loaded import Loaded
 from smezo_cli.run.method import build_method
 from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.scoring.scorer import Scorer
+from smezo_cli.zo.quantised import linear_layers
+from smezo_cli.zo.saliency import largest
 from smezo_cli.zo.tangent import TangentMover
 
 TINY = ("task=toy", "model=tiny-llama", "steps=20", "eval_every=10", "compile=false")
@@ -38,6 +41,43 @@ def tiny_model(settings: Settings) -> Any:
         settings.model, dtype=torch.float32, device=torch.device("cpu"), cache=Path("unused")
     )
     return model
+
+
+# --- masks that a run makes once ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_weights_beside_a_mask_are_those_of_a_run(bits: int | None) -> None:
+    """Held as codes around its entries where that is asked for, with the places of the entries."""
+    words = ["method=senszoq", "sparsity=0.9", *([f"method.frozen_bits={bits}"] if bits else [])]
+    model = tiny_model(settings_of(*words))
+    whole = sum(p.nbytes for p in model.parameters())
+    index = largest({n: p.detach().square() for n, p in model.named_parameters()}, 0.9, "tensor")
+    around = {f"{name}.weight" for name in linear_layers(model)}
+    if bits:
+        freeze_as_codes(model, {n: at for n, at in index.items() if n in around}, bits=bits)
+    found = planned(*words)
+    assert found.resident["weights"] == sum(p.nbytes for p in model.parameters())
+    assert found.resident["buffers"] == sum(b.nbytes for b in model.buffers())
+    assert found.resident["mask"] == sum(at.nbytes for at in index.values())
+    # While the mask is made the weights are whole, each with its score, and a gradient or more.
+    held = sum(found.resident.values()) - found.resident["Python and its libraries"]
+    assert found.phases["mask"] + held > whole * 2
+    plain = planned("method=mezo", "method.keep_noise=false")
+    if bits:
+        assert found.resident["weights"] < 0.6 * whole
+        assert found.disk < 0.5 * plain.disk
+    else:
+        assert found.resident["weights"] == whole
+        # No noise of whole tensors is kept from probe to update.
+        assert found.phases["step"] <= plain.phases["step"]
+
+
+def test_a_mask_of_another_run_is_not_made() -> None:
+    made, taken = (planned("method=mazo", *more) for more in ([], ["method.mask_from=there"]))
+    assert made.phases["mask"] > 12 * WEIGHTS - made.resident["mask"]
+    assert "mask" not in taken.phases
+    assert taken.resident == made.resident
 
 
 # --- noise ------------------------------------------------------------------------------------

@@ -262,3 +262,23 @@ def test_named_entries_among_rows_in_any_order() -> None:
     for rows in ([7, 2, 9], [0, 10, 5, 3], [4]):
         found = mover.rows(model.embed.weight, torch.tensor(rows))
         assert torch.equal(found, whole.view(11, 5)[rows])
+
+
+def test_a_direction_alone_is_what_a_move_adds() -> None:
+    """Of whole tensors and of named entries; tensors that the move leaves out are zeros."""
+    for selection in (Everything(), Picked()):
+        model = mlp()
+        opt = made(model, selection=selection)
+        direction = opt.direction
+        assert isinstance(direction, Dense)
+        only = frozenset(target.name for target in opt.targets[1:])
+        mover = direction.mover(0, Move((Term(Key(0), 0.25, only),)))
+        write = direction.write_alone(mover)
+        for target in opt.targets:
+            alone = torch.full_like(target.flat, 7.0)
+            write(target.parameter, alone)
+            target.parameter.data.zero_()  # so that a moved copy is exactly what is added
+            moved = torch.empty_like(target.flat)
+            mover.whole(target.parameter, moved)
+            assert torch.equal(alone, moved)
+            assert bool(alone.any()) == (target.name in only)

@@ -17,7 +17,7 @@ Change = Callable[[slice, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class DirectionContext:
-    """What a direction is made for: the tensors of one optimizer, and how it computes.
+    """Says what a direction is made for: the tensors of one optimizer, and how it computes.
 
     Attributes:
         targets: the trained tensors.
@@ -51,11 +51,11 @@ class PointMover(PairMover, Protocol):
 
 
 class Named(Protocol):
-    """What computes a pass over a tensor, of which others know the name alone."""
+    """Computes a pass over a tensor; others know its name alone."""
 
     @property
     def name(self) -> str:
-        """Such as "numba"."""
+        """Return its name, such as "numba"."""
 
 
 class Direction(Protocol):
@@ -63,11 +63,11 @@ class Direction(Protocol):
 
     @property
     def passes(self) -> Named:
-        """What computes a pass over a tensor."""
+        """Return what computes a pass over a tensor."""
 
     @property
     def why_eager(self) -> str:
-        """Why passes are not fused; "" where they are, or that was asked for."""
+        """Return why passes are not fused; "" where they are, or that was asked for."""
 
     def target_of(self, parameter: Tensor) -> Target:
         """Return the target that this parameter is."""
@@ -80,11 +80,11 @@ class Direction(Protocol):
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of what is kept from step to step, beside the state."""
+        """Return the bytes of what is kept from step to step, beside the state."""
 
     @property
     def has_compiled_passes(self) -> bool:
-        """Whether compiled passes are used where they are asked for."""
+        """Return whether compiled passes are used where they are asked for."""
 
     def noise_bytes(self, *, compiles: bool, on_cpu: bool, free: int) -> int:
         """Return the bytes of noise that a step keeps from pass to pass.

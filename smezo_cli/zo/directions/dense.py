@@ -69,7 +69,7 @@ class Dense:
         return choose_passes(rule, backend, device)
 
     def _eager(self, rule: Rule) -> EagerPasses:
-        """The passes that give z and masks themselves."""
+        """Return the passes that give z and masks themselves."""
         return EagerPasses(rule)
 
     def _whether_to_keep(
@@ -114,7 +114,7 @@ class Dense:
     def noise_bytes_of(
         self, targets: Sequence[Target], *, compiles: bool, on_cpu: bool, free: int
     ) -> int:
-        """As :meth:`noise_bytes`, where only these targets are perturbed along dense noise."""
+        """Do as :meth:`noise_bytes`, where only these targets are perturbed along dense noise."""
         is_slow = on_cpu and not (compiles and self.has_compiled_passes)
         num_weights = sum(t.parameter.numel() for t in self.targets)
         if not self._keeps_where(is_slow, lambda: free, num_weights):
@@ -178,8 +178,14 @@ class Dense:
         def write(parameter: Tensor, out: Tensor) -> None:
             target = self.target_of(parameter)
             out.zero_()
-            if mover.moves(target):
-                self.probe_passes.move(out, out, mover.read_by(self.probe_passes, target))
+            if not mover.moves(target):
+                return
+            passes, numbers = self.probe_passes, mover.read_by(self.probe_passes, target)
+            if target.index is None:
+                passes.move(out, out, numbers)
+            else:
+                numel = target.parameter.numel()
+                out[target.index] = passes.move_at(out[target.index], target.index, numel, numbers)
 
         return write
 
@@ -196,7 +202,7 @@ class Dense:
             self.change_one(target, mover, of(target))
 
     def change_one(self, target: Target, mover: "DenseMover", change: Change) -> None:
-        """As :meth:`change`, of one target that the move moves."""
+        """Do as :meth:`change`, of one target that the move moves."""
         if target.index is not None:
             self._change_picked(target, mover, change)
             return
@@ -208,7 +214,7 @@ class Dense:
             self.passes.along(target.flat, mover.read_by(self.passes, target), use)
 
     def _change_picked(self, target: Target, mover: "DenseMover", change: Change) -> None:
-        """As :meth:`change`, of a target whose trained entries are named one by one."""
+        """Do as :meth:`change`, of a target whose trained entries are named one by one."""
         assert target.index is not None
         numel, draw = target.parameter.numel(), mover.draw(target)
         zero = torch.zeros(target.num_trained, device=target.index.device)
@@ -224,7 +230,7 @@ class Dense:
         target.flat[target.index] = picked
 
     def _mask_of(self, target: Target, mover: "DenseMover") -> Tensor | None:
-        """The mask of a whole tensor (bool, flat), before it is written to; None: all is active."""
+        """Return the mask (bool, flat) of a tensor, before it is written to; None: all."""
         if self.selection.stream(0) is None and target.h == float("inf"):
             return None
         return self._eager(self._rule).mask_of(target.flat, mover.draw(target))

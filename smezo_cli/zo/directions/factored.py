@@ -125,7 +125,7 @@ class Factored:
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of the factors, which are kept while they stay."""
+        """Return the bytes of the factors, which are kept while they stay."""
         found = 0
         for target in self.dense.targets:
             if (shape := self.shape_of(target)) is not None:
@@ -316,7 +316,7 @@ class FactoredMover:
         return self._cores[target.name]
 
     def _draws_of_cores(self) -> dict[int, Any]:
-        """The draws of all cores, by positions, in the form that dense passes read."""
+        """Return the draws of all cores, by positions, in the form that dense passes read."""
         direction = self._direction
         own = {"z": "u"} if direction.kind == "uv" else {}
         keys = [
@@ -337,7 +337,7 @@ class FactoredMover:
         return dict(as_draws(numbers, {t.position: t.parameter.device for t in self.moved}))
 
     def _is_factored(self, target: Target) -> bool:
-        """Whether a tensor is moved along a product."""
+        """Return whether a tensor is moved along a product."""
         is_matrix = self._direction.shape_of(target) is not None
         return is_matrix and target.position in self._is_moved
 

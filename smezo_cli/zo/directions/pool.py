@@ -98,7 +98,7 @@ class Pool(Dense):
 
     @property
     def reach(self) -> int:
-        """How many dimensions all directions together can span, at most."""
+        """Return how many dimensions all directions together can span, at most."""
         return min(self._total, self.size * max(1, self.generators))
 
     def _choose_passes(self, rule: Rule, backend: str, device: torch.device) -> tuple[Passes, str]:
@@ -109,7 +109,7 @@ class Pool(Dense):
         return PassesByIndex(rule, self._values)
 
     def _values(self, index: Tensor, key: Tensor) -> Tensor:
-        """The numbers at flat places of a tensor: key[0] is where it begins, key[1] of its step."""
+        """Return the numbers at flat places of a tensor: key is its start, and that of its step."""
         if index.device not in self._pools:
             self._pools[index.device] = self._pool.to(index.device)
         pool = self._pools[index.device]
@@ -131,7 +131,7 @@ class Pool(Dense):
         return self._streams[parts]
 
     def _offset(self, key: Key) -> int:
-        """Where a direction begins in the pool; with generators what their places hang on."""
+        """Return where a direction begins in the pool; of generators, what places hang on."""
         if self.generators:
             return stream_key(self._seed, "z", key.step, key.query)[0]
         stride = self._total % self.size

@@ -52,11 +52,11 @@ class Estimator(Protocol):
 
     @property
     def num_scalars(self) -> int:
-        """How many scalars a step records, always."""
+        """Return how many scalars a step records, always."""
 
     @property
     def num_terms(self) -> int:
-        """How many directions a move has at most."""
+        """Return how many directions a move has at most."""
 
     def forwards(self, step: int) -> int:
         """Return how many forwards over the batch a step takes."""

@@ -116,14 +116,14 @@ class CompiledPasses:
 
 
 def _halves(flat: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
-    """Two views that the compiler takes for separate storages, so that both may be written."""
+    """Return two views that a compiler takes for separate storages, so that both may be written."""
     flat = flat.detach()
     with torch.cuda.device_of(flat):  # type: ignore[no-untyped-call]  # a no-op on a CPU
         return from_dlpack(flat[:pairs]), from_dlpack(flat[pairs : 2 * pairs])
 
 
 def _compile(function: types.FunctionType) -> Callable[..., Tensor]:
-    """``torch.compile`` for each device that the first argument comes from."""
+    """Use ``torch.compile`` for each device that the first argument comes from."""
     made: dict[torch.device, Callable[..., Tensor]] = {}
 
     def compiled(*tensors: Tensor | None) -> Tensor:
@@ -138,7 +138,7 @@ def _compile(function: types.FunctionType) -> Callable[..., Tensor]:
 
 
 def _compile_alone(function: types.FunctionType) -> Callable[..., Tensor]:
-    """``torch.compile`` under a code object of its own: recompilations are limited per object."""
+    """Compile under a code object of its own: recompilations are limited per object."""
     own = types.FunctionType(
         function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}"),
         function.__globals__,

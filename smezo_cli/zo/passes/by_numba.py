@@ -96,7 +96,7 @@ class NumbaPasses:
             one(slice(pairs, pairs + 1))
 
     def _run(self, loop: Callable[..., None], arrays: tuple[Any, ...], plain: Any) -> None:
-        """The loop over the halves of arrays, in threads where that pays."""
+        """Run the loop over the halves of arrays, in threads where that pays."""
         pairs = len(arrays[0])
         threads = torch.get_num_threads() if pairs > _SHARE else 1
         if threads == 1:
@@ -126,7 +126,7 @@ class NumbaPasses:
             self._odd(weight[last], out[last], pairs, numbers)
 
     def _odd(self, weight: Tensor, out: Tensor, pairs: int, numbers: Numbers) -> None:
-        """The last entry of an odd tensor is the first of a pair of its own."""
+        """Move the last entry of an odd tensor, which is the first of a pair of its own."""
         self._buffered(weight, weight, out, out, pairs, numbers)
 
     def _buffered(
@@ -138,7 +138,7 @@ class NumbaPasses:
         start: int,
         numbers: Numbers,
     ) -> None:
-        """A chunk by way of float32."""
+        """Move a chunk by way of float32."""
         rule, decay = self.rule, numbers.decay is not None
         rounding, plain = self._last(numbers, out_first.dtype)
         more = len(numbers.keys) > 1
@@ -173,13 +173,13 @@ class NumbaPasses:
 
     @staticmethod
     def _earlier(numbers: Numbers) -> list[tuple[tuple[int, int], float]]:
-        """Keys and coefficients of the queries before the last one."""
+        """Return the keys and coefficients of the queries before the last one."""
         return list(zip(numbers.keys[:-1], numbers.coefficients[:-1], strict=True))
 
     def _last(
         self, numbers: Numbers, dtype: torch.dtype
     ) -> tuple[torch.dtype | None, tuple[Any, ...]]:
-        """The rounding, and the last query with all else that a loop reads."""
+        """Return the rounding, and the last query with all else that a loop reads."""
         d = 0.0 if numbers.decay is None else numbers.decay
         rounding = dtype if self.rule.stochastic and dtype in ROUNDINGS else None
         keys = numbers.keys[-1], numbers.coefficients[-1], numbers.mask_key, numbers.round_key

@@ -22,7 +22,7 @@ Passes = EagerPasses | CompiledPasses | NumbaPasses
 
 
 def choose_passes(rule: Rule, backend: str, device: torch.device) -> tuple[Passes, str]:
-    """Fused passes where they work (Numba's on a CPU, torch.compile's elsewhere), else eager ones.
+    """Return fused passes where they work (Numba on a CPU, else torch.compile), or eager ones.
 
     Args:
         rule: what is fixed for the run.

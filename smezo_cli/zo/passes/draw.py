@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rule:
-    """What is fixed for a whole run (and compiled in)."""
+    """Says what is fixed for a whole run (and compiled in)."""
 
     mask: str = "small"  # a key of masks.RULES
     noise: str = "gaussian"  # one of noise.KINDS
@@ -18,7 +18,7 @@ class Rule:
 
 
 class Draw(NamedTuple):
-    """What one pass over one tensor needs.
+    """Holds what one pass over one tensor needs.
 
     Attributes:
         keys: int64 (q, 2), one stream a query.
@@ -49,7 +49,7 @@ class Numbers(NamedTuple):
 
     @classmethod
     def of(cls, draw: "Draw | Numbers") -> "Numbers":
-        """The same draw."""
+        """Return the same draw."""
         if isinstance(draw, Numbers):
             return draw
         return cls(

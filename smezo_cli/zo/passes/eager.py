@@ -48,7 +48,7 @@ def blend(
 
 
 def sum_of_draws(counter: Tensor, rule: Rule, draw: Draw) -> tuple[Tensor, Tensor]:
-    """sum_q a_q z_q for both elements of each pair."""
+    """Return sum_q a_q z_q for both elements of each pair."""
     first, second = noise.pair(counter, draw.keys[0], rule.noise)
     first, second = first * draw.coefficients[0], second * draw.coefficients[0]
     for q in range(1, draw.keys.shape[0]):
@@ -61,7 +61,7 @@ def sum_of_draws(counter: Tensor, rule: Rule, draw: Draw) -> tuple[Tensor, Tenso
 def _masks(
     first: Tensor, second: Tensor, counter: Tensor, rule: Rule, draw: Draw
 ) -> tuple[Tensor, Tensor]:
-    """True where perturbed, for both elements of each pair."""
+    """Return True where perturbed, for both elements of each pair."""
     is_active = RULES[rule.mask]
     if rule.mask == "random":
         u_first, u_second = noise.uniform_pair(counter, draw.mask_key)
@@ -71,7 +71,7 @@ def _masks(
 
 
 def round_bits(counter: Tensor, rule: Rule, draw: Draw) -> tuple[Tensor | None, Tensor | None]:
-    """31 random bits for both elements of each pair, where rounding is stochastic."""
+    """Return 31 random bits for both elements of each pair, where rounding is stochastic."""
     if not rule.stochastic:
         return None, None
     return noise.rounding_pair(counter, draw.round_key)
@@ -86,7 +86,7 @@ def move_pairs(
     rule: Rule,
     draw: Draw,
 ) -> None:
-    """The pass over pairs (i, i + pairs), written to the out tensors (which may be the inputs)."""
+    """Move pairs (i, i + pairs), written to the out tensors (which may be the inputs)."""
     directions = sum_of_draws(counter, rule, draw)
     active = _masks(first, second, counter, rule, draw)
     bits = round_bits(counter, rule, draw)
@@ -105,7 +105,7 @@ def move_pairs_both(
     rule: Rule,
     draw: Draw,
 ) -> None:
-    """As :func:`move_pairs` for the draw and for the one with its coefficients negated.
+    """Do as :func:`move_pairs` for the draw and for the one with its coefficients negated.
 
     Negation is exact, so that these are the bits of two passes; rounds to nearest.
     """
@@ -117,7 +117,7 @@ def move_pairs_both(
 
 
 def move_at(weight: Tensor, index: Tensor, numel: int | Tensor, rule: Rule, draw: Draw) -> Tensor:
-    """The pass over entries picked by flat index: equal to the same entries of the whole pass.
+    """Move entries picked by flat index: equal to the same entries of the whole pass.
 
     Args:
         weight: the picked entries, any shape.
@@ -174,7 +174,7 @@ class EagerPasses:
         return move_at(weight, index, numel, self.rule, draw)
 
     def noise_and_mask(self, weight: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
-        """z of the first query (float32) and the mask (bool), as long as the flat weight."""
+        """Return z of the first query (float32) and the mask (bool), as long as the flat weight."""
         z = torch.empty_like(weight, dtype=torch.float32)
         mask = torch.empty_like(weight, dtype=torch.bool)
 
@@ -188,7 +188,7 @@ class EagerPasses:
         return z, mask
 
     def mask_of(self, weight: Tensor, draw: Draw) -> Tensor:
-        """The mask (bool) of a flat weight."""
+        """Return the mask (bool) of a flat weight."""
         mask = torch.empty_like(weight, dtype=torch.bool)
 
         def one(first: slice, second: slice, counter: Tensor) -> None:
@@ -216,7 +216,7 @@ class EagerPasses:
 
     @staticmethod
     def move_kept(weight: Tensor, out: Tensor, z: Tensor, mask: Tensor, draw: Draw) -> None:
-        """As :meth:`move`, from a kept z (one query, round to nearest)."""
+        """Do as :meth:`move`, from a kept z (one query, round to nearest)."""
 
         def one(part: slice) -> None:
             direction = z[part] * draw.coefficients[0]
@@ -226,7 +226,7 @@ class EagerPasses:
 
     @staticmethod
     def along_kept(z: Tensor, draw: Draw, use: "Use") -> None:
-        """As :meth:`along`, from a kept z (one query, round to nearest)."""
+        """Do as :meth:`along`, from a kept z (one query, round to nearest)."""
 
         def one(part: slice) -> None:
             use(part, z[part] * draw.coefficients[0], None)

@@ -64,7 +64,7 @@ for _function, _scalar in _COMPILED.items():
 
 
 def _step(kind: str, added: bool) -> Function:
-    """(counter, key, a, before, before') -> a z of both elements, added to what was before."""
+    """Return (counter, key, a, before, before') -> a z of both elements, added to that before."""
     pair, hash64, f32 = noise.PAIRS[kind], noise.hash64, elementwise.f32
 
     @njit(forceinline=True)
@@ -81,7 +81,7 @@ def _step(kind: str, added: bool) -> Function:
 
 
 def _mask(name: str) -> Function:
-    """(w, w', counter, key, h) -> is each perturbed."""
+    """Return (w, w', counter, key, h) -> is each perturbed."""
     is_active, uniform_pair, f32 = masks.RULES[name], noise.uniform_pair, elementwise.f32
     if name == "random":
 
@@ -100,7 +100,7 @@ def _mask(name: str) -> Function:
 
 
 def _finish(mask: str, rounding: Rounding, decay: bool) -> Function:
-    """(w, w', steps, counter, mask_key, round_key, h, d) -> both elements, moved."""
+    """Return (w, w', steps, counter, mask_key, round_key, h, d) -> both elements, moved."""
     masks_of, f32, where = _mask(mask), elementwise.f32, elementwise.where
     rounding_pair = noise.rounding_pair
     if decay:
@@ -142,13 +142,13 @@ def _finish(mask: str, rounding: Rounding, decay: bool) -> Function:
 
 @njit(forceinline=True)
 def wide(pattern):
-    """The float32 of a bfloat16's pattern (int16)."""
+    """Return the float32 of a bfloat16's pattern (int16)."""
     return np.int32(np.int32(pattern) << np.int32(16)).view(np.float32)
 
 
 @njit(forceinline=True)
 def narrow(value):
-    """The pattern (int16) of the bfloat16 nearest to a float32, ties to even; NaN stays NaN."""
+    """Return the pattern (int16) of the nearest bfloat16, ties to even; NaN stays NaN."""
     pattern = np.float32(value).view(np.int32)
     odd = (pattern >> np.int32(16)) & np.int32(1)
     rounded = np.int32(pattern + odd + np.int32(0x7FFF)) >> np.int32(16)
@@ -157,7 +157,7 @@ def narrow(value):
 
 @njit(forceinline=True)
 def as_is(value):
-    """The float32 that it is."""
+    """Return the float32 that it is."""
     return value
 
 
@@ -165,7 +165,7 @@ def as_is(value):
 def whole(
     mask: str, kind: str, rounding: Rounding, more: bool, decay: bool, patterns: bool = False
 ) -> Function:
-    """The loop over pairs.
+    """Return the loop over pairs.
 
     Args:
         mask: a key of ``masks.RULES``.
@@ -199,7 +199,7 @@ def whole(
 def in_place(
     mask: str, kind: str, rounding: Rounding, decay: bool, patterns: bool = False
 ) -> Function:
-    """As :func:`whole` of one query, but first and second are moved where they are.
+    """Do as :func:`whole` of one query, but first and second are moved where they are.
 
     Of arrays that are both read and written the compiler must know that they are the same, else it
     finds that they overlap and takes one element after the other.
@@ -221,7 +221,7 @@ def in_place(
 
 @functools.cache
 def both(mask: str, kind: str, patterns: bool = False) -> Function:
-    """As :func:`whole` of one query without decay, for the coefficients a and -a from one draw.
+    """Do as :func:`whole` of one query without decay, for coefficients a and -a from one draw.
 
     Returns:
         A function of arrays first, second, plus_first, plus_second, minus_first, minus_second,
@@ -246,7 +246,7 @@ def both(mask: str, kind: str, patterns: bool = False) -> Function:
 
 @functools.cache
 def picked(mask: str, kind: str, rounding: Rounding, more: bool, decay: bool) -> Function:
-    """The loop over entries picked by index; arguments as for :func:`whole`.
+    """Return the loop over entries picked by index; arguments as for :func:`whole`.
 
     Returns:
         A function of float32 weight and out, int64 index, all (n,), the entries of the whole
@@ -268,7 +268,7 @@ def picked(mask: str, kind: str, rounding: Rounding, more: bool, decay: bool) ->
 
 @functools.cache
 def direction(kind: str, more: bool) -> Function:
-    """(out_first, out_second, counter of the first pair, key, a): a z, written or added to them."""
+    """Return (out_first, out_second, first counter, key, a): a z, written or added to them."""
     step = _step(kind, more)
 
     @njit(nogil=True)
@@ -283,7 +283,7 @@ def direction(kind: str, more: bool) -> Function:
 
 @functools.cache
 def picked_direction(kind: str, more: bool) -> Function:
-    """(out, index, numel, key, a): as :func:`direction`, for entries picked by index."""
+    """Return (out, index, numel, key, a): as :func:`direction`, for entries picked by index."""
     step, locate = _step(kind, more), noise.locate
 
     @njit(nogil=True)
@@ -301,7 +301,7 @@ def picked_direction(kind: str, more: bool) -> Function:
 
 @intrinsic
 def address(context, number):
-    """The pointer that an int64 is."""
+    """Return the pointer that an int64 is."""
 
     def generate(context, builder, signature, args):
         return builder.inttoptr(args[0], cgutils.voidptr_t)
@@ -311,7 +311,7 @@ def address(context, number):
 
 @intrinsic
 def as_f64(context, pattern):
-    """The float64 whose bits an int64 holds."""
+    """Return the float64 whose bits an int64 holds."""
 
     def generate(context, builder, signature, args):
         return builder.bitcast(args[0], context.get_value_type(types.float64))
@@ -325,7 +325,7 @@ _ALIGNED = 16  # entries: a cache line, and the vectors of all processors, divid
 
 @functools.cache
 def in_threads(loop: Function, count: int, item: type) -> Callable[[Any, Any, int], None] | None:
-    """A loop of :func:`whole`, :func:`in_place` or :func:`both` in the threads of torch.
+    """Run a loop of :func:`whole`, :func:`in_place` or :func:`both` in the threads of torch.
 
     Args:
         loop: it.

@@ -126,7 +126,7 @@ class EagerLowRank:
     def _mask_and_bits(
         self, weight: Tensor, index: Tensor | slice, numel: int, draw: Draw
     ) -> tuple[Tensor, Tensor | None]:
-        """Which of some entries are perturbed, and what rounds them by chance."""
+        """Return which of some entries are perturbed, and what rounds them by chance."""
         rule = self.rule
         if isinstance(index, slice):
             index = torch.arange(index.start, index.stop, device=weight.device)
@@ -192,7 +192,7 @@ class NumbaLowRank:
         first: int = 0,
         numel: int = 0,
     ) -> None:
-        """The loop over a matrix, or over its rows from the entry ``first`` on.
+        """Run the loop over a matrix, or over its rows from the entry ``first`` on.
 
         Without outs the weight is moved where it is.
         """
@@ -227,7 +227,7 @@ class NumbaLowRank:
         numbers: Numbers,
         rounding: torch.dtype | None,
     ) -> None:
-        """The loop by way of float32, chunk by chunk of rows."""
+        """Run the loop by way of float32, chunk by chunk of rows."""
 
         def one(rows: slice, part: slice) -> None:
             wide = weight[part].float()

@@ -31,7 +31,7 @@ _COLUMNS = 1024  # whose sums are kept at once
 
 
 def _sum(count: int, more: bool) -> Function:
-    """(what was before, four numbers of left, four of right) -> the first products, added."""
+    """Return (what was before, four of left, four of right) -> the first products, added."""
     if more:
 
         @njit(forceinline=True)
@@ -72,7 +72,7 @@ def _sum(count: int, more: bool) -> Function:
 
 
 def _mask(name: str) -> Function:
-    """(w, flat index, entries, key, h) -> is it perturbed."""
+    """Return (w, flat index, entries, key, h) -> is it perturbed."""
     is_active, uniform_at, f32 = masks.RULES[name], noise.uniform_at, elementwise.f32
     if name == "random":
 
@@ -90,7 +90,7 @@ def _mask(name: str) -> Function:
 
 
 def _finish(mask: str, rounding: Rounding, decay: bool) -> Function:
-    """(w, step, flat index, entries, mask_key, round_key, h, d) -> the entry, moved."""
+    """Return (w, step, flat index, entries, mask_key, round_key, h, d) -> the entry, moved."""
     mask_of, f32, where = _mask(mask), elementwise.f32, elementwise.where
     rounding_at = noise.rounding_at
     if decay:
@@ -125,7 +125,7 @@ def _finish(mask: str, rounding: Rounding, decay: bool) -> Function:
 
 @functools.cache
 def _earlier() -> tuple[Function, Function]:
-    """Functions that begin, and go on with, the sums of two rows, four products at a time."""
+    """Return what begins, and goes on with, the sums of two rows, four products at a time."""
     alone, added = _sum(_TOGETHER, False), _sum(_TOGETHER, True)
 
     def of(total: Function) -> Function:
@@ -147,12 +147,12 @@ def _earlier() -> tuple[Function, Function]:
 
 
 def _num_last(rank: int) -> int:
-    """How many products are left for the end of a sum: 1 to 4."""
+    """Return how many products are left for the end of a sum: 1 to 4."""
     return (rank - 1) % _TOGETHER + 1
 
 
 def _loop(end: Function, rank: int) -> Function:
-    """The loop over pairs of rows, parts of their columns and products; ``end`` does the last ones.
+    """Return the loop over pairs of rows, parts of columns and products; ``end`` does the last.
 
     Returns:
         A function of left, right, the matrices (tuple), scratch (float32, twice _COLUMNS), the
@@ -184,7 +184,7 @@ def _loop(end: Function, rank: int) -> Function:
 
 
 def _ending(rank: int) -> Function:
-    """(left, right, sums, row, first product, first column) -> a function of column offsets.
+    """Return (left, right, sums, row, first product, first column) -> what takes offsets.
 
     What is left of the sum, as numbers and arrays that stay in registers.
     """
@@ -203,7 +203,7 @@ def _ending(rank: int) -> Function:
 
 @functools.cache
 def rows_of_product(rank: int) -> Function:
-    """The loop that writes left right (float32) to its one matrix."""
+    """Return the loop that writes left right (float32) to its one matrix."""
     return _rows_of_product(_alike(rank))
 
 
@@ -224,7 +224,7 @@ def _rows_of_product(rank: int) -> Function:
 def moved_rows(
     mask: str, rounding: Rounding, decay: bool, patterns: bool, outs: int, rank: int
 ) -> Function:
-    """The loop that moves a matrix of weights along left right.
+    """Return the loop that moves a matrix of weights along left right.
 
     Args:
         mask: a key of ``masks.RULES``.
@@ -241,7 +241,7 @@ def moved_rows(
 
 
 def _alike(rank: int) -> int:
-    """The least rank for which the same loop is compiled."""
+    """Return the least rank for which the same loop is compiled."""
     return rank if rank <= _TOGETHER else _TOGETHER + _num_last(rank)
 
 
@@ -320,7 +320,7 @@ def run(
 
 @functools.cache
 def _in_threads(loop: Function, count: int, item: type) -> Callable[..., None] | None:
-    """The loop over matrices of one type in torch's threads; None where they are not to be had.
+    """Return the loop over matrices of one type in torch's threads; None if they are not had.
 
     See :func:`smezo_cli.zo.passes.kernels.in_threads`.
     """

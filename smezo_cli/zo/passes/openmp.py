@@ -41,7 +41,7 @@ class OpenMP(NamedTuple):
 
 @functools.cache
 def find() -> OpenMP | None:
-    """The OpenMP runtime that torch runs in; None where it cannot be told or called.
+    """Return the OpenMP runtime that torch runs in; None where it cannot be told or called.
 
     GOMP_parallel is what GCC makes of a parallel region; LLVM's and Intel's runtimes have it, too.
     """
@@ -75,7 +75,7 @@ _REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def given(threads: int) -> int:
-    """How many threads a parallel region has that asks for so many, here and now.
+    """Return how many threads a parallel region has that asks for so many, here and now.
 
     Where the runtime cannot be called that is not known: 1 where the environment may limit them.
     """
@@ -93,7 +93,7 @@ def given(threads: int) -> int:
 
 
 def may_give_fewer() -> bool:
-    """Whether the calling thread may be given fewer threads than torch asks for."""
+    """Return whether the calling thread may be given fewer threads than torch asks for."""
     threads, runtime = torch.get_num_threads(), find()
     is_dynamic = threads > 1 and runtime is not None and bool(runtime.is_dynamic())
     return is_dynamic or given(threads) < threads

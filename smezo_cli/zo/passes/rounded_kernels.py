@@ -16,7 +16,7 @@ _locate, _f32 = noise.locate, elementwise.f32
 
 @njit(forceinline=True)
 def _both(counter, key, chance_key, a, inverse, step):
-    """c u of both elements of a pair."""
+    """Return c u of both elements of a pair."""
     first, second = _gaussian(_hash(counter, key))
     chance, chance_ = _uniform(counter, chance_key)
     first = to_levels(first, chance, inverse, step)

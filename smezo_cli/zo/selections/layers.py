@@ -36,7 +36,7 @@ def layers_of(targets: Sequence[Target]) -> dict[str, list[Target]]:
 
 
 class SomeLayers(Everything):
-    """All coordinates of some layers, drawn anew in every step; tensors of no layer always.
+    """Selects all of some layers, drawn anew in every step; tensors of no layer always.
 
     Args:
         resting: fraction of the layers that rest, in [0, 1): of L layers, ``round(resting * L)``,

@@ -12,7 +12,7 @@ from smezo_cli.zo.targets import Target, check, one_of
 
 
 class Masked:
-    """The coordinates of a mask (see :mod:`smezo_cli.zo.selections.masks`).
+    """Selects the coordinates of a mask (see :mod:`smezo_cli.zo.selections.masks`).
 
     Args:
         mask: "none", "small", "large" or "random".
@@ -92,7 +92,7 @@ class Masked:
 
 
 class Everything(Masked):
-    """Every coordinate of every tensor.
+    """Selects every coordinate of every tensor.
 
     Args:
         named: what :meth:`identity` calls its mask; trajectories of MeZO say "small".

@@ -27,7 +27,7 @@ CHUNK = 1 << 20  # entries looked at together, so that no full-size copy is made
 
 
 def threshold(weight: Tensor, rule: str, sparsity: float, constant_tensors: str = "dense") -> float:
-    """h of one tensor, exact: the k-th smallest (largest) magnitude, never an interpolation.
+    """Return h of a tensor, exact: the k-th smallest (largest) magnitude, never an interpolation.
 
     Args:
         weight: any floating dtype and shape.
@@ -66,7 +66,7 @@ def takes_all(rule: str, h: float) -> bool:
 
 
 def extremes(weight: Tensor) -> tuple[float, float]:
-    """Smallest and largest magnitude; NaN where a weight is NaN."""
+    """Return the smallest and largest magnitude; NaN where a weight is NaN."""
     parts = [chunk.abs().aminmax() for chunk in _chunks(weight)]
     low = torch.stack([p.min for p in parts]).min()
     high = torch.stack([p.max for p in parts]).max()
@@ -74,7 +74,7 @@ def extremes(weight: Tensor) -> tuple[float, float]:
 
 
 def kth_magnitude(weight: Tensor | Sequence[Tensor], k: int) -> float:
-    """The k-th smallest |w| (k from 1) of one tensor, or of several of one dtype; exact, in chunks.
+    """Return the k-th smallest |w| (k from 1) of tensors of one dtype; exact, in chunks.
 
     Magnitudes order like their bit patterns, so two histograms (upper 16 bits, then the lower ones
     within the bucket that holds the k-th) find the value without a sort or a full-size copy.
@@ -105,7 +105,7 @@ def kth_magnitude(weight: Tensor | Sequence[Tensor], k: int) -> float:
 
 
 def _bucket_of(counts: Tensor, k: int) -> tuple[int, int]:
-    """Bucket that holds the k-th entry, and how many entries lie in the buckets before it."""
+    """Return the bucket that holds the k-th entry, and how many entries lie in those before it."""
     total = counts.cumsum(0)
     bucket = int(torch.searchsorted(total, k))
     return bucket, int(total[bucket] - counts[bucket])

@@ -13,7 +13,7 @@ from smezo_cli.zo.targets import Target, check, literal, select
 
 
 class Named(Everything):
-    """The entries at given places, the same ones at every step.
+    """Selects the entries at given places, the same ones at every step.
 
     Where a layer called NAME holds its weights as codes around those of the mask, the places of
     "NAME.weight" stand for the parameter "NAME.kept", all of whose entries are trained.
@@ -42,7 +42,8 @@ class Named(Everything):
                 numel, count = target.parameter.numel(), len(places)
                 check(numel == count, f"{target.name} keeps {numel} weights, the mask {count}")
                 continue
-            check_places(target.name, places, target.parameter.numel())
+            if not places.is_meta:  # of a plan they are so many, and have no values
+                check_places(target.name, places, target.parameter.numel())
             target.index = places.to(target.parameter.device, torch.int64)
 
     def identity(self) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class WeightWriter:
         change_of: Callable[[Target], Callable[..., Tensor]],
         decay: float = 0.0,
     ) -> None:
-        """As :meth:`elementwise`, where the change differs from target to target.
+        """Do as :meth:`elementwise`, where the change differs from target to target.
 
         Args:
             gradient: as there.
