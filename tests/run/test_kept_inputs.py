@@ -16,6 +16,7 @@ from smezo_cli.config.compose import compose
 from smezo_cli.errors import UserError
 from smezo_cli.models import blocks
 from smezo_cli.run import kept_inputs
+from smezo_cli.store.schema import is_sound_result
 from smezo_cli.store.trajectory import read
 from tests.run.processes import Fault, smezo
 from tests.run.rank_groups import RUN, few_tokens, together, weights_of
@@ -111,6 +112,7 @@ def test_a_run_of_20_steps_has_the_losses_of_the_whole_model(name: str, tmp_path
         assert_close(kept, whole)
     assert {p.name for p in kept.iterdir()} == {p.name for p in whole.iterdir()}
     assert kept.name != whole.name  # other bits, so another digest
+    assert is_sound_result(result_of(kept))
     about = result_of(kept)["kept_inputs"]
     assert about == {"first_block": 2 if name == "head" else 1, "num_blocks": 2}
     assert "kept_inputs" not in result_of(whole)
