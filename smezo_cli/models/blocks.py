@@ -1,11 +1,15 @@
 """Find the blocks of a model, and which of them come before anything that is trained."""
 
+import json
 import operator
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+
+from smezo_cli.errors import UserError
 
 # Where the models of a family have their blocks, and what stands behind the last one. All else
 # stands before the first one.
@@ -91,3 +95,71 @@ def _module(model: nn.Module, path: str) -> nn.Module | None:
     except AttributeError:
         return None
     return found if isinstance(found, nn.Module) else None
+
+
+def begin_at(
+    model: nn.Module,
+    trained: Mapping[str, nn.Parameter],
+    method: Mapping[str, Any],
+    *,
+    asked: object,
+    mode: str,
+) -> tuple[Blocks, int]:
+    """Return the blocks of a model and the number of the first one that must be computed anew.
+
+    Args:
+        model: a language model of transformers.
+        trained: what is trained of it, by name.
+        method: the node of the method that trains it.
+        asked: the value of ``keep_inputs``, for the message.
+        mode: "train" if the model is in that mode while it is trained.
+
+    Raises:
+        UserError: all blocks must be.
+    """
+
+    def refused(why: str, way_out: str = "") -> UserError:
+        given = str(asked).lower()
+        return UserError(f"keep_inputs={given}: {why}: {way_out}leave keep_inputs out.")
+
+    if method.get("objective") == "f1":
+        raise refused("method.objective=f1 generates answers by the whole model")
+    if (method.get("adapter") or {}).get("kind") == "prefix":
+        raise refused("a prefix has keys and values in every block")
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        raise refused("model.device_map has blocks on several devices")
+    loose: Any = model  # without types
+    if mode == "train" and _drops(loose.config.to_dict()):
+        raise refused("in training the model drops activations at random, anew in each step")
+    if (blocks := blocks_of(model)) is None:
+        raise refused(f"{type(model).__name__} is not one of {NAMES}")
+    if first := blocks.first_trained(trained.values()):
+        return blocks, first
+    before = [name for name, p in trained.items() if not blocks.first_trained([p])]
+    outside = [name for name in before if not name.startswith(f"{blocks.path}.")]
+    others = [name for name in trained if name not in outside]
+    globs = (
+        *method.get("freeze", ()),
+        *(_around(name, others) for name in outside),
+        *blocks.globs(max(1, len(blocks.modules) * 3 // 4)),
+    )
+    word = f"method.freeze=[{','.join(json.dumps(glob) for glob in dict.fromkeys(globs))}]"
+    raise refused(
+        f"{before[0]} is trained, and all blocks lie behind it",
+        f"freeze what comes before the last blocks, such as by {shlex.quote(word)}, or ",
+    )
+
+
+def _drops(config: Mapping[str, Any]) -> bool:
+    """Say whether a model has a dropout that is switched on in training."""
+    return any("drop" in key and bool(value) for key, value in config.items())
+
+
+def _around(name: str, others: Sequence[str]) -> str:
+    """Return a short glob that matches a name of a parameter, and none of the others."""
+    parts = name.split(".")
+    for depth in range(2, len(parts)):
+        above = ".".join(parts[:depth])
+        if not any(other.startswith(f"{above}.") for other in others):
+            return f"{above}.*"
+    return name

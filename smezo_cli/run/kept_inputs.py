@@ -1,7 +1,5 @@
 """Keep what enters the first trained block, where a run asks for it (``keep_inputs``)."""
 
-import json
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from smezo_cli.errors import UserError
 from smezo_cli.files.space import check_space
 from smezo_cli.machine.memory import available_bytes
 from smezo_cli.methods.base import Method
-from smezo_cli.models.blocks import NAMES, Blocks, blocks_of
+from smezo_cli.models.blocks import Blocks, begin_at
 from smezo_cli.run.begin import Run
 from smezo_cli.run.loaded import Loaded
 from smezo_cli.run.rows import Rows
@@ -22,6 +20,8 @@ from smezo_cli.scoring.parts import of_one_part
 
 BUDGET = 4  # what is kept may take one part in so many of the memory that is free
 
+_OUT = "leave keep_inputs out"
+
 
 def check(run: Run, loaded: Loaded, method: Method) -> None:
     """Refuse ``keep_inputs=true`` where that cannot be, before any row is scored.
@@ -30,7 +30,7 @@ def check(run: Run, loaded: Loaded, method: Method) -> None:
         UserError: it cannot be.
     """
     if run.settings.keep_inputs is True:
-        _first_trained(loaded, method)
+        _begin_at(loaded, method)
 
 
 def settle(run: Run, loaded: Loaded, method: Method, rows: Rows) -> None:
@@ -51,7 +51,7 @@ def settle(run: Run, loaded: Loaded, method: Method, rows: Rows) -> None:
     _check(loaded, kept, of_one_part(rows.train)[:2])
     size = kept.token_bytes * sum(map(_tokens, (*rows.train, *rows.dev)))
     held = min(size, kept.rows.budget)
-    check_space(run.folder.path, size - held, "what keep_inputs keeps", "leave keep_inputs out")
+    check_space(run.folder.path, size - held, "what keep_inputs keeps", _OUT)
     where = f"{held / 1e6:.1f} MB in memory"
     if size > held:
         where += f", {(size - held) / 1e6:.1f} MB in the run folder"
@@ -67,7 +67,7 @@ def begin(loaded: Loaded, method: Method, folder: Path) -> KeptInputs:
     Raises:
         UserError: that cannot be.
     """
-    blocks, first = _first_trained(loaded, method)
+    blocks, first = _begin_at(loaded, method)
     if not folder.is_dir():  # of another machine
         folder = Path.cwd()
     looks_ahead = loaded.settings.model["family"] == "masked"
@@ -96,68 +96,9 @@ def found(loaded: Loaded | None, asked: object) -> Mapping[str, Any]:
     }
 
 
-def _first_trained(loaded: Loaded, method: Method) -> tuple[Blocks, int]:
-    """Return the model's blocks, and which of them is the first that something is trained in.
-
-    Raises:
-        UserError: all blocks must be computed.
-    """
-    blocks = _blocks(loaded, method)
-    if first := blocks.first_trained(method.trained.values()):
-        return blocks, first
-    before = [name for name, p in method.trained.items() if not blocks.first_trained([p])]
-    outside = [name for name in before if not name.startswith(f"{blocks.path}.")]
-    others = [name for name in method.trained if name not in outside]
-    some = blocks.globs(max(1, len(blocks.modules) * 3 // 4))
-    globs = dict.fromkeys(
-        (
-            *loaded.settings.method.get("freeze", ()),
-            *(_around(name, others) for name in outside),
-            *some,
-        )
-    )
-    word = f"method.freeze=[{','.join(json.dumps(glob) for glob in globs)}]"
-    raise _refused(
-        loaded,
-        f"{before[0]} is trained, and all blocks lie behind it",
-        f"freeze what comes before the last blocks, such as by {shlex.quote(word)}, or ",
-    )
-
-
-def _around(name: str, others: Sequence[str]) -> str:
-    """Return a short glob that matches a name of a parameter, and none of the others."""
-    parts = name.split(".")
-    for depth in range(2, len(parts)):
-        above = ".".join(parts[:depth])
-        if not any(other.startswith(f"{above}.") for other in others):
-            return f"{above}.*"
-    return name
-
-
-def _blocks(loaded: Loaded, method: Method) -> Blocks:
-    """Return the model's blocks; raise UserError where none of them can be skipped."""
-    s, adapter = loaded.settings, loaded.adapter
-    if s.method.get("objective") == "f1":
-        raise _refused(loaded, "method.objective=f1 generates answers by the whole model")
-    if adapter is not None and adapter.num_places:
-        raise _refused(loaded, "a prefix has keys and values in every block")
-    if loaded.device_map is not None:
-        raise _refused(loaded, "model.device_map has blocks on several devices")
-    if method.mode == "train" and _drops(loaded.model.config.to_dict()):
-        raise _refused(loaded, "in training the model drops activations at random, anew each step")
-    if (blocks := blocks_of(loaded.model)) is None:
-        raise _refused(loaded, f"{type(loaded.model).__name__} is not one of {NAMES}")
-    return blocks
-
-
-def _drops(config: Mapping[str, Any]) -> bool:
-    """Say whether a model has a dropout that is switched on in training."""
-    return any("drop" in key and bool(value) for key, value in config.items())
-
-
-def _refused(loaded: Loaded, why: str, way_out: str = "") -> UserError:
-    asked = str(loaded.settings.keep_inputs).lower()
-    return UserError(f"keep_inputs={asked}: {why}: {way_out}leave keep_inputs out.")
+def _begin_at(loaded: Loaded, method: Method) -> tuple[Blocks, int]:
+    s = loaded.settings
+    return begin_at(loaded.model, method.trained, s.method, asked=s.keep_inputs, mode=method.mode)
 
 
 @torch.no_grad()
@@ -173,7 +114,9 @@ def _check(loaded: Loaded, kept: KeptInputs, rows: Sequence[Candidates]) -> None
         given = scorer.scores([row])
         both = wanted.isfinite()
         if not torch.equal(both, given.isfinite()):
-            raise _refused(loaded, f"row {row.id} has other scores than by the whole model")
+            raise UserError(
+                f"keep_inputs: row {row.id} has other scores than by the whole model: {_OUT}."
+            )
         if not both.any():
             continue  # the first step says so, with its row
         difference = float((given - wanted)[both].abs().max())
@@ -181,10 +124,10 @@ def _check(loaded: Loaded, kept: KeptInputs, rows: Sequence[Candidates]) -> None
         # out in the first digits: half of the digits lie between.
         compute = scorer.compute_dtype or loaded.dtype
         if difference > torch.finfo(compute).eps ** 0.5 * float(wanted[both].abs().max()):
-            raise _refused(
-                loaded,
-                f"scores of row {row.id} from block {kept.first} on differ by {difference:.2g} "
-                "from those of the whole model, which is more than rounding",
+            raise UserError(
+                f"keep_inputs: scores of row {row.id} from block {kept.first} on differ by "
+                f"{difference:.2g} from those of the whole model, which is more than rounding: "
+                f"{_OUT}."
             )
 
 
