@@ -124,7 +124,8 @@ class Follower:
         elif do == "batching":
             Found.of(message["found"]).to(self.loaded.scorer)
         elif do == "keep_inputs":
-            kept_inputs.begin(self.loaded, self._advance(0), Path(message["folder"]))
+            folder = Path(message["folder"])
+            kept_inputs.begin(self.loaded, self._advance(0), folder, self.team.size)
         elif do == "evaluate":
             self._evaluate(**message)
         elif do == "steps":

@@ -42,27 +42,33 @@ def settle(run: Run, loaded: Loaded, method: Method, rows: Rows) -> None:
     if run.settings.keep_inputs is False:
         return
     try:
-        kept = begin(loaded, method, run.folder.path)
+        kept = begin(loaded, method, run.folder.path, 1 if run.team is None else run.team.size)
     except UserError as error:  # of keep_inputs=auto
         run.say(f"  kept    nothing: {error}")
         return
-    if run.team is not None:
-        run.team.tell("keep_inputs", folder=str(run.folder.path.absolute()))
     _check(loaded, kept, of_one_part(rows.train)[:2])
     size = kept.token_bytes * sum(map(_tokens, (*rows.train, *rows.dev)))
     held = min(size, kept.rows.budget)
-    check_space(run.folder.path, size - held, "what keep_inputs keeps", _OUT)
     where = f"{held / 1e6:.1f} MB in memory"
     if size > held:
+        check_space(run.folder.path, size - held, "what keep_inputs keeps", _OUT)
         where += f", {(size - held) / 1e6:.1f} MB in the run folder"
+    if run.team is not None:
+        run.team.tell("keep_inputs", folder=str(run.folder.path.absolute()))
     run.say(
         f"  kept    what enters block {kept.first} of {kept.num_blocks}, once a row (at most "
         f"{where}): steps begin there"
     )
 
 
-def begin(loaded: Loaded, method: Method, folder: Path) -> KeptInputs:
+def begin(loaded: Loaded, method: Method, folder: Path, ranks: int) -> KeptInputs:
     """Let the model's forwards begin at the first block that the method trains.
+
+    Args:
+        loaded: the model.
+        method: trains it.
+        folder: takes what is too much for the memory.
+        ranks: that take memory; they may all be on this machine.
 
     Raises:
         UserError: that cannot be.
@@ -71,7 +77,7 @@ def begin(loaded: Loaded, method: Method, folder: Path) -> KeptInputs:
     if not folder.is_dir():  # of another machine
         folder = Path.cwd()
     looks_ahead = loaded.settings.model["family"] == "masked"
-    rows = KeptRows(available_bytes() // BUDGET, folder)
+    rows = KeptRows(available_bytes() // (BUDGET * ranks), folder)
     kept = KeptInputs(blocks.body, blocks.modules, first, looks_ahead, rows)
     loaded.scorer.forward.kept = kept
     return kept
