@@ -28,6 +28,7 @@ ADDED_LATER = {
     "objective": "loss",
     "zero_shot": True,
     "batch_order": "shuffled",
+    "keep_inputs": False,
     "sfc": False,
     "sfc_prompt": None,
 }

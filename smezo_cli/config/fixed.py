@@ -32,6 +32,7 @@ WITHOUT_STEPS: dict[str, object] = {
     "zero_shot": True,
     "micro_batch_size": None,
     "batch_order": "shuffled",
+    "keep_inputs": False,
     "full_save_every": FULL_SAVE_EVERY,
 }
 

@@ -72,6 +72,7 @@ class Settings:
     query_ranks: Annotated[int, Whole(1, example="2")]
     rank_backend: Annotated[str, Choice("gloo", "nccl")]
     batch_order: Annotated[str, Choice("shuffled", "stratified")]
+    keep_inputs: Annotated[str | bool, Choice("auto", True, False)]
     lr_schedule: Annotated[str, Choice("constant", "linear", "cosine")]
     warmup_steps: Annotated[int, Whole(0, example="0")]
     keep: Annotated[str, Choice("best", "last", "all")]

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import os
 import platform
 import resource
 from pathlib import Path
@@ -45,3 +46,25 @@ class PeakMemory:
                     return int(line.split()[1]) * 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def available_bytes() -> int:
+    """Return how much memory may still be taken here without swapping; 0 where it is not known."""
+    found = [_available_in_machine()]
+    folder = Path("/sys/fs/cgroup")  # a container may be given less
+    with contextlib.suppress(OSError, ValueError):
+        limit, used = (
+            int((folder / f"memory.{of}").read_text("ascii")) for of in ("max", "current")
+        )
+        found.append(max(0, limit - used))
+    return min(found)
+
+
+def _available_in_machine() -> int:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:
+        return 0
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -12,11 +12,13 @@ from smezo_cli.config.digest import is_extensible
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.kinds import MIXTURE
-from smezo_cli.plan import losses, masks, stages
+from smezo_cli.plan import kept_inputs, losses, masks, stages
 from smezo_cli.plan.dry_run import OPTION_TOKENS, DryRun, dry_run
 from smezo_cli.plan.trace import bytes_of
 
 ROWS = "rows in them"  # in the forwards of training
+
+KEPT = "inputs of the first trained block"
 
 # Resident memory of a run on a CPU less its weights and tensors (Linux, torch 2.13, transformers
 # 5.23, datasets 5.2): libraries, the embedded task's rows and tokens, and what an allocator keeps.
@@ -146,11 +148,16 @@ def plan(settings: Settings, *, capacity: int | None = None, tokens: int | None 
     if device == "cpu" and trained:
         phases["best weights read back"] = max(bytes_of([p]) for p in trained)
     saved, state = bytes_of(trained), needs.held.get("optimizer state", 0)
-    host = 0
+    host = in_file = 0
+    disk, disk_peak = _disk(settings, saved, state, by_steps=stages.records_steps(method))
+    kept = kept_inputs.kept(run, method)
     if device == "cuda":
         # Weights pass through the host when they are loaded, and tensors when they are saved.
         host = _RUNTIME_CPU + max(resident["weights"], saved + state)
-    disk, disk_peak = _disk(settings, saved, state, by_steps=stages.records_steps(method))
+        host += kept.most or 0 if kept is not None else 0
+    elif kept is not None:
+        held = kept.in_memory(capacity - sum(resident.values()) - sum(needs.held.values()))
+        needs.held[KEPT], in_file = held, (kept.most or 0) - held
     if index is not None:
         disk, disk_peak = (size + masks.bytes_on_disk(run, index) for size in (disk, disk_peak))
     s = settings
@@ -162,10 +169,13 @@ def plan(settings: Settings, *, capacity: int | None = None, tokens: int | None 
         phases={name: size for name, size in phases.items() if size},
         host=host,
         disk=disk,
-        disk_peak=disk_peak,
-        work=_work(run, method),
+        disk_peak=disk_peak + in_file,
+        work=_work(run, method, kept),
         capacity=capacity,
-        assumptions=list(_assumptions(run, method)),
+        assumptions=[
+            *_assumptions(run, method),
+            *([kept.sentence] if kept is not None else []),
+        ],
     )
 
 
@@ -184,8 +194,9 @@ def _of_mixture(settings: Settings, capacity: int | None, tokens: int | None) ->
     first, first_node = parts[0], next(iter(nodes.values()))
     known = [key for key in first.work if all(key in part.work for part in parts)]
     work = {key: sum(part.work[key] for part in parts) for key in known}
-    for key in ("forwards of training", "evaluations on dev"):
-        work[key] = first.work[key]
+    for key in known:
+        if key in ("forwards of training", "evaluations on dev") or key.startswith("blocks"):
+            work[key] = first.work[key]
     # A loss has rows of all parts.
     run = dry_run(part_of(first_node), first.device, tokens, stages.num_demonstrations(settings))
     method, longest = stages.method_on_meta(run), run.lengths.training
@@ -198,7 +209,7 @@ def _of_mixture(settings: Settings, capacity: int | None, tokens: int | None) ->
     return dataclasses.replace(
         first,
         run=first.run.replace(next(iter(nodes)), f"mixture of {', '.join(nodes)}", 1),
-        resident=_most(part.resident for part in parts),
+        resident=_most(part.resident for part in parts) | _kept_of(parts),
         phases=_most(part.phases for part in parts),
         host=max(part.host for part in parts),
         disk=max(part.disk for part in parts),
@@ -209,6 +220,12 @@ def _of_mixture(settings: Settings, capacity: int | None, tokens: int | None) ->
             *dict.fromkeys(said),
         ],
     )
+
+
+def _kept_of(parts: Sequence[Plan]) -> dict[str, int]:
+    """Return the bytes of what is kept of the rows of all parts, if anything is."""
+    size = sum(part.resident.get(KEPT, 0) for part in parts)
+    return {KEPT: size} if size else {}
 
 
 def _most(sizes: Iterable[Mapping[str, int]]) -> dict[str, int]:
@@ -313,7 +330,7 @@ def _disk(s: Settings, trained: int, state: int, *, by_steps: bool) -> tuple[int
     return min(few, evaluations) * trained + goes_on * state, most
 
 
-def _work(run: DryRun, method: Any) -> dict[str, int]:
+def _work(run: DryRun, method: Any, kept: kept_inputs.Kept | None) -> dict[str, int]:
     """Return forwards, rows and tokens by name."""
     s, shows = run.settings, run.lengths.demonstrated > 0
     forwards = losses.forwards_of_training(method, s.steps)
@@ -322,6 +339,7 @@ def _work(run: DryRun, method: Any) -> dict[str, int]:
     work = {
         "forwards of training": forwards,
         **_rows_of_training(run, method, s),
+        **({f"blocks in each, of {kept.blocks}": kept.blocks - kept.first} if kept else {}),
         "evaluations on dev": evaluations,
     }
     if fits and s.task["num_train"]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from smezo_cli.errors import UserError
+from smezo_cli.run import kept_inputs
 from smezo_cli.run.begin import Run
 from smezo_cli.run.finished import has_config, write_config
 from smezo_cli.run.loggers import Loggers, open_loggers
@@ -31,6 +32,8 @@ def close(run: Run, so_far: SoFar, result: dict[str, Any]) -> None:
     """Close what is open, and write result.json."""
     if so_far.recorder is not None:
         so_far.recorder.close()
+    if so_far.loaded is not None:
+        kept_inputs.end(so_far.loaded)
     with contextlib.ExitStack() as stack:  # all are closed, whatever cannot be written
         if so_far.loggers is not None:
             stack.callback(so_far.loggers.close, result, run.say)

@@ -98,7 +98,8 @@ class Evaluator:
             run.say(f"  {what}: {done} of {len(rows)} rows were scored before the stop")
         bar = run.console.bar(what, len(rows), done)
         try:
-            return evaluate.evaluate(self.loaded.scorer, rows, bar, run.stopped, team, part)
+            with evaluate.computing(self.loaded.scorer, split):
+                return evaluate.evaluate(self.loaded.scorer, rows, bar, run.stopped, team, part)
         except NonFiniteScore as error:
             raise SplitNotFinite(str(error), split) from error
 

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ from smezo_cli.machine.memory import PeakMemory
 from smezo_cli.machine.stop import Stopped, StopRequest
 from smezo_cli.machine.torchrun import local_rank
 from smezo_cli.methods.base import compares_losses, replays
-from smezo_cli.run import mask
+from smezo_cli.run import kept_inputs, mask
 from smezo_cli.run.batches import batches_of
 from smezo_cli.run.console import Console
-from smezo_cli.run.evaluate import evaluate
+from smezo_cli.run.evaluate import computing, evaluate
 from smezo_cli.run.loaded import Loaded
 from smezo_cli.run.measure import Measure
 from smezo_cli.run.method import build_method
@@ -70,13 +70,14 @@ def follow(settings: Settings, team: Ranks) -> None:
     message, _ = team.told()
     if message["do"] == "end":
         return
-    with StopRequest(lambda _: None) as stop:
+    with StopRequest(lambda _: None) as stop, ExitStack() as at_end:
         team.asked = lambda: stop.asked
         try:
             try:
                 follower = Follower(
                     settings, team, choose_device(settings.device, None, local_rank())
                 )
+                at_end.callback(kept_inputs.end, follower.loaded)
                 said, error = facts(follower.loaded, settings), None
             except UserError as problem:
                 said, error = {}, str(problem)
@@ -130,6 +131,9 @@ class Follower:
                 mask.use(self.loaded, folder)
         elif do == "batching":
             Found.of(message["found"]).to(self.loaded.scorer)
+        elif do == "keep_inputs":
+            folder = Path(message["folder"])
+            kept_inputs.begin(self.loaded, self._advance(0), folder, self.team.size)
         elif do == "evaluate":
             self._evaluate(**message)
         elif do == "steps":
@@ -196,7 +200,8 @@ class Follower:
             try:
                 bar = self.console.bar("", len(rows))
                 known = Part(len(rows), scored, answered)  # what rank 0 has
-                evaluate(self.loaded.scorer, rows, bar, self.team.asked, self.team, known)
+                with computing(self.loaded.scorer, split):
+                    evaluate(self.loaded.scorer, rows, bar, self.team.asked, self.team, known)
             except (Stopped, NonFiniteLoss):
                 return  # rank 0 knows it, too
 

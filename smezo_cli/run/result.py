@@ -11,6 +11,7 @@ from smezo_cli.config.digest import digest
 from smezo_cli.config.fixed import is_frozen
 from smezo_cli.kinds import METRICS
 from smezo_cli.models.onednn import num_onednn
+from smezo_cli.run import kept_inputs
 from smezo_cli.run.begin import Run
 from smezo_cli.run.console import duration, in_words
 from smezo_cli.run.leader import Dismissed
@@ -145,6 +146,7 @@ def _of_model(run: Run, loaded: Loaded | None, notes: Notes) -> dict[str, Any]:
         "num_trained": notes.get("num_trained"),
         # Of a model that also takes images or sound.
         "frozen_unread": None if loaded is None else (loaded.unread or None),
+        **kept_inputs.found(loaded, s.keep_inputs),
     }
 
 

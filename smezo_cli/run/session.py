@@ -10,6 +10,7 @@ from smezo_cli.methods.frozen import InContext, LinearProbe
 from smezo_cli.run import (
     best,
     frozen,
+    kept_inputs,
     leader,
     mask,
     numerics,
@@ -112,6 +113,7 @@ def _with_steps(run: Run, so_far: SoFar, loaded: Loaded, evaluate: Evaluator) ->
     if run.team is not None:
         leader.hand_mask(run, run.team)
     method = build_method(loaded)
+    kept_inputs.check(run, loaded, method)
     so_far.measure = measure = measure_for(run, loaded, method)
     so_far.keeps_state, so_far.passes = method.keeps_state, passes_of(run, method)
     is_checked = self_check.check_early(run, loaded, method)
@@ -131,6 +133,7 @@ def _with_steps(run: Run, so_far: SoFar, loaded: Loaded, evaluate: Evaluator) ->
     if not is_checked:
         self_check.check(run, loaded, method, so_far.rows.train)
     batches = batches_of(so_far.rows.train, s.batch_size, s.seed, s.batch_order)
+    kept_inputs.settle(run, loaded, method, so_far.rows)
     prepare(run, method, measure, batches)
     allocator.give_back()
     so_far.loggers = loggers_of(run)

@@ -9,6 +9,7 @@ positions whose logits are read.
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -89,7 +90,8 @@ def _next_token_logits(
     rows = forward.tensor(label_ids)
     # Right-padded: a causal model's earlier positions do not see it, so no mask is needed.
     inputs = inputs_behind(forward, prefixes, held) | {"logits_to_keep": kept}
-    with forward.vocabulary(rows) as narrowed:
+    giving = forward.giving(prefixes) if held is None else nullcontext()
+    with giving, forward.vocabulary(rows) as narrowed:
         logits = forward.model(**inputs).logits  # (batch, kept, labels)
     if not narrowed:
         logits = logits[..., rows]
@@ -102,13 +104,14 @@ def _mask_logits(forward: Forward, batch: Sequence[Candidates]) -> Tensor:
     (label_ids,) = {tuple(ids[c.mask] for ids in c.full) for c in batch if c.mask is not None}
     contexts = [c.context for c in batch]
     places = [(i, c.mask) for i, c in enumerate(batch) if c.mask is not None]
-    return forward.logits_at(
-        places,
-        label_ids,
-        input_ids=forward.padded(contexts),
-        # Such a model looks both ways: padding must be hidden from it.
-        attention_mask=forward.padded([[1] * len(ids) for ids in contexts], 0),
-    ).float()
+    with forward.giving(contexts):
+        return forward.logits_at(
+            places,
+            label_ids,
+            input_ids=forward.padded(contexts),
+            # Such a model looks both ways: padding must be hidden from it.
+            attention_mask=forward.padded([[1] * len(ids) for ids in contexts], 0),
+        ).float()
 
 
 def log_p(forward: Forward, batch: Sequence[Candidates], sharing: Sharing) -> Tensor:
@@ -158,7 +161,8 @@ def _option_logits(
         for i, (ids, n) in enumerate(zip(sequences, options, strict=True))
         for p in range(len(ids) - n, len(ids))
     ]
-    return forward.logits_at(places, None, **inputs_behind(forward, sequences, held))
+    with forward.giving(sequences) if held is None else nullcontext():
+        return forward.logits_at(places, None, **inputs_behind(forward, sequences, held))
 
 
 def hidden_states(forward: Forward, batch: Sequence[Candidates], batching: Batching) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smezo_cli.scoring.kept_inputs import KeptInputs
 from smezo_cli.zo.probe import only_rows
 
 
@@ -32,6 +33,8 @@ class Forward:
         # Whether the model calls its output layer. A forward that is computed tells; one that
         # replays what another computed (executor=lockstep) calls nothing.
         self._calls_head = False
+        #: what enters the first trained block, where that is kept: see :meth:`giving`
+        self.kept: KeptInputs | None = None
 
     @property
     def device(self) -> torch.device:
@@ -59,6 +62,26 @@ class Forward:
         width = max(map(len, sequences))
         padding = self.pad_id if padding is None else padding
         return self.tensor([[*s, *[padding] * (width - len(s))] for s in sequences])
+
+    def giving(
+        self, sequences: Sequence[Sequence[int]], starts: Sequence[int] | None = None
+    ) -> AbstractContextManager[None]:
+        """Inside, a forward over these sequences begins at the block whose inputs are kept, if any.
+
+        Args:
+            sequences: whole; as :meth:`padded` they are the model's ``input_ids``.
+            starts: how many tokens of each are in a cache, and not among these ids.
+        """
+        return nullcontext() if self.kept is None else self.kept.giving(sequences, starts)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Make the model compute all its blocks within the context, whatever is kept."""
+        kept, self.kept = self.kept, None
+        try:
+            yield
+        finally:
+            self.kept = kept
 
     def logits_at(
         self, places: Sequence[tuple[int, int]], vocabulary: Sequence[int] | None, **inputs: Any

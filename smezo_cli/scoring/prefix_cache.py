@@ -149,7 +149,8 @@ def logits_behind_prefixes(
         (option tokens, vocabulary), candidate after candidate.
     """
     prefixes = [c.full[0][: c.prefix] for c in batch]
-    _fill(forward, prefixes, cache)
+    with forward.giving(prefixes):
+        _fill(forward, prefixes, cache)
     owner = [i for i, c in enumerate(batch) for _ in c.full]
     rows = forward.tensor(owner)
     filled: list[Any] = cache.layers
@@ -173,15 +174,17 @@ def logits_behind_prefixes(
         for i, (rest, n) in enumerate(zip(rests, options, strict=True))
         for p in range(len(rest) - n, len(rest))
     ]
-    return forward.logits_at(
-        places,
-        None,
-        input_ids=forward.padded(rests),
-        attention_mask=forward.padded(seen, 0),
-        position_ids=forward.tensor(positions),
-        past_key_values=cache,
-        use_cache=True,
-    )
+    whole = [ids[:-1] for c in batch for ids in c.full]
+    with forward.giving(whole, [c.prefix for c in batch for _ in c.full]):
+        return forward.logits_at(
+            places,
+            None,
+            input_ids=forward.padded(rests),
+            attention_mask=forward.padded(seen, 0),
+            position_ids=forward.tensor(positions),
+            past_key_values=cache,
+            use_cache=True,
+        )
 
 
 def cache_that_saves(

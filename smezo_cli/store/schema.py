@@ -143,6 +143,13 @@ class Result(TypedDict, total=False):
     frozen_unread: Annotated[
         Any, says("Parts of the model that text never reads (images, sound); they are frozen.")
     ]
+    kept_inputs: Annotated[
+        Any,
+        says(
+            "first_block, num_blocks: forwards of steps and of dev began at this block, whose "
+            "inputs were kept. null where that could not be; absent with keep_inputs=false."
+        ),
+    ]
     lr: Annotated[Number | None, says("Learning rate. null where the method has none.")]
     lr_schedule: Annotated[Any, says("constant, linear or cosine.")]
     warmup_steps: Annotated[Any, says("Steps over which the learning rate rises.")]

@@ -1,0 +1,64 @@
+"""What a plan reckons for inputs of the first trained block that are kept."""
+
+from typing import Any
+
+import pytest
+
+from smezo_cli.config.compose import compose
+from smezo_cli.config.settings import check
+from smezo_cli.errors import UserError
+from smezo_cli.plan.planner import KEPT, Plan, plan
+from tests.run.tiny_runs import SMALL
+
+FROZEN = ["method.freeze=['*embed*','model.layers.0.*']"]
+TOKENS = 60
+# 32 numbers of 4 bytes a token; 32 rows of train and 16 of dev.
+MOST = 32 * 4 * (32 + 16) * TOKENS
+
+
+def planned(*words: str, capacity: int = 8 << 30, **keywords: Any) -> Plan:
+    given = [*SMALL, "model=tiny-llama", "method=mezo", "lr=1e-3", *words]
+    return plan(check(compose(given)), capacity=capacity, tokens=TOKENS, **keywords)
+
+
+@pytest.mark.parametrize("how", ["true", "auto"])
+def test_what_is_kept_is_held_all_the_time_and_fewer_blocks_are_computed(how: str) -> None:
+    whole, kept = planned(*FROZEN), planned(*FROZEN, f"keep_inputs={how}")
+    assert kept.resident[KEPT] == MOST
+    assert kept.peak == whole.peak + MOST
+    assert kept.disk_peak == whole.disk_peak
+    assert kept.work == whole.work | {"blocks in each, of 2": 1}
+    assert any("begin at block 1 of 2" in line for line in kept.assumptions)
+
+
+def test_what_the_memory_does_not_hold_lies_on_the_disk() -> None:
+    whole = planned(*FROZEN)
+    # A quarter of what is left is a third of what is to be kept.
+    held = sum(whole.resident.values())
+    kept = planned(*FROZEN, "keep_inputs=true", capacity=held + 4 * (MOST // 3))
+    assert kept.resident[KEPT] == MOST // 3
+    assert kept.disk_peak == whole.disk_peak + MOST - MOST // 3
+    assert kept.disk == whole.disk  # nothing is left of it
+
+
+def test_on_cuda_it_lies_on_the_host() -> None:
+    words = [word for word in SMALL if word != "device=cpu"]
+    given = [*words, "model=tiny-llama", "method=mezo", "lr=1e-3", "device=cuda", *FROZEN]
+    whole, kept = (
+        plan(check(compose([*given, f"keep_inputs={how}"])), capacity=8 << 30, tokens=TOKENS)
+        for how in ("false", "true")
+    )
+    assert kept.host == whole.host + MOST
+    assert kept.peak == whole.peak
+
+
+def test_a_number_of_rows_that_is_not_known_is_not_made_up() -> None:
+    kept = planned(*FROZEN, "keep_inputs=true", "task.num_train=null")
+    assert KEPT not in kept.resident
+    assert any("128 bytes a token) is not counted" in line for line in kept.assumptions)
+
+
+def test_where_all_is_trained_a_plan_says_what_a_run_says() -> None:
+    with pytest.raises(UserError, match=r"model\.embed_tokens\.weight is trained, and all blocks"):
+        planned("keep_inputs=true")
+    assert planned("keep_inputs=auto").resident == planned().resident
