@@ -21,6 +21,8 @@ from smezo_cli.zo.elementwise import as_f32, as_i32, at_least, f32, i32, where
 
 #: The two words of a stream, see :func:`stream_key`, as a tensor or as numbers.
 Words = Tensor | tuple[int, int]
+#: Entries of a tensor.
+Size = int | Tensor
 
 _M1, _M2 = 0x3C79AC492BA7B653, 0x1C69B3F74AC4AE35
 _TWO_LN2 = 1.3862943611198906
@@ -183,7 +185,7 @@ def rounding_at(index: Tensor, numel: int, key: Tensor) -> Tensor:
     return where(is_first, first, second)
 
 
-def locate(index: Tensor, numel: int | Tensor) -> tuple[Tensor, Tensor]:
+def locate(index: Tensor, numel: Size) -> tuple[Tensor, Tensor]:
     """Counter of each flat index, and whether the element is the first of its pair.
 
     Args:
