@@ -3,7 +3,7 @@
 No generator state exists, so a value is the same on every device, in any order, for any subset of
 elements, eager or compiled. The functions below use integer operations, additions and
 multiplications alone: a compiler's logarithm, cosine and square root differ from eager ones in the
-last bits, these cannot. They are written once, for torch and for Numba (see
+last bits, these cannot. They are written once, for torch, Numba and Triton (see
 :mod:`smezo_cli.zo.elementwise`).
 
 Elements of a tensor of ``numel`` entries share one hash in pairs: with ``pairs = numel // 2``,
