@@ -3,10 +3,11 @@
     .venv/bin/pip install uv && .venv/bin/python scripts/lock.py
 
 Versions are those of constraints.txt, hashes those that the package index lists for all files of a
-version. Five files, because they are installed at different times: torch.txt (PyTorch, all builds),
-build.txt (what builds packages from source), run.txt, dev.txt (tools of the tests) and cuda.txt
-(what a CUDA build of PyTorch needs besides, at versions that PyTorch asks for or, where it leaves
-them open, the newest). Stops with one sentence where constraints.txt names too little or too much.
+version. Six files, because they are installed at different times: torch.txt (PyTorch, all builds),
+build.txt (what builds packages from source), run.txt, dev.txt (tools of the tests), cuda.txt (what
+a CUDA build of PyTorch needs besides, at versions that PyTorch asks for or, where it leaves them
+open, the newest) and triton.txt (a CUDA build needs it, and so do the tests). Stops with one
+sentence where constraints.txt names too little or too much.
 """
 
 import os
@@ -51,7 +52,8 @@ WHAT = {
     "build": "What builds packages from source",
     "run": "What smezo runs with, besides torch.txt and build.txt",
     "dev": "The tools of the tests, besides run.txt",
-    "cuda": "What a CUDA build of PyTorch needs besides",
+    "cuda": "What a CUDA build of PyTorch needs besides, with triton.txt",
+    "triton": "What a CUDA build of PyTorch needs, and the tests of the kernels beside any build",
 }
 
 
@@ -97,8 +99,10 @@ def main() -> None:
     if torch not in CPU_BUILDS:
         sys.exit(f"lock: no sha256 is known for the CPU builds of torch {torch}; see CPU_BUILDS.")
     everything["torch"][2].extend(f"sha256:{digest}" for digest in CPU_BUILDS[torch])
-    parts = {"torch": {"torch"}, "build": {*build}, "cuda": extra}
-    parts["run"] = run - extra - {"torch", *build}
+    version, _, hashes = everything["triton"]
+    everything["triton"] = version, "sys_platform == 'linux'", hashes  # there are no other builds
+    parts = {"torch": {"torch"}, "build": {*build}, "cuda": extra, "triton": {"triton"}}
+    parts["run"] = run - extra - {"torch", "triton", *build}
     parts["dev"] = {*everything} - set().union(*parts.values())
     for part, members in parts.items():
         lines = [f"# {WHAT[part]}: written by scripts/lock.py, installed by scripts/setup.sh.\n"]

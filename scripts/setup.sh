@@ -11,7 +11,7 @@ need_gb=${SMEZO_NEED_GB:-10}
 
 case ${1:-} in
   "") extras="" kind=run parts="torch build run" ;;
-  --dev) extras="[dev]" kind=dev parts="torch build run dev" ;;
+  --dev) extras="[dev]" kind=dev parts="torch build run dev triton" ;;
   *) echo "setup: unknown option $1; the only one is --dev." >&2; exit 2 ;;
 esac
 
@@ -92,7 +92,7 @@ install_locked() {
     run_pip install --require-hashes --no-deps --no-index --find-links "$venv/torch" --requirement "$lock/torch.txt" || return
     rm -rf "$venv/torch"
   fi
-  if "$venv/bin/python" -c "$needs_cuda" "$lock/cuda.txt"; then parts="$parts cuda"; fi
+  if "$venv/bin/python" -c "$needs_cuda" "$lock/cuda.txt"; then parts="${parts% triton} cuda triton"; fi
   run_pip install --require-hashes --no-deps --requirement "$lock/build.txt" || return
   for part in $parts; do words+=(--requirement "$lock/$part.txt"); done
   run_pip install --require-hashes --no-build-isolation "${words[@]}" || return

@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 
 from tests import ROOT
 
-PARTS = ("torch", "build", "run", "dev", "cuda")
+PARTS = ("torch", "build", "run", "dev", "cuda", "triton")
 
 
 def read(part: str) -> dict[str, str]:

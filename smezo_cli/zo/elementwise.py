@@ -1,10 +1,12 @@
-"""What arithmetic on tensors and on Numba's scalars has no common spelling for.
+"""What arithmetic on tensors, Numba's scalars and Triton's blocks has no common spelling for.
 
 A function made of these, of operators and of Python numbers is evaluated by torch on tensors, fused
-by ``torch.compile``, and compiled for single numbers by Numba (:mod:`smezo_cli.zo.passes.kernels`
-gives these names their second meaning): one source, the same bits. Python's floats are 64 bits wide
-to Numba, so a constant beside a float32 is written ``f32(0.5)``; integers may widen on the way, for
-``i32`` and ``as_f32`` keep the low 32 bits.
+by ``torch.compile``, compiled for single numbers by Numba (:mod:`smezo_cli.zo.passes.kernels` gives
+these names their second meaning) and for blocks of them by Triton (their third:
+:mod:`smezo_cli.zo.passes.triton_kernels`): one source, the same bits. Python's floats are 64 bits
+wide to Numba, so a constant beside a float32 is written ``f32(0.5)``; integers may widen on the
+way, for ``i32`` and ``as_f32`` keep the low 32 bits. Triton takes -x for 0 - x: negate only what is
+never 0.
 """
 
 from typing import overload

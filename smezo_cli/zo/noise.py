@@ -3,7 +3,7 @@
 No generator state exists, so a value is the same on every device, in any order, for any subset of
 elements, eager or compiled. The functions below use integer operations, additions and
 multiplications alone: a compiler's logarithm, cosine and square root differ from eager ones in the
-last bits, these cannot. They are written once, for torch and for Numba (see
+last bits, these cannot. They are written once, for torch, Numba and Triton (see
 :mod:`smezo_cli.zo.elementwise`).
 
 Elements of a tensor of ``numel`` entries share one hash in pairs: with ``pairs = numel // 2``,
@@ -21,6 +21,8 @@ from smezo_cli.zo.elementwise import as_f32, as_i32, at_least, f32, i32, where
 
 #: The two words of a stream, see :func:`stream_key`, as a tensor or as numbers.
 Words = Tensor | tuple[int, int]
+#: Entries of a tensor.
+Size = int | Tensor
 
 _M1, _M2 = 0x3C79AC492BA7B653, 0x1C69B3F74AC4AE35
 _TWO_LN2 = 1.3862943611198906
@@ -183,7 +185,7 @@ def rounding_at(index: Tensor, numel: int, key: Tensor) -> Tensor:
     return where(is_first, first, second)
 
 
-def locate(index: Tensor, numel: int | Tensor) -> tuple[Tensor, Tensor]:
+def locate(index: Tensor, numel: Size) -> tuple[Tensor, Tensor]:
     """Return the counter of each flat index, and whether the element is the first of its pair.
 
     Args:

@@ -48,7 +48,7 @@ class Dense:
         self._by_id = {id(t.parameter): t for t in context.targets}
         self._rule = Rule(context.selection.rule, self.noise, context.is_stochastic)
         devices = [t.parameter.device for t in context.targets]
-        # Numba's passes are for CPUs alone, torch.compile's for tensors here and there.
+        # Numba's passes are for CPUs alone, the others for tensors here and there.
         device = next((d for d in devices if d.type != "cpu"), devices[0])
         num_weights = sum(t.parameter.numel() for t in context.targets)
         backend = context.backend

@@ -4,25 +4,60 @@
 
 computed in float32, rounded to the output's dtype. A probe has one query, a = +-eps and d = 0; an
 update has a_q = -lr * projected_grad_q / q and d = lr * weight_decay. On a CPU Numba compiles the
-function to one loop, elsewhere ``torch.compile`` fuses it; without either it runs in chunks that
-fit the cache. All give the same bits.
+function to one loop, on a CUDA device it is a kernel by Triton, elsewhere ``torch.compile`` fuses
+it; without any of them it runs in chunks that fit the cache. All give the same bits.
 """
 
+import importlib.util
 import os
 import warnings
+from typing import NamedTuple
 
 import torch
 
 from smezo_cli.zo.passes.by_compiler import CompiledPasses, NoCompiler, compiler_settings
 from smezo_cli.zo.passes.by_numba import NumbaPasses
+from smezo_cli.zo.passes.by_triton import TritonPasses
 from smezo_cli.zo.passes.draw import Draw, Rule
 from smezo_cli.zo.passes.eager import EagerPasses
 
-Passes = EagerPasses | CompiledPasses | NumbaPasses
+Passes = EagerPasses | CompiledPasses | NumbaPasses | TritonPasses
+
+
+class _Way(NamedTuple):
+    """One way to fuse the passes.
+
+    Attributes:
+        kind: the passes.
+        missing: what is said before the error that it raised.
+        switches: environment variables that turn it off.
+        dtypes: of weights that are moved to try it out.
+    """
+
+    kind: type[Passes]
+    missing: str
+    switches: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+
+
+def _ways(device: torch.device) -> list[_Way]:
+    """Return the ways to fuse passes on a device, the best one first."""
+    if device.type == "cpu":
+        return [_Way(NumbaPasses, "Numba does not work here", ("NUMBA_DISABLE_JIT",))]
+    missing = "no working compiler (g++ and Python's headers are needed)"
+    switches = ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
+    ways = [_Way(CompiledPasses, missing, switches)]
+    if device.type == "cuda" and importlib.util.find_spec("triton"):
+        every = (torch.float32, torch.bfloat16, torch.float16)
+        missing = "Triton does not work here"
+        ways.insert(0, _Way(TritonPasses, missing, ("TRITON_INTERPRET",), every))
+    return ways
 
 
 def choose_passes(rule: Rule, backend: str, device: torch.device) -> tuple[Passes, str]:
-    """Return fused passes where they work (Numba on a CPU, else torch.compile), or eager ones.
+    """Return fused passes where they work, else eager ones.
+
+    They are Numba's on a CPU, Triton's on a CUDA device that has it and torch.compile's elsewhere.
 
     Args:
         rule: what is fixed for the run.
@@ -37,32 +72,44 @@ def choose_passes(rule: Rule, backend: str, device: torch.device) -> tuple[Passe
     """
     if backend == "eager":
         return EagerPasses(rule), ""
-    kind: type[Passes] = CompiledPasses
-    missing = "no working compiler (g++ and Python's headers are needed)"
-    switches: tuple[str, ...] = ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
-    if device.type == "cpu":
-        kind, missing, switches = NumbaPasses, "Numba does not work here", ("NUMBA_DISABLE_JIT",)
-    off = [name for name in switches if os.environ.get(name, "0") not in ("", "0")]
-    if off:
-        why = f"the compiler is off as long as {off[0]}={os.environ[off[0]]} is set"
-        if backend == "compiled":
-            raise NoCompiler(why)
-        return EagerPasses(rule), why
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            passes = kind(rule)
-            sample = torch.ones(257, device=device)
-            key = torch.zeros(2, dtype=torch.int64, device=device)
-            scalar = torch.zeros((), device=device)
-            draw = Draw(key[None], key, key, scalar, scalar[None])
-            passes.move(sample, torch.empty_like(sample), draw)
-    except Exception as error:  # whatever a missing or broken tool chain raises
-        why = f"{missing}: {_first_line(error)}{compiler_settings()}"
-        if backend == "compiled":
-            raise NoCompiler(why) from error
-        return EagerPasses(rule), why
-    return passes, ""
+    reasons: list[str] = []
+    cause: Exception | None = None
+    for way in _ways(device):
+        off = [name for name in way.switches if os.environ.get(name, "0") not in ("", "0")]
+        if off:
+            reasons.append(f"the compiler is off as long as {off[0]}={os.environ[off[0]]} is set")
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                passes = way.kind(rule)
+                for dtype in way.dtypes:
+                    _try_out(passes, rule, device, dtype)
+            return passes, ""
+        except Exception as error:  # whatever a missing or broken tool chain raises
+            cause = error
+            reasons.append(f"{way.missing}: {_first_line(error)}{compiler_settings()}")
+    why = "; ".join(reasons)
+    if backend == "compiled":
+        raise NoCompiler(why) from cause
+    return EagerPasses(rule), why
+
+
+def _try_out(passes: Passes, rule: Rule, device: torch.device, dtype: torch.dtype) -> None:
+    """Move some weights, an odd number and more than a block of them.
+
+    Raises:
+        RuntimeError: the bits are not those of eager passes.
+    """
+    sample = torch.linspace(-1.0, 1.0, 2499, device=device).to(dtype)
+    key = torch.tensor([[1, 2], [3, 4], [5, 6]], device=device)
+    number = torch.tensor(0.5, device=device)
+    draw = Draw(key[:1], key[1], key[2], number, number[None])
+    found, wanted = torch.empty_like(sample), torch.empty_like(sample)
+    passes.move(sample, found, draw)
+    EagerPasses(rule).move(sample, wanted, draw)
+    if not torch.equal(found, wanted):
+        raise RuntimeError(f"the bits of {passes.name} passes in {dtype} are not the eager ones")
 
 
 def _first_line(error: BaseException) -> str:

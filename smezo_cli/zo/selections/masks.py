@@ -16,10 +16,24 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+
+def _small(magnitude: Tensor, h: Tensor) -> Tensor:
+    return magnitude <= h
+
+
+def _large(magnitude: Tensor, h: Tensor) -> Tensor:
+    return magnitude >= h
+
+
+def _random(uniform: Tensor, h: Tensor) -> Tensor:
+    return uniform < h
+
+
+# Functions, not lambdas: Triton reads their source.
 RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "small": lambda magnitude, h: magnitude <= h,
-    "large": lambda magnitude, h: magnitude >= h,
-    "random": lambda uniform, h: uniform < h,
+    "small": _small,
+    "large": _large,
+    "random": _random,
 }
 _EVERYTHING = {"small": math.inf, "large": 0.0, "random": 2.0}
 _NOTHING = {"small": -1.0, "large": math.inf, "random": -1.0}

@@ -12,6 +12,7 @@ import torch
 from smezo_cli.zo.passes import by_numba, choose, kernels
 from smezo_cli.zo.passes.by_compiler import CompiledPasses
 from smezo_cli.zo.passes.by_numba import NumbaPasses
+from smezo_cli.zo.passes.by_triton import TritonPasses
 from smezo_cli.zo.passes.choose import choose_passes
 from smezo_cli.zo.passes.draw import Draw, Numbers, Rule
 from smezo_cli.zo.passes.eager import EagerPasses
@@ -21,6 +22,7 @@ from tests.zo.passes.test_passes import (
     F16,
     F32,
     SIZES,
+    directions_of,
     draw_of,
     moved_by,
     same,
@@ -69,13 +71,13 @@ def test_numba_passes_have_the_bits_of_eager_ones(case: Case) -> None:
         assert same(out, wanted)
 
 
-def both_equal_two(worker: choose.Passes, case: Case) -> None:
+def both_equal_two(worker: choose.Passes, case: Case, sizes: list[int] = SIZES) -> None:
     """One draw for both probes gives the bits of an eager pass each."""
     mask, kind, dtype, _, queries, _ = case
     rule = Rule(mask, kind)
     draw, eager = draw_of(rule, queries), EagerPasses(rule)
     back = draw._replace(coefficients=-draw.coefficients)
-    for numel in SIZES:
+    for numel in sizes:
         weight = weight_of(numel, dtype)
         before, plus, minus = weight.clone(), torch.empty_like(weight), torch.empty_like(weight)
         worker.move_both(weight, plus, minus, draw)
@@ -230,16 +232,40 @@ def test_compiled_picking_has_the_bits_of_the_whole_pass(case: Case) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("case", COMPILED, ids=lambda c: "-".join(map(str, c)))
-@pytest.mark.parametrize("worker", [EagerPasses, CompiledPasses])
+@pytest.mark.parametrize("worker", [EagerPasses, CompiledPasses, TritonPasses])
 def test_a_gpu_pass_has_the_bits_of_the_cpu(
     case: Case, worker: Callable[[Rule], choose.Passes]
 ) -> None:
-    """Eager and compiled passes on a CUDA device equal eager passes on the CPU."""
+    """Eager and fused passes on a CUDA device equal eager passes on the CPU; picked ones, too."""
     mask, kind, dtype, rounding, queries, decay = case
     rule = Rule(mask, kind, rounding == "stochastic")
     draw = draw_of(rule, queries, decay=decay)
     there = Draw(*(None if x is None else x.cuda() for x in draw))  # type: ignore[arg-type]  # spread
     for numel in SIZES:
         weight = weight_of(numel, dtype)
-        moved = moved_by(worker(rule), weight.cuda(), there)
-        assert same(moved.cpu(), moved_by(EagerPasses(rule), weight, draw))
+        wanted = moved_by(EagerPasses(rule), weight, draw)
+        assert same(moved_by(worker(rule), weight.cuda(), there).cpu(), wanted)
+        index = torch.randint(numel, (97, 3), generator=torch.Generator().manual_seed(numel))
+        picked = worker(rule).move_at(weight[index].cuda(), index.cuda(), numel, there)
+        assert same(picked.cpu(), wanted[index])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("worker", [EagerPasses, CompiledPasses, TritonPasses])
+def test_both_probes_and_directions_on_a_gpu_have_the_bits_of_the_cpu(
+    worker: Callable[[Rule], choose.Passes],
+) -> None:
+    rule = Rule("random", stochastic=True)
+    draw = draw_of(rule, 3)
+    there = Draw(*(None if x is None else x.cuda() for x in draw))  # type: ignore[arg-type]  # spread
+    for numel in SIZES:
+        weight = weight_of(numel, BF16)
+        found, wanted = torch.empty(2, numel, dtype=BF16).cuda(), torch.empty(2, numel, dtype=BF16)
+        worker(rule).move_both(weight.cuda(), *found, there)
+        EagerPasses(rule).move_both(weight, *wanted, draw)
+        assert same(found.cpu(), wanted)
+        sums, bits = directions_of(worker(rule), weight.cuda(), there)
+        wanted_sums, wanted_bits = directions_of(EagerPasses(rule), weight, draw)
+        assert same(sums.cpu(), wanted_sums)
+        assert torch.equal(bits.cpu(), wanted_bits)

@@ -64,6 +64,20 @@ def moved_by(worker: choose.Passes, weight: Tensor, draw: Draw) -> Tensor:
     return out
 
 
+def directions_of(worker: choose.Passes, weight: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+    """sum a z of all parts of a flat weight, and what rounds it by chance (-1: nothing does)."""
+    total = torch.full_like(weight, math.nan, dtype=F32)
+    chance = torch.full_like(weight, -1, dtype=torch.int32)
+
+    def use(part: slice, of_part: Tensor, bits: Tensor | None) -> None:
+        total[part] = of_part
+        if bits is not None:
+            chance[part] = bits
+
+    worker.along(weight, draw, use)
+    return total, chance
+
+
 def by_the_book(weight: Tensor, rule: Rule, draw: Draw) -> Tensor:
     """The documented formula over the whole tensor at once, before it is rounded; float32."""
     index, numel = torch.arange(weight.numel()), weight.numel()
@@ -310,3 +324,16 @@ def test_where_no_compiler_works_auto_is_eager_and_says_why(
     assert why.endswith(": no tools here")
     with pytest.raises(by_compiler.NoCompiler, match=f"^{re.escape(why)}$"):
         choose_passes(Rule("small"), "compiled", torch.device(device))
+
+
+def test_passes_of_other_bits_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are tried out against eager ones; one weight in thousands that differs is enough."""
+
+    def wrong(self: NumbaPasses, weight: Tensor, out: Tensor, draw: Draw) -> None:
+        EagerPasses(self.rule).move(weight, out, draw)
+        out[-1] += 1.0
+
+    monkeypatch.setattr(NumbaPasses, "move", wrong)
+    worker, why = choose_passes(Rule("small"), "auto", torch.device("cpu"))
+    assert worker.name == "eager"
+    assert "the bits of numba passes in torch.float32 are not the eager ones" in why
