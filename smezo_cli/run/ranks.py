@@ -329,7 +329,7 @@ class Ranks:
         return tensor.cpu()
 
     def add_gradient(self, tensor: Any) -> Any:
-        """As :meth:`add_tensor`, of a step: between :meth:`add` and :meth:`measured`.
+        """Do as :meth:`add_tensor`, of a step: between :meth:`add` and :meth:`measured`.
 
         Rank 0 cannot end the run for the others between two of them, but by :meth:`abandon`.
         """
