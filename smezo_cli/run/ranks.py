@@ -11,7 +11,6 @@ import atexit
 import json
 import math
 import os
-import re
 import socket
 import sys
 import time
@@ -25,6 +24,7 @@ from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.machine import torchrun
 from smezo_cli.machine.torchrun import VARIABLES, local_rank, mistake_in_variables
+from smezo_cli.run.wire import RankLost, Wire, first_line
 
 _joined: "Ranks | None" = None
 _ALONE = "unset RANK WORLD_SIZE"
@@ -32,10 +32,6 @@ _ALONE = "unset RANK WORLD_SIZE"
 # A rank that dies closes its connections, which the others notice at once. What may take long is
 # the work of one rank alone: a checkpoint of a large model, or a trajectory that is replayed.
 _TIMEOUT = timedelta(hours=4)
-
-
-class RankLost(UserError):
-    """Another rank has ended, or cannot be reached."""
 
 
 class Left(Exception):
@@ -165,22 +161,19 @@ def _meet(rank: int, size: int) -> Any:
     return store
 
 
-class Ranks:
+class Ranks(Wire):
     """Exchange numbers among all ranks of a run; a collective that fails ends it on every rank.
 
     Args:
         backend: "gloo", or "nccl" with one CUDA device for each rank.
 
     Attributes:
-        rank: of this process, from 0.
-        size: number of ranks.
         asked: says whether this rank was asked to stop.
         stop_asked: whether some rank was asked to stop; known to all after a step.
         of_rows: number of ranks that share the rows of a query.
         of_queries: number of groups of such ranks, which share the queries.
         left: steps that the followers take before they ask rank 0 what comes next.
         most_queries: that there were to share at once so far.
-        lost: whether a collective has failed.
     """
 
     def __init__(self, backend: str) -> None:
@@ -202,27 +195,11 @@ class Ranks:
             )
         except (RuntimeError, ValueError) as error:
             raise RankLost(
-                f"rank {self.rank} cannot join the others ({_first_line(error)}): see torchrun's "
+                f"rank {self.rank} cannot join the others ({first_line(error)}): see torchrun's "
                 "--rdzv-endpoint and --master-addr, and of machines with several networks "
                 "GLOO_SOCKET_IFNAME."
             ) from error
         atexit.register(self._close)
-
-    def _close(self) -> None:
-        from torch import distributed
-
-        if self.lost and self.backend != "gloo":
-            return  # it may wait for what is gone
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
-
-    def abandon(self) -> None:
-        """Close the connections, so that the others notice even if this process goes on."""
-        from torch import distributed
-
-        if not self.lost:
-            self.lost = True
-            distributed.destroy_process_group()
 
     def begin(self, settings: Settings) -> None:
         """Start a run: decide how its steps are shared, and forget the run before."""
@@ -294,20 +271,6 @@ class Ranks:
     def _end_steps(self) -> None:
         self.left, self._expected, self._width = 0, None, 0
 
-    def _add(self, numbers: Sequence[float]) -> list[float]:
-        import torch
-        from torch import distributed
-
-        vector = torch.tensor(numbers, dtype=torch.float64, device=self._device)
-        # To rank 0 and back: two trips over the slowest link; a ring would take 2 (size - 1).
-        parts = [torch.zeros_like(vector) for _ in self._all] if self.rank == 0 else None
-        self._call(distributed.gather, vector, parts)
-        if parts is not None:
-            parts = [torch.stack(parts).sum(0)] * self.size
-        self._call(distributed.scatter, vector, parts)
-        found: list[float] = vector.tolist()
-        return found
-
     def goes_on(self, has_scored: bool) -> bool:
         """Return whether any rank has just scored a batch of an evaluation.
 
@@ -320,38 +283,13 @@ class Ranks:
             self._end_steps()
         return goes_on
 
-    def add_tensor(self, tensor: Any) -> Any:
-        """Return the sum of float tensors over the ranks, on the CPU."""
-        from torch import distributed
-
-        tensor = tensor.to(self._device)
-        self._call(distributed.all_reduce, tensor)
-        return tensor.cpu()
-
     def add_gradient(self, tensor: Any) -> Any:
-        """As :meth:`add_tensor`, of a step: between :meth:`add` and :meth:`measured`.
+        """Do as :meth:`add_tensor`, of a step: between :meth:`add` and :meth:`measured`.
 
         Rank 0 cannot end the run for the others between two of them, but by :meth:`abandon`.
         """
         self._adds_gradients = True
         return self.add_tensor(tensor)
-
-    def gather(self, content: bytes) -> list[bytes]:
-        """Return what each rank gives, by rank."""
-        import torch
-        from torch import distributed
-
-        sizes = [int(n) for n in self._add([len(content) * (k == self.rank) for k in self._all])]
-        parts = [torch.zeros(max(sizes), dtype=torch.uint8, device=self._device) for _ in sizes]
-        mine = bytearray(content.ljust(max(sizes), b"\0"))
-        self._call(
-            distributed.all_gather, parts, torch.frombuffer(mine, dtype=torch.uint8).to(parts[0])
-        )
-        return [bytes(p.tolist())[:n] for p, n in zip(parts, sizes, strict=True)]
-
-    @property
-    def _all(self) -> range:
-        return range(self.size)
 
     # --- rank 0 -------------------------------------------------------------------------------
 
@@ -453,39 +391,3 @@ class Ranks:
         text = self._send_bytes(bytes(head + content))
         message: dict[str, Any] = json.loads(text[:head])
         return message, text[head:]
-
-    # --- the wire -----------------------------------------------------------------------------
-
-    def _send(self, numbers: Sequence[int]) -> list[int]:
-        import torch
-        from torch import distributed
-
-        vector = torch.tensor(numbers, dtype=torch.int64, device=self._device)
-        self._call(distributed.broadcast, vector, 0)
-        found: list[int] = vector.tolist()
-        return found
-
-    def _send_bytes(self, content: bytes) -> bytes:
-        import torch
-        from torch import distributed
-
-        vector = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(self._device)
-        self._call(distributed.broadcast, vector, 0)
-        return vector.cpu().numpy().tobytes()
-
-    def _call(self, collective: Callable[..., Any], *args: Any) -> None:
-        try:
-            collective(*args)
-        except RuntimeError as error:
-            self.lost = True
-            raise RankLost(
-                "another rank has ended or cannot be reached, its own message or torchrun's report "
-                "says why; the same command (without if_exists=fresh) goes on, with any number of "
-                f"ranks ({_first_line(error)})."
-            ) from error
-
-
-def _first_line(error: Exception) -> str:
-    """Return the first line without gloo's place in its source, and without its guesses."""
-    line = re.sub(r"^\[\S+:\d+\] ", "", str(error).partition("\n")[0])
-    return line.partition(". This is")[0][:200]

@@ -211,7 +211,7 @@ class Backprop:
             if count:
                 own = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
                 leaf.grad = None
-                found[name] = closure.join_tensor(own.detach().float())
+                found[name] = closure.join_tensor(own.detach().float().contiguous())
         return found
 
     @staticmethod

@@ -46,10 +46,10 @@ class Shared(Protocol):
     def join_parts(
         self, found: Mapping[int, Sequence[float]], sizes: Sequence[int]
     ) -> list[list[float]]:
-        """As :meth:`join`, from sums over the parts that :meth:`InParts.parts` gives here."""
+        """Do as :meth:`join`, from sums over the parts that :meth:`InParts.parts` gives here."""
 
     def join_tensor(self, tensor: Tensor) -> Tensor:
-        """The sum of such a tensor of every process, float32 on the CPU: the same bits for all."""
+        """Return the sum of such a tensor of every process, float32, in the same bits on all."""
 
 
 @runtime_checkable

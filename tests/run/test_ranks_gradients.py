@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from smezo_cli.errors import UserError
 from smezo_cli.run import follower, parcel, ranks
 from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.store.saved import Saved
+from smezo_cli.zo.backprop import Backprop
 from tests.run.processes import smezo, until
 from tests.run.rank_groups import RUN, Group, few_tokens, together, weights_of
 from tests.run.test_ranks import crowded
@@ -114,6 +116,36 @@ def test_two_shards_of_a_gradient_are_those_of_two_micro_batches(
     many, one = run_folder(tmp_path / "many"), run_folder(tmp_path / "one")
     assert weights_of(many) == weights_of(one)
     assert records_of(many) == records_of(one)
+
+
+def test_a_gradient_is_sent_in_the_order_of_its_shape() -> None:
+    """Of a transposed weight too, whose numbers lie in another order; and all move by the sum."""
+
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.arange(6.0).view(2, 3).t())
+
+        def __call__(self) -> torch.Tensor:
+            return (self.w.square() / 2).sum().double()
+
+        def queries(self, num: int) -> range:
+            return range(num)
+
+        def join(self, losses: Any, sizes: Any) -> Any:
+            raise AssertionError("its parts are asked")
+
+        def join_parts(self, found: Any, sizes: Any) -> Any:
+            return [[3 * x for x in of] for of in found.values()]
+
+        def join_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+            assert tensor.is_contiguous()
+            return 3 * tensor
+
+    model = Three()
+    before = model.w.detach().clone()
+    Backprop(model, {"w": model.w}).apply(model, 0.125, 0)
+    assert torch.equal(model.w, before - 0.125 * 3 * before)
 
 
 def test_more_shards_of_a_gradient_agree_to_rounding(tmp_path: Path) -> None:
