@@ -120,6 +120,7 @@ class ZOBlock(ZeroOrder):
     """
 
     groups_by: ClassVar = "num_queries num_blocks"
+    estimator: EachBlock
 
     def __init__(
         self,
@@ -140,3 +141,8 @@ class ZOBlock(ZeroOrder):
             update=SGD(),
             **common,
         )
+
+    @property
+    def num_groups(self) -> int:
+        """Return how many groups of points ranks can share in a step."""
+        return self.estimator.num_scalars

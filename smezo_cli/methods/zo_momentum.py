@@ -1,51 +1,16 @@
 """ZO-SGD-MMT: torch's SGD with momentum on MeZO's estimate (arXiv 2402.11592)."""
 
-from typing import Any, Unpack
+from typing import Unpack
 
-from torch import Tensor, nn
+from torch import nn
 
 from smezo_cli.zo.directions.dense import Dense
 from smezo_cli.zo.estimators.two_sided import TwoSided
-from smezo_cli.zo.move import Gradient
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
 from smezo_cli.zo.ranges import Count, Fraction, Noise
 from smezo_cli.zo.selections.masked import Everything
-from smezo_cli.zo.targets import check
-from smezo_cli.zo.updates.base import Update, WeightWriter
-
-
-class HeavyBall(Update):
-    """Keeps a decaying sum of gradients: 4 bytes a weight.
-
-        m <- momentum m + g, so that m = g at first
-        theta <- theta - lr (m + weight_decay theta)
-
-    Args:
-        momentum: decay of the sum, in [0, 1); 0 is SGD.
-
-    Raises:
-        ValueError: an argument out of range.
-    """
-
-    slots = ("momentum",)
-
-    def __init__(self, momentum: float) -> None:
-        check(0 <= momentum < 1, f"momentum={momentum}: a number in [0, 1)")
-        self.momentum = float(momentum)
-
-    def apply(self, weights: WeightWriter, gradient: Gradient, lr: float) -> None:
-        """See :class:`Update`."""
-
-        def change(g: Tensor, m: Tensor) -> Tensor:
-            m.mul_(self.momentum).add_(g)
-            return m * -lr
-
-        weights.elementwise(gradient, change, decay=lr * weights.weight_decay)
-
-    def identity(self) -> dict[str, Any]:
-        """See :class:`Update`."""
-        return {"momentum": self.momentum}
+from smezo_cli.zo.updates.momentum import Momentum
 
 
 class ZOMomentum(ZeroOrder):
@@ -86,6 +51,6 @@ class ZOMomentum(ZeroOrder):
             selection=Everything(),
             direction=Dense(noise),
             estimator=TwoSided(num_queries),
-            update=HeavyBall(momentum),
+            update=Momentum(momentum, of_sum=True),
             **common,
         )

@@ -5,7 +5,8 @@ from fnmatch import filter as matching
 from typing import TYPE_CHECKING, Any
 
 from smezo_cli.config.build import build, parameters_of, target_of
-from smezo_cli.config.method_keys import trait
+from smezo_cli.config.method_keys import shared_by, trait
+from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.run.loaded import Loaded
 from smezo_cli.zo.passes.by_compiler import NoCompiler
@@ -44,7 +45,28 @@ def build_method(loaded: Loaded) -> "Method":
         method: Method = build(node, "method", **runtime)
     except NoCompiler as error:
         raise UserError(f"compile=true: {error}; mend that or leave compile out.") from error
+    refuse_idle_ranks(s, method)
     return method
+
+
+def refuse_idle_ranks(settings: Settings, method: object) -> None:
+    """Refuse more query_ranks than a step has queries, where only the model says how many.
+
+    Where the settings say it, run/ranks.py refuses before anything is loaded.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    shared, queries = shared_by(settings.method)
+    groups = getattr(method, "num_groups", None)
+    if queries is not None or groups is None or groups >= settings.query_ranks:
+        return
+    there_are = "is 1 query" if groups == 1 else f"are {groups} queries"
+    more = " or ".join(f"method.{key}" for key in shared if settings.method[key] is not None)
+    raise UserError(
+        f"query_ranks={settings.query_ranks}: in this model there {there_are} to share; raise "
+        f"{more}, or lower query_ranks."
+    )
 
 
 def build_frozen(loaded: Loaded) -> "ZeroShot | InContext | LinearProbe":

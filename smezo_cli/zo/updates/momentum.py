@@ -1,4 +1,4 @@
-"""Move the weights along a running mean of gradients."""
+"""Move the weights along a running mean, or a decaying sum, of gradients."""
 
 from typing import Any
 
@@ -10,13 +10,15 @@ from smezo_cli.zo.updates.base import Update, WeightWriter
 
 
 class Momentum(Update):
-    """Keeps a mean of gradients: 4 bytes for each number that the direction draws.
+    """Keeps a mean or a sum of gradients: 4 bytes for each number that the direction draws.
 
-        m <- beta m + (1 - beta) g
+        m <- beta m + (1 - beta) g, a mean; or, as torch's SGD has it, m <- beta m + g, a sum
         theta <- theta - lr (m + weight_decay theta)
 
     Args:
-        beta: decay of the mean, in [0, 1); 0 is SGD.
+        beta: decay of m, in [0, 1); 0 is SGD.
+        of_sum: keep the sum, which goes 1 / (1 - beta) times as far; its beta is then called
+            "momentum" in messages and in :meth:`identity`.
 
     Raises:
         ValueError: an argument out of range.
@@ -24,19 +26,20 @@ class Momentum(Update):
 
     slots = ("momentum",)
 
-    def __init__(self, beta: float) -> None:
-        check(0 <= beta < 1, f"beta={beta}: a number in [0, 1)")
-        self.beta = float(beta)
+    def __init__(self, beta: float, *, of_sum: bool = False) -> None:
+        self._called = "momentum" if of_sum else "beta"
+        check(0 <= beta < 1, f"{self._called}={beta}: a number in [0, 1)")
+        self.beta, self.of_sum = float(beta), of_sum
 
     def apply(self, weights: WeightWriter, gradient: Gradient, lr: float) -> None:
         """See :class:`Update`."""
 
         def change(g: Tensor, m: Tensor) -> Tensor:
-            m.mul_(self.beta).add_(g * (1 - self.beta))
+            m.mul_(self.beta).add_(g if self.of_sum else g * (1 - self.beta))
             return m * -lr
 
         weights.elementwise(gradient, change, decay=lr * weights.weight_decay)
 
     def identity(self) -> dict[str, Any]:
         """See :class:`Update`."""
-        return {"beta": self.beta}
+        return {self._called: self.beta}
