@@ -72,6 +72,11 @@ def assert_close(folder: Path, other: Path) -> None:
 CASES: Mapping[str, Sequence[str]] = {
     "llama": ["model=tiny-llama", "method=mezo", "lr=1e-3", SEQUENTIAL, *LLAMA],
     "lockstep": ["model=tiny-llama", "method=mezo", "lr=1e-3", "method.executor=lockstep", *LLAMA],
+    "batched": ["model=tiny-llama", "method=lozo", "lr=1e-3", "method.executor=batched", *LLAMA],
+    "batched roberta": [
+        *("model=tiny-roberta", "method=mezo", "lr=1e-3", "method.executor=batched", *MASKED),
+        "method.freeze=['*embeddings*','*layer.0.*']",
+    ],
     "mistral": ["model=tiny-mistral", "method=mezo", "lr=1e-3", SEQUENTIAL, *LLAMA],
     "qwen2": ["model=tiny-qwen2", "method=sparse_mezo", "lr=1e-3", SEQUENTIAL, *LLAMA],
     "gemma3": ["model=tiny-gemma3", "method=mezo_adam", "lr=1e-3", SEQUENTIAL, *LLAMA],
