@@ -7,11 +7,12 @@ Nothing here has run on a GPU: where there is one, the marked tests of
 :mod:`tests.zo.passes.test_fused` do.
 """
 
+import copy
 import importlib.util
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -19,9 +20,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from smezo_cli.methods.mezo_adam import MeZOAdam
+from smezo_cli.methods.sparse_mezo import SparseMeZO
 from smezo_cli.zo import noise
+from smezo_cli.zo.directions import dense
+from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.passes import by_triton, choose
 from smezo_cli.zo.passes.by_triton import TritonPasses
 from smezo_cli.zo.passes.draw import Rule
@@ -201,6 +206,32 @@ def test_interpreted_directions_are_those_of_eager_passes(
         assert same(found[0], wanted[0])
         assert torch.equal(found[1], wanted[1])
         assert (found[1] >= 0).all() == stochastic
+
+
+@pytest.mark.parametrize("executor", ["sequential", "lockstep"])
+@pytest.mark.parametrize("method", [SparseMeZO, MeZOAdam])
+def test_steps_by_interpreted_kernels_leave_the_weights_of_eager_ones(
+    method: Callable[..., ZeroOrder],
+    executor: str,
+    interpreted: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Probes, updates and updates that are more than a sum, with stochastic rounding."""
+    start = nn.Sequential(nn.Linear(17, 33), nn.Tanh(), nn.Linear(33, 3)).to(BF16)
+    x = torch.randn(8, 17).to(BF16)
+    options = {"lr": 0.05, "eps": 0.01, "num_queries": 2, "rounding": "stochastic"}
+    found, names = [], []
+    for make in (EagerPasses, lambda rule: Interpreted(rule, interpreted)):
+        monkeypatch.setattr(dense, "choose_passes", lambda rule, *_, make=make: (make(rule), ""))
+        model = copy.deepcopy(start)
+        optimizer = method(model, executor=executor, weight_decay=0.1, **options)
+        for _ in range(2):
+            optimizer.step(lambda model=model: model(x).float().square().mean())
+        names.append(optimizer.passes.name)
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert names == ["eager", "triton"]
+    assert same(*found)
+    assert not same(found[0], torch.cat([p.detach().flatten() for p in start.parameters()]))
 
 
 def test_tensors_that_a_kernel_does_not_read_take_eager_passes() -> None:
