@@ -1,6 +1,7 @@
 """Make a step of any method of conf/method/ that compares losses, to be timed."""
 
 import copy
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,6 +53,7 @@ def on_lora(name: str) -> bool:
     return "adapter" in node_of(name.partition("@")[0])
 
 
+@functools.cache
 def node_of(name: str) -> Mapping[str, Any]:
     """Return the settings of a method as its YAML has them."""
     words = [f"method={name}", "model=tiny-llama", "task=toy"]  # of no recipe
@@ -71,10 +73,11 @@ def beside_lora(scorer: Scorer, node: Mapping[str, Any]) -> Scorer:
     return Scorer(model, scorer.tokenizer, scorer.compute_dtype)
 
 
-def names() -> list[str]:
+@functools.cache
+def names() -> tuple[str, ...]:
     """Return the methods of conf/method/ whose steps can be timed."""
     files = sorted((CONF_DIR / "method").glob("*.yaml"))
-    return [file.stem for file in files if timed(file.stem)]
+    return tuple(file.stem for file in files if timed(file.stem))
 
 
 def step_of(

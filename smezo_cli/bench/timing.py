@@ -66,12 +66,9 @@ NAMES = (
     *(name for name in methods.names() if name not in ("mezo", *VARIANTS)),
     *PASSES,
 )
-INEXACT = ("side_path", "batched")
+_HOW = ("sequential", "lockstep", "side_path", "batched")
 #: with the candidates that run where they are asked for alone
-ALL_NAMES = (
-    *NAMES,
-    *(f"{name}@{how}" for name in methods.names() for how in ("sequential", "lockstep", *INEXACT)),
-)
+ALL_NAMES = (*NAMES, *(f"{name}@{how}" for name in methods.names() for how in _HOW))
 GROW_NAMES = (UNIT, "mezo", "sparse_mezo")
 
 Step = Callable[[], object]
