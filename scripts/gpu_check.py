@@ -13,6 +13,7 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import subprocess
 import sys
 import time
 import warnings
@@ -28,6 +29,7 @@ import torch
 from gpu_check import bits, collective, executors, steps
 from gpu_check.rows import FAIL, SKIP, Check, Place, Row, skipped, timed, write
 
+ROOT = Path(__file__).resolve().parents[1]
 #: seconds that a check may take; it ends the case under way
 BUDGETS = {
     "bits": 90,
@@ -97,14 +99,23 @@ def about(device: torch.device, tiny: bool) -> Mapping[str, Any]:
     name = platform.processor() or platform.machine()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    found: dict[str, Any] = {"device": f"{device} ({name})", "tiny": tiny}
-    found["python"] = platform.python_version()
+    found: dict[str, Any] = {"device": f"{device} ({name})", "tiny": tiny, "commit": commit()}
+    found |= {"python": platform.python_version(), "cuda": torch.version.cuda}
     for package in ("torch", "triton", "transformers", "numba"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     return found
+
+
+def commit() -> str | None:
+    """Return the commit of this checkout; None where git does not know it."""
+    words = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def arguments() -> argparse.Namespace:
