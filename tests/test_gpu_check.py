@@ -353,6 +353,23 @@ def test_a_step_that_takes_a_copy_of_the_model_fails(
     assert [row.status for row in check.steps._memory("x", steps, place)] == ["pass", "fail"]
 
 
+def test_a_peak_far_from_the_plan_fails(
+    check: SimpleNamespace, steps: Any, place: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers that were left out for want of memory are left out of the plan, too."""
+    skips = [check.steps._planned("tiny-llama", layers, 2, 8, steps, place) for layers in (2, 1)]
+    assert [row.status for row in skips] == ["skip", "skip"]
+    whole, half = (row.numbers["planned_GB"] * 1e9 for row in skips)
+    a_layer = (37_472 - 335 * 32) // 2  # weights, less the embedding and the last norm
+    assert whole - half == pytest.approx(2 * a_layer, rel=0.1)  # work of a step changes a little
+    assert whole > 2 * 37_472  # bytes of all weights in bfloat16
+    on_cuda = check.rows.Place(torch.device("cuda:0"), tiny=False, until=place.until)
+    for factor, status in ((1.05, "pass"), (1.2, "fail"), (0.8, "fail")):
+        monkeypatch.setattr(check.steps, "_peak", lambda *_, factor=factor: factor * whole)
+        row = check.steps._planned("tiny-llama", 2, 2, 8, steps, on_cuda)
+        assert row.status == status
+
+
 def test_rounds_rotate_and_end_with_the_time(check: SimpleNamespace) -> None:
     order: list[str] = []
     runs = {name: lambda name=name: order.append(name) for name in "abc"}
