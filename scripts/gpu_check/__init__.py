@@ -1,0 +1,1 @@
+"""Check on a GPU, within minutes, what the tests cannot check on a CPU."""
