@@ -94,7 +94,8 @@ def dismiss(run: Run, team: Ranks, measure: Measure) -> Dismissed:
             size = of["micro_batch_size"]
             run.say(f"  rank {rank} was out of memory: it ended with {size} rows at once")
     if 0 < (most := team.most_queries) < team.of_queries:  # it was not known before
-        run.say(f"  query_ranks={team.of_queries}: no step had more than {most} queries to share")
+        queries = "1 query" if most == 1 else f"{most} queries"
+        run.say(f"  query_ranks={team.of_queries}: no step had more than {queries} to share")
     dismissed = Dismissed(
         [run.memory.read(), *(of["peak"] for of in found)],
         [measure.size, *(of["micro_batch_size"] for of in found)],

@@ -310,7 +310,7 @@ def test_a_prefix_is_refused_where_layers_hold_a_state(kind: str) -> None:
         ("method=mezo_lora method.adapter.targets=[]", "at least one"),
         ("method=mezo_lora method.adapter=null", "such as method=mezo"),
         ("method=mezo_lora +method.adapter.rank=3", "no method.adapter.rank of kind lora"),
-        ("method=mezo_prefix method.adapter.kind=prompt", "lora, prefix or tensor_train"),
+        ("method=mezo_prefix method.adapter.kind=prompt", "lora, lora_fa, prefix or tensor_train"),
     ],
 )
 def test_mistakes_are_one_sentence(words: str, said: str) -> None:

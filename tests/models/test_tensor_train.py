@@ -247,7 +247,7 @@ def test_further_models_of_the_families(kind: str) -> None:
         ("method.adapter.bottleneck=0", "method.adapter.bottleneck must be a whole number"),
         ("method.adapter.bias=1", "method.adapter.bias must be true or false"),
         ("+method.adapter.r=3", "no method.adapter.r of kind tensor_train"),
-        ("method.adapter.kind=tt", "lora, prefix or tensor_train"),
+        ("method.adapter.kind=tt", "lora, lora_fa, prefix or tensor_train"),
     ],
 )
 def test_mistakes_are_one_sentence(words: str, said: str) -> None:
