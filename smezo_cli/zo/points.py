@@ -114,7 +114,7 @@ class Points:
         return outputs[0]
 
     def _output(self, value: Any, point: int) -> Any:
-        """What the model gave at a point."""
+        """Return what the model gave at a point."""
         if isinstance(value, Tensor):
             part = self._part(value, point)
             if part is None:
@@ -124,7 +124,7 @@ class Points:
         return _each(value, lambda item: self._output(item, point), _refuse_output)
 
     def _part(self, value: Tensor, point: int) -> Tensor | None:
-        """The rows of a point, if the first dimension of a tensor goes over the rows of all."""
+        """Return the rows of a point, if a tensor's first dimension goes over the rows of all."""
         points = len(self._movers)
         size, rest = divmod(value.shape[0], points) if value.dim() else (0, 0)
         is_by_row = not rest and size % self._rows == 0 if value.dim() > 1 else size == self._rows
@@ -177,7 +177,7 @@ class Points:
         kwargs: Mapping[str, Any],
         more: Mapping[str, Any],
     ) -> Any:
-        """What a module gives, by a forward at each point on the rows of that point."""
+        """Return what a module gives, by a forward at each point on the rows of that point."""
         is_split = False
 
         def part(value: Any, point: int) -> Any:
@@ -209,7 +209,7 @@ class Points:
             self._is_inside = False
 
     def _joined(self, found: list[Any], is_split: bool) -> Any:
-        """What a module gave at each point, as rows."""
+        """Return what a module gave at each point, as rows."""
         one = found[0]
         if isinstance(one, Tensor):
             if not is_split and (one.dim() < 2 or one.shape[0] != 1):
@@ -229,7 +229,7 @@ class Points:
     def _linear(
         self, module: nn.Module, plain: Callable[[Tensor], Tensor], x: Any, names: Sequence[str]
     ) -> Tensor | None:
-        """What a linear layer gives by its products of thin matrices, or by copies side by side.
+        """Return what a linear layer gives by its thin products, or by copies side by side.
 
         None where there are neither.
         """
@@ -262,7 +262,7 @@ class Points:
         return y
 
     def _thin(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The factor that all points share, and theirs (points, out, r)."""
+        """Return the factor that all points share, and theirs (points, out, r)."""
         found: list[Factors] = []
         for mover in self._movers:
             ask = getattr(mover, "thin", None)
@@ -273,7 +273,7 @@ class Points:
         return found[0].right, torch.stack([one.left for one in found])
 
     def _copies(self, parameter: Tensor) -> Tensor:
-        """The parameter at each point (points, ...)."""
+        """Return the parameter at each point (points, ...)."""
         made = torch.empty(
             (len(self._movers), *parameter.shape), dtype=parameter.dtype, device=parameter.device
         )
@@ -292,7 +292,7 @@ def refuse(why: str) -> NoReturn:
 
 
 def _each(value: Any, of: Callable[[Any], Any], other: Callable[[Any], Any]) -> Any:
-    """A nested value with each of its items replaced; of what holds none, by ``other``."""
+    """Return a nested value with each of its items replaced; of what holds none, by ``other``."""
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
         return value
     if isinstance(value, (tuple, list)):
@@ -303,7 +303,7 @@ def _each(value: Any, of: Callable[[Any], Any], other: Callable[[Any], Any]) -> 
 
 
 def _like(value: Any, items: Any) -> Any:
-    """Items in a container of the kind of another: tuple, named tuple, list, dict or subclass."""
+    """Return items in a container like another: tuple, named tuple, list, dict or subclass."""
     if isinstance(value, dict):
         return items if type(value) is dict else type(value)(**items)
     return value._make(items) if hasattr(value, "_make") else type(value)(items)
@@ -320,7 +320,7 @@ def _refuse_input(value: Any) -> NoReturn:
 
 
 def _num_rows(inputs: Sequence[Any]) -> int:
-    """The size of a batch: the first dimension of the first tensor that has several."""
+    """Return the size of a batch: the first dimension of the first tensor that has several."""
     for value in inputs:
         if isinstance(value, Tensor) and value.dim() > 1:
             return value.shape[0]
@@ -328,7 +328,7 @@ def _num_rows(inputs: Sequence[Any]) -> int:
 
 
 def _repeated(value: Any, rows: int, times: int) -> Any:
-    """Inputs with their rows repeated; what is no row (positions to keep) is common to all."""
+    """Return inputs with their rows repeated; what is no row (positions to keep) stays as it is."""
     if isinstance(value, Tensor):
         if value.dim() < 2 or value.shape[0] != rows:
             return value

@@ -53,7 +53,7 @@ class Batched:
         return found
 
     def _at_once(self, closure: Closure, movers: Sequence[PointMover]) -> list[Tensor] | None:
-        """The losses of these points by one forward; None: the memory is too small for it."""
+        """Return the losses of these points by one forward; None: the memory is too small."""
         try:
             with self.points.first(movers):
                 found = [closure()]
