@@ -20,7 +20,7 @@ from smezo_cli.zo.step import Closure, NonFiniteLoss, StepRecord
 
 
 class Textbook:
-    """Two-sided SGD in place along z ~ N(0, I), where a mask may leave the small weights alone.
+    """Make steps of two-sided SGD in place along z ~ N(0, I); a mask may leave weights alone.
 
     Args:
         model: parameters with ``requires_grad`` are trained.
@@ -72,7 +72,7 @@ class Textbook:
         return stream_key(self.seed, "textbook", step)[0] & (2**63 - 1)
 
     def _move(self, seed: int, scale: float, masks: Iterable[Tensor]) -> None:
-        """theta <- theta + scale m z (PerturbParameters of both papers)."""
+        """Move the weights: theta <- theta + scale m z (PerturbParameters of both papers)."""
         generators = {
             device: torch.Generator(device).manual_seed(seed)
             for device in {p.device for p in self.parameters}

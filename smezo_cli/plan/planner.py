@@ -33,7 +33,7 @@ _PACKED = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a run needs; sizes are in bytes.
+    """Hold everything that a run needs; sizes are in bytes.
 
     Attributes:
         run: task, model, method, dtypes and device in words.
@@ -64,12 +64,12 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """The most bytes on the device at any time."""
+        """Return the most bytes on the device at any time."""
         return sum(self.resident.values()) + max(self.phases.values())
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is within the capacity."""
+        """Say whether the peak is within the capacity."""
         return self.peak <= self.capacity
 
     def record(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from smezo_cli.zo.sums import on_grid
 
 
 class NoTangent(ValueError):
-    """A loss, or an operation of the model, has no derivative along a direction."""
+    """Say that a loss, or an operation of the model, has no derivative along a direction."""
 
 
 class TangentMover:

@@ -17,7 +17,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Stream(NamedTuple):
-    """What one term of a move draws of one tensor: c Q_SR(z).
+    """Hold what one term of a move draws of one tensor: c Q_SR(z).
 
     Attributes:
         z: the stream of z, Gaussian.
@@ -64,7 +64,7 @@ class EagerDraws:
 
 
 class NumbaDraws(EagerDraws):
-    """The same draws, each one loop of machine code, on a CPU."""
+    """Make the same draws, each as one loop of machine code, on a CPU."""
 
     name = "numba"
 

@@ -1,4 +1,4 @@
-"""The draws of :mod:`smezo_cli.zo.passes.rounded` as machine code by Numba: loops over float32.
+"""Compile the draws of :mod:`smezo_cli.zo.passes.rounded` by Numba: loops over float32.
 
 Compiled from the same source as the eager ones; here are only the loops around it.
 """
