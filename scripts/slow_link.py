@@ -25,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,7 @@ def result(folder: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def main() -> None:
+def main(line: Sequence[str] | None = None) -> None:
     """See the module."""
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("--rate", type=float, default=1e6)
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--json", type=Path)
     parser.add_argument("words", nargs="*")
-    asked = parser.parse_args()
+    asked = parser.parse_args(line)
     if os.geteuid() != 0 or not Path("/dev/net/tun").exists():
         sys.exit("network namespaces and TUN devices need root on Linux")
     words = [*RUN, "batch_size=16", f"eval_every={asked.steps}", *asked.words]

@@ -33,7 +33,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -526,14 +526,14 @@ def table(report: dict[str, Any]) -> Iterator[str]:
     yield from report["wrong"]
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """0 where nothing was lost, different or unclean."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--faults", type=int, default=500)
     parser.add_argument("--kills", type=int, help="so many kills anywhere, in place of the faults")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
+    given = parser.parse_args(words)
     torch.set_num_threads(1)
     compose(shlex.split(RUNS[0])[1:])  # Hydra's plugins and its parser's tables are made here, once
     # A collection in a child would write to every object of this process, and so copy its memory.

@@ -6,12 +6,15 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from smezo_cli.cli.verbs import main
 from smezo_cli.machine import streams
 from tests import ROOT
+from tests.run.processes import smezo
 
 LOST = "smezo: standard output cannot be written ("
 TINY = (
@@ -58,29 +61,60 @@ def test_a_mistake_keeps_its_exit_code(verb: str, to: str, tmp_path: Path) -> No
     assert shell(f"smezo {verb} {to}", tmp_path)[0] == 2
 
 
-@pytest.mark.parametrize(
-    ("to", "says"),
-    [
-        ("<&- >&- 2>&-", ""),
-        (">/dev/full 2>err", LOST),
-        ("2>err | true; exit ${PIPESTATUS[0]}", ""),
-    ],
-)
-def test_a_run_goes_on_to_its_end(to: str, says: str, tmp_path: Path) -> None:
-    """No file takes the place of a closed stream, and console.log has what nobody saw."""
-    code, err = shell(f"smezo train {TINY} {to}", tmp_path)
-    assert code == 0
-    assert err.startswith(says)
-    assert err.count("\n") == bool(says)
-    (run,) = (tmp_path / "runs" / "default").iterdir()
+def command(words: list[str]) -> int:
+    """Be `smezo WORDS`, in a process that has imported most of what it needs."""
+    sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr  # type: ignore[misc]  # as Python has it
+    sys.argv[1:] = words
+    return main()
+
+
+def nobody_reads() -> None:
+    """Standard output is a pipe whose other end is closed."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+
+
+def close_0_and_2() -> None:
+    """As a shell leaves them by `<&- 2>&-`, and Python then at its start."""
+    os.close(0)
+    os.close(2)
+    sys.stdin = sys.__stdin__ = sys.stderr = None  # type: ignore[misc, assignment]
+
+
+def check_run(cwd: Path) -> None:
+    """It is whole, and console.log has what nobody saw."""
+    (run,) = (cwd / "runs" / "default").iterdir()
     assert json.loads((run / "result.json").read_text())["status"] == "done"
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 1, 2, 2]
     assert "test accuracy" in (run / "console.log").read_text()
 
 
+def test_a_run_goes_on_to_its_end_without_any_stream(tmp_path: Path) -> None:
+    """No file takes the place of a closed stream."""
+    assert shell(f"smezo train {TINY} <&- >&- 2>&-", tmp_path) == (0, "")
+    check_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("out", "faults", "says"), [("/dev/full", [], LOST), (None, [nobody_reads], "")]
+)
+def test_a_run_goes_on_to_its_end(
+    out: str | None, faults: list[Callable[[], None]], says: str, tmp_path: Path
+) -> None:
+    words = ["train", *TINY.split()]
+    ended = smezo(words, tmp_path, out=out, faults=faults, program=command)
+    assert ended.code == 0
+    assert ended.err.startswith(says)
+    assert ended.err.count("\n") == bool(says)
+    check_run(tmp_path)
+
+
 def test_the_jobs_of_a_sweep_go_on(tmp_path: Path) -> None:
-    assert shell(f"smezo train -m {TINY} seed=0,1 <&- >/dev/full 2>&-", tmp_path)[0] == 0
+    words = ["train", "-m", *TINY.split(), "seed=0,1"]
+    ended = smezo(words, tmp_path, out="/dev/full", faults=[close_0_and_2], program=command)
+    assert (ended.code, ended.err) == (0, "")
     results = list(tmp_path.glob("runs/default/*/result.json"))
     assert [json.loads(file.read_text())["status"] for file in results] == ["done"] * 2
 

@@ -3,11 +3,9 @@
 import csv
 import io
 import json
+import os
 import signal
 import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from smezo_cli.config.composer import Composer
 from smezo_cli.config.fixed import CONF_DIR
 from smezo_cli.files import sealed
 from smezo_cli.report import table as table_module
+from tests.run.processes import Started, smezo, until
 
 # What tables wait for. When it arrives, give its rows and columns their commands.
 AWAITED = {
@@ -402,37 +401,41 @@ def test_collected_results_fill_the_table_without_their_runs(
 
 def test_run_interrupted_and_killed_ends_with_the_complete_table(tmp_path: Path) -> None:
     """Ctrl-C, then a kill, then to the end: nothing is missing, and no run was done twice."""
-    grid = "task=toy model=tiny-llama task.prompt=0 steps=100 eval_every=50 full_save_every=20"
-    line = [sys.executable, "-m", "smezo_cli", "table", "small/1", "--run", "--row", "MeZO"]
-    line += ["--column", "rotten_tomatoes", "--format", "json", *grid.split(), "device=cpu"]
-    line += ["lr=1e-3,1e-2", "seed=0,1", "batch_size=4", f"--runs-dir={tmp_path / 'runs'}"]
+    grid = "task=toy model=tiny-llama task.prompt=0 steps=40 eval_every=20 full_save_every=10"
+    words = ["table", "small/1", "--run", "--row", "MeZO", "--column", "rotten_tomatoes"]
+    words += ["--format", "json", *grid.split(), "device=cpu", "batch_size=4"]
+    words += ["lr=1e-3,1e-2", "seed=0,1", f"--runs-dir={tmp_path / 'runs'}"]
 
     def done() -> dict[Path, str]:
         files = {f: f.read_text() for f in tmp_path.rglob("result.json")}
         return {f: text for f, text in files.items() if json.loads(text)["status"] == "done"}
 
+    def sizes() -> dict[Path, int]:
+        return {f: f.stat().st_size for f in tmp_path.rglob("metrics.jsonl")}
+
     seen: dict[Path, str] = {}
     for how in (signal.SIGINT, signal.SIGKILL):
-        with subprocess.Popen(line, cwd=tmp_path, stdout=-1, stderr=-1, text=True) as process:
-            until = time.monotonic() + 300
-            begun = {f: f.stat().st_size for f in tmp_path.rglob("metrics.jsonl")}
-            while process.poll() is None and time.monotonic() < until:
-                now = {f: f.stat().st_size for f in tmp_path.rglob("metrics.jsonl")}
-                if any(size > begun.get(f, 0) for f, size in now.items()):
-                    break  # it is in the middle of a run, or close to its end
-                time.sleep(0.02)
-            process.send_signal(how)
-            process.communicate()
-        assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
+        begun = sizes()
+        with Started(words, tmp_path, program=main) as started:
+            # In the middle of a run, or close to its end.
+            until(
+                lambda begun=begun, started=started: (
+                    not started.alive or any(n > begun.get(f, 0) for f, n in sizes().items())
+                )
+            )
+            os.kill(started.pid, how)
+            ended = started.wait()
+        assert ended.code == (130 if how == signal.SIGINT else -signal.SIGKILL)
         assert seen.items() <= done().items()
         seen = done()
         assert len(seen) < 3
-    end = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=True)
-    (cell,) = json.loads(end.stdout[end.stdout.index('{\n  "table"') :])["cells"]
+    end = smezo(words, tmp_path, program=main)
+    assert end.code == 0, end.err
+    (cell,) = json.loads(end.out[end.out.index('{\n  "table"') :])["cells"]
     assert (cell["n"], cell["command"]) == (2, None)
     assert seen.items() <= done().items()
     assert len(done()) == len(list(tmp_path.rglob("metrics.jsonl"))) == 3
-    assert all(json.loads(text)["num_forwards"] == 200 for text in done().values())
+    assert all(json.loads(text)["num_forwards"] == 80 for text in done().values())
 
 
 def test_a_result_that_names_a_place_is_not_collected(

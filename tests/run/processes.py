@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import sys
@@ -117,7 +118,11 @@ def no_model() -> None:
     loaded.load_model = refuse  # type: ignore[assignment]  # in a child process of its own
 
 
+Program = Callable[[list[str]], int]
+
+
 def _child(
+    program: Program,
     words: Sequence[str],
     cwd: Path,
     out: str,
@@ -134,13 +139,15 @@ def _child(
     torch.set_num_threads(1)  # the same sums in every process, and no waiting for other cores
     for fault in faults:
         fault()
-    sys.exit(train.main(list(words)))
+    sys.exit(program(list(words)))
 
 
 @functools.cache
-def _context() -> Any:
+def forkserver() -> Any:
+    """Start the process that others are forked from; the context that forks them."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.run.warm", __name__])
+    multiprocessing.forkserver.ensure_running()
     return context
 
 
@@ -162,7 +169,10 @@ def until(condition: Callable[[], object], seconds: float = 300) -> None:
 
 
 class Started:
-    """A run under way in `cwd`; also a context that leaves no process behind."""
+    """A run under way in `cwd`; also a context that leaves no process behind.
+
+    `program` is a main function, which a process that is forked must be able to import.
+    """
 
     def __init__(
         self,
@@ -172,12 +182,14 @@ class Started:
         out: str | None = None,
         env: Mapping[str, str] | None = None,
         faults: Sequence[Callable[[], None]] = (),
+        program: Program = train.main,
     ) -> None:
         cwd.mkdir(parents=True, exist_ok=True)
         number = len(list(cwd.glob("*.err")))
         self._paths = out or str(cwd / f"{number}.out"), str(cwd / f"{number}.err")
-        self._process = _context().Process(
-            target=_child, args=(list(words), cwd, *self._paths, dict(env or {}), list(faults))
+        self._process = forkserver().Process(
+            target=_child,
+            args=(program, list(words), cwd, *self._paths, dict(env or {}), list(faults)),
         )
         self._process.start()
         self.pid: int = self._process.pid
@@ -207,7 +219,7 @@ class Started:
 
 
 def smezo(words: Sequence[str], cwd: Path, **keywords: Any) -> Ended:
-    """`smezo train WORDS` in the folder `cwd`, to its end."""
+    """`smezo train WORDS`, or what another program does with them, in `cwd`, to its end."""
     with Started(words, cwd, **keywords) as started:
         return started.wait()
 

@@ -25,7 +25,7 @@ from smezo_cli.machine.out_of_memory import OutOfMemory
 from smezo_cli.run import follower, ranks
 from smezo_cli.scoring import scorer
 from tests import ROOT
-from tests.run.processes import Fault, Started, smezo, until
+from tests.run.processes import Fault, Started, forkserver, smezo, until
 from tests.run.rank_groups import RUN, few_tokens, together, weights_of
 from tests.run.tiny_runs import METHODS, SMALL, records_of, result_of, run_folder
 
@@ -274,23 +274,25 @@ def test_torchrun(tmp_path: Path) -> None:
     assert torch.distributed.is_available()
 
 
-def test_a_slow_link_carries_a_step(tmp_path: Path) -> None:
+def test_a_slow_link_carries_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """1 Mbit/s, 30 ms: the weights of one process, and less than 1 KB of IP packets a step."""
     if os.geteuid() != 0 or not Path("/dev/net/tun").exists() or shutil.which("ip") is None:
         pytest.skip("network namespaces and TUN devices need root on Linux, and iproute2")
-    script = ROOT / "scripts" / "slow_link.py"
-    words = ["--delay", "0.03", "--steps", "8", "--json", "link.json"]
-    ended = subprocess.run(
-        [sys.executable, str(script), *words, *SMALL[1:]],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    if "Operation not permitted" in ended.stderr:
-        pytest.skip("this system allows no network namespaces")
-    assert ended.returncode == 0, ended.stderr
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    for name in ("OMP_NUM_THREADS", "PYTHONPATH"):
+        monkeypatch.setenv(name, "")  # it sets them
+    slow_link = importlib.import_module("slow_link")
+    forkserver()  # so that it is not started by the script, which imports less
+    try:
+        slow_link.main(
+            ["--delay", "0.03", "--steps", "8", "--json", str(tmp_path / "link.json"), *SMALL[1:]]
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        if "Operation not permitted" in f"{error} {capfd.readouterr().err}":
+            pytest.skip("this system allows no network namespaces")
+        raise
     found = json.loads((tmp_path / "link.json").read_text())
     assert found["same_weights"]
     assert all(32 < count < 1024 for count in found["bytes_per_step"])
