@@ -5,6 +5,7 @@
 Seconds and peaks come from docs/results/methods-bench.json, which `smezo bench --json` has written.
 """
 
+import functools
 import inspect
 import json
 import re
@@ -78,6 +79,7 @@ def names() -> list[str]:
     return [file.stem for file in files if trait(node_of(file.stem), "compares_losses", False)]
 
 
+@functools.cache
 def node_of(name: str) -> dict[str, Any]:
     """Return the settings of a method."""
     # Of no recipe, so that the values are the method's own.

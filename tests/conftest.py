@@ -13,11 +13,33 @@ import torch
 # Who starts the tests in the background of a shell lets them ignore SIGINT, and so their children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# What is compiled is kept: else each worker rewrites all test files, and each child compiles smezo.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-def pytest_collection_finish() -> None:
-    """Imports made what is no garbage: without this each run takes 0.2 s to look at all of it."""
+# No test cuts the power. A tiny run syncs some twenty files, and would wait for the disk as long as
+# it computes. That files are synced before they take their place is a test of tests/store.
+os.fsync = lambda file: None
+
+
+def _freeze() -> None:
+    """Take what is there for no garbage: else each run takes 0.2 s to look at all of it."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    """Do so once everything is imported."""
+    _freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Do so after each file: models and parsers that were loaded in it stay."""
+    done = yield
+    if nextitem is None or nextitem.path != item.path:
+        _freeze()
+    return done
 
 
 @pytest.fixture(autouse=True)

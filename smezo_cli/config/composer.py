@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from smezo_cli.config.command_line import parsed
 from smezo_cli.config.fixed import sentence
@@ -29,6 +29,7 @@ class Composer:
         self._loader = GlobalHydra.instance().config_loader()
         self._lists: dict[tuple[str, str], list[str]] = {}
         self._nodes: dict[tuple[str, ...], DictConfig] = {}
+        self._words: dict[str, Any] = {}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -67,22 +68,29 @@ class Composer:
         """Return the choices of a group."""
         return self._listed(group, "CONFIG")
 
-    def mentions(self, group: str, option: str, word: str) -> bool:
-        """Return whether the file of a choice, or one that it begins with, holds a word.
+    def parts_of(self, group: str, option: str) -> list[dict[str, Any]] | None:
+        """Return what the file of a choice holds, and those that it begins with, each by itself.
 
-        That takes a tenth of the time of a composition. True where it cannot be told.
+        That takes a tenth of the time of a composition. None where a composition alone can tell.
         """
         for source in self._loader.get_sources():
             if not source.is_config(f"{group}/{option}"):
                 continue
             found = source.load_config(f"{group}/{option}")
-            if word in str(found.config):
-                return True
-            bases = [str(getattr(base, "path", "/")) for base in found.defaults_list or ()]
-            if any("/" in base for base in bases):
-                return True
-            return any(self.mentions(group, base, word) for base in bases if base != "_self_")
-        return True
+            held: Any = OmegaConf.to_container(found.config, resolve=False)
+            package = found.header.get("package") or group
+            if not isinstance(held, dict) or package not in ("_global_", group):
+                return None
+            parts = [held if package == "_global_" else {group: held}]
+            for base in held.pop("defaults", ()):
+                if not isinstance(base, str) or "/" in base:
+                    return None
+                below = self.parts_of(group, base) if base != "_self_" else []
+                if below is None:
+                    return None
+                parts += below
+            return parts
+        return None
 
     def below(self, group: str) -> list[str]:
         """Return a group and the groups inside it."""
@@ -107,7 +115,12 @@ class Composer:
         return self._lists[parent, kind]
 
     def parse(self, text: str) -> Any:
-        """Return a word KEY=VALUE as Hydra reads it, or raise UserError."""
+        """Return a word KEY=VALUE as Hydra reads it, or raise UserError; a word is read once."""
+        if text not in self._words:
+            self._words[text] = self._read(text)
+        return self._words[text]
+
+    def _read(self, text: str) -> Any:
         try:
             override = parsed(text, self._loader)
         except UserError:

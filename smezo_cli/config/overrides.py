@@ -82,17 +82,14 @@ def _check_key(composer: Composer, override: Any, base: DictConfig, chosen: Sequ
     key = override.key_or_group
     if override.is_add() or override.is_force_add():
         return  # what is new at the top is refused later, inside a node by build()
-    if _has(base, key):
+    if _has(_plain(base), key):
         return
     group = "method" if key in OPTIONAL_SETTINGS else key.partition(".")[0]
     if group in base and group in composer.groups() and group != "hydra":
         others = [
             option
             for option in composer.options(group)
-            if composer.mentions(group, option, key.rpartition(".")[2])
-            and _has(cfg := _with_choice(composer, group, option, chosen), key)
-            # Variants with an adapter are named for the keys of adapters alone.
-            and ("adapter" not in cfg[group] or key.startswith("method.adapter"))
+            if _offers(composer, group, option, key, chosen)
         ]
         if others and group == "method":
             raise UserError(lacks(key, base.method.name, others))
@@ -152,14 +149,28 @@ def _with_choice(composer: Composer, group: str, option: str, chosen: Sequence[s
     return composer.compose([*kept, f"{group}={option}"])
 
 
+def _offers(composer: Composer, group: str, option: str, key: str, chosen: Sequence[str]) -> bool:
+    """Return whether a choice has a key, and is to be named for it."""
+    parts = composer.parts_of(group, option)
+    if parts is None:
+        parts = [_plain(_with_choice(composer, group, option, chosen))]
+    # Variants with an adapter are named for the keys of adapters alone.
+    has_adapter = any("adapter" in (part.get(group) or ()) for part in parts)
+    is_named = not has_adapter or key.startswith("method.adapter")
+    return is_named and any(_has(part, key) for part in parts)
+
+
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    return typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))
+
+
 def _unresolved(cfg: DictConfig) -> dict[str, Any]:
-    tree = typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))
+    tree = _plain(cfg)
     tree.pop("hydra", None)
     return tree
 
 
-def _has(cfg: DictConfig, key: str) -> bool:
-    node: object = OmegaConf.to_container(cfg, resolve=False)
+def _has(node: object, key: str) -> bool:
     for part in re.findall(r"[^.\[\]]+", key):
         if isinstance(node, dict):
             names = {str(name): value for name, value in node.items()}

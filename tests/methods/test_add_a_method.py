@@ -93,7 +93,7 @@ TINY = (
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the package, the settings and the tests, with one file and one YAML more."""
     folder = tmp_path_factory.mktemp("checkout")
-    skip = shutil.ignore_patterns("__pycache__", "old")
+    skip = shutil.ignore_patterns("old")
     for name in ("smezo_cli", "conf", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=skip)
     shutil.copy(ROOT / "pyproject.toml", folder)
@@ -108,31 +108,47 @@ def python(checkout: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True)
 
 
-def smezo(checkout: Path, words: str) -> str:
-    ended = python(checkout, "-m", "smezo_cli", *words.split())
+# What each command says is a list of the last line: torch is imported once for all of them.
+COMMANDS = """
+import contextlib, glob, io, json, sys
+from smezo_cli.cli import main
+
+said = []
+for line in sys.argv[1:]:
+    words = [path for word in line.split() for path in glob.glob(word) or [word]]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main(words) == 0, line
+    said.append(out.getvalue())
+print(json.dumps(said))
+"""
+
+
+def smezo(checkout: Path, *commands: str) -> list[str]:
+    """What each command said, one after the other in one interpreter of the copy."""
+    ended = python(checkout, "-c", COMMANDS, *commands)
     assert ended.returncode == 0, ended.stderr
-    return ended.stdout
+    said: list[str] = json.loads(ended.stdout.splitlines()[-1])
+    return said
 
 
-def test_it_trains_goes_on_and_is_replayed(checkout: Path) -> None:
+def test_it_trains_goes_on_is_replayed_listed_and_planned(checkout: Path) -> None:
     """Six steps in two parts are six steps in one, and the trajectory names the method."""
-    runs = {}
-    for name, parts in (("whole", (6,)), ("parts", (4, 6))):
-        for steps in parts:
-            smezo(checkout, f"train {TINY} steps={steps} name={name}")
-        (runs[name],) = (checkout / "runs" / name).iterdir()
+    plan = f"plan {TINY} steps=6"
+    *_, listed, said, mezo = smezo(
+        checkout,
+        f"train {TINY} steps=6 name=whole",
+        f"train {TINY} steps=4 name=parts",
+        f"train {TINY} steps=6 name=parts",
+        "replay runs/parts/* --split none",
+        *("ls methods", plan, plan.replace("added_sign", "mezo")),
+    )
+    assert "A sign update that a test adds." in listed
+    assert "optimizer state" in said  # what its update keeps
+    assert "optimizer state" not in mezo
+    runs = {name: next((checkout / "runs" / name).iterdir()) for name in ("whole", "parts")}
     found = {n: json.loads((run / "result.json").read_text()) for n, run in runs.items()}
     assert found["whole"]["weights"] == found["parts"]["weights"]
     assert b'"AddedSign"' in (runs["whole"] / "trajectory.bin").read_bytes()
-    smezo(checkout, f"replay {runs['parts']} --split none")
-
-
-def test_it_is_listed_and_planned(checkout: Path) -> None:
-    assert "A sign update that a test adds." in smezo(checkout, "ls methods")
-    said = smezo(checkout, f"plan {TINY} steps=6")
-    mezo = smezo(checkout, f"plan {TINY} steps=6".replace("added_sign", "mezo"))
-    assert "optimizer state" in said  # what its update keeps
-    assert "optimizer state" not in mezo
 
 
 @pytest.mark.parametrize(

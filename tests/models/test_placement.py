@@ -199,13 +199,13 @@ class Done:
 
 
 def work(settings: Any, job: Loaded, prepare: Callable[[Any], None] = lambda model: None) -> Done:
-    """Three steps, then the scores of the dev rows."""
+    """Two steps, then the scores of the dev rows."""
     model: Any = job.model
     prepare(model)
     method = build_method(job)
     rows = job.encode(job.task.train[:4], job.prompts[0])
     objective = settings.method.get("objective", "loss")
-    records = [method.step(lambda: job.scorer.objective(rows, objective)) for _ in range(3)]
+    records = [method.step(lambda: job.scorer.objective(rows, objective)) for _ in range(2)]
     dev = job.encode(job.task.dev, job.prompts[0])
     if settings.task["kind"] == "generation":
         scores = [torch.tensor(len(text)) for _, of in job.scorer.generate_all(dev) for text in of]
@@ -225,23 +225,29 @@ def same(a: Done, b: Done) -> None:
 
 
 EAGER = ["model.attention=eager"]  # sdpa takes other kernels on a device that is not there
+# All but one name their executor: to time the others takes as long as the steps.
 CASES = {
     "sequential": ["model=tiny-llama", "method=mezo", "method.executor=sequential"],
     "lockstep": ["model=tiny-gemma3", "method=sparse_mezo", "method.executor=lockstep"],
     "in_place": ["model=tiny-opt", "method=sparse_mezo", "method.executor=in_place"],
     "opt": ["model=tiny-opt", "method=sparse_mezo", "sparsity=0.5"],
-    "bfloat16": ["model=tiny-mistral", "method=mezo", "dtype=bfloat16"],
-    "adam": ["model=tiny-llama", "method=mezo_adam"],
+    "bfloat16": [
+        *("model=tiny-mistral", "method=mezo", "dtype=bfloat16", "method.executor=sequential"),
+    ],
+    "adam": ["model=tiny-llama", "method=mezo_adam", "method.executor=lockstep"],
     "lora": ["model=tiny-llama", "method=mezo_lora", "method.executor=lockstep"],
-    "prefix": ["model=tiny-llama", "method=mezo_prefix"],
-    "accuracy": ["model=tiny-llama", "method=mezo", "method.objective=accuracy"],
+    "prefix": ["model=tiny-llama", "method=mezo_prefix", "method.executor=sequential"],
+    "accuracy": [
+        *("model=tiny-llama", "method=mezo", "method.objective=accuracy"),
+        "method.executor=lockstep",
+    ],
     "masked": [
         *("model=tiny-roberta", "method=mezo", "task.labels={0: terrible, 1: great}"),
-        'task.prompt="{text} It was {mask} ."',
+        *('task.prompt="{text} It was {mask} ."', "method.executor=lockstep"),
     ],
     "masked prefix": [
         *("model=tiny-roberta", "method=mezo_prefix", "task.labels={0: terrible, 1: great}"),
-        'task.prompt="{text} It was {mask} ."',
+        *('task.prompt="{text} It was {mask} ."', "method.executor=sequential"),
     ],
 }
 
@@ -333,7 +339,7 @@ def test_accelerates_hooks_change_no_number(
     method = build_method(job)
     rows = job.encode(job.task.train[:4], job.prompts[0])
     spread(job.model)
-    records = [method.step(lambda: job.scorer.objective(rows)) for _ in range(3)]
+    records = [method.step(lambda: job.scorer.objective(rows)) for _ in range(2)]
     assert records == plain.records
 
 
