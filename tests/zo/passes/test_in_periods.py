@@ -10,7 +10,8 @@ from smezo_cli.zo.passes.by_index import PassesByIndex
 from smezo_cli.zo.passes.choose import choose_looked_up
 from smezo_cli.zo.passes.draw import Draw, Rule
 from smezo_cli.zo.passes.in_periods import PeriodicPasses
-from tests.zo.passes.test_passes import F16, F32, draw_of, moved_by, same, weight_of
+from tests.zo.passes.scales import weight_of
+from tests.zo.passes.test_passes import F16, F32, draw_of, moved_by, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
