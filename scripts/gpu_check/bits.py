@@ -20,6 +20,7 @@ from smezo_cli.zo.passes.choose import Passes, choose_passes
 from smezo_cli.zo.passes.draw import Draw, Rule
 from smezo_cli.zo.passes.eager import EagerPasses
 from smezo_cli.zo.selections.masks import RULES
+from tests.zo.passes.scales import weight_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: of one program less than full, and of many; kernels are compiled for each kind of number
@@ -145,16 +146,7 @@ def _num_different(a: Tensor, b: Tensor) -> int:
     return int((a.view(patterns) != b.view(patterns)).count_nonzero())
 
 
-@functools.cache
-def _weights(numel: int, dtype: torch.dtype) -> Tensor:
-    """Return weights of all scales: ordinary ones, zeros of both signs, denormal and large ones."""
-    weight = torch.randn(numel, generator=torch.Generator().manual_seed(0))
-    weight[::7] = 0.0
-    weight[1::11] = -0.0
-    weight[2::13] *= 2.0**-24  # denormal in float16
-    weight[3::17] *= 2.0**-140  # denormal in float32
-    weight[4::19] *= 1e4
-    return weight.to(dtype)
+_weights = functools.cache(weight_of)
 
 
 def _draw(case: Case, device: torch.device, queries: int, decay: float | None) -> Draw:
@@ -169,7 +161,7 @@ def _draw(case: Case, device: torch.device, queries: int, decay: float | None) -
         a,
         None if decay is None else torch.tensor(decay),
     )
-    return Draw(*(None if x is None else x.to(device) for x in draw))  # type: ignore[arg-type]
+    return Draw(*(None if x is None else x.to(device) for x in draw))  # type: ignore[arg-type]  # spread
 
 
 def _update(passes: Passes, case: Case, device: torch.device) -> tuple[Tensor, ...]:

@@ -11,10 +11,9 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -481,18 +480,3 @@ def _fitting(name: str, failed: dict[str, str]) -> Iterator[None]:
         raise UserError(
             f"{name}: {error}; choose dtype=float32, or compute_dtype=bfloat16."
         ) from error
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """Return what was measured on: processor, its number, memory in bytes, accelerator."""
-    found: dict[str, Any] = {"cpu": None, "cpus": os.cpu_count(), "accelerator": None}
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                found["cpu"] = line.partition(":")[2].strip()
-                break
-    with suppress(ValueError, OSError):
-        found["memory_bytes"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if device.type == "cuda":
-        found["accelerator"] = torch.cuda.get_device_name(device)
-    return found

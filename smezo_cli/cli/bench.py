@@ -143,6 +143,7 @@ def _measure(
 ) -> dict[str, Any]:
     """Measure; return all that --json writes."""
     from smezo_cli.bench import timing
+    from smezo_cli.machine import hardware
     from smezo_cli.run.console import Console
     from smezo_cli.store import versions
 
@@ -162,7 +163,7 @@ def _measure(
         "tokens": source,
         "sparsity": settings.sparsity,
         "device": device_name,
-        "machine": timing.machine(next(scorer.model.parameters()).device),
+        "machine": hardware.machine(next(scorer.model.parameters()).device),
         "versions": versions.versions(),
         "started": started,
     }

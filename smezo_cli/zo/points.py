@@ -25,7 +25,7 @@ _STACKED = 1 << 22
 
 
 class NotBatched(ValueError):
-    """Say that a model or a loss cannot be computed at several points in one batch."""
+    """Say why a model or a loss cannot be computed at several points in one batch."""
 
 
 class Points:
@@ -34,10 +34,11 @@ class Points:
     Args:
         model: whose own forward is run for all points; modules called from elsewhere are refused.
         probe: of the model.
+        name: of the executor that it is for, which a refusal names.
     """
 
-    def __init__(self, model: nn.Module, probe: FunctionalProbe) -> None:
-        self._model, self._probe = model, probe
+    def __init__(self, model: nn.Module, probe: FunctionalProbe, name: str = "batched") -> None:
+        self._model, self._probe, self._name = model, probe, name
         self._movers: Sequence[Mover] = ()
         self._rows = 0  # of one point, in the call of the model that is under way
         self._is_running = self._is_inside = False
@@ -62,7 +63,7 @@ class Points:
         self._is_running = len(movers) == 1  # whoever calls a module then, there is one point
         run_all = standing_in(self._model, self._run_all, lambda: self._is_running)
         try:
-            with self._probe.at(movers[0]), self._split():
+            with self._named(), self._probe.at(movers[0]), self._split():
                 if len(movers) == 1:
                     yield
                 else:
@@ -87,14 +88,24 @@ class Points:
                 refuse("two calls of the closure give the model other inputs")
             return outputs[point]
 
-        with standing_in(self._model, replay, lambda: False):
-            yield
-        if next(calls, None) is not None:
-            refuse("a later call of the closure calls the model less often than the first")
+        with self._named():
+            with standing_in(self._model, replay, lambda: False):
+                yield
+            if next(calls, None) is not None:
+                refuse("a later call of the closure calls the model less often than the first")
 
     def forget(self) -> None:
         """Drop the outputs that were kept."""
         self._calls = []
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Make refusals name the executor."""
+        try:
+            yield
+        except NotBatched as error:
+            why = f"executor={self._name} cannot be used: {error}; use executor=sequential"
+            raise NotBatched(why) from None
 
     # --- the model ----------------------------------------------------------------------------
 
@@ -283,12 +294,12 @@ class Points:
 
 
 def refuse(why: str) -> NoReturn:
-    """Say why not.
+    """Say why not; whoever runs the points adds which executor it is.
 
     Raises:
         NotBatched: always.
     """
-    raise NotBatched(f"executor=batched cannot be used: {why}; use executor=sequential")
+    raise NotBatched(why)
 
 
 def _each(value: Any, of: Callable[[Any], Any], other: Callable[[Any], Any]) -> Any:

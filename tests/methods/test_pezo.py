@@ -139,6 +139,19 @@ def test_registers_take_turns() -> None:
         assert float(u[i]) == pytest.approx(float(expected), abs=1e-6)
 
 
+@pytest.mark.parametrize("queries", [1, 3])
+def test_compiled_steps_have_the_bits_of_eager_ones(queries: int) -> None:
+    found = []
+    for backend in ("eager", "compiled"):
+        model = mlp()
+        opt = made(model, backend=backend, num_queries=queries, weight_decay=0.1)
+        assert opt.passes.name == {"eager": "eager", "compiled": "numba"}[backend]
+        records = [opt.step(closure_of(model)).projected_grad for _ in range(4)]
+        found.append((records, torch.cat([p.detach().view(-1) for p in model.parameters()])))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+
+
 def test_over_all_starts_the_estimate_is_nearly_the_gradient() -> None:
     """mean of u (u g) = C g, with C the pool's autocorrelation: the identity within 6 / sqrt(N)."""
     opt = made(nn.Linear(1000, 1, bias=False), bits=12)

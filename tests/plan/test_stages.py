@@ -105,10 +105,15 @@ def test_noise_that_is_kept_is_that_of_a_real_step(
     assert planned(f"method={method}").phases["step"] - without == max(found) > 0
 
 
-def test_looked_up_numbers_are_kept_and_need_no_compiler() -> None:
-    found = planned("method=pezo", "compile=true")
+def test_numbers_of_registers_are_kept_and_need_no_compiler() -> None:
+    """Those of one pool are read by compiled passes, and none are kept."""
+    registers = "method=pezo", "method.generators=3"
+    found = planned(*registers, "compile=true")
     assert "Numba" not in found.resident
-    assert found.phases["step"] == planned("method=pezo").phases["step"]
+    assert found.phases["step"] == planned(*registers).phases["step"]
+    pool = planned("method=pezo", "compile=true")
+    assert "Numba" in pool.resident
+    assert found.phases["step"] - pool.phases["step"] == 5 * WEIGHTS
 
 
 def test_noise_that_a_user_asks_for_is_kept_by_compiled_passes() -> None:

@@ -75,39 +75,23 @@ def test_ranks_train_the_entries_of_rank_0s_mask(
 
 
 @pytest.mark.parametrize(
-    ("size", "more", "alone"),
-    [
-        (4, ["method.num_queries=2", "query_ranks=2"], ["micro_batch_size=4"]),
-        (2, ["micro_batch_size=2"], []),
-    ],
-)
-def test_ranks_share_derivatives(
-    size: int, more: list[str], alone: list[str], tmp_path: Path
-) -> None:
-    """Bit for bit those of one process: sums of shards are exact."""
-    words = words_of("forward_grad", *more)
-    ended = together(size, words, tmp_path / "many", [few_tokens])
-    assert [one.code for one in ended] == [0] * size, ended
-    by_one = [word for word in words if not word.startswith("query_ranks")]
-    assert smezo([*by_one, *alone], tmp_path / "one", faults=[few_tokens]).code == 0
-    many, one = run_folder(tmp_path / "many"), run_folder(tmp_path / "one")
-    assert weights_of(many) == weights_of(one)
-    assert records_of(many) == records_of(one)
-
-
-@pytest.mark.parametrize(
     ("method", "size", "more", "alone"),
     [
+        ("forward_grad", 4, ["method.num_queries=2", "query_ranks=2"], ["micro_batch_size=4"]),
+        ("forward_grad", 2, ["micro_batch_size=2"], []),
         ("elasticzo", 2, [], ["micro_batch_size=4"]),
         ("elasticzo", 2, ["method.num_queries=2", "query_ranks=2"], []),
         ("addax", 4, ["method.num_queries=2", "query_ranks=2"], ["micro_batch_size=4"]),
         ("addax", 2, ["method.short_rows=1"], ["micro_batch_size=4"]),  # and one rank has none
     ],
 )
-def test_two_shards_of_a_gradient_are_those_of_two_micro_batches(
+def test_ranks_share_derivatives_and_gradients(
     method: str, size: int, more: list[str], alone: list[str], tmp_path: Path
 ) -> None:
-    """Bit for bit: a sum of two numbers, and of zeros, has no order."""
+    """Bit for bit those of one process in micro-batches.
+
+    Sums of shards of derivatives are exact; a sum of two gradients, and of zeros, has no order.
+    """
     words = words_of(method, *more)
     ended = together(size, words, tmp_path / "many", [few_tokens])
     assert [one.code for one in ended] == [0] * size, ended

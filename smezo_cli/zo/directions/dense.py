@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class Dense:
         ValueError: another noise.
     """
 
-    has_compiled_passes: ClassVar = True
+    has_compiled_passes = True
 
     def __init__(self, noise: str = "gaussian") -> None:
         one_of("noise", noise, KINDS)

@@ -11,7 +11,8 @@ from torch import Tensor
 from smezo_cli.zo.directions.base import Change, DirectionContext
 from smezo_cli.zo.directions.dense import Dense
 from smezo_cli.zo.directions.frames import GAUSSIAN, UNIT, inner, orthonormal
-from smezo_cli.zo.move import Move
+from smezo_cli.zo.move import Key, Move, Term
+from smezo_cli.zo.passes.by_numba import NumbaPasses
 from smezo_cli.zo.passes.choose import Passes
 from smezo_cli.zo.passes.draw import Numbers, Rule, as_draws
 from smezo_cli.zo.passes.eager import EagerPasses
@@ -79,6 +80,8 @@ class Factored:
         self.has_random_mask = context.selection.rule == "random"
         self._interval = -1
         self._factors: dict[str, tuple[Tensor | None, Tensor]] = {}
+        #: of each tensor, the core that was drawn last in this step, and its key
+        self._drawn_last: dict[str, tuple[Key, Tensor]] = {}
 
     @property
     def passes(self) -> Passes:
@@ -136,9 +139,11 @@ class Factored:
     has_compiled_passes = True
 
     def noise_bytes(self, *, compiles: bool, on_cpu: bool, free: int) -> int:
-        """See :class:`Direction`; of the tensors that have no factors."""
+        """See :class:`Direction`; of tensors without factors, and a core of the others."""
         dense = [t for t in self.dense.targets if self.shape_of(t) is None]
-        return self.dense.noise_bytes_of(dense, compiles=compiles, on_cpu=on_cpu, free=free)
+        kept = self.dense.noise_bytes_of(dense, compiles=compiles, on_cpu=on_cpu, free=free)
+        cores = (self.state_size(t) for t in self.dense.targets if self.shape_of(t) is not None)
+        return kept + 4 * sum(cores)
 
     # --- steps --------------------------------------------------------------------------------
 
@@ -146,10 +151,12 @@ class Factored:
         """See :class:`Direction`."""
         self.dense.begin(step)
         self._set_interval(step // self.refresh_every)
+        self._drawn_last.clear()
 
     def end(self) -> None:
         """See :class:`Direction`."""
         self.dense.end()
+        self._drawn_last.clear()
 
     def _set_interval(self, interval: int) -> None:
         if interval != self._interval:
@@ -234,6 +241,21 @@ class Factored:
             self._factors[target.name] = self._drawn(target, self._interval)
         return self._factors[target.name]
 
+    def core(self, target: Target, key: Key, draw: Any) -> Tensor:
+        """Return the core of a key (float32, flat); kept, as both sides and the update ask for it.
+
+        Args:
+            target: whose core it is.
+            key: names it.
+            draw: of the core, in the form that dense passes read.
+        """
+        known = self._drawn_last.get(target.name)
+        if known is None or known[0] != key:
+            device = target.parameter.device
+            known = key, self.numbers(draw, self.state_size(target), device)
+            self._drawn_last[target.name] = known
+        return known[1]
+
     def _drawn(self, target: Target, interval: int) -> tuple[Tensor | None, Tensor]:
         shape, rank = self.shape_of(target), self.rank_of(target)
         assert shape is not None
@@ -255,12 +277,15 @@ class Factored:
 
     def numbers(self, draw: Any, size: int, device: torch.device) -> Tensor:
         """Return so many numbers of a draw (float32, flat), in the form that dense passes read."""
+        passes = self.dense.probe_passes
+        if isinstance(passes, NumbaPasses):
+            return passes.numbers(size, draw)
         found = torch.empty(size, device=device)
 
         def use(part: slice, total: Tensor, bits: Tensor | None) -> None:
             found[part] = total
 
-        self.dense.probe_passes.along(found, draw, use)
+        passes.along(found, draw, use)
         return found
 
     def lifted(self, target: Target, core: Tensor, rows: Tensor | None = None) -> Factors:
@@ -303,35 +328,36 @@ class FactoredMover:
         self.moved, self.only = self.noise.moved, self.noise.only
         self._is_moved = {t.position for t in self.moved}
         self._draws: dict[int, Any] | None = None
-        self._cores: dict[str, Tensor] = {}
 
     def core(self, target: Target) -> Tensor:
         """Return the sum of the terms' cores (float32, flat)."""
-        if target.name not in self._cores:
-            if self._draws is None:
-                self._draws = self._draws_of_cores()
-            direction, device = self._direction, target.parameter.device
-            draw, size = self._draws[target.position], direction.state_size(target)
-            self._cores[target.name] = direction.numbers(draw, size, device)
-        return self._cores[target.name]
+        if self._draws is None:
+            self._draws = self._draws_of_cores()
+        direction, draw = self._direction, self._draws[target.position]
+        if len(terms := self._terms_of(target)) == 1:
+            return direction.core(target, terms[0].key, draw) * terms[0].coefficient
+        return direction.numbers(draw, direction.state_size(target), target.parameter.device)
+
+    def _terms_of(self, target: Target) -> list[Term]:
+        """Return the terms that move a target."""
+        return [t for t in self.move.terms if t.only is None or target.name in t.only]
 
     def _draws_of_cores(self) -> dict[int, Any]:
-        """Return the draws of all cores, by positions, in the form that dense passes read."""
+        """Return the draws of all cores, by positions, in the form that dense passes read.
+
+        Where a core is that of one term it is drawn without its coefficient.
+        """
         direction = self._direction
         own = {"z": "u"} if direction.kind == "uv" else {}
-        keys = [
-            direction.dense.keys(own.get(t.key.purpose, t.key.purpose), t.key.step, t.key.query)
-            for t in self.move.terms
-        ]
         numbers: dict[int, Numbers] = {}
         for target in self.moved:
-            terms = [
-                (streams[target.position], term.coefficient)
-                for streams, term in zip(keys, self.move.terms, strict=True)
-                if term.only is None or target.name in term.only
-            ]
-            k, a = zip(*terms, strict=True)
-            numbers[target.position] = Numbers(k, (0, 0), (0, 0), math.inf, a)
+            terms = self._terms_of(target)
+            streams = tuple(
+                direction.dense.keys(own.get(purpose, purpose), step, query)[target.position]
+                for step, query, purpose in (term.key for term in terms)
+            )
+            a = tuple(term.coefficient for term in terms) if len(terms) > 1 else (1.0,)
+            numbers[target.position] = Numbers(streams, (0, 0), (0, 0), math.inf, a)
         if direction.dense.probe_passes.reads_numbers:
             return dict(numbers)
         return dict(as_draws(numbers, {t.position: t.parameter.device for t in self.moved}))

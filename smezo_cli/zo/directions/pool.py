@@ -12,7 +12,7 @@ from smezo_cli.zo.directions.dense import Dense, DenseMover
 from smezo_cli.zo.move import Key, Move
 from smezo_cli.zo.noise import hash64, stream_key, uniform_at
 from smezo_cli.zo.passes.by_index import PassesByIndex
-from smezo_cli.zo.passes.choose import Passes
+from smezo_cli.zo.passes.choose import Passes, choose_looked_up
 from smezo_cli.zo.passes.draw import Rule
 from smezo_cli.zo.passes.eager import EagerPasses
 from smezo_cli.zo.targets import check, one_of
@@ -60,8 +60,6 @@ class Pool(Dense):
         ValueError: an argument out of range.
     """
 
-    has_compiled_passes = False  # numbers are looked up
-
     def __init__(self, bits: int, generators: int, modulus: str, num_queries: int) -> None:
         super().__init__("gaussian")
         check(bits in TAPS, f"bits={bits}: 4 to 16")
@@ -70,11 +68,14 @@ class Pool(Dense):
         self.bits, self.generators, self.modulus = bits, generators, modulus
         self._num_queries = num_queries
         self.size: int = 2**bits - 1
+        # The numbers of several registers have a long period, and are looked up one by one.
+        self.has_compiled_passes = not generators
 
     def bind(self, context: DirectionContext, num_terms: int) -> None:
         """See :class:`Direction`."""
         self._pools: dict[torch.device, Tensor] = {}
         self._pool = self._drawn(context.seed)
+        self._twice = torch.cat((self._pool, self._pool))
         squares = [x * x for x in self._pool.tolist()]
         self._sums: list[float] = [
             0.0,
@@ -102,8 +103,8 @@ class Pool(Dense):
         return min(self._total, self.size * max(1, self.generators))
 
     def _choose_passes(self, rule: Rule, backend: str, device: torch.device) -> tuple[Passes, str]:
-        why = "" if backend != "compiled" else "numbers of a pool are looked up, not computed"
-        return PassesByIndex(rule, self._values), why
+        period = None if self.generators else self._period
+        return choose_looked_up(rule, self._values, period, backend, device)
 
     def _eager(self, rule: Rule) -> EagerPasses:
         return PassesByIndex(rule, self._values)
@@ -120,6 +121,11 @@ class Pool(Dense):
         lane = (place + turn) % self.generators
         starts = hash64(torch.arange(self.generators, device=index.device), key[1:].repeat(2))
         return pool[(turn + (starts % self.size)[lane]) % self.size]
+
+    def _period(self, key: tuple[int, int]) -> Tensor:
+        """Return the pool as a tensor of this key reads it, from its first weight on."""
+        start = sum(key) % self.size
+        return self._twice[start : start + self.size]
 
     def keys(self, *parts: str | int) -> list[tuple[int, int]]:
         if parts[0] != "z":

@@ -29,7 +29,7 @@ class Batched:
 
     def __init__(self, model: nn.Module, probe: FunctionalProbe, name: str = "batched") -> None:
         self.name = name
-        self.points = Points(model, probe)
+        self.points = Points(model, probe, name)
         #: points at once; fewer once the memory was too small for them
         self.most: float = math.inf if name == "batched" else 1
 

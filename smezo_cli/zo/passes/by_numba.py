@@ -95,6 +95,21 @@ class NumbaPasses:
         if odd:  # the last entry is the first of a pair of its own
             one(slice(pairs, pairs + 1))
 
+    def numbers(self, size: int, draw: Draw | Numbers) -> Tensor:
+        """Return the sum_q a_q z_q of a tensor of so many weights: float32, flat.
+
+        Without chunks and threads, which cost more than a few thousand numbers do.
+        """
+        numbers, found, pairs = Numbers.of(draw), torch.empty(size), size // 2
+        flat = found.numpy()
+        halves = [(flat[:pairs], flat[pairs : 2 * pairs], 0)]
+        if size % 2:  # the last entry is the first of a pair of its own
+            halves.append((flat[-1:], torch.empty(1).numpy(), pairs))
+        for first, second, start in halves:
+            for q, (key, a) in enumerate(zip(numbers.keys, numbers.coefficients, strict=True)):
+                self._kernels.direction(self.rule.noise, q > 0)(first, second, start, key, a)
+        return found
+
     def _run(self, loop: Callable[..., None], arrays: tuple[Any, ...], plain: Any) -> None:
         """Run the loop over the halves of arrays, in threads where that pays."""
         pairs = len(arrays[0])

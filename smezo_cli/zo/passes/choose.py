@@ -11,15 +11,18 @@ it; without any of them it runs in chunks that fit the cache. All give the same 
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
 from smezo_cli.zo.passes.by_compiler import CompiledPasses, NoCompiler, compiler_settings
+from smezo_cli.zo.passes.by_index import PassesByIndex, Values
 from smezo_cli.zo.passes.by_numba import NumbaPasses
 from smezo_cli.zo.passes.by_triton import TritonPasses
 from smezo_cli.zo.passes.draw import Draw, Rule
 from smezo_cli.zo.passes.eager import EagerPasses
+from smezo_cli.zo.passes.in_periods import Period, PeriodicPasses
 
 Passes = EagerPasses | CompiledPasses | NumbaPasses | TritonPasses
 
@@ -28,22 +31,26 @@ class _Way(NamedTuple):
     """Describe one way to fuse the passes.
 
     Attributes:
-        kind: the passes.
+        kind: makes the passes of a rule.
         missing: what is said before the error that it raised.
         switches: environment variables that turn it off.
         dtypes: of weights that are moved to try it out.
     """
 
-    kind: type[Passes]
+    kind: Callable[[Rule], Passes]
     missing: str
-    switches: tuple[str, ...]
+    switches: Sequence[str]
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+
+
+def _by_numba(kind: Callable[[Rule], Passes]) -> _Way:
+    return _Way(kind, "Numba does not work here", ("NUMBA_DISABLE_JIT",))
 
 
 def _ways(device: torch.device) -> list[_Way]:
     """Return the ways to fuse passes on a device, the best one first."""
     if device.type == "cpu":
-        return [_Way(NumbaPasses, "Numba does not work here", ("NUMBA_DISABLE_JIT",))]
+        return [_by_numba(NumbaPasses)]
     missing = "no working compiler (g++ and Python's headers are needed)"
     switches = ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
     ways = [_Way(CompiledPasses, missing, switches)]
@@ -70,11 +77,49 @@ def choose_passes(rule: Rule, backend: str, device: torch.device) -> tuple[Passe
     Raises:
         NoCompiler: "compiled" was asked for and does not work here.
     """
+    return _first_that_works(rule, backend, device, _ways(device), EagerPasses)
+
+
+def choose_looked_up(
+    rule: Rule, values: Values, period: Period | None, backend: str, device: torch.device
+) -> tuple[Passes, str]:
+    """Do as :func:`choose_passes` for noise that is looked up, not computed.
+
+    Such passes are fused on a CPU, by Numba, where the noise comes again after a period.
+
+    Args:
+        rule: what is fixed for the run; its noise is not read.
+        values: gives the noise at single places.
+        period: gives a period of it; None: it has none that is short enough.
+        backend: as there.
+        device: as there.
+
+    Raises:
+        NoCompiler: "compiled" was asked for and Numba does not work here.
+    """
+
+    def eager(rule: Rule) -> PassesByIndex:
+        return PassesByIndex(rule, values)
+
+    if period is None or device.type != "cpu":
+        why = "numbers of a pool are looked up, not computed" if backend == "compiled" else ""
+        return eager(rule), why
+    way = _by_numba(lambda rule: PeriodicPasses(rule, values, period))
+    return _first_that_works(rule, backend, device, [way], eager)
+
+
+def _first_that_works(
+    rule: Rule,
+    backend: str,
+    device: torch.device,
+    ways: Sequence[_Way],
+    eager: Callable[[Rule], EagerPasses],
+) -> tuple[Passes, str]:
     if backend == "eager":
-        return EagerPasses(rule), ""
+        return eager(rule), ""
     reasons: list[str] = []
     cause: Exception | None = None
-    for way in _ways(device):
+    for way in ways:
         off = [name for name in way.switches if os.environ.get(name, "0") not in ("", "0")]
         if off:
             reasons.append(f"the compiler is off as long as {off[0]}={os.environ[off[0]]} is set")
@@ -84,7 +129,7 @@ def choose_passes(rule: Rule, backend: str, device: torch.device) -> tuple[Passe
                 warnings.simplefilter("ignore")
                 passes = way.kind(rule)
                 for dtype in way.dtypes:
-                    _try_out(passes, rule, device, dtype)
+                    _try_out(passes, eager(rule), device, dtype)
             return passes, ""
         except Exception as error:  # whatever a missing or broken tool chain raises
             cause = error
@@ -92,10 +137,10 @@ def choose_passes(rule: Rule, backend: str, device: torch.device) -> tuple[Passe
     why = "; ".join(reasons)
     if backend == "compiled":
         raise NoCompiler(why) from cause
-    return EagerPasses(rule), why
+    return eager(rule), why
 
 
-def _try_out(passes: Passes, rule: Rule, device: torch.device, dtype: torch.dtype) -> None:
+def _try_out(passes: Passes, eager: EagerPasses, device: torch.device, dtype: torch.dtype) -> None:
     """Move some weights, an odd number and more than a block of them.
 
     Raises:
@@ -107,7 +152,7 @@ def _try_out(passes: Passes, rule: Rule, device: torch.device, dtype: torch.dtyp
     draw = Draw(key[:1], key[1], key[2], number, number[None])
     found, wanted = torch.empty_like(sample), torch.empty_like(sample)
     passes.move(sample, found, draw)
-    EagerPasses(rule).move(sample, wanted, draw)
+    eager.move(sample, wanted, draw)
     if not torch.equal(found, wanted):
         raise RuntimeError(f"the bits of {passes.name} passes in {dtype} are not the eager ones")
 

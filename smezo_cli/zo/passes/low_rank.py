@@ -48,6 +48,18 @@ class Factors(NamedTuple):
         return Factors(-self.left, self.right)
 
 
+class Place(NamedTuple):
+    """Where a flat matrix lies in a larger tensor, whose masks and roundings go by flat indices.
+
+    Attributes:
+        first: index of its first entry.
+        numel: entries of the whole tensor.
+    """
+
+    first: int
+    numel: int
+
+
 def product(factors: Factors) -> Tensor:
     """Return left right: float32 (m, n), summed in the order of the rank-one products."""
     left, right = factors
@@ -167,20 +179,46 @@ class NumbaLowRank:
         self._kernels.run(loop, arrays, plain, _threads(found.numel()))
         return found
 
-    def move(self, weight: Tensor, out: Tensor, factors: Factors, numbers: Numbers) -> None:
-        """See :meth:`EagerLowRank.move`."""
-        is_same = weight.data_ptr() == out.data_ptr()
-        if weight.dtype == torch.float16:
-            self._buffered(weight, [out], factors, numbers, weight.dtype)
-        else:
-            self._run(weight, [] if is_same else [out], factors, numbers, weight.dtype)
+    def move(
+        self,
+        weight: Tensor,
+        out: Tensor,
+        factors: Factors,
+        numbers: Numbers,
+        place: Place | None = None,
+    ) -> None:
+        """See :meth:`EagerLowRank.move`; the matrix may be a part of a tensor."""
+        self._by_dtype(weight, [out], factors, numbers, weight.dtype, place)
 
     def move_both(
-        self, weight: Tensor, plus: Tensor, minus: Tensor, factors: Factors, numbers: Numbers
+        self,
+        weight: Tensor,
+        plus: Tensor,
+        minus: Tensor,
+        factors: Factors,
+        numbers: Numbers,
+        place: Place | None = None,
     ) -> None:
-        """See :meth:`EagerLowRank.move_both`."""
-        way = self._buffered if weight.dtype == torch.float16 else self._run
-        way(weight, [plus, minus], factors, numbers, None)
+        """See :meth:`EagerLowRank.move_both`; the matrix may be a part of a tensor."""
+        self._by_dtype(weight, [plus, minus], factors, numbers, None, place)
+
+    def _by_dtype(
+        self,
+        weight: Tensor,
+        outs: list[Tensor],
+        factors: Factors,
+        numbers: Numbers,
+        rounding: torch.dtype | None,
+        place: Place | None,
+    ) -> None:
+        place = place or Place(0, weight.numel())
+        if weight.dtype == torch.float16:
+            self._buffered(weight, outs, factors, numbers, rounding, place)
+        else:
+            if weight.data_ptr() == outs[0].data_ptr():
+                outs = []
+            threads = _threads(weight.numel())
+            self._run(weight, outs, factors, numbers, rounding, place, threads)
 
     def _run(
         self,
@@ -189,13 +227,10 @@ class NumbaLowRank:
         factors: Factors,
         numbers: Numbers,
         rounding: torch.dtype | None,
-        first: int = 0,
-        numel: int = 0,
+        place: Place,
+        threads: int = 1,
     ) -> None:
-        """Run the loop over a matrix, or over its rows from the entry ``first`` on.
-
-        Without outs the weight is moved where it is.
-        """
+        """Run the loop over a matrix. Without outs the weight is moved where it is."""
         rule, (left, right) = self.rule, factors
         is_pattern = weight.dtype == torch.bfloat16
         loop = self._kernels.moved_rows(
@@ -210,14 +245,13 @@ class NumbaLowRank:
         flat = [x.detach().view(torch.int16) if is_pattern else x.detach() for x in (weight, *outs)]
         matrices = [x.numpy().reshape(shape) for x in flat]
         plain = (
-            numel or weight.numel(),
+            place.numel,
             numbers.mask_key,
             numbers.round_key,
             numbers.h,
             0.0 if numbers.decay is None else numbers.decay,
         )
-        threads = 1 if numel else _threads(weight.numel())
-        self._kernels.run(loop, (left.numpy(), right.numpy(), *matrices), plain, threads, first)
+        self._kernels.run(loop, (left.numpy(), right.numpy(), *matrices), plain, threads, place[0])
 
     def _buffered(
         self,
@@ -226,14 +260,15 @@ class NumbaLowRank:
         factors: Factors,
         numbers: Numbers,
         rounding: torch.dtype | None,
+        place: Place,
     ) -> None:
         """Run the loop by way of float32, chunk by chunk of rows."""
 
         def one(rows: slice, part: slice) -> None:
             wide = weight[part].float()
             moved = [torch.empty_like(wide) for _ in outs]
-            here = factors.rows(rows)
-            self._run(wide, moved, here, numbers, rounding, part.start, weight.numel())
+            here = place._replace(first=place.first + part.start)
+            self._run(wide, moved, factors.rows(rows), numbers, rounding, here)
             for out, of_out in zip(outs, moved, strict=True):
                 out[part] = of_out
 

@@ -221,6 +221,16 @@ def blend(
         return tl.where(active, narrow(value, dtype), narrow(w, dtype))
 
 
+@triton.jit
+def pair_of(weight, pairs, is_odd: tl.constexpr, size: tl.constexpr):
+    """Counters of a program; where their pairs lie, whether they are there, and what they are."""
+    counter, pairs = block(size), tl.cast(pairs, tl.int64)
+    first, second = places(counter, pairs, is_odd)
+    has_first, has_second = counter < pairs + is_odd, counter < pairs
+    w, w_ = tl.load(weight + first, mask=has_first), tl.load(weight + second, mask=has_second)
+    return counter, first, second, has_first, has_second, w, w_
+
+
 # --- kernels ------------------------------------------------------------------------------------
 
 
@@ -245,10 +255,7 @@ def move(
     size: tl.constexpr,
 ):
     """Move pairs of weights along a draw; ``out`` may be the weight."""
-    counter, pairs = block(size), tl.cast(pairs, tl.int64)
-    first, second = places(counter, pairs, is_odd)
-    has_first, has_second = counter < pairs + is_odd, counter < pairs
-    w, w_ = tl.load(weight + first, mask=has_first), tl.load(weight + second, mask=has_second)
+    counter, first, second, has_first, has_second, w, w_ = pair_of(weight, pairs, is_odd, size)
     step, step_ = sum_of_draws(counter, keys, coefficients, queries, draws)
     active, active_ = masks_of(w, w_, counter, mask_key, tl.load(h), is_active, by_chance)
     bits, bits_ = rounding_pair(counter, words(round_key))
@@ -279,10 +286,7 @@ def move_both(
     size: tl.constexpr,
 ):
     """Move pairs of weights along a draw, and along the one with its coefficients negated."""
-    counter, pairs = block(size), tl.cast(pairs, tl.int64)
-    first, second = places(counter, pairs, is_odd)
-    has_first, has_second = counter < pairs + is_odd, counter < pairs
-    w, w_ = tl.load(weight + first, mask=has_first), tl.load(weight + second, mask=has_second)
+    counter, first, second, has_first, has_second, w, w_ = pair_of(weight, pairs, is_odd, size)
     step, step_ = sum_of_draws(counter, keys, coefficients, queries, draws)
     active, active_ = masks_of(w, w_, counter, mask_key, tl.load(h), is_active, by_chance)
     d = tl.load(decay)

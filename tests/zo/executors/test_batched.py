@@ -15,7 +15,8 @@ from smezo_cli.methods.subzero import SubZero
 from smezo_cli.methods.zo_block import ZOBlock
 from smezo_cli.models.onednn import use_onednn
 from smezo_cli.zo.optimizer import ZeroOrder
-from smezo_cli.zo.points import NotBatched
+from smezo_cli.zo.points import NotBatched, Points
+from smezo_cli.zo.probe import FunctionalProbe
 from tests.zo.test_optimizer import closure_of, language_loss, llama, mlp, seeded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -222,6 +223,18 @@ def test_what_cannot_run_as_a_batch_is_refused_in_a_sentence(what: str) -> None:
     assert words in str(refused.value)
     assert "use executor=sequential" in str(refused.value)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_refusal_names_the_executor_that_it_is_for() -> None:
+    model = Loose("sum")
+    probe = FunctionalProbe(model, list(model.parameters()))
+    pair = made("mezo", model, "sequential")._pair(0, 1e-2)
+    points = Points(model, probe, "side_path")
+    with (
+        pytest.raises(NotBatched, match=r"^executor=side_path cannot be used: the model returns"),
+        points.first(pair),
+    ):
+        REFUSED["sum"][0](model)()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

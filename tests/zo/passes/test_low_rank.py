@@ -18,7 +18,8 @@ from smezo_cli.zo.passes.low_rank import (
     product,
 )
 from smezo_cli.zo.selections.masks import RULES
-from tests.zo.passes.test_passes import BF16, DTYPES, F16, F32, draw_of, same, weight_of
+from tests.zo.passes.scales import weight_of
+from tests.zo.passes.test_passes import BF16, DTYPES, F16, F32, draw_of, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -58,7 +58,8 @@ from smezo_cli.zo.passes.by_numba import NumbaPasses, _SHARE
 from smezo_cli.zo.passes.draw import Rule
 from smezo_cli.zo.passes.eager import EagerPasses
 from tests.zo.passes.test_openmp import by_torch, layers
-from tests.zo.passes.test_passes import draw_of, moved_by, same, weight_of
+from tests.zo.passes.scales import weight_of
+from tests.zo.passes.test_passes import draw_of, moved_by, same
 
 found = {"asked": torch.get_num_threads(), "may give fewer": openmp.may_give_fewer()}
 x, said, model = torch.randn(32, 64), [], layers()

@@ -15,6 +15,7 @@ from smezo_cli.zo.passes.choose import choose_passes
 from smezo_cli.zo.passes.draw import Draw, Rule
 from smezo_cli.zo.passes.eager import EagerPasses
 from smezo_cli.zo.selections.masks import RULES
+from tests.zo.passes.scales import weight_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -22,18 +23,6 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [F32, BF16, F16]
 # Below 64 pairs compiled passes are eager ones; 70,001 is more than one eager chunk.
 SIZES = [1, 2, 3, 127, 128, 129, 1000, 4099, 70_001]
-
-
-def weight_of(numel: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Weights of all scales: ordinary ones, zeros of both signs, denormal and large ones."""
-    g = torch.Generator().manual_seed(seed)
-    weight = torch.randn(numel, generator=g)
-    weight[::7] = 0.0
-    weight[1::11] = -0.0
-    weight[2::13] *= 2.0**-24  # denormal in float16
-    weight[3::17] *= 2.0**-140  # denormal in float32
-    weight[4::19] *= 1e4
-    return weight.to(dtype)
 
 
 def draw_of(rule: Rule, queries: int = 1, *, decay: bool = False, scale: float = 0.05) -> Draw:
