@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from smezo_cli.config.digest import digest
-from smezo_cli.run import evaluate
+from smezo_cli.run import evaluate, kept_inputs
 from smezo_cli.run.begin import Run
 from smezo_cli.run.loaded import Loaded
 from smezo_cli.run.ranks import Ranks
@@ -82,12 +82,16 @@ class Evaluator:
     ) -> Evaluation:
         """Return what the model makes of rows of one task, or of one part."""
         run, team, part = self.run, self.team, self.part(rows, split, step)
+        name = kept_inputs.name_of(split, of_part, prompt)
+        keeps = self._keeps_inputs(split, prompt, step)
         if team is not None:
             team.evaluate(
                 split=split,
                 part=of_part,
                 prompt=run.notes["prompt"] if prompt is None else prompt,
                 as_it_came=self.as_it_came,
+                name=name,
+                keeps=keeps,
                 step=made,
                 scored=sorted(part.scored),
                 answered=sorted(part.answered),
@@ -98,10 +102,23 @@ class Evaluator:
             run.say(f"  {what}: {done} of {len(rows)} rows were scored before the stop")
         bar = run.console.bar(what, len(rows), done)
         try:
-            with evaluate.computing(self.loaded.scorer, split):
+            with self.loaded.scorer.forward.evaluating(name, keeps):
                 return evaluate.evaluate(self.loaded.scorer, rows, bar, run.stopped, team, part)
         except NonFiniteScore as error:
             raise SplitNotFinite(str(error), split) from error
+
+    def _keeps_inputs(self, split: str, prompt: int | None, step: int) -> bool:
+        """Return whether what enters the first trained block is kept, if the run keeps any.
+
+        It is where these rows are scored again. Ranks are not told to forget, so they keep nothing
+        under a prompt that another one may beat.
+        """
+        if self.as_it_came and self.loaded.adapter is not None:
+            return False  # with the adapter it may be other numbers
+        if split == "test":
+            return step == 0  # once before the training, and once after it
+        is_choice = prompt is not None and len(self.loaded.prompts) > 1
+        return self.team is None or not is_choice
 
     def without_adapter(self) -> "Evaluator":
         """Return the same for a model that computes without its adapter."""

@@ -27,7 +27,7 @@ from smezo_cli.methods.base import compares_losses, replays
 from smezo_cli.run import kept_inputs, mask
 from smezo_cli.run.batches import batches_of
 from smezo_cli.run.console import Console
-from smezo_cli.run.evaluate import computing, evaluate
+from smezo_cli.run.evaluate import evaluate
 from smezo_cli.run.loaded import Loaded
 from smezo_cli.run.measure import Measure
 from smezo_cli.run.method import build_method
@@ -189,6 +189,8 @@ class Follower:
         part: str,
         prompt: int | Sequence[int],
         as_it_came: bool,
+        name: str,
+        keeps: bool,
         step: int,
         scored: Sequence[int],
         answered: Sequence[int],
@@ -200,7 +202,7 @@ class Follower:
             try:
                 bar = self.console.bar("", len(rows))
                 known = Part(len(rows), scored, answered)  # what rank 0 has
-                with computing(self.loaded.scorer, split):
+                with self.loaded.scorer.forward.evaluating(name, keeps):
                     evaluate(self.loaded.scorer, rows, bar, self.team.asked, self.team, known)
             except (Stopped, NonFiniteLoss):
                 return  # rank 0 knows it, too

@@ -33,32 +33,62 @@ def check(run: Run, loaded: Loaded, method: Method) -> None:
         _begin_at(loaded, method)
 
 
-def settle(run: Run, loaded: Loaded, method: Method, rows: Rows) -> None:
-    """Let the steps and the evaluations of dev begin at the first trained block, if asked to.
+def start(run: Run, loaded: Loaded, method: Method) -> None:
+    """Let steps and evaluations begin at the first trained block, if asked to and where they can.
 
-    Raises:
-        UserError: the disk is too full; or scores would be others.
+    Evaluations of the untouched model compute all blocks, and keep what enters that one for later.
     """
     if run.settings.keep_inputs is False:
         return
     try:
-        kept = begin(loaded, method, run.folder.path, 1 if run.team is None else run.team.size)
+        begin(loaded, method, run.folder.path, 1 if run.team is None else run.team.size)
     except UserError as error:  # of keep_inputs=auto
         run.say(f"  kept    nothing: {error}")
         return
+    if run.team is not None:
+        run.team.tell("keep_inputs", folder=str(run.folder.path.absolute()))
+
+
+def settle(run: Run, loaded: Loaded, rows: Rows) -> None:
+    """Check the scores of two rows, and say how much will be kept.
+
+    Raises:
+        UserError: the disk is too full; or scores would be others.
+    """
+    if (kept := loaded.scorer.forward.kept) is None:
+        return
     _check(loaded, kept, of_one_part(rows.train)[:2])
-    size = kept.token_bytes * sum(map(_tokens, (*rows.train, *rows.dev)))
+    # Test is kept by now if it will be; dev, if its prompt was chosen by its scores.
+    to_come = [*rows.train, *([] if kept.has_batches("dev") else rows.dev)]
+    size = kept.rows.held_bytes + kept.rows.file_bytes
+    size += kept.token_bytes * sum(map(_tokens, to_come))
     held = min(size, kept.rows.budget)
     where = f"{held / 1e6:.1f} MB in memory"
     if size > held:
-        check_space(run.folder.path, size - held, "what keep_inputs keeps", _OUT)
+        left = size - held - kept.rows.file_bytes
+        check_space(run.folder.path, max(0, left), "what keep_inputs keeps", _OUT)
         where += f", {(size - held) / 1e6:.1f} MB in the run folder"
-    if run.team is not None:
-        run.team.tell("keep_inputs", folder=str(run.folder.path.absolute()))
     run.say(
         f"  kept    what enters block {kept.first} of {kept.num_blocks}, once a row (at most "
         f"{where}): steps begin there"
     )
+
+
+def name_of(split: str, part: str, prompt: int | None) -> str:
+    """Return the name under which the batches of an evaluation are kept.
+
+    Args:
+        split: of the rows.
+        part: of a mixture; "" for a single task.
+        prompt: that may be chosen; None: the chosen one.
+    """
+    return f"{split} {part} {'' if prompt is None else prompt}"
+
+
+def forget(loaded: Loaded, name: str) -> None:
+    """Drop what evaluations of a name have kept, which are not made again."""
+    if (kept := loaded.scorer.forward.kept) is not None:
+        kept.forget(name)
 
 
 def begin(loaded: Loaded, method: Method, folder: Path, ranks: int) -> KeptInputs:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from smezo_cli.config.fixed import is_frozen
+from smezo_cli.run import kept_inputs
 from smezo_cli.run.begin import Run
 from smezo_cli.run.console import in_words
 from smezo_cli.run.evaluator import Evaluator
@@ -98,7 +99,11 @@ def _choose(
             found = evaluate(loaded.encode(rows, prompt), "dev", prompt=k)
             line, of_dev = _noted(found, note)
             rank = (of_dev[found.metric], -of_dev["loss"])
-            if best is None or rank > best[0]:
+            is_best = best is None or rank > best[0]
+            if best is not None:
+                worse = best[1] if is_best else k
+                kept_inputs.forget(loaded, kept_inputs.name_of("dev", part, worse))
+            if is_best:
                 best = rank, k, found
             words = f" {'/'.join(prompt.labels)}" if prompt.labels else ""
             run.say(f"  dev{name} {line}  {prompt.template!r}{words}")

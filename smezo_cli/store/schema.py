@@ -146,8 +146,9 @@ class Result(TypedDict, total=False):
     kept_inputs: Annotated[
         Any,
         says(
-            "first_block, num_blocks: forwards of steps and of dev began at this block, whose "
-            "inputs were kept. null where that could not be; absent with keep_inputs=false."
+            "first_block, num_blocks: forwards of steps, and evaluations of rows that had been "
+            "scored before, began at this block, whose inputs were kept. null where that could "
+            "not be; absent with keep_inputs=false."
         ),
     ]
     lr: Annotated[Number | None, says("Learning rate. null where the method has none.")]
