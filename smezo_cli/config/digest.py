@@ -23,6 +23,7 @@ _NOT_IN_DIGEST_OF_MODEL = ("device_map",)
 # At this value a setting is no part of the digest, so the runs keep their names.
 ADDED_LATER = {
     **dict.fromkeys(("stop_if_diverged", "patience", "clip_projected_grad", "num_per_class")),
+    "prompt_rows": None,
     "quoting": None,
     "quantization": None,
     "objective": "loss",

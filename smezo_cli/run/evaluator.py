@@ -11,8 +11,11 @@ from smezo_cli.run.ranks import Ranks
 from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.scoring.evaluation import Evaluation
 from smezo_cli.scoring.objectives import NonFiniteScore
+from smezo_cli.scoring.parts import by_part
 from smezo_cli.store.partial_scores import Part, PartialScores
 from smezo_cli.store.saved import tensors_digest
+
+_EVERY = slice(None)
 
 
 class SplitNotFinite(NonFiniteScore):
@@ -47,6 +50,7 @@ class Evaluator:
         split: str,
         *,
         prompt: int | None = None,
+        lot: slice = _EVERY,
         step: int = 0,
         made: int = 0,
     ) -> Evaluation:
@@ -56,6 +60,7 @@ class Evaluator:
             rows: of the split.
             split: their name.
             prompt: under which they are, all of one part; None: the chosen one, or the chosen ones.
+            lot: of the :meth:`lots` of the rows, those that are evaluated.
             step: that the model's weights are of.
             made: steps that the other ranks must have made for these weights; 0: they have them.
 
@@ -65,22 +70,38 @@ class Evaluator:
         """
 
         def one(of_part: Sequence[Candidates], name: str) -> Evaluation:
-            return self._one(of_part, name, split, prompt, step, made)
+            lots = self.lots(of_part, split, name)[lot]
+            found = [self._one(of_part, at, name, split, prompt, step, made) for at in lots]
+            return Evaluation.joined(found)
 
         if prompt is not None:
             return one(rows, rows[0].part)
         return evaluate.in_parts(rows, self.loaded.task.weights, one)
 
+    def lots(self, rows: Sequence[Candidates], split: str, part: str) -> list[slice]:
+        """Return the lots in which the rows of a task or a part are evaluated, each on its own.
+
+        Dev is cut in two where its first rows decide which prompts are asked on the others, and
+        then each time, so that its batches are always the same.
+        """
+        first = self.run.settings.prompt_rows
+        is_cut = split == "dev" and first is not None and first < len(rows)
+        if not is_cut or len(by_part(self.loaded.prompts)[part]) == 1:
+            return [slice(0, len(rows))]
+        return [slice(0, first), slice(first, len(rows))]
+
     def _one(
         self,
         rows: Sequence[Candidates],
+        lot: slice,
         of_part: str,
         split: str,
         prompt: int | None,
         step: int,
         made: int,
     ) -> Evaluation:
-        """Return what the model makes of rows of one task, or of one part."""
+        """Return what the model makes of a lot of the rows of one task, or of one part."""
+        rows = rows[lot]
         run, team, part = self.run, self.team, self.part(rows, split, step)
         name = kept_inputs.name_of(split, of_part, prompt)
         keeps = self._keeps_inputs(split, prompt, step)
@@ -92,6 +113,7 @@ class Evaluator:
                 as_it_came=self.as_it_came,
                 name=name,
                 keeps=keeps,
+                lot=[lot.start, lot.stop],
                 step=made,
                 scored=sorted(part.scored),
                 answered=sorted(part.answered),

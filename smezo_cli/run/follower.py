@@ -191,11 +191,12 @@ class Follower:
         as_it_came: bool,
         name: str,
         keeps: bool,
+        lot: Sequence[int],
         step: int,
         scored: Sequence[int],
         answered: Sequence[int],
     ) -> None:
-        rows = self._rows(split, prompt, part)
+        rows = self._rows(split, prompt, part)[slice(*lot)]
         if step:
             self._advance(step)
         with self.loaded.as_it_came() if as_it_came else nullcontext():

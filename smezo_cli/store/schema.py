@@ -127,6 +127,13 @@ class Result(TypedDict, total=False):
         Prompt | list[Prompt] | None,
         says("The prompt that was chosen on dev; of a mixture the list of those of the parts."),
     ]
+    prompts_left_out: Annotated[
+        list[Prompt],
+        says(
+            "Prompts that were clearly worse on the first prompt_rows rows of dev, with what they "
+            "came to there; absent without prompt_rows."
+        ),
+    ]
     truncated_prompts: Annotated[Any, says("How many prompts were too long and cut on the left.")]
     batching: Annotated[Batching | None, says("Which rows share a forward.")]
     data_fingerprint: Annotated[Any, says("SHA-256 of the data files of the user.")]

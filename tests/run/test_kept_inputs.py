@@ -128,8 +128,8 @@ def test_a_run_of_20_steps_has_the_losses_of_the_whole_model(name: str, tmp_path
 
 @pytest.mark.parametrize(
     "more",
-    [[], ["task.prompt='{text} So'", "task.labels=[bad,good]"]],
-    ids=["prompts", "prompt"],
+    [[], ["prompt_rows=6"], ["task.prompt='{text} So'", "task.labels=[bad,good]"]],
+    ids=["prompts", "lots", "prompt"],
 )
 def test_test_rows_are_scored_from_the_block_on_as_by_the_whole_model(
     more: list[str], tmp_path: Path, monkeypatch: Any
