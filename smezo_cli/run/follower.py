@@ -214,6 +214,7 @@ class Follower:
         method = self._advance(0)  # as it came, like rank 0, if no step was made yet
         if not self._is_checked:  # it also finds where weights must be moved
             self._is_checked = True
+            kept_inputs.compute_together(self.loaded, train)
             self.loaded.scorer.model.eval()
             try:
                 method.self_check(lambda: self.loaded.scorer.loss(of_one_part(train)[:2]))

@@ -14,6 +14,7 @@ from smezo_cli.models.blocks import Blocks, begin_at
 from smezo_cli.run.begin import Run
 from smezo_cli.run.loaded import Loaded
 from smezo_cli.run.rows import Rows
+from smezo_cli.scoring.batching import batches_of_like_length
 from smezo_cli.scoring.candidates import Candidates, is_one
 from smezo_cli.scoring.kept_inputs import KeptInputs, KeptRows
 from smezo_cli.scoring.parts import of_one_part
@@ -57,6 +58,7 @@ def settle(run: Run, loaded: Loaded, rows: Rows) -> None:
     """
     if (kept := loaded.scorer.forward.kept) is None:
         return
+    compute_together(loaded, rows.train)
     _check(loaded, kept, of_one_part(rows.train)[:2])
     # Test is kept by now if it will be; dev, if its prompt was chosen by its scores.
     to_come = [*rows.train, *([] if kept.has_batches("dev") else rows.dev)]
@@ -72,6 +74,16 @@ def settle(run: Run, loaded: Loaded, rows: Rows) -> None:
         f"  kept    what enters block {kept.first} of {kept.num_blocks}, once a row (at most "
         f"{where}): steps begin there"
     )
+
+
+def compute_together(loaded: Loaded, train: Sequence[Candidates]) -> None:
+    """Compute training rows of like length in one forward, in the batches of an evaluation."""
+    kept, scorer = loaded.scorer.forward.kept, loaded.scorer
+    if kept is None or not scorer.batching.pads:
+        return
+    rows = list(dict.fromkeys(ids for row in train if (ids := _trained(row))))
+    lots = batches_of_like_length([len(ids) for ids in rows], scorer.most_tokens)
+    kept.compute_together([[rows[i] for i in chosen] for chosen in lots])
 
 
 def name_of(split: str, part: str, prompt: int | None) -> str:
@@ -165,6 +177,15 @@ def _check(loaded: Loaded, kept: KeptInputs, rows: Sequence[Candidates]) -> None
                 f"{difference:.2g} from those of the whole model, which is more than rounding: "
                 f"{_OUT}."
             )
+
+
+def _trained(row: Candidates) -> tuple[int, ...]:
+    """Return the sequence that a step asks for; () where it asks for several."""
+    if row.mask is not None:
+        return row.context
+    if row.kind == "classification":
+        return row.full[0][:-1] if row.shares_prefix else ()
+    return row.full[row.gold][:-1] if row.gold >= 0 else ()
 
 
 def _tokens(row: Candidates) -> int:

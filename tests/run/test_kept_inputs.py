@@ -291,7 +291,9 @@ def test_scores_that_would_be_others_are_refused(tmp_path: Path, monkeypatch: An
     """Whatever a model may do between its blocks."""
     real: Callable[..., Any] = kept_inputs.KeptInputs.__dict__["_computed"]
     monkeypatch.setattr(
-        kept_inputs.KeptInputs, "_computed", lambda self, ids: real(self, ids) * 1.1
+        kept_inputs.KeptInputs,
+        "_computed",
+        lambda self, group: [of * 1.1 for of in real(self, group)],
     )
     words = [*SMALL, *SHORT, *CASES["llama"], "keep_inputs=true"]
     with pytest.raises(UserError, match="which is more than rounding: leave keep_inputs out"):

@@ -236,6 +236,28 @@ def test_gradients_of_the_last_block_are_those_of_the_whole_model(name: str) -> 
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rows_that_are_computed_together_are_those_of_the_whole_model(name: str) -> None:
+    """The same bits in whatever order they come first; a group is one forward."""
+    scorer = scorer_of(name)
+    rows = labelled([1, 12, 3, 30, 7, 30], masked=name == FAMILIES[-1])
+    ids = [row.context if row.mask is not None else row.full[0][:-1] for row in rows]
+    calls, found = counted(scorer), list[Tensor]()
+    with torch.no_grad():
+        whole = scorer.scores(rows)
+        for order in ([0, 1, 2, 3, 4, 5], [5, 2, 0, 4, 1, 3]):
+            with keeping(scorer) as kept:
+                kept.compute_together([[ids[k] for k in (0, 2, 4)], [ids[k] for k in (1, 3)]])
+                calls.clear()
+                for k in order:
+                    scorer.scores([rows[k]])
+                assert len(calls) == 3  # two groups, and the last row by itself
+                found.append(scorer.scores(rows))
+                assert len(calls) == 3
+    torch.testing.assert_close(found[0], whole, rtol=0, atol=FP32)
+    assert torch.equal(found[0], found[1])
+
+
 def test_states_do_not_hang_on_the_batch_in_which_a_row_came_first() -> None:
     """So a run that goes on computes the same bits, and every rank does."""
     scorer, rows = scorer_of("tiny-llama"), labelled([1, 12, 3, 30, 7])
