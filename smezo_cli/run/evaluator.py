@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from smezo_cli.config.digest import digest
-from smezo_cli.run import evaluate, kept_inputs
+from smezo_cli.errors import UserError
+from smezo_cli.run import evaluate, kept_inputs, score_cache
 from smezo_cli.run.begin import Run
 from smezo_cli.run.loaded import Loaded
 from smezo_cli.run.ranks import Ranks
@@ -14,6 +16,7 @@ from smezo_cli.scoring.objectives import NonFiniteScore
 from smezo_cli.scoring.parts import by_part
 from smezo_cli.store.partial_scores import Part, PartialScores
 from smezo_cli.store.saved import tensors_digest
+from smezo_cli.store.score_cache import ScoreCache
 
 _EVERY = slice(None)
 
@@ -103,6 +106,8 @@ class Evaluator:
         """Return what the model makes of a lot of the rows of one task, or of one part."""
         rows = rows[lot]
         run, team, part = self.run, self.team, self.part(rows, split, step)
+        cache = self._cache if step == 0 else None
+        is_known = cache is not None and part.is_empty and cache.fill(part, rows)
         name = kept_inputs.name_of(split, of_part, prompt)
         keeps = self._keeps_inputs(split, prompt, step)
         if team is not None:
@@ -120,14 +125,27 @@ class Evaluator:
             )
         done = len(part.answered if self.loaded.task.kind == "generation" else part.scored)
         what = f"{split} {of_part}".strip()
-        if done:
+        if is_known:
+            run.say(f"  {what}: scores of an earlier run (cache_scores=false computes them anew)")
+        elif done:
             run.say(f"  {what}: {done} of {len(rows)} rows were scored before the stop")
         bar = run.console.bar(what, len(rows), done)
         try:
             with self.loaded.scorer.forward.evaluating(name, keeps):
-                return evaluate.evaluate(self.loaded.scorer, rows, bar, run.stopped, team, part)
+                found = evaluate.evaluate(self.loaded.scorer, rows, bar, run.stopped, team, part)
         except NonFiniteScore as error:
             raise SplitNotFinite(str(error), split) from error
+        if cache is not None and not is_known:
+            try:
+                cache.keep(rows, found.scores, found.texts)
+            except UserError as error:
+                run.say(f"  {what}: scores are not kept for other runs: {error}")
+        return found
+
+    @cached_property
+    def _cache(self) -> ScoreCache | None:
+        """Where scores of the untouched model are kept; None where they are not."""
+        return score_cache.of(self.run, self.loaded)
 
     def _keeps_inputs(self, split: str, prompt: int | None, step: int) -> bool:
         """Return whether what enters the first trained block is kept, if the run keeps any.
