@@ -14,7 +14,7 @@ from smezo_cli.config.settings import SETTINGS
 # Cannot change a result, hence not part of a run's digest.
 _NOT_IN_DIGEST = (
     *("name", "runs_dir", "logger", "if_exists", "compile", "hydra", "full_save_every"),
-    *("micro_batch_size", "query_ranks", "rank_backend"),
+    *("micro_batch_size", "query_ranks", "rank_backend", "cache_scores"),
 )
 
 _NOT_IN_DIGEST_OF_MODEL = ("device_map",)
@@ -23,6 +23,7 @@ _NOT_IN_DIGEST_OF_MODEL = ("device_map",)
 # At this value a setting is no part of the digest, so the runs keep their names.
 ADDED_LATER = {
     **dict.fromkeys(("stop_if_diverged", "patience", "clip_projected_grad", "num_per_class")),
+    "prompt_rows": None,
     "quoting": None,
     "quantization": None,
     "objective": "loss",
@@ -33,8 +34,9 @@ ADDED_LATER = {
     "sfc_prompt": None,
 }
 
-_ADDED_LATER_OF_MACHINES = {"micro_batch_size": None, "query_ranks": 1, "rank_backend": "gloo"} | {
-    "full_save_every": FULL_SAVE_EVERY
+_ADDED_LATER_OF_MACHINES = {
+    **{"micro_batch_size": None, "query_ranks": 1, "rank_backend": "gloo", "cache_scores": False},
+    "full_save_every": FULL_SAVE_EVERY,
 }
 
 

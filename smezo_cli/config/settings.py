@@ -77,6 +77,8 @@ class Settings:
     warmup_steps: Annotated[int, Whole(0, example="0")]
     keep: Annotated[str, Choice("best", "last", "all")]
     zero_shot: Annotated[bool, Choice(True, False)]
+    cache_scores: Annotated[bool, Choice(True, False)]
+    prompt_rows: Annotated[int | None, Whole(2, example="100")]
     full_save_every: Annotated[int, Whole(1, example="500")]
     device: Annotated[str, DEVICE]
     dtype: Annotated[str, DTYPE]

@@ -157,6 +157,7 @@ NULLABLE = {
     "patience",
     "compute_dtype",
     "micro_batch_size",
+    "prompt_rows",
     "model.bos_token",
     "model.compute_dtype",
     "model.device_map",

@@ -20,12 +20,14 @@ class Kept:
         blocks: how many there are.
         token: of one token of a row.
         most: of all rows, each as long as it may be; None where their number is not known.
+        leaves_test: test rows are kept and not counted, as their number is not known.
     """
 
     first: int
     blocks: int
     token: int
     most: int | None
+    leaves_test: bool = False
 
     def in_memory(self, free: int) -> int:
         """Return how much of it is held in memory, where so much is free."""
@@ -34,13 +36,19 @@ class Kept:
     @property
     def sentence(self) -> str:
         """Return what is assumed of it."""
-        where = f"steps and evaluations of dev begin at block {self.first} of {self.blocks}"
+        where = (
+            f"steps and evaluations of trained weights begin at block {self.first} of {self.blocks}"
+        )
         if self.most is None:
             return (
                 f"{where}; what enters it ({self.token:,} bytes a token) is not counted, as the "
                 "number of rows is not known"
             )
-        return f"{where}; what enters it is kept, and computed once a row (not counted in forwards)"
+        test = ", test rows not counted as task.num_test is null" if self.leaves_test else ""
+        return (
+            f"{where}; what enters it is kept, and computed once a row (not counted in "
+            f"forwards{test})"
+        )
 
 
 def kept(run: DryRun, method: Any) -> Kept | None:
@@ -65,11 +73,13 @@ def kept(run: DryRun, method: Any) -> Kept | None:
     train, dev = losses.num_train(s), s.task["num_dev"]
     if (each := s.task.get("num_per_class")) and "classes" in s.task.get("source", {}):
         dev = each * len(s.task["source"]["classes"])
+    test = s.task["num_test"] if s.zero_shot else 0  # else they are scored once
     most = None
     if train is not None and dev is not None:
-        row, of_dev = (run.rows(1, n)[0] for n in (run.lengths.training, run.lengths.evaluation))
-        most = token * (train * _trained(row) + dev * (of_dev.num_tokens + _of_base(of_dev)))
-    return Kept(first, len(blocks.modules), token, most)
+        row, other = (run.rows(1, n)[0] for n in (run.lengths.training, run.lengths.evaluation))
+        of_evaluation = (dev + (test or 0)) * (other.num_tokens + _of_base(other))
+        most = token * (train * _trained(row) + of_evaluation)
+    return Kept(first, len(blocks.modules), token, most, leaves_test=test is None)
 
 
 def _trained(row: Any) -> int:

@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -97,14 +96,6 @@ def evaluate(
         bases = team.add_tensor(bases)
     answered = [texts[i] for i in range(len(rows))] if answers else ()
     return Evaluation(rows, part.table(0), answered, bases)
-
-
-def computing(scorer: Scorer, split: str) -> AbstractContextManager[None]:
-    """Inside, rows of a split are scored, those of dev from the first trained block on.
-
-    Test rows are scored once, as before the training: there is nothing to keep of them.
-    """
-    return scorer.forward.whole() if split == "test" else nullcontext()
 
 
 def in_parts(

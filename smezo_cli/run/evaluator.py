@@ -2,17 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from smezo_cli.config.digest import digest
-from smezo_cli.run import evaluate
+from smezo_cli.errors import UserError
+from smezo_cli.run import evaluate, kept_inputs, score_cache
 from smezo_cli.run.begin import Run
 from smezo_cli.run.loaded import Loaded
 from smezo_cli.run.ranks import Ranks
 from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.scoring.evaluation import Evaluation
 from smezo_cli.scoring.objectives import NonFiniteScore
+from smezo_cli.scoring.parts import by_part
 from smezo_cli.store.partial_scores import Part, PartialScores
 from smezo_cli.store.saved import tensors_digest
+from smezo_cli.store.score_cache import ScoreCache
+
+_EVERY = slice(None)
 
 
 class SplitNotFinite(NonFiniteScore):
@@ -47,6 +53,7 @@ class Evaluator:
         split: str,
         *,
         prompt: int | None = None,
+        lot: slice = _EVERY,
         step: int = 0,
         made: int = 0,
     ) -> Evaluation:
@@ -56,6 +63,7 @@ class Evaluator:
             rows: of the split.
             split: their name.
             prompt: under which they are, all of one part; None: the chosen one, or the chosen ones.
+            lot: of the :meth:`lots` of the rows, those that are evaluated.
             step: that the model's weights are of.
             made: steps that the other ranks must have made for these weights; 0: they have them.
 
@@ -65,43 +73,92 @@ class Evaluator:
         """
 
         def one(of_part: Sequence[Candidates], name: str) -> Evaluation:
-            return self._one(of_part, name, split, prompt, step, made)
+            lots = self.lots(of_part, split, name)[lot]
+            found = [self._one(of_part, at, name, split, prompt, step, made) for at in lots]
+            return Evaluation.joined(found)
 
         if prompt is not None:
             return one(rows, rows[0].part)
         return evaluate.in_parts(rows, self.loaded.task.weights, one)
 
+    def lots(self, rows: Sequence[Candidates], split: str, part: str) -> list[slice]:
+        """Return the lots in which the rows of a task or a part are evaluated, each on its own.
+
+        Dev is cut in two where its first rows decide which prompts are asked on the others, and
+        then each time, so that its batches are always the same.
+        """
+        first = self.run.settings.prompt_rows
+        is_cut = split == "dev" and first is not None and first < len(rows)
+        if not is_cut or len(by_part(self.loaded.prompts)[part]) == 1:
+            return [slice(0, len(rows))]
+        return [slice(0, first), slice(first, len(rows))]
+
     def _one(
         self,
         rows: Sequence[Candidates],
+        lot: slice,
         of_part: str,
         split: str,
         prompt: int | None,
         step: int,
         made: int,
     ) -> Evaluation:
-        """Return what the model makes of rows of one task, or of one part."""
+        """Return what the model makes of a lot of the rows of one task, or of one part."""
+        rows = rows[lot]
         run, team, part = self.run, self.team, self.part(rows, split, step)
+        cache = self._cache if step == 0 else None
+        is_known = cache is not None and part.is_empty and cache.fill(part, rows)
+        name = kept_inputs.name_of(split, of_part, prompt)
+        keeps = self._keeps_inputs(split, prompt, step)
         if team is not None:
             team.evaluate(
                 split=split,
                 part=of_part,
                 prompt=run.notes["prompt"] if prompt is None else prompt,
                 as_it_came=self.as_it_came,
+                name=name,
+                keeps=keeps,
+                lot=[lot.start, lot.stop],
                 step=made,
                 scored=sorted(part.scored),
                 answered=sorted(part.answered),
             )
         done = len(part.answered if self.loaded.task.kind == "generation" else part.scored)
         what = f"{split} {of_part}".strip()
-        if done:
+        if is_known:
+            run.say(f"  {what}: scores of an earlier run (cache_scores=false computes them anew)")
+        elif done:
             run.say(f"  {what}: {done} of {len(rows)} rows were scored before the stop")
         bar = run.console.bar(what, len(rows), done)
         try:
-            with evaluate.computing(self.loaded.scorer, split):
-                return evaluate.evaluate(self.loaded.scorer, rows, bar, run.stopped, team, part)
+            with self.loaded.scorer.forward.evaluating(name, keeps):
+                found = evaluate.evaluate(self.loaded.scorer, rows, bar, run.stopped, team, part)
         except NonFiniteScore as error:
             raise SplitNotFinite(str(error), split) from error
+        if cache is not None and not is_known:
+            try:
+                cache.keep(rows, found.scores, found.texts)
+            except UserError as error:
+                run.say(f"  {what}: scores are not kept for other runs: {error}")
+        return found
+
+    @cached_property
+    def _cache(self) -> ScoreCache | None:
+        """Where scores of the untouched model are kept; None where they are not."""
+        return score_cache.of(self.run, self.loaded)
+
+    def _keeps_inputs(self, split: str, prompt: int | None, step: int) -> bool:
+        """Return whether what enters the first trained block is kept, if the run keeps any.
+
+        It is where these rows are scored again. Ranks are not told to forget, so they keep nothing
+        under a prompt that another one may beat.
+        """
+        if self.as_it_came and self.loaded.adapter is not None:
+            return False  # with the adapter it may be other numbers
+        if split == "test":
+            return step == 0  # once before the training, and once after it
+        is_choice = prompt is not None and len(self.loaded.prompts) > 1
+        return self.team is None or not is_choice
 
     def without_adapter(self) -> "Evaluator":
         """Return the same for a model that computes without its adapter."""

@@ -27,7 +27,7 @@ from smezo_cli.methods.base import compares_losses, replays
 from smezo_cli.run import kept_inputs, mask
 from smezo_cli.run.batches import batches_of
 from smezo_cli.run.console import Console
-from smezo_cli.run.evaluate import computing, evaluate
+from smezo_cli.run.evaluate import evaluate
 from smezo_cli.run.loaded import Loaded
 from smezo_cli.run.measure import Measure
 from smezo_cli.run.method import build_method
@@ -189,18 +189,21 @@ class Follower:
         part: str,
         prompt: int | Sequence[int],
         as_it_came: bool,
+        name: str,
+        keeps: bool,
+        lot: Sequence[int],
         step: int,
         scored: Sequence[int],
         answered: Sequence[int],
     ) -> None:
-        rows = self._rows(split, prompt, part)
+        rows = self._rows(split, prompt, part)[slice(*lot)]
         if step:
             self._advance(step)
         with self.loaded.as_it_came() if as_it_came else nullcontext():
             try:
                 bar = self.console.bar("", len(rows))
                 known = Part(len(rows), scored, answered)  # what rank 0 has
-                with computing(self.loaded.scorer, split):
+                with self.loaded.scorer.forward.evaluating(name, keeps):
                     evaluate(self.loaded.scorer, rows, bar, self.team.asked, self.team, known)
             except (Stopped, NonFiniteLoss):
                 return  # rank 0 knows it, too
@@ -211,6 +214,7 @@ class Follower:
         method = self._advance(0)  # as it came, like rank 0, if no step was made yet
         if not self._is_checked:  # it also finds where weights must be moved
             self._is_checked = True
+            kept_inputs.compute_together(self.loaded, train)
             self.loaded.scorer.model.eval()
             try:
                 method.self_check(lambda: self.loaded.scorer.loss(of_one_part(train)[:2]))

@@ -14,6 +14,7 @@ from smezo_cli.models.blocks import Blocks, begin_at
 from smezo_cli.run.begin import Run
 from smezo_cli.run.loaded import Loaded
 from smezo_cli.run.rows import Rows
+from smezo_cli.scoring.batching import batches_of_like_length
 from smezo_cli.scoring.candidates import Candidates, is_one
 from smezo_cli.scoring.kept_inputs import KeptInputs, KeptRows
 from smezo_cli.scoring.parts import of_one_part
@@ -33,32 +34,73 @@ def check(run: Run, loaded: Loaded, method: Method) -> None:
         _begin_at(loaded, method)
 
 
-def settle(run: Run, loaded: Loaded, method: Method, rows: Rows) -> None:
-    """Let the steps and the evaluations of dev begin at the first trained block, if asked to.
+def start(run: Run, loaded: Loaded, method: Method) -> None:
+    """Let steps and evaluations begin at the first trained block, if asked to and where they can.
 
-    Raises:
-        UserError: the disk is too full; or scores would be others.
+    Evaluations of the untouched model compute all blocks, and keep what enters that one for later.
     """
     if run.settings.keep_inputs is False:
         return
     try:
-        kept = begin(loaded, method, run.folder.path, 1 if run.team is None else run.team.size)
+        begin(loaded, method, run.folder.path, 1 if run.team is None else run.team.size)
     except UserError as error:  # of keep_inputs=auto
         run.say(f"  kept    nothing: {error}")
         return
+    if run.team is not None:
+        run.team.tell("keep_inputs", folder=str(run.folder.path.absolute()))
+
+
+def settle(run: Run, loaded: Loaded, rows: Rows) -> None:
+    """Check the scores of two rows, and say how much will be kept.
+
+    Raises:
+        UserError: the disk is too full; or scores would be others.
+    """
+    if (kept := loaded.scorer.forward.kept) is None:
+        return
+    compute_together(loaded, rows.train)
     _check(loaded, kept, of_one_part(rows.train)[:2])
-    size = kept.token_bytes * sum(map(_tokens, (*rows.train, *rows.dev)))
+    # Test is kept by now if it will be; dev, if its prompt was chosen by its scores.
+    to_come = [*rows.train, *([] if kept.has_batches("dev") else rows.dev)]
+    size = kept.rows.held_bytes + kept.rows.file_bytes
+    size += kept.token_bytes * sum(map(_tokens, to_come))
     held = min(size, kept.rows.budget)
     where = f"{held / 1e6:.1f} MB in memory"
     if size > held:
-        check_space(run.folder.path, size - held, "what keep_inputs keeps", _OUT)
+        left = size - held - kept.rows.file_bytes
+        check_space(run.folder.path, max(0, left), "what keep_inputs keeps", _OUT)
         where += f", {(size - held) / 1e6:.1f} MB in the run folder"
-    if run.team is not None:
-        run.team.tell("keep_inputs", folder=str(run.folder.path.absolute()))
     run.say(
         f"  kept    what enters block {kept.first} of {kept.num_blocks}, once a row (at most "
         f"{where}): steps begin there"
     )
+
+
+def compute_together(loaded: Loaded, train: Sequence[Candidates]) -> None:
+    """Compute training rows of like length in one forward, in the batches of an evaluation."""
+    kept, scorer = loaded.scorer.forward.kept, loaded.scorer
+    if kept is None or not scorer.batching.pads:
+        return
+    rows = list(dict.fromkeys(ids for row in train if (ids := _trained(row))))
+    lots = batches_of_like_length([len(ids) for ids in rows], scorer.most_tokens)
+    kept.compute_together([[rows[i] for i in chosen] for chosen in lots])
+
+
+def name_of(split: str, part: str, prompt: int | None) -> str:
+    """Return the name under which the batches of an evaluation are kept.
+
+    Args:
+        split: of the rows.
+        part: of a mixture; "" for a single task.
+        prompt: that may be chosen; None: the chosen one.
+    """
+    return f"{split} {part} {'' if prompt is None else prompt}"
+
+
+def forget(loaded: Loaded, name: str) -> None:
+    """Drop what evaluations of a name have kept, which are not made again."""
+    if (kept := loaded.scorer.forward.kept) is not None:
+        kept.forget(name)
 
 
 def begin(loaded: Loaded, method: Method, folder: Path, ranks: int) -> KeptInputs:
@@ -135,6 +177,15 @@ def _check(loaded: Loaded, kept: KeptInputs, rows: Sequence[Candidates]) -> None
                 f"{difference:.2g} from those of the whole model, which is more than rounding: "
                 f"{_OUT}."
             )
+
+
+def _trained(row: Candidates) -> tuple[int, ...]:
+    """Return the sequence that a step asks for; () where it asks for several."""
+    if row.mask is not None:
+        return row.context
+    if row.kind == "classification":
+        return row.full[0][:-1] if row.shares_prefix else ()
+    return row.full[row.gold][:-1] if row.gold >= 0 else ()
 
 
 def _tokens(row: Candidates) -> int:

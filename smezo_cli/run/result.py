@@ -83,7 +83,7 @@ def of(
         "recipes": run.recipes,
         "test": test,
         **_found(run, notes),
-        **_of_rows(so_far, notes),
+        **_of_rows(run, so_far, notes),
         **_of_model(run, so_far.loaded, notes),
         **_of_training(run, so_far, notes),
         **_of_machine(run, so_far, notes),
@@ -111,7 +111,7 @@ def _found(run: Run, notes: Notes) -> dict[str, Any]:
     }
 
 
-def _of_rows(so_far: SoFar, notes: Notes) -> dict[str, Any]:
+def _of_rows(run: Run, so_far: SoFar, notes: Notes) -> dict[str, Any]:
     """Return the prompt, and what a reader must know of the rows."""
     task = None if so_far.loaded is None else so_far.loaded.task
     data_notes: list[str] = []
@@ -120,11 +120,19 @@ def _of_rows(so_far: SoFar, notes: Notes) -> dict[str, Any]:
         data_notes = [*task.notes, *left]
     return {
         "prompt": noted_prompt(notes) if "prompt" in notes else None,
+        **_left_out(run, notes),
         "truncated_prompts": notes.get("truncated"),
         "batching": notes.get("batching"),
         "data_fingerprint": None if task is None else task.fingerprint,
         "data_notes": data_notes,
     }
+
+
+def _left_out(run: Run, notes: Notes) -> dict[str, Any]:
+    """Return the prompts that the first rows of dev ruled out: nothing where nobody asked."""
+    if run.settings.prompt_rows is None:
+        return {}
+    return {"prompts_left_out": [of for of in notes.get("prompts", ()) if "left_out" in of]}
 
 
 def _of_model(run: Run, loaded: Loaded | None, notes: Notes) -> dict[str, Any]:

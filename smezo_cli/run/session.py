@@ -121,6 +121,7 @@ def _with_steps(run: Run, so_far: SoFar, loaded: Loaded, evaluate: Evaluator) ->
     moved = numerics.Numerics(method, s.seed, run.notes)  # from the base model on
     run.stop.patient = True  # from here on there is a state to save
     zero_shot.choose_batching(run, loaded)
+    kept_inputs.start(run, loaded, method)
     with loaded.as_it_came():
         as_it_came = evaluate.without_adapter()
         zero_shot.choose_prompt(run, as_it_came)
@@ -133,7 +134,7 @@ def _with_steps(run: Run, so_far: SoFar, loaded: Loaded, evaluate: Evaluator) ->
     if not is_checked:
         self_check.check(run, loaded, method, so_far.rows.train)
     batches = batches_of(so_far.rows.train, s.batch_size, s.seed, s.batch_order)
-    kept_inputs.settle(run, loaded, method, so_far.rows)
+    kept_inputs.settle(run, loaded, so_far.rows)
     prepare(run, method, measure, batches)
     allocator.give_back()
     so_far.loggers = loggers_of(run)

@@ -1,25 +1,30 @@
 """Ask the model as it comes: choose the prompt and fit label offsets on dev, score the test."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from smezo_cli.config.fixed import is_frozen
+from smezo_cli.run import kept_inputs
 from smezo_cli.run.begin import Run
 from smezo_cli.run.console import in_words
 from smezo_cli.run.evaluator import Evaluator
 from smezo_cli.run.loaded import Loaded
 from smezo_cli.run.rows import Rows
 from smezo_cli.scoring.batching import Found
+from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.scoring.evaluation import Evaluation
+from smezo_cli.scoring.metrics import paired_gain
 from smezo_cli.scoring.mixture import MixedEvaluation
 from smezo_cli.scoring.parts import by_part
 from smezo_cli.store.notes import Notes, chosen_prompts
-from smezo_cli.store.values import Metrics
+from smezo_cli.store.values import LeftOut, Metrics
 from smezo_cli.store.values import Prompt as PromptNote
 from smezo_cli.tasks import Prompt
+
+_CLEARLY = 2.0  # standard errors by which a prompt is worse, to be left out
 
 
 def choose_batching(run: Run, loaded: Loaded, again: bool = False) -> None:
@@ -84,6 +89,9 @@ def _choose(
     first = len(notes["prompts"])
     name = f" {part}" if part else ""
     best: tuple[tuple[float, float], int, Evaluation] | None = None
+    encoded = {k: loaded.encode(rows, prompt) for k, prompt in enumerate(prompts, first)}
+    begun = _first_lot(evaluate, encoded, part)
+    left_out = _left_out(begun)
     for k, prompt in enumerate(prompts, first):
         note: PromptNote = {
             "template": prompt.template,
@@ -94,19 +102,65 @@ def _choose(
             note["sfc"] = prompt.sfc
         if part:
             note["part"] = part
-        if len(prompts) > 1 or calibrates:
-            found = evaluate(loaded.encode(rows, prompt), "dev", prompt=k)
+        words = f" {'/'.join(prompt.labels)}" if prompt.labels else ""
+        if k in left_out:
+            kept_inputs.forget(loaded, kept_inputs.name_of("dev", part, k))
+            line, _ = _noted(begun[k], note)
+            note["left_out"] = behind = left_out[k]
+            run.say(
+                f"  dev{name} {line}  {prompt.template!r}{words}, on {behind['rows']} rows: left "
+                f"out, {behind['gain']:.4f} +- {behind['standard_error']:.4f} behind"
+            )
+        elif len(prompts) > 1 or calibrates:
+            lots = [begun[k]] if k in begun else []
+            lots.append(evaluate(encoded[k], "dev", prompt=k, lot=slice(len(lots), None)))
+            found = Evaluation.joined(lots)
             line, of_dev = _noted(found, note)
-            rank = (of_dev[found.metric], -of_dev["loss"])
-            if best is None or rank > best[0]:
+            rank = _rank(of_dev, found.metric)
+            is_best = best is None or rank > best[0]
+            if best is not None:
+                worse = best[1] if is_best else k
+                kept_inputs.forget(loaded, kept_inputs.name_of("dev", part, worse))
+            if is_best:
                 best = rank, k, found
-            words = f" {'/'.join(prompt.labels)}" if prompt.labels else ""
             run.say(f"  dev{name} {line}  {prompt.template!r}{words}")
         notes["prompts"].append(note)
     number = first if best is None else best[1]
     if len(prompts) > 1:
         run.say(f"  chosen on dev{name}: {prompts[number - first].template!r}")
     return number, None if best is None else best[2]
+
+
+def _first_lot(
+    evaluate: Evaluator, encoded: Mapping[int, Sequence[Candidates]], part: str
+) -> dict[int, Evaluation]:
+    """Return the first rows of dev under each prompt; nothing where all rows are of one lot."""
+    rows = next(iter(encoded.values()))
+    if len(evaluate.lots(rows, "dev", part)) == 1:
+        return {}
+    return {k: evaluate(of, "dev", prompt=k, lot=slice(0, 1)) for k, of in encoded.items()}
+
+
+def _left_out(begun: Mapping[int, Evaluation]) -> dict[int, LeftOut]:
+    """Return the prompts that are clearly worse than the best one on the first rows, and by what.
+
+    The rows are the same, so the difference is paired. Offsets are fitted under each prompt alone.
+    """
+    if not begun:
+        return {}
+    offsets = {k: found.fit_offsets() for k, found in begun.items()}
+    ranks = {k: _rank(found.figures(offsets[k]), found.metric) for k, found in begun.items()}
+    best = max(begun, key=lambda k: ranks[k])
+    of_best, found = begun[best].per_row(offsets[best]), dict[int, LeftOut]()
+    for k, other in begun.items():
+        gain, error = paired_gain(of_best, other.per_row(offsets[k]))
+        if k != best and gain > _CLEARLY * error:
+            found[k] = {"rows": len(of_best), "gain": gain, "standard_error": error}
+    return found
+
+
+def _rank(of_dev: Metrics, metric: str) -> tuple[float, float]:
+    return of_dev[metric], -of_dev["loss"]
 
 
 def _noted(found: Evaluation, note: PromptNote) -> tuple[str, Metrics]:

@@ -1,11 +1,13 @@
 """Compute metrics and predictions from the scores of the rows of a split."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from smezo_cli.kinds import METRICS
 from smezo_cli.scoring import metrics
@@ -36,6 +38,23 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         check_scores(self.rows, self.scores, self.texts)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Evaluation"]) -> "Evaluation":
+        """Return the evaluation of rows that were evaluated in several lots, in their order."""
+        if len(parts) == 1:
+            return parts[0]
+        width = max(part.scores.shape[1] for part in parts)
+        scores = [
+            F.pad(part.scores, (0, width - part.scores.shape[1]), value=-math.inf) for part in parts
+        ]
+        bases = [part.bases for part in parts if part.bases is not None]
+        return cls(
+            [row for part in parts for row in part.rows],
+            torch.cat(scores),
+            [text for part in parts for text in part.texts],
+            torch.cat(bases) if bases else None,
+        )
 
     @property
     def kind(self) -> str:

@@ -70,9 +70,19 @@ class Forward:
 
         Args:
             sequences: whole; as :meth:`padded` they are the model's ``input_ids``.
-            starts: how many tokens of each are in a cache, and not among these ids.
+            starts: how many tokens of each are in a cache, and not among these ids; None: the
+                forward has no cache.
         """
         return nullcontext() if self.kept is None else self.kept.giving(sequences, starts)
+
+    def evaluating(self, name: str, keeps: bool) -> AbstractContextManager[None]:
+        """Inside, forwards are those of an evaluation: what is kept of its batches is used, if any.
+
+        Args:
+            name: under which batches are kept.
+            keeps: keep what enters the block of batches that are not kept yet.
+        """
+        return nullcontext() if self.kept is None else self.kept.evaluating(name, keeps)
 
     @contextmanager
     def whole(self) -> Iterator[None]:

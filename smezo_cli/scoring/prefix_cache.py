@@ -149,7 +149,7 @@ def logits_behind_prefixes(
         (option tokens, vocabulary), candidate after candidate.
     """
     prefixes = [c.full[0][: c.prefix] for c in batch]
-    with forward.giving(prefixes):
+    with forward.giving(prefixes, [0] * len(prefixes)):
         _fill(forward, prefixes, cache)
     owner = [i for i, c in enumerate(batch) for _ in c.full]
     rows = forward.tensor(owner)

@@ -91,7 +91,7 @@ class PartialScores:
         if about != self._about:  # the evaluations before were of other weights
             self._about, self._parts = about, {}
             self._found = self._load()
-        keys = _keys(split, rows)
+        keys = keys_of(split, rows)
         name = hashlib.sha256("".join(sorted(keys)).encode()).hexdigest()[:32]
         if name not in self._parts:
             self._parts[name] = self._filled(name, keys), keys
@@ -178,7 +178,7 @@ class PartialScores:
         return part
 
 
-def _keys(split: str, rows: Sequence[Candidates]) -> list[str]:
+def keys_of(split: str, rows: Sequence[Candidates]) -> list[str]:
     """Return a digest of each row: its split, its id, its tokens, how often it came before."""
     seen, keys = Counter[str](), []
     for row in rows:

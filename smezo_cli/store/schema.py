@@ -127,6 +127,13 @@ class Result(TypedDict, total=False):
         Prompt | list[Prompt] | None,
         says("The prompt that was chosen on dev; of a mixture the list of those of the parts."),
     ]
+    prompts_left_out: Annotated[
+        list[Prompt],
+        says(
+            "Prompts that were clearly worse on the first prompt_rows rows of dev, with what they "
+            "came to there; absent without prompt_rows."
+        ),
+    ]
     truncated_prompts: Annotated[Any, says("How many prompts were too long and cut on the left.")]
     batching: Annotated[Batching | None, says("Which rows share a forward.")]
     data_fingerprint: Annotated[Any, says("SHA-256 of the data files of the user.")]
@@ -146,8 +153,9 @@ class Result(TypedDict, total=False):
     kept_inputs: Annotated[
         Any,
         says(
-            "first_block, num_blocks: forwards of steps and of dev began at this block, whose "
-            "inputs were kept. null where that could not be; absent with keep_inputs=false."
+            "first_block, num_blocks: forwards of steps, and evaluations of rows that had been "
+            "scored before, began at this block, whose inputs were kept. null where that could "
+            "not be; absent with keep_inputs=false."
         ),
     ]
     lr: Annotated[Number | None, says("Learning rate. null where the method has none.")]

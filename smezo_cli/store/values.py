@@ -151,6 +151,14 @@ class Dev(TypedDict, total=False):
     best: Annotated[Best | None, says("The best one: its step, and its metrics as in test.")]
 
 
+class LeftOut(TypedDict):
+    """Why a prompt was not asked on all rows of dev (prompt_rows)."""
+
+    rows: Annotated[Count, says("First rows of dev on which it was asked.")]
+    gain: Annotated[Number, says("By how much the best prompt's metric was higher there.")]
+    standard_error: Annotated[Number, says("Its paired standard error.")]
+
+
 class Prompt(TypedDict, total=False):
     """Hold a prompt, and what it came to on dev before training."""
 
@@ -162,6 +170,7 @@ class Prompt(TypedDict, total=False):
     dev_calibrated: Annotated[Metrics | None, says("The same with label offsets.")]
     offsets: Annotated[list[Number], says("Label offsets that were fitted on dev.")]
     part: Annotated[Text, says("Of a mixture: the part that it is of.")]
+    left_out: Annotated[LeftOut, says("Why it was not asked on all rows of dev.")]
 
 
 class SavedWeights(TypedDict):

@@ -12,8 +12,8 @@ from tests.run.tiny_runs import SMALL
 
 FROZEN = ["method.freeze=['*embed*','model.layers.0.*']"]
 TOKENS = 60
-# 32 numbers of 4 bytes a token; 32 rows of train and 16 of dev.
-MOST = 32 * 4 * (32 + 16) * TOKENS
+# 32 numbers of 4 bytes a token; 32 rows of train, 16 of dev and 24 of test.
+MOST = 32 * 4 * (32 + 16 + 24) * TOKENS
 
 
 def planned(*words: str, capacity: int = 8 << 30, **keywords: Any) -> Plan:
@@ -50,6 +50,15 @@ def test_on_cuda_it_lies_on_the_host() -> None:
     )
     assert kept.host == whole.host + MOST
     assert kept.peak == whole.peak
+
+
+def test_test_rows_are_counted_where_they_are_scored_twice() -> None:
+    once = planned(*FROZEN, "keep_inputs=true", "zero_shot=false")
+    assert once.resident[KEPT] == 32 * 4 * (32 + 16) * TOKENS
+    unknown = planned(*FROZEN, "keep_inputs=true", "task.num_test=null")
+    assert unknown.resident[KEPT] == once.resident[KEPT]
+    assert any("test rows not counted as task.num_test is null" in x for x in unknown.assumptions)
+    assert not any("task.num_test is null" in line for line in once.assumptions)
 
 
 def test_a_number_of_rows_that_is_not_known_is_not_made_up() -> None:

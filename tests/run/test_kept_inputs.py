@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 
 from smezo_cli import train
+from smezo_cli.cli import evaluate
 from smezo_cli.config.compose import compose
 from smezo_cli.errors import UserError
 from smezo_cli.models import blocks
 from smezo_cli.run import kept_inputs
+from smezo_cli.run.evaluator import Evaluator
+from smezo_cli.scoring.kept_inputs import KeptInputs
 from smezo_cli.store.schema import is_sound_result
 from smezo_cli.store.trajectory import read
 from tests.run.processes import Fault, smezo
@@ -121,6 +124,52 @@ def test_a_run_of_20_steps_has_the_losses_of_the_whole_model(name: str, tmp_path
     about = result_of(kept)["kept_inputs"]
     assert about == {"first_block": 2 if name == "head" else 1, "num_blocks": 2}
     assert "kept_inputs" not in result_of(whole)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [[], ["prompt_rows=6"], ["task.prompt='{text} So'", "task.labels=[bad,good]"]],
+    ids=["prompts", "lots", "prompt"],
+)
+def test_test_rows_are_scored_from_the_block_on_as_by_the_whole_model(
+    more: list[str], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """The first blocks see each row of test once, and each of dev once a prompt that may win."""
+    words = [*SMALL, *SHORT, *CASES["llama"], "zero_shot=true", *more]
+    whole = finished(words, tmp_path / "whole")
+    seen: list[tuple[str, int]] = []
+    real = Evaluator._keeps_inputs
+
+    def looking(self: Evaluator, split: str, *rest: Any) -> bool:
+        seen.append((split, calls[0]))
+        return real(self, split, *rest)
+
+    calls = [0]
+    skipping = KeptInputs._skipping
+
+    def counting(self: KeptInputs, number: int, inner: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **keywords: Any) -> Any:
+            calls[0] += 1
+            return inner(*args, **keywords)
+
+        return skipping(self, number, counted)
+
+    monkeypatch.setattr(Evaluator, "_keeps_inputs", looking)
+    monkeypatch.setattr(KeptInputs, "_skipping", counting)
+    kept = finished([*words, "keep_inputs=true"], tmp_path / "kept")
+    assert [split for split, _ in seen][-1] == "test"
+    assert seen[-1][1] == calls[0]  # nothing was computed behind the last evaluation's begin
+    looks = [at for split, at in seen if split == "dev"][-4:]  # while training: steps lie between
+    assert len(looks) == 4
+    for name in ("zero_shot", "zero_shot_calibrated", "prompt"):
+        assert result_of(kept)[name] == result_of(whole)[name]
+    # What the run says of test is what the whole model says of the weights that it has kept.
+    before = (kept / "predictions-test.jsonl").read_bytes()
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert evaluate.main([str(kept), "--out", str(tmp_path / "again.jsonl")]) == 0
+    again = (tmp_path / "again.jsonl").read_text(encoding="utf-8").splitlines()
+    mine = [json.loads(line) for line in before.decode().splitlines()]
+    assert [{k: v for k, v in json.loads(line).items() if k != "fields"} for line in again] == mine
 
 
 def test_blocks_below_elasticzo_s_tail_may_be_frozen(tmp_path: Path) -> None:
@@ -242,7 +291,9 @@ def test_scores_that_would_be_others_are_refused(tmp_path: Path, monkeypatch: An
     """Whatever a model may do between its blocks."""
     real: Callable[..., Any] = kept_inputs.KeptInputs.__dict__["_computed"]
     monkeypatch.setattr(
-        kept_inputs.KeptInputs, "_computed", lambda self, ids: real(self, ids) * 1.1
+        kept_inputs.KeptInputs,
+        "_computed",
+        lambda self, group: [of * 1.1 for of in real(self, group)],
     )
     words = [*SMALL, *SHORT, *CASES["llama"], "keep_inputs=true"]
     with pytest.raises(UserError, match="which is more than rounding: leave keep_inputs out"):

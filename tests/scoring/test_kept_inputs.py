@@ -120,6 +120,57 @@ def test_scores_and_losses_are_those_of_the_whole_model(name: str, first: int) -
         assert torch.equal(scorer.scores(rows), whole)  # nothing is left in the model
 
 
+def scored(scorer: Scorer, rows: list[Candidates], *, keeps: bool) -> Tensor:
+    """The scores of an evaluation."""
+    found = torch.zeros(len(rows), max(len(row.full) for row in rows))
+    with scorer.forward.evaluating("test", keeps):
+        for chosen, batch in scorer.score_all(rows):
+            found[chosen] = batch
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_second_evaluation_skips_blocks_and_gives_the_bits_of_the_whole_model(name: str) -> None:
+    """Rows of 90 tokens and fewer make several batches; they are padded as in the first one."""
+    lengths = [90, 90, 40, 88, 3, 1, 61, 90, 90, 12, 7]
+    scorer, rows = scorer_of(name), labelled(lengths, masked=name == FAMILIES[-1])
+    calls = counted(scorer)
+    whole = scored(scorer, rows, keeps=True)
+    assert len(calls) > 1
+    with keeping(scorer, budget=4000, folder=Path("/tmp")) as kept:
+        for keeps, is_computed in [(False, True), (True, True), (False, False), (True, False)]:
+            calls.clear()
+            found = scored(scorer, rows, keeps=keeps)
+            assert torch.equal(found, whole)
+            assert bool(calls) is is_computed, keeps
+        # With the second block moved they are the whole model's as well.
+        with torch.no_grad():
+            blocks = blocks_of(scorer.model)
+            assert blocks is not None
+            next(blocks.modules[1].parameters()).mul_(1.1)
+        moved = scored(scorer, rows, keeps=False)
+        with scorer.forward.whole():
+            assert torch.equal(moved, scored(scorer, rows, keeps=False))
+        assert not torch.equal(moved, whole)
+        assert kept.has_batches("test")
+        assert not kept.has_batches("dev")
+        kept.forget("test")
+        assert len(kept.rows) == kept.rows.held_bytes == 0
+        calls.clear()
+        assert torch.equal(scored(scorer, rows, keeps=False), moved)
+        assert calls
+
+
+def test_a_row_of_a_step_has_its_own_states_whatever_an_evaluation_keeps() -> None:
+    scorer, rows = scorer_of("tiny-llama"), labelled([9, 4, 17])
+    with torch.no_grad():
+        with keeping(scorer):
+            alone = scorer.scores(rows)
+        with keeping(scorer):
+            scored(scorer, rows, keeps=True)
+            assert torch.equal(scorer.scores(rows), alone)
+
+
 @pytest.mark.parametrize("always", [False, True])  # a prefix of all options runs first
 @pytest.mark.parametrize("name", CAUSAL)
 def test_options_of_many_tokens_are_scored_as_by_the_whole_model(name: str, always: bool) -> None:
@@ -128,7 +179,10 @@ def test_options_of_many_tokens_are_scored_as_by_the_whole_model(name: str, alwa
     with torch.no_grad():
         whole, loss = scorer.scores(rows), scorer.loss(rows)
         with keeping(scorer):
-            for _ in range(2):
+            for is_evaluation in (False, False, True, True):
+                if is_evaluation:
+                    found = scored(scorer, rows, keeps=True)
+                    torch.testing.assert_close(found, whole, rtol=0, atol=2 * FP32)
                 # A mean over tokens of their log-probabilities, of size 8.
                 torch.testing.assert_close(scorer.scores(rows), whole, rtol=0, atol=2 * FP32)
                 torch.testing.assert_close(scorer.loss(rows), loss, rtol=0, atol=2 * FP32)
@@ -180,6 +234,28 @@ def test_gradients_of_the_last_block_are_those_of_the_whole_model(name: str) -> 
     # Sums over tokens of numbers of size 1, in other orders.
     for mine, theirs in zip(given, whole, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rows_that_are_computed_together_are_those_of_the_whole_model(name: str) -> None:
+    """The same bits in whatever order they come first; a group is one forward."""
+    scorer = scorer_of(name)
+    rows = labelled([1, 12, 3, 30, 7, 30], masked=name == FAMILIES[-1])
+    ids = [row.context if row.mask is not None else row.full[0][:-1] for row in rows]
+    calls, found = counted(scorer), list[Tensor]()
+    with torch.no_grad():
+        whole = scorer.scores(rows)
+        for order in ([0, 1, 2, 3, 4, 5], [5, 2, 0, 4, 1, 3]):
+            with keeping(scorer) as kept:
+                kept.compute_together([[ids[k] for k in (0, 2, 4)], [ids[k] for k in (1, 3)]])
+                calls.clear()
+                for k in order:
+                    scorer.scores([rows[k]])
+                assert len(calls) == 3  # two groups, and the last row by itself
+                found.append(scorer.scores(rows))
+                assert len(calls) == 3
+    torch.testing.assert_close(found[0], whole, rtol=0, atol=FP32)
+    assert torch.equal(found[0], found[1])
 
 
 def test_states_do_not_hang_on_the_batch_in_which_a_row_came_first() -> None:

@@ -1,0 +1,202 @@
+"""Runs that take the scores of the untouched model from earlier runs (``cache_scores``)."""
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from smezo_cli import train
+from smezo_cli.config.compose import compose
+from smezo_cli.files.sealed import sealed
+from smezo_cli.run import evaluate
+from tests.run.processes import smezo
+from tests.run.rank_groups import few_tokens, together
+from tests.run.tiny_runs import METHODS, SMALL, assert_same_run, flip, result_of, run_folder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WORDS = [*SMALL, "model=tiny-llama", "steps=2", "batch_size=4", "lr=1e-3", "cache_scores=true"]
+MEZO = [*WORDS, "method=mezo", "method.executor=sequential"]
+NUM_DEV, NUM_TEST = 16, 24
+WHOLE = [NUM_DEV, NUM_DEV, NUM_TEST]  # two prompts, and zero-shot
+TRAINED = [NUM_DEV, NUM_DEV, NUM_TEST]  # two evaluations of dev, and the test
+
+
+def finished(words: Sequence[str], place: Path) -> Path:
+    """The folder of a run in this process."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.run(compose([*words, f"runs_dir={place / 'runs'}"]))
+    return run_folder(place)
+
+
+def said(folder: Path) -> str:
+    return (folder / "console.log").read_text(encoding="utf-8")
+
+
+def assert_same_scores(folder: Path, other: Path) -> None:
+    """What a method without steps leaves, bit for bit."""
+    for name in ("predictions-test.jsonl", "scores.safetensors"):
+        assert (folder / name).read_bytes() == (other / name).read_bytes()
+    for key in ("prompt", "zero_shot", "test", "dev"):
+        assert result_of(folder)[key] == result_of(other)[key]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the scores."""
+    monkeypatch.setenv("SMEZO_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "scores"
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each evaluation has computed."""
+    found, real = [], evaluate.evaluate
+
+    def counting(*given: Any) -> Any:
+        rows, part = given[1], given[5]
+        found.append(len(rows) - len(part.scored))
+        return real(*given)
+
+    monkeypatch.setattr(evaluate, "evaluate", counting)
+    return found
+
+
+def test_another_seed_and_method_takes_the_scores_and_has_the_same_bits(
+    cache: Path, computed: list[int], tmp_path: Path
+) -> None:
+    finished(MEZO, tmp_path / "first")
+    assert computed == [*WHOLE, *TRAINED]
+    assert len(list(cache.iterdir())) == 3
+    for k, words in enumerate((["seed=1"], ["method=adamw", "~method.executor"])):
+        more = [*MEZO, *words] if k == 0 else [*WORDS, words[0]]
+        computed.clear()
+        taken = finished(more, tmp_path / f"taken{k}")
+        assert computed == [0, 0, 0, *TRAINED]
+        assert said(taken).count("scores of an earlier run (cache_scores=false") == 3
+        anew = finished([*more, "cache_scores=false"], tmp_path / f"anew{k}")
+        assert_same_run(taken, anew)
+    assert len(list(cache.iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["compute_dtype=bfloat16"],
+        ["+model.config.rms_norm_eps=1e-3"],
+        ["model.attention=eager"],
+        ["task.num_test=23", "task.num_dev=15"],
+        ["task.data_seed=1"],
+    ],
+)
+def test_what_scores_follow_from_must_be_the_same(
+    more: list[str], cache: Path, computed: list[int], tmp_path: Path
+) -> None:
+    words = [*SMALL, "model=tiny-llama", "method=zero_shot", "cache_scores=true"]
+    finished(words, tmp_path / "first")
+    more = [word.removeprefix("task.") if "data_seed" in word else word for word in more]
+    computed.clear()
+    finished([*words, *more], tmp_path / "other")
+    assert 0 not in computed
+    assert len(list(cache.iterdir())) == 6
+
+
+def test_another_number_of_threads_is_another_machine(
+    cache: Path, computed: list[int], tmp_path: Path
+) -> None:
+    words = [*SMALL, "model=tiny-llama", "method=zero_shot", "cache_scores=true"]
+    finished(words, tmp_path / "one")
+    torch.set_num_threads(2)  # the fixture has one, and puts back what was
+    computed.clear()
+    finished(words, tmp_path / "two")
+    assert 0 not in computed
+
+
+@pytest.mark.parametrize("harm", ["damaged", "foreign", "cut", "of other rows"])
+def test_what_is_not_what_was_kept_is_computed_and_kept_anew(
+    harm: str, cache: Path, computed: list[int], tmp_path: Path
+) -> None:
+    words = [*SMALL, "model=tiny-llama", "method=zero_shot", "cache_scores=true"]
+    first = finished(words, tmp_path / "first")
+    whole = {path: path.read_bytes() for path in cache.iterdir()}
+    for path in whole:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if harm == "damaged":
+            flip(path, 0.5)
+        elif harm == "cut":
+            path.write_bytes(whole[path][:-20])
+        elif harm == "foreign":
+            path.write_text(json.dumps(sealed(content | {"about": {}})), encoding="utf-8")
+        else:
+            fewer = content | {"scores": content["scores"][1:]}
+            path.write_text(json.dumps(sealed(fewer)), encoding="utf-8")
+    computed.clear()
+    again = finished(words, tmp_path / "again")
+    assert computed == WHOLE
+    assert_same_scores(again, first)
+    assert {path: path.read_bytes() for path in cache.iterdir()} == whole
+
+
+def test_answers_are_kept_too(cache: Path, computed: list[int], tmp_path: Path) -> None:
+    task = tmp_path / "faq.jsonl"
+    rows = [{"question": f"What is {k}?", "answer": f"it is {k}"} for k in range(40)]
+    task.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words = [
+        *("task=generation", f"task.data={task}", "task.prompt='Q: {question} A:'", "device=cpu"),
+        *("task.max_new_tokens=3", "model=tiny-llama", "method=zero_shot", "cache_scores=true"),
+    ]
+    first = finished(words, tmp_path / "first")
+    count = len(computed)
+    second = finished(words, tmp_path / "second")
+    assert computed[count:] == [0] * count
+    assert_same_scores(second, first)
+
+
+def test_a_folder_that_cannot_be_written_is_said_and_costs_nothing_else(
+    cache: Path, tmp_path: Path
+) -> None:
+    cache.parent.mkdir()
+    cache.write_text("a file where the folder would be", encoding="utf-8")
+    folder = finished(
+        [*SMALL, "model=tiny-llama", "method=zero_shot", "cache_scores=true"], tmp_path
+    )
+    assert result_of(folder)["status"] == "done"
+    assert said(folder).count("scores are not kept for other runs: cannot write") == 3
+
+
+@pytest.mark.parametrize("method", ["mezo_lora", "linear_probe"])
+def test_where_the_model_is_not_as_it_came_nothing_is_kept(
+    method: str, cache: Path, tmp_path: Path
+) -> None:
+    words = [*WORDS, f"method={method}"]
+    if method == "linear_probe":  # its zero-shot scores are of the model alone
+        words = [*SMALL, "model=tiny-llama", f"method={method}", "cache_scores=true"]
+    finished(words, tmp_path)
+    kept = list(cache.iterdir()) if cache.is_dir() else []
+    assert len(kept) == (3 if method == "linear_probe" else 0)
+
+
+def in_cache(folder: str) -> None:
+    """Use a cache folder in a process that is started, and score rows some at a time."""
+    few_tokens()
+    os.environ["SMEZO_CACHE"] = folder
+
+
+def test_ranks_take_what_one_has_kept(cache: Path, tmp_path: Path) -> None:
+    use = partial(in_cache, str(cache.parent))
+    words = [*SMALL, *METHODS["mezo"], "steps=2", "batch_size=8", "cache_scores=true"]
+    one = smezo([*words, "micro_batch_size=4"], tmp_path / "one", faults=[use])
+    assert one.code == 0, one.err
+    ended = together(2, words, tmp_path / "many", [use])
+    assert [of.code for of in ended] == [0, 0], ended[0].err
+    many = run_folder(tmp_path / "many")
+    assert said(many).count("scores of an earlier run") == 3
+    for name in ("zero_shot", "prompt", "test"):
+        assert result_of(many)[name] == result_of(run_folder(tmp_path / "one"))[name]
