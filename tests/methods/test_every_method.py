@@ -298,7 +298,7 @@ def test_only_what_a_probe_has_moved_is_updated(name: str) -> None:
 
 @pytest.mark.parametrize("name", ZEROTH_ORDER)
 def test_a_quadratic_is_descended(name: str) -> None:
-    """In 32 dimensions at lr 1e-2, at the rate that tests/methods/rates.py states for the method.
+    """In 30 dimensions at lr 1e-2, at the rate that tests/methods/rates.py states for the method.
 
     A sum of estimates with momentum 0.9 would go ten times as far, more than these dimensions bear,
     and so would steps that a curvature of less than 10 divides.
