@@ -26,7 +26,7 @@ from smezo_cli.run import follower, ranks
 from smezo_cli.scoring import scorer
 from tests import ROOT
 from tests.run.processes import Fault, Started, forkserver, smezo, until
-from tests.run.rank_groups import RUN, few_tokens, together, weights_of
+from tests.run.rank_groups import RUN, SHORT_RUN, few_tokens, together, weights_of
 from tests.run.tiny_runs import METHODS, SMALL, records_of, result_of, run_folder
 
 
@@ -55,8 +55,11 @@ from tests.run.tiny_runs import METHODS, SMALL, records_of, result_of, run_folde
 def test_ranks_train_the_weights_of_one_process(
     method: str, size: int, more: list[str], alone: list[str], tmp_path: Path
 ) -> None:
-    """Bit for bit: losses, projected gradients, looks at dev, test scores and weights."""
-    words = [*METHODS[method], *RUN, *more]
+    """Bit for bit: losses, projected gradients, looks at dev, test scores and weights.
+
+    The first chooses its prompt and scores it before training, too.
+    """
+    words = [*METHODS[method], *(SHORT_RUN if more or size == 4 else RUN), *more]
     ended = together(size, words, tmp_path / "many", [few_tokens])
     assert [one.code for one in ended] == [0] * size, ended[0].err
     assert all(one.out == "" for one in ended[1:])  # one writer, one voice
