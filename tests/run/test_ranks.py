@@ -258,21 +258,22 @@ def test_shares_are_all_of_it_and_overlap_nowhere(size: int, of_queries: int) ->
     assert sorted(measured) == [(q, r) for q in range(7) for r in range(16)]
 
 
+def torchrun(words: list[str]) -> int:
+    """Be torchrun, in a process that has imported torch."""
+    from torch.distributed import run
+
+    run.main(words)
+    return 0
+
+
 def test_torchrun(tmp_path: Path) -> None:
     """As the README has it; the exit code is torchrun's."""
     words = [*METHODS["mezo"], *RUN, "steps=2", "name=t"]
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ended = subprocess.run(
-        [sys.executable, *start, "-m", "smezo_cli.train", *words],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert "  ranks   2: 2 share the rows" in ended.stdout
+    start = ["--standalone", "--nproc-per-node", "2", "-m", "smezo_cli.train"]
+    env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ended = smezo([*start, *words], tmp_path, env=env, program=torchrun)
+    assert ended.code == 0, ended.err
+    assert "  ranks   2: 2 share the rows" in ended.out
     assert result_of(run_folder(tmp_path, "t"))["status"] == "done"
     assert torch.distributed.is_available()
 
