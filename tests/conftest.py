@@ -10,8 +10,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests import quick_hydra
+
 # Who starts the tests in the background of a shell lets them ignore SIGINT, and so their children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+quick_hydra.remember()
 
 # What is compiled is kept: else each worker rewrites all test files, and each child compiles smezo.
 sys.dont_write_bytecode = False

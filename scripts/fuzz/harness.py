@@ -1,6 +1,7 @@
 """Run cases in forked workers, under an alarm and a memory limit."""
 
 import contextlib
+import gc
 import json
 import os
 import resource
@@ -249,6 +250,9 @@ def fuzz(
         prepare(scratch)
         once(lambda data: data.draw(VALUES), "")  # it writes a table of characters the first time
         jobs = planned(cases, kinds) if only is None else [(kinds[0], only)]
+        # A collection in a worker would write to every object of this process, and so copy them.
+        gc.collect()
+        gc.freeze()
         for record in records(jobs, seed, scratch):
             found.append(record)
             if record["finding"] is not None:

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from smezo_cli.bench import methods, textbook
 from smezo_cli.errors import UserError
-from smezo_cli.machine import allocator
 from smezo_cli.machine.memory import PeakMemory
 from smezo_cli.methods.mezo import MeZO
 from smezo_cli.methods.sparse_mezo import SparseMeZO
@@ -448,12 +447,7 @@ class Bench:
         made.step()
         for parameter in self.scorer.model.parameters():
             parameter.detach().sum()
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        else:
-            allocator.give_back()
-        memory = PeakMemory(self.device)
+        memory = PeakMemory(self.device)  # gives back what is freed
         made.step()
         self._wait()
         return memory.read()

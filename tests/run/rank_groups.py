@@ -11,6 +11,8 @@ from tests.run.tiny_runs import SMALL, result_of
 
 # Two looks; rows that no number of ranks divides evenly but 1, 2, 4.
 RUN = [*SMALL, "steps=6", "eval_every=3", "batch_size=8"]
+# With one prompt, which is not scored before training, and a third of the test rows.
+SHORT_RUN = [*RUN, "task.prompt=0", "zero_shot=false", "task.num_test=8"]
 
 
 def free_port() -> int:

@@ -33,7 +33,7 @@ def test_a_run_killed_anywhere_and_started_again_is_one_never_killed(
     kills = 0
     while True:
         # Some 14 events lie between a start and its first checkpoint.
-        fault = Fault("any", rng.randint(3, 20) if kills < 8 else 10**6, signal.SIGKILL)
+        fault = Fault("any", rng.randint(3, 20) if kills < 6 else 10**6, signal.SIGKILL)
         ended = smezo(words_of(method), tmp_path, faults=[fault.install])
         if ended.code == 0:
             break

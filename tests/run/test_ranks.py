@@ -26,7 +26,7 @@ from smezo_cli.run import follower, ranks
 from smezo_cli.scoring import scorer
 from tests import ROOT
 from tests.run.processes import Fault, Started, forkserver, smezo, until
-from tests.run.rank_groups import RUN, few_tokens, together, weights_of
+from tests.run.rank_groups import RUN, SHORT_RUN, few_tokens, together, weights_of
 from tests.run.tiny_runs import METHODS, SMALL, records_of, result_of, run_folder
 
 
@@ -55,8 +55,11 @@ from tests.run.tiny_runs import METHODS, SMALL, records_of, result_of, run_folde
 def test_ranks_train_the_weights_of_one_process(
     method: str, size: int, more: list[str], alone: list[str], tmp_path: Path
 ) -> None:
-    """Bit for bit: losses, projected gradients, looks at dev, test scores and weights."""
-    words = [*METHODS[method], *RUN, *more]
+    """Bit for bit: losses, projected gradients, looks at dev, test scores and weights.
+
+    The first chooses its prompt and scores it before training, too.
+    """
+    words = [*METHODS[method], *(SHORT_RUN if more or size == 4 else RUN), *more]
     ended = together(size, words, tmp_path / "many", [few_tokens])
     assert [one.code for one in ended] == [0] * size, ended[0].err
     assert all(one.out == "" for one in ended[1:])  # one writer, one voice
@@ -255,21 +258,22 @@ def test_shares_are_all_of_it_and_overlap_nowhere(size: int, of_queries: int) ->
     assert sorted(measured) == [(q, r) for q in range(7) for r in range(16)]
 
 
+def torchrun(words: list[str]) -> int:
+    """Be torchrun, in a process that has imported torch."""
+    from torch.distributed import run
+
+    run.main(words)
+    return 0
+
+
 def test_torchrun(tmp_path: Path) -> None:
     """As the README has it; the exit code is torchrun's."""
     words = [*METHODS["mezo"], *RUN, "steps=2", "name=t"]
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ended = subprocess.run(
-        [sys.executable, *start, "-m", "smezo_cli.train", *words],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert "  ranks   2: 2 share the rows" in ended.stdout
+    start = ["--standalone", "--nproc-per-node", "2", "-m", "smezo_cli.train"]
+    env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ended = smezo([*start, *words], tmp_path, env=env, program=torchrun)
+    assert ended.code == 0, ended.err
+    assert "  ranks   2: 2 share the rows" in ended.out
     assert result_of(run_folder(tmp_path, "t"))["status"] == "done"
     assert torch.distributed.is_available()
 

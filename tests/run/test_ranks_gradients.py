@@ -23,7 +23,7 @@ from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.store.saved import Saved
 from smezo_cli.zo.backprop import Backprop
 from tests.run.processes import smezo, until
-from tests.run.rank_groups import RUN, Group, few_tokens, together, weights_of
+from tests.run.rank_groups import SHORT_RUN, Group, few_tokens, together, weights_of
 from tests.run.test_ranks import crowded
 from tests.run.test_ranks_end import steps_made
 from tests.run.tiny_runs import SEQUENTIAL, records_of, result_of, run_folder
@@ -38,8 +38,7 @@ OF_METHOD = {
 
 
 def words_of(method: str, *more: str) -> list[str]:
-    short = ["task.prompt=0", "zero_shot=false", "task.num_test=8"]
-    return ["model=tiny-llama", *OF_METHOD[method], *RUN, *short, *more]
+    return ["model=tiny-llama", *OF_METHOD[method], *SHORT_RUN, *more]
 
 
 def in_small_pieces() -> None:

@@ -7,6 +7,7 @@ one thread: no signal is taken over, no stream replaced, no folder made.
 """
 
 import gc
+import os
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from smezo_cli.models.load import load_model
 from smezo_cli.scoring.candidates import encode
 from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.tasks import load_task
+from tests import quick_hydra
 from tests.run.tiny_runs import METHODS, SHORT, SMALL
 
 
@@ -35,9 +37,13 @@ def warm(method: str) -> None:
     SparseMeZO(scorer.model, lr=1e-3, eps=1e-3).step(lambda: scorer.loss(rows))
 
 
+os.fsync = lambda file: None  # no test cuts the power, and a tiny run would wait for the disk
 torch.set_num_threads(1)  # threads do not survive a fork
+quick_hydra.remember()
 for _method in ("sparse_mezo", "mezo"):
     warm(_method)
+for _method in METHODS:
+    compose([*SMALL, *SHORT, *METHODS[_method]])
 # A collection in a child would write to every object of this process, and so copy its memory.
 gc.collect()
 gc.freeze()

@@ -1,0 +1,70 @@
+"""Have Hydra remember what it made of the choices of groups: that is most of a composition's time.
+
+The tests compose settings some thousand times, of the same few files. Remembered is what comes of
+files that no test changes, smezo's own and Hydra's; the values of a line are set anew each time,
+and what fails is never remembered. tests/test_quick_hydra.py compares both ways.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from hydra._internal import config_loader_impl
+from hydra._internal.config_repository import ConfigRepository
+from hydra._internal.defaults_list import DefaultsList, Overrides, create_defaults_list
+from omegaconf import DictConfig
+
+from smezo_cli.config.fixed import CONF_DIR
+
+_compose = config_loader_impl.ConfigLoaderImpl._compose_config_from_defaults_list
+_load = ConfigRepository.load_config
+_FIXED = {("pkg", "hydra.conf"), ("file", str(CONF_DIR)), ("structured", "")}
+
+
+def _is_fixed(repo: Any) -> bool:
+    """Whether no test changes the files that settings are read from."""
+    return {(source.scheme(), source.path) for source in repo.get_sources()} <= _FIXED
+
+
+def remember() -> Callable[[], None]:
+    """Begin to remember; return what ends it."""
+    lists: dict[str, DefaultsList] = {}
+    composed: dict[str, DictConfig] = {}
+    files: dict[str, Any] = {}
+
+    def read(self: Any, config_path: str) -> Any:
+        if not _is_fixed(self):
+            return _load(self, config_path)
+        if config_path not in files:
+            files[config_path] = _load(self, config_path)
+        return copy.deepcopy(files[config_path])
+
+    def listed(repo: Any, config_name: str, overrides_list: list[Any], **how: bool) -> DefaultsList:
+        if not _is_fixed(repo):
+            return create_defaults_list(repo, config_name, overrides_list, **how)
+        asked = Overrides(repo, overrides_list)  # the values are among config_overrides
+        chosen = [v for k, v in vars(asked).items() if k != "config_overrides"]
+        key = repr((config_name, how, chosen))
+        if key not in lists:
+            lists[key] = create_defaults_list(repo, config_name, overrides_list, **how)
+        found = copy.copy(lists[key])
+        found.config_overrides = asked.config_overrides
+        return found
+
+    def whole(self: Any, defaults: list[Any], repo: Any) -> DictConfig:
+        if not _is_fixed(repo):
+            return _compose(self, defaults, repo)
+        key = repr(defaults)
+        if key not in composed:
+            composed[key] = _compose(self, defaults, repo)
+        return copy.deepcopy(composed[key])
+
+    def end() -> None:
+        ConfigRepository.load_config = _load
+        config_loader_impl.create_defaults_list = create_defaults_list
+        config_loader_impl.ConfigLoaderImpl._compose_config_from_defaults_list = _compose
+
+    ConfigRepository.load_config = read
+    config_loader_impl.create_defaults_list = listed
+    config_loader_impl.ConfigLoaderImpl._compose_config_from_defaults_list = whole
+    return end
