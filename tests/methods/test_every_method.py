@@ -471,6 +471,9 @@ def test_each_trains_and_is_replayed(
     words = ["train", f"method={name}", *_TINY.split(), f"runs_dir={tmp_path}"]
     if trait(node_of(name), "takes_steps", default=True):
         words += ["steps=3", "batch_size=2", "eval_every=2", "lr_schedule=constant"]
+        words += ["zero_shot=false"]
+    if "executor" in node_of(name):
+        words += ["method.executor=sequential"]  # to time another takes as long as the steps
     assert main(words) == 0
     (run,) = (tmp_path / "default").iterdir()
     assert (run / "result.json").exists()

@@ -105,35 +105,13 @@ def test_micro_batches_add_up() -> None:
     assert record.loss == pytest.approx(expected.loss, rel=1e-6)
 
 
-def test_the_estimate_is_unbiased() -> None:
-    """On a quadratic in 5 dimensions, the mean of 2,000 estimates, within 4 standard errors."""
-    w = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0])
-    weight = nn.Parameter(w.clone())
+def test_a_closure_that_reads_the_weight_past_its_module_has_no_tangent() -> None:
+    weight = nn.Parameter(torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0]))
     model = nn.Module()
     model.register_parameter("w", weight)
     opt = made(model, num_queries=1, check=False)
-    loss = lambda: (weight.double() ** 2).sum() / 2  # noqa: E731
     with pytest.raises(NoTangent, match="does not depend on the weights"):
-        opt.step(loss)  # the closure reads the parameter past its module
-
-    class Quadratic(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = nn.Parameter(w.clone())
-
-        def forward(self) -> Tensor:
-            return (self.w.double() ** 2).sum() / 2
-
-    model = Quadratic()
-    opt = made(model, num_queries=200, check=False, lr=1e-12)
-    estimates = []
-    for step in range(10):
-        found = opt.step(model).scalars
-        z = torch.stack([z_of({"w": w.double()}, step, q)["w"] for q in range(200)])
-        estimates.append(torch.tensor(found, dtype=torch.float64)[:, None] * z)
-    all_found = torch.cat(estimates)
-    error = all_found.std(0) / len(all_found) ** 0.5
-    assert ((all_found.mean(0) - w).abs() < 4 * error).all()
+        opt.step(lambda: (weight.double() ** 2).sum() / 2)
 
 
 class NoForwardMode(torch.autograd.Function):

@@ -20,6 +20,7 @@ from smezo_cli.scoring.candidates import Candidates, encode
 from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.store.partial_scores import Part
 from smezo_cli.tasks import Prompt, Row
+from tests.composed import settings_of
 
 TINY = ["model=tiny-llama", "task=toy", "device=cpu", "task.prompt=0"]
 TINY += ["task.num_train=24", "task.num_dev=8", "task.num_test=12"]
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def scorer_of(name: str) -> Scorer:
-    node = check(compose([f"model={name}", "task=toy", "method=zero_shot"])).model
+    node = settings_of(f"model={name}", "task=toy", "method=zero_shot").model
     model, tokenizer = load_model(node, dtype=torch.float32, device="cpu", cache=Path("."))
     return Scorer(model, tokenizer)
 

@@ -21,6 +21,7 @@ from smezo_cli.run.loaded import Loaded
 from smezo_cli.run.method import build_method
 from smezo_cli.scoring import prefix_cache
 from smezo_cli.scoring.candidates import Candidates
+from tests.composed import settings_of
 
 METHODS = ("lora", "mezo_lora", "sparse_mezo_lora", "prefix", "mezo_prefix")
 SMALL = ["task=toy", "task.num_train=16", "task.num_dev=8", "task.num_test=8", "device=cpu"]
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def made(method: str, model: str = "tiny-llama", *words: str) -> Loaded:
     prompt = MASKED if model == "tiny-roberta" else []
     words = (*SMALL, f"model={model}", f"method={method}", "steps=4", *prompt, *words)
-    settings = check(compose(list(words)))
+    settings = settings_of(*words)
     return Loaded(settings, "cpu", lambda line: None)
 
 

@@ -3,6 +3,7 @@
 Each claim holds, or the run is refused in one sentence that says what to do instead.
 """
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,8 +16,6 @@ import transformers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from smezo_cli.config.compose import compose
-from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError
 from smezo_cli.models.tiny import byte_tokenizer
 from smezo_cli.run.loaded import Loaded
@@ -24,6 +23,7 @@ from smezo_cli.run.method import build_method
 from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.scoring.measured_batching import measure
 from smezo_cli.tasks import Row
+from tests.composed import settings_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -181,13 +181,16 @@ def job_of(name: str) -> Loaded:
 
 
 def loaded(folder: Path, masked: bool, *more: str) -> Loaded:
-    words = ["task=toy", "model=own", f"model.path={folder}", "model.max_length=128"]
+    words = ["task=toy", "model=own", "model.path=PATH", "model.max_length=128"]
     words += ["task.num_train=8", "task.num_dev=4", "task.num_test=8", "device=cpu"]
-    words += ["method=sparse_mezo", "steps=2", "lr=1e-3", "eps=1e-3", "compile=false", *more]
+    words += ["method=sparse_mezo", "steps=2", "lr=1e-3", "eps=1e-3", "compile=false"]
+    words += ["method.executor=sequential", *more]  # to time another takes as long as a step
     if masked:
         words += ["model.family=masked", "task.prompt='{text}. It was {mask} .'"]
         words += ["task.labels=[bad,good]"]
-    return Loaded(check(compose(words)), "cpu", lambda line: None)
+    settings = settings_of(*words)
+    settings = dataclasses.replace(settings, model=settings.model | {"path": str(folder)})
+    return Loaded(settings, "cpu", lambda line: None)
 
 
 @functools.cache

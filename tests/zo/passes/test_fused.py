@@ -186,17 +186,6 @@ def test_numba_is_what_a_cpu_gets() -> None:
         assert (chosen.name, why) == ("numba", "")
 
 
-def test_eager_passes_leave_numba_unimported() -> None:
-    """Its import takes a second, which a run without fused passes does not wait for."""
-    code = (
-        "import sys, torch, smezo_cli.zo.optimizer, smezo_cli.methods.mezo as m\n"
-        "x = torch.nn.Linear(3, 1)\n"
-        "m.MeZO(x, lr=1e-3, eps=1e-3).step(lambda: x(torch.ones(2, 3)).sum())\n"
-        "assert 'numba' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("case", COMPILED, ids=lambda c: "-".join(map(str, c)))
 def test_compiled_passes_have_the_bits_of_eager_ones(case: Case) -> None:
