@@ -18,7 +18,7 @@ from smezo_cli.zo.targets import Target, check, one_of
 
 KEPT = 4 + 1  # bytes a weight of noise that is kept: z in float32, the mask
 
-WORTH_COMPILING = 1_000_000  # weights; fewer are moved some hundred times while Numba starts
+WORTH_COMPILING = 100_000  # weights; fewer are moved some hundred times while Numba starts
 
 
 class Dense:
