@@ -16,7 +16,7 @@ from smezo_cli.cli.verbs import main
 from smezo_cli.config.compose import compose
 from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError
-from smezo_cli.methods.quzo import RANGE, QuZO, RoundedMover, RoundedPair, num_weights
+from smezo_cli.methods.quzo import RANGE, QuZO, RoundedMover, RoundedPair
 from smezo_cli.zo import noise
 from smezo_cli.zo.directions.base import DirectionContext
 from smezo_cli.zo.move import Key, Move, Term
@@ -451,32 +451,6 @@ def test_numba_makes_the_same_steps() -> None:
         for _ in range(3):
             opt.step(closure_of(model))
     assert same(held(models[0]), held(models[1]))
-
-
-def test_one_loop_in_two_threads_moves_as_draws_and_operations_do() -> None:
-    """Codes whose last group is short, and floats of an odd number: probes and the update."""
-    torch.set_num_threads(2)  # the fixture puts it back
-    found = []
-    for backend in ("eager", "compiled"):
-        layers = [nn.Linear(300, 400, bias=False), nn.Linear(7, 5, bias=False)]
-        for layer, gain in zip(layers, (0.1, 1.0), strict=True):
-            nn.init.normal_(layer.weight, 0.0, gain, generator=seeded(1))
-        opt = quzo(nn.ModuleList(layers), backend=backend)
-        mover = opt.direction.mover(3, Move((Term(Key(3), 0.5),)))
-        outs = []
-        for target in opt.targets:
-            size = num_weights(target)
-            one, plus, minus = (torch.full((size,), math.nan) for _ in range(3))
-            mover.whole(target.parameter, one)
-            mover.both(target.parameter, plus, minus)
-            assert torch.equal(one, plus)
-            before = target.flat.clone()
-            mover.update(target)
-            assert not torch.equal(before, target.flat)
-            outs += [plus, minus, target.flat.clone()]
-        found.append(outs)
-    assert len(found[0]) == 6
-    assert all(map(torch.equal, *found))
 
 
 # --- what does not go with it --------------------------------------------------------------------
