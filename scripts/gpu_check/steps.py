@@ -198,8 +198,7 @@ def _planned(name: str, layers: int, rows: int, tokens: int, steps: Steps, place
     words = [f"model={name}", "task=rte", "method=mezo", "dtype=bfloat16", "device=cuda"]
     words += [f"batch_size={rows}", f"model.config.num_hidden_layers={layers}"]
     found = plan(checked_settings(words, None, lambda *_: None), capacity=1 << 40, tokens=tokens)
-    resident = sum(size for kind, size in found.resident.items() if kind != "CUDA")
-    planned = resident + found.phases["step"]
+    planned = found.step_peak
     if place.device.type != "cuda":
         return skipped(what, "it plans for a CUDA device", planned_GB=planned / 1e9)
     peak = _peak(partial(steps.methods["mezo"].step, steps.loss), place)

@@ -331,10 +331,10 @@ class Bench:
     @property
     def num_ticks(self) -> int:
         """Return how often :meth:`run` calls `tick`."""
-        return len(self.names) * (1 + self.rounds) + len(self._weighed)
+        return len(self.names) * (1 + self.rounds) + 2 * len(self._weighed)
 
     def run(self) -> dict[str, Any]:
-        """Warm up, time, and measure memory.
+        """Measure memory, one candidate after the other, and time them side by side.
 
         Returns:
             :func:`summary`, and by name ``peak_bytes``, ``peak_over_forward``,
@@ -346,17 +346,14 @@ class Bench:
         """
         found = makers(self.scorer, self.batch, self._thresholds, self.pass_weights)
         failed: dict[str, str] = {}
+        peaks = self._peaks(found, failed)  # before all of them are in memory at once
         result, backends = self._timed(found, failed)
         result["weights_per_second"] = {
             name: self.pass_weights / result["median_seconds"][name]
             for name in PASSES
             if name in backends
         }
-        peaks = {}
-        for name in self._weighed:
-            if name not in failed and (peak := self._peak(found[name])) is not None:
-                peaks[name] = peak
-            self.tick(name)
+        peaks = {name: peak for name, peak in peaks.items() if name not in failed}
         size = sum(p.numel() * p.element_size() for p in self.scorer.model.parameters())
         return result | {
             "peak_bytes": peaks,
@@ -366,16 +363,32 @@ class Bench:
             "failed": failed,
         }
 
+    def _peaks(
+        self, found: Mapping[str, Callable[[], Candidate]], failed: dict[str, str]
+    ) -> dict[str, int]:
+        """Return the peak of each candidate that fits, once all have run and compiled."""
+        for name in self._weighed:
+            with _fitting(name, failed):
+                _check_scores(found[name]().step())
+            self.tick(name)
+        peaks = {}
+        for name in self._weighed:
+            if name not in failed and (peak := self._peak(found[name])) is not None:
+                peaks[name] = peak
+            self.tick(name)
+        return peaks
+
     def _timed(
         self, found: Mapping[str, Callable[[], Candidate]], failed: dict[str, str]
     ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
         """Return the summary of the candidates that fit, and what made their passes; free them."""
         warm: dict[str, Candidate] = {}
         for name in self.names:
-            with _fitting(name, failed):
-                made = found[name]()
-                _check_scores(made.step())  # compiles, fills caches
-                warm[name] = made
+            if name not in failed:
+                with _fitting(name, failed):
+                    made = found[name]()
+                    _check_scores(made.step())  # fills caches
+                    warm[name] = made
             self.tick(name)
         if UNIT in failed:
             raise UserError(

@@ -6,6 +6,7 @@ No torch here: a mistake on the line is answered before it loads.
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,7 @@ KEYS = ("model", "batch_size", "length", "dtype", "compute_dtype", "device")
 _DEFAULTS = {"batch_size": "16", "length": "64"}
 _GROW_LENGTHS = (32, 64, 128)
 _GROW_BATCHES = (8, 16)
+_NEAR_PLAN = 0.1  # a peak so near what is planned is no news
 
 
 def main(words: Sequence[str]) -> int:
@@ -86,13 +88,15 @@ def main(words: Sequence[str]) -> int:
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         what = "is a folder" if out.is_dir() else f"there is no folder {out.parent}"
         raise UserError(f"--json {out}: {what}; name a file in a folder that is there.")
-    settings, length = _settings(given.overrides, given.config_dir)
+    overrides, length = _overrides(given.overrides)
+    settings = _settings(overrides, given.config_dir)
     _check_length(settings, max([length, *_GROW_LENGTHS] if given.grow else [length]))
     if settings.model["device_map"] is not None:
         raise UserError("smezo bench measures on one device: leave model.device_map out.")
     device = choose_device(settings.device)
     try:
         result = _measure(settings, length, device, given.rounds, given.only, given.grow)
+        result |= _planned(overrides, length, given.config_dir, result["peak_bytes"])
     except KeyboardInterrupt:
         return 130
     _show(result)
@@ -102,8 +106,8 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def _settings(words: Sequence[str], config_dir: str | None) -> tuple[Settings, int]:
-    """Return the settings of a Sparse-MeZO run with these changes and no recipe, and the length."""
+def _overrides(words: Sequence[str]) -> tuple[list[str], int]:
+    """Return the settings of the line, or what stands for them, and the length."""
     given = dict(_DEFAULTS)
     for word in words:
         key, equals, value = word.partition("=")
@@ -119,14 +123,18 @@ def _settings(words: Sequence[str], config_dir: str | None) -> tuple[Settings, i
         raise UserError(f"length={text}: length must be a whole number of tokens, such as 64.")
     # A recipe may freeze weights; here all are trained.
     overrides = [f"{key}={value}" for key, value in given.items()]
-    overrides += ["method=sparse_mezo", "~recipe", "~recipe/model"]
-    settings = checked_settings(overrides, config_dir, say)
+    return [*overrides, "~recipe", "~recipe/model"], int(text)
+
+
+def _settings(overrides: Sequence[str], config_dir: str | None) -> Settings:
+    """Return the settings of a Sparse-MeZO run with these changes and no recipe."""
+    settings = checked_settings([*overrides, "method=sparse_mezo"], config_dir, say)
     if settings.model["family"] == "masked":
         raise UserError(
             f"model={settings.model['name']} is masked, and smezo bench measures models that "
             "continue a text: choose a causal one."
         )
-    return settings, int(text)
+    return settings
 
 
 def _check_length(settings: Settings, longest: int) -> None:
@@ -192,6 +200,30 @@ def _measure(
         with console.bar("grow", ticks) as bar:
             result["grow"] = bench.grow({size: rows(*size) for size in sizes})
     return result
+
+
+def _planned(
+    overrides: Sequence[str], length: int, config_dir: str | None, peaks: Mapping[str, int]
+) -> dict[str, dict[str, float]]:
+    """Return what `smezo plan` says of a step of each method, beside the measured peaks.
+
+    Nothing of a model whose architecture it does not know.
+    """
+    from smezo_cli.bench import methods
+    from smezo_cli.plan.planner import plan
+
+    found: dict[str, float] = {}
+    for name in peaks:
+        method, _, executor = name.partition("@")
+        if method not in methods.names():
+            continue
+        words = [*overrides, f"method={method}"]
+        words += [f"method.executor={executor}"] if executor else []
+        settings = checked_settings(words, config_dir, lambda line: None)
+        with suppress(UserError):  # a row is the prompt and a label word
+            found[name] = plan(settings, tokens=length + 1).step_peak
+    over = {name: peaks[name] / size for name, size in found.items()}
+    return {"planned_bytes": found, "peak_over_plan": over}
 
 
 def _chosen(only: str, names: Sequence[str]) -> list[str]:
@@ -278,6 +310,7 @@ def _show(result: Mapping[str, Any]) -> None:
         "x its forwards",
         "peak MiB",
         "x forward's",
+        "x plan",
         "weights/s",
     ):
         table.add_column(title, justify="right", no_wrap=True)
@@ -290,6 +323,7 @@ def _show(result: Mapping[str, Any]) -> None:
             _number(result["ratio_to_its_forwards"].get(name), "{:.3f}"),
             _number(result["peak_bytes"].get(name), "{:.0f}", 2**-20),
             _number(result["peak_over_forward"].get(name), "{:.3f}"),
+            _number(result["peak_over_plan"].get(name), "{:.3f}"),
             _number(result["weights_per_second"].get(name), "{:.0f} M", 1e-6),
             result["failed"].get(name) or result["passes"].get(name, ""),
         ]
@@ -297,6 +331,10 @@ def _show(result: Mapping[str, Any]) -> None:
     console.print(table)
     if not result["peak_bytes"]:
         print("  no peaks: this system does not let a process reset its own")
+    far = {n: x for n, x in result["peak_over_plan"].items() if abs(x - 1) > _NEAR_PLAN}
+    if far:
+        named = ", ".join(f"{name} {x:.2f}" for name, x in far.items())
+        print(f"  peaks more than {_NEAR_PLAN:.0%} from what smezo plan says: {named}")
     if "grow" in result:
         names = list(result["grow"][0]["median_seconds"]) if result["grow"] else []
         table = Table(box=SIMPLE, pad_edge=False)

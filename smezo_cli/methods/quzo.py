@@ -14,7 +14,7 @@ from smezo_cli.zo.move import Move
 from smezo_cli.zo.noise import stream_key
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
-from smezo_cli.zo.passes.rounded import Pair, Stream, choose_draws, over_halves
+from smezo_cli.zo.passes.rounded import NumbaDraws, Pair, Stream, choose_draws, over_halves
 from smezo_cli.zo.quantised import QuantisedLinear, quantise
 from smezo_cli.zo.ranges import Count, PerturbBits, WeightBits
 from smezo_cli.zo.rounding import ROUNDINGS
@@ -273,9 +273,27 @@ class RoundedMover:
         target.layer.write(out)
         return out
 
+    def _fused(self, target: Target, dtype: torch.dtype) -> NumbaDraws | None:
+        """Return what moves a target in one loop, whose numbers have this dtype; None: nothing."""
+        layer, draws = target.layer, self._draws
+        is_plain = layer is None or (layer.bits == 8 and layer.out_features % 2 == 0)
+        is_plain = is_plain and dtype == torch.float32 and len(self.move.terms) == 1
+        return draws if is_plain and isinstance(draws, NumbaDraws) else None
+
+    def _write(self, draws: NumbaDraws, target: Target, *outs: Tensor) -> None:
+        (stream,), layer = self.streams(target, OF_PROBE), target.layer
+        if layer is None:
+            draws.move(target.flat, outs, stream)
+        else:
+            codes, scales = layer.weight.detach(), layer.scales.detach()
+            draws.write_codes(codes, scales, layer.group_size, outs, stream)
+
     def whole(self, parameter: Tensor, out: Tensor) -> None:
         """See :class:`smezo_cli.zo.probe.Mover`."""
         target = self._direction.target_of(parameter)
+        if (draws := self._fused(target, out.dtype)) is not None:
+            self._write(draws, target, out)
+            return
         base, streams = self._base(target, out), self.streams(target, OF_PROBE)
 
         def one(first: slice, second: slice, start: int, stop: int) -> None:
@@ -289,6 +307,9 @@ class RoundedMover:
     def both(self, parameter: Tensor, plus: Tensor, minus: Tensor) -> None:
         """See :class:`smezo_cli.zo.probe.PairMover`."""
         target = self._direction.target_of(parameter)
+        if (draws := self._fused(target, plus.dtype)) is not None:
+            self._write(draws, target, plus, minus)
+            return
         base, streams = self._base(target, plus), self.streams(target, OF_PROBE)
 
         def one(first: slice, second: slice, start: int, stop: int) -> None:
@@ -330,11 +351,20 @@ class RoundedMover:
 
     def update(self, target: Target) -> None:
         """Move the weights or codes of a target along u_2."""
-        streams = self.streams(target, OF_UPDATE)
-        if target.layer is None:
-            self._update_weights(target, streams)
+        streams, layer, term = self.streams(target, OF_UPDATE), target.layer, self.move.terms[0]
+        dtype = target.flat.dtype if layer is None else torch.float32
+        draws = None if self.move.decay else self._fused(target, dtype)
+        if layer is None:
+            if draws is None:
+                self._update_weights(target, streams)
+            else:
+                draws.move(target.flat, [target.flat], streams[0])
+        elif draws is None:
+            self._update_codes(target, layer, streams)
         else:
-            self._update_codes(target, target.layer, streams)
+            key = self._direction.stream(target, OF_CODES, term.key.step, term.key.query)
+            codes, scales = layer.weight.detach(), layer.scales.detach()
+            draws.move_codes(codes, scales, layer.group_size, layer.largest, streams[0], key)
 
     def _update_weights(self, target: Target, streams: list[Stream]) -> None:
         flat, decay = target.flat, self.move.decay

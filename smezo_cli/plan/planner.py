@@ -20,6 +20,8 @@ ROWS = "rows in them"  # in the forwards of training
 
 KEPT = "inputs of the first trained block"
 
+_CUDA = "CUDA"
+
 # Resident memory of a run on a CPU less its weights and tensors (Linux, torch 2.13, transformers
 # 5.23, datasets 5.2): libraries, the embedded task's rows and tokens, and what an allocator keeps.
 _RUNTIME_CPU = 620_000_000
@@ -66,6 +68,12 @@ class Plan:
     def peak(self) -> int:
         """Return the most bytes on the device at any time."""
         return sum(self.resident.values()) + max(self.phases.values())
+
+    @property
+    def step_peak(self) -> int:
+        """The most bytes while a step is made; on CUDA those of tensors alone."""
+        held = sum(size for name, size in self.resident.items() if name != _CUDA)
+        return held + max(self.phases.get(name, 0) for name in (stages.STEP, stages.TAIL))
 
     @property
     def fits(self) -> bool:
@@ -275,7 +283,7 @@ def _resident(run: DryRun) -> dict[str, int]:
     cuda = run.device == "cuda"
     packed = math.ceil(_PACKED * sum(p.numel() for p in run.packed))
     return {
-        "CUDA" if cuda else "Python and its libraries": _RUNTIME_CUDA if cuda else _RUNTIME_CPU,
+        _CUDA if cuda else "Python and its libraries": _RUNTIME_CUDA if cuda else _RUNTIME_CPU,
         "weights": bytes_of(run.model.parameters()) - bytes_of(run.packed) + packed,
         "buffers": bytes_of(run.model.buffers()),
     }

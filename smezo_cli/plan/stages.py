@@ -18,7 +18,7 @@ _NUMBA = 100_000_000
 
 _THRESHOLD = 28  # bytes that masks.kth_magnitude takes for each entry of a chunk
 
-_TAIL = "backpropagation, gradients included"
+STEP, TAIL = "step", "backpropagation, gradients included"
 
 
 @dataclass(frozen=True)
@@ -101,21 +101,21 @@ def _by_perturbations(run: DryRun, method: Any, capacity: int) -> Needs:
             forward = run.count(_objective(run, scorer, batch))[0] + run.cast_bytes
         # eps m z and the mask of every weight; one tensor in float32, moved and chosen.
         kept = weights * (dense.KEPT + 4)
-        found["step"] = kept + max(forward, 12 * largest)
+        found[STEP] = kept + max(forward, 12 * largest)
         if method.tail is not None:
-            found[_TAIL] = kept + _backward_of_tail(run, method)
+            found[TAIL] = kept + _backward_of_tail(run, method)
         return Needs(held, found)
     noise = noise_bytes(run, method, compiles=compiles, capacity=capacity)
     points = points_at_once(method)
     step, copies = _probed(run, method, batch)
     held["scratch of probes"] = points * copies
-    found["step"] = points * step + noise
+    found[STEP] = points * step + noise
     if carries_tangents(method):
         # Its self-check compares two plain losses, by kept noise; the update fills that anew.
         tangents, _ = _probed(run, method, batch, with_tangents=True)
-        found["step"] = max(tangents, found["step"])
+        found[STEP] = max(tangents, found[STEP])
     if method.tail is not None:
-        found[_TAIL] = noise + _backward_of_tail(run, method)
+        found[TAIL] = noise + _backward_of_tail(run, method)
     pair, _ = _probed(run, method, batch[:2])
     # The self-check perturbs some tensors in place, and puts an exact copy of them back.
     saved = _checked_together(run, method)
@@ -201,12 +201,12 @@ def _probed(
         ranks = {t.name: method.direction.thin_rank(t) for t in method.targets}
         thin = {id(named[name]): rank for name, rank in ranks.items() if rank is not None}
         shared: dict[int, Any] = {}
-        batched = Points(run.computing, probe)
+        batched = Points(run.computing, probe, method.executor)
         movers = [KeepThin(thin, shared) for _ in range(at_once)]
 
     def measure() -> None:
         if with_tangents:
-            derivative(compute, TangentMover(lambda parameter, out: None, mover), probe)
+            derivative(compute, TangentMover(mover), probe)
             return
         with batched.first(movers) if at_once else probe.at(mover):
             compute()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 
 from smezo_cli.zo.directions.base import Direction
-from smezo_cli.zo.directions.dense import Dense
+from smezo_cli.zo.directions.dense import Dense, DenseAlone
 from smezo_cli.zo.executors.choose import Executors
 from smezo_cli.zo.move import Key, Move, Term
 from smezo_cli.zo.step import Closure, NonFiniteLoss, Shared, WithObjectives
@@ -125,7 +125,7 @@ class LossMeter:
             for i in numbers:
                 assert isinstance(self._direction, Dense)
                 mover = self._direction.mover(self.step, Move((Term(keys[i], 1.0),)))
-                tangents = TangentMover(self._direction.write_alone(mover), mover)
+                tangents = TangentMover(DenseAlone(self._direction, mover))
                 yield torch.stack(self._executors.derivative(closure, tangents)).tolist()
 
         if isinstance(closure, Shared):

@@ -1,15 +1,14 @@
 """Measure the derivative of a loss along a direction exactly, by forward-mode differentiation."""
 
 import warnings
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from smezo_cli.zo.directions.base import PointMover
-from smezo_cli.zo.probe import FunctionalProbe
+from smezo_cli.zo.probe import FunctionalProbe, Mover
 from smezo_cli.zo.step import Closure, InParts
 from smezo_cli.zo.sums import on_grid
 
@@ -18,21 +17,25 @@ class NoTangent(ValueError):
     """Say that a loss, or an operation of the model, has no derivative along a direction."""
 
 
+class Alone(Mover, Protocol):
+    """A mover, and which parameters it moves: by their ids; None: all."""
+
+    only: frozenset[int] | None
+
+
 class TangentMover:
     """Gives each parameter together with its direction, in the place of a moved copy.
 
     Args:
-        write: writes the direction of a parameter to flat scratch of its dtype.
+        alone: writes the direction of a parameter where others write moved weights.
     """
 
-    only: frozenset[int] | None
-
-    def __init__(self, write: Callable[[Tensor, Tensor], None], mover: PointMover) -> None:
-        self._write, self.only = write, mover.only
+    def __init__(self, alone: Alone) -> None:
+        self._alone, self.only = alone, alone.only
 
     def whole(self, parameter: Tensor, out: Tensor) -> None:
         """See :class:`smezo_cli.zo.probe.Mover`: writes the direction alone."""
-        self._write(parameter, out)
+        self._alone.whole(parameter, out)
 
     def placed(self, parameter: Tensor, written: Tensor) -> Tensor:
         """Return the parameter with the direction as its tangent, to compute with."""
@@ -40,9 +43,7 @@ class TangentMover:
 
     def rows(self, parameter: Tensor, rows: Tensor) -> Tensor:
         """See :class:`smezo_cli.zo.probe.Mover`."""
-        whole = torch.empty(parameter.numel(), dtype=parameter.dtype, device=parameter.device)
-        self._write(parameter, whole)
-        tangent = whole.view(parameter.shape).index_select(0, rows)
+        tangent = self._alone.rows(parameter, rows)
         return _dual(parameter.detach().index_select(0, rows), tangent)
 
 

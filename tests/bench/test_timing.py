@@ -29,8 +29,10 @@ from smezo_cli.bench.timing import (
 )
 from smezo_cli.cli import bench as line
 from smezo_cli.cli.verbs import main
+from smezo_cli.config.compose import checked_settings
 from smezo_cli.models.load import load_model
 from smezo_cli.models.onednn import use_onednn
+from smezo_cli.plan.planner import plan
 from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.zo.step import StepRecord
 from tests import CONF
@@ -339,6 +341,14 @@ def test_the_command_writes_what_it_shows(
     shown = capsys.readouterr().out
     assert all(name in shown for name in names)
     assert f"{found['ratio_to_two_forwards']['mezo']:.3f}" in shown
+    if found["peak_bytes"]:  # a system without /proc has none
+        run = ["model=tiny-llama", "method=mezo", "batch_size=2", "~recipe", "~recipe/model"]
+        planned = plan(checked_settings([*run, "device=cpu"], None, lambda _: None), tokens=9)
+        assert found["planned_bytes"] == {"mezo": planned.step_peak}
+        over = found["peak_bytes"]["mezo"] / planned.step_peak
+        assert found["peak_over_plan"] == {"mezo": over}
+        far = f"more than 10% from what smezo plan says: mezo {over:.2f}"
+        assert (far in shown) == (abs(over - 1) > 0.1)
 
 
 def test_low_precision_is_measured_too(tmp_path: Path) -> None:

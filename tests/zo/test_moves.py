@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from smezo_cli.zo.directions.dense import Dense
+from smezo_cli.zo.directions.dense import Dense, DenseAlone
 from smezo_cli.zo.estimators.two_sided import TwoSided
 from smezo_cli.zo.move import Gradient, Key, Move, Term
 from smezo_cli.zo.optimizer import ZeroOrder
@@ -273,10 +273,13 @@ def test_a_direction_alone_is_what_a_move_adds() -> None:
         assert isinstance(direction, Dense)
         only = frozenset(target.name for target in opt.targets[1:])
         mover = direction.mover(0, Move((Term(Key(0), 0.25, only),)))
-        write = direction.write_alone(mover)
+        of = DenseAlone(direction, mover)
         for target in opt.targets:
             alone = torch.full_like(target.flat, 7.0)
-            write(target.parameter, alone)
+            of.whole(target.parameter, alone)
+            rows = torch.arange(target.parameter.shape[0]).flip(0)
+            found = of.rows(target.parameter, rows)
+            assert torch.equal(found, alone.view(target.parameter.shape)[rows])
             target.parameter.data.zero_()  # so that a moved copy is exactly what is added
             moved = torch.empty_like(target.flat)
             mover.whole(target.parameter, moved)

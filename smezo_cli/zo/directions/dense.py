@@ -18,7 +18,7 @@ from smezo_cli.zo.targets import Target, check, one_of
 
 KEPT = 4 + 1  # bytes a weight of noise that is kept: z in float32, the mask
 
-WORTH_COMPILING = 1_000_000  # weights; fewer are moved some hundred times while Numba starts
+WORTH_COMPILING = 100_000  # weights; fewer are moved some hundred times while Numba starts
 
 
 class Dense:
@@ -172,23 +172,6 @@ class Dense:
             self._streams[parts] = [stream_key(self._seed, *parts, t.name) for t in self.targets]
         return self._streams[parts]
 
-    def write_alone(self, mover: "DenseMover") -> Callable[[Tensor, Tensor], None]:
-        """See :class:`Direction`; for a selection that does not hang on the weights."""
-
-        def write(parameter: Tensor, out: Tensor) -> None:
-            target = self.target_of(parameter)
-            out.zero_()
-            if not mover.moves(target):
-                return
-            passes, numbers = self.probe_passes, mover.read_by(self.probe_passes, target)
-            if target.index is None:
-                passes.move(out, out, numbers)
-            else:
-                numel = target.parameter.numel()
-                out[target.index] = passes.move_at(out[target.index], target.index, numel, numbers)
-
-        return write
-
     def apply(self, step: int, move: Move) -> None:
         """See :class:`Direction`."""
         mover = self.mover(step, move)
@@ -341,10 +324,14 @@ class DenseMover:
 
     def rows(self, parameter: Tensor, rows: Tensor) -> Tensor:
         """See :class:`smezo_cli.zo.probe.Mover`."""
-        target, passes = self._direction.target_of(parameter), self._direction.probe_passes
+        target = self._direction.target_of(parameter)
         start = self.start(target).view(parameter.shape)
+        return self.moved_rows(target, rows, start.index_select(0, rows))
+
+    def moved_rows(self, target: Target, rows: Tensor, picked: Tensor) -> Tensor:
+        """Return some rows of a target moved: ``picked`` (r, ...) is what they move from."""
+        parameter, passes = target.parameter, self._direction.probe_passes
         numel, width = parameter.numel(), parameter.numel() // parameter.shape[0]
-        picked = start.index_select(0, rows)
         if self._numbers[target.position] is None:
             return picked
         numbers = self.read_by(passes, target)
@@ -362,6 +349,39 @@ class DenseMover:
         """Return a z of the first term (float32, flat), written out, and the mask (bool)."""
         z, mask = self._direction.kept(target, self)
         return z * self.draw(target).coefficients[0], mask
+
+
+class DenseAlone:
+    """Writes the direction of a move in place of moved copies: 0 + the terms.
+
+    For a selection that does not hang on the weights.
+
+    Args:
+        direction: of the move.
+        mover: of the move.
+    """
+
+    def __init__(self, direction: Dense, mover: DenseMover) -> None:
+        self._direction, self._mover, self.only = direction, mover, mover.only
+
+    def whole(self, parameter: Tensor, out: Tensor) -> None:
+        """See :class:`smezo_cli.zo.probe.Mover`."""
+        target, mover = self._direction.target_of(parameter), self._mover
+        out.zero_()
+        if not mover.moves(target):
+            return
+        passes = self._direction.probe_passes
+        numbers = mover.read_by(passes, target)
+        if target.index is None:
+            passes.move(out, out, numbers)
+        else:
+            numel = target.parameter.numel()
+            out[target.index] = passes.move_at(out[target.index], target.index, numel, numbers)
+
+    def rows(self, parameter: Tensor, rows: Tensor) -> Tensor:
+        """See :class:`smezo_cli.zo.probe.Mover`."""
+        nothing = parameter.new_zeros(len(rows), *parameter.shape[1:])
+        return self._mover.moved_rows(self._direction.target_of(parameter), rows, nothing)
 
 
 def _among(index: Tensor, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:

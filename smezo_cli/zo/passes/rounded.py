@@ -1,8 +1,11 @@
-"""Draw u = Q_SR(z), noise that is rounded to levels by chance: in plain torch, or by Numba."""
+"""Draw u = Q_SR(z), noise that is rounded to levels by chance: in plain torch, or by Numba.
+
+Numba also moves float32 weights, and codes of a byte, as they are drawn for.
+"""
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +17,9 @@ from smezo_cli.zo.passes.eager import over_chunks
 from smezo_cli.zo.rounding import to_levels
 
 Pair = tuple[Tensor, Tensor]
+
+# Pairs of a thread below which another one costs more than it saves.
+_SHARE = 1 << 14
 
 
 class Stream(NamedTuple):
@@ -91,6 +97,85 @@ class NumbaDraws(EagerDraws):
         both = torch.empty(2, stop - start)
         self._kernels.chances(*both.numpy(), start, key)
         return both[0], both[1]
+
+    def move(self, weight: Tensor, outs: Sequence[Tensor], stream: Stream) -> None:
+        """Write weights moved by c u, and to a second out those moved by its negative.
+
+        Args:
+            weight: float32, flat.
+            outs: one or two like it; the first may be the weight, if it is alone.
+            stream: gives c u.
+        """
+        pairs, plain = weight.numel() // 2, (*stream, self.inverse, self.step)
+        is_same = outs[0].data_ptr() == weight.data_ptr()
+        written = outs if not is_same else []
+        loop = (self._kernels.in_place, self._kernels.away, self._kernels.both_ways)[len(written)]
+        arrays = [x.numpy() for x in (weight, *written)]
+
+        def one(part: slice) -> None:
+            there = slice(pairs + part.start, pairs + part.stop)
+            loop(*(x[of] for x in arrays for of in (part, there)), part.start, *plain)
+
+        _in_threads(pairs, 1, one)
+        if weight.numel() % 2:  # the first of a pair of its own
+            u = self.pair(pairs, pairs + 1, weight.device, stream)[0]
+            last = weight[-1:].clone()
+            for out, moved in zip(outs, (last + u, last - u), strict=False):
+                out[-1:] = moved
+
+    def write_codes(
+        self, codes: Tensor, scales: Tensor, group: int, outs: Sequence[Tensor], stream: Stream
+    ) -> None:
+        """Do as :meth:`move` for weights codes x scales.
+
+        Args:
+            codes: int8 (rows, columns), of evenly many rows.
+            scales: float32 (rows, groups).
+            group: columns that share a scale.
+            outs: float32, flat.
+            stream: as there.
+        """
+        loop = (self._kernels.codes_away, self._kernels.codes_both_ways)[len(outs) - 1]
+        arrays = codes.numpy(), scales.numpy(), group, *(x.view(codes.shape).numpy() for x in outs)
+        self._by_rows(loop, codes, arrays, stream)
+
+    def move_codes(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        group: int,
+        largest: int,
+        stream: Stream,
+        key: tuple[int, int],
+    ) -> None:
+        """Move codes by c u over the scales, rounded by chance; they stay at the ends of the range.
+
+        Args:
+            codes: as for :meth:`write_codes`.
+            scales: likewise.
+            group: likewise.
+            largest: code.
+            stream: gives c u.
+            key: the stream of the chance.
+        """
+        arrays = codes.numpy(), scales.numpy(), group, largest, key
+        self._by_rows(self._kernels.codes_in_place, codes, arrays, stream)
+
+    def _by_rows(
+        self, loop: Callable[..., None], codes: Tensor, arrays: tuple[Any, ...], stream: Stream
+    ) -> None:
+        plain = *stream, self.inverse, self.step
+
+        def one(rows: slice) -> None:
+            loop(*arrays, rows.start, rows.stop, *plain)
+
+        _in_threads(codes.shape[0] // 2, codes.shape[1], one)
+
+
+def _in_threads(length: int, size: int, one: Callable[[slice], None]) -> None:
+    """Call ``one`` for parts of ``length``, one a thread; ``size`` says how many pairs are in 1."""
+    share = -(-length // torch.get_num_threads())
+    over_chunks(length, torch.device("cpu"), one, max(share, _SHARE // size, 1))
 
 
 def choose_draws(step: float, backend: str, device: torch.device) -> tuple[EagerDraws, str]:
