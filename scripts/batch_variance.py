@@ -46,7 +46,7 @@ def main() -> None:
         lr=1e-9,
         eps=EPS,
         sparsity=settings.sparsity,
-        freeze=settings.method["freeze"],
+        freeze=["*embed_tokens*", "*norm*"],
         executor="sequential",
         check=False,
     )
