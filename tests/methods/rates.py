@@ -87,7 +87,7 @@ RATES = {
 def bounds_of(name: str) -> tuple[float, float, str]:
     """Return between what the loss over the one before must lie, and why.
 
-    A row that has just been added comes down somehow; test_every_method.py asks for its rate.
+    A row that has just been added comes down somehow; test_rates.py asks for its rate.
     """
     if name not in RATES:
         return 0.0, 0.7, "no rate is stated yet"

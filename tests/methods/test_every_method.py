@@ -13,7 +13,6 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from smezo_cli.cli.verbs import main
 from smezo_cli.config.build import build
 from smezo_cli.config.compose import compose
 from smezo_cli.config.fixed import plain
@@ -22,18 +21,11 @@ from smezo_cli.plan import losses
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.step import NonFiniteLoss
 from tests import CONF
-from tests.methods.rates import DIMENSIONS, LR, RATES, STEPS, bounds_of
 from tests.zo.test_optimizer import bits, mlp, same, seeded, weights_of
 from tests.zo.test_optimizer import closure_of as squares_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# What settings of a method have besides arguments of its class.
-_BESIDE = {"name", "_target_", "adapter", "objective"}
-_TINY = (
-    "model=tiny-llama task=toy task.num_train=8 task.num_dev=4 task.num_test=4 device=cpu "
-    "task.prompt=0"
-)
 NAMES = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 
 
@@ -296,45 +288,6 @@ def test_only_what_a_probe_has_moved_is_updated(name: str) -> None:
             assert not ((now != before[tensor]) & ~moved[tensor]).any()
 
 
-@pytest.mark.parametrize("name", ZEROTH_ORDER)
-def test_a_quadratic_is_descended(name: str) -> None:
-    """In 30 dimensions at lr 1e-2, at the rate that tests/methods/rates.py states for the method.
-
-    A sum of estimates with momentum 0.9 would go ten times as far, more than these dimensions bear,
-    and so would steps that a curvature of less than 10 divides.
-    """
-    target = torch.randn(DIMENSIONS, generator=seeded(5), dtype=torch.float64)
-
-    class Part(nn.Module):
-        def __init__(self, seed: int) -> None:
-            super().__init__()
-            self.w = nn.Parameter(torch.randn(DIMENSIONS // 2, generator=seeded(seed)))
-
-        def forward(self, goal: Tensor) -> Tensor:
-            return (self.w.double() - goal).square().sum() / 2
-
-    class Quadratic(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList([Part(6), Part(7)])
-
-        def forward(self) -> Tensor:
-            first, second = self.layers
-            return first(target[: DIMENSIONS // 2]) + second(target[DIMENSIONS // 2 :])  # type: ignore[no-any-return]  # a module's
-
-    model = Quadratic()
-    opt = made(name, model, sparsity=0.0, momentum=0.5, bound=10.0, tail_lr=LR, lr=LR)
-    first = model().item()
-    for _ in range(STEPS):
-        opt.step(Losses(model))
-    low, high, why = bounds_of(name)
-    assert low < model().item() / first < high, why
-
-
-def test_a_rate_is_stated_for_every_row() -> None:
-    assert RATES.keys() == set(ZEROTH_ORDER)
-
-
 class Ranks:
     """Processes that share the queries of a step, played by threads.
 
@@ -438,47 +391,3 @@ def test_there_are_as_many_queries_to_share_as_the_class_says(name: str) -> None
     assert declared is not None
     assert set(names) <= node.keys()
     assert 1 <= declared <= max(most)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_yaml_gives_every_argument_and_no_other(name: str) -> None:
-    node = node_of(name)
-    found = describe(node)
-    assert found is not None
-    assert node.keys() - _BESIDE == found.keys.keys()
-    assert ("objective" in node) == found.traits["compares_losses"]
-
-
-def test_each_is_listed_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["ls", "methods"]) == 0
-    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:])
-    assert lines.keys() >= set(NAMES)
-    assert all(lines[name].endswith((".", "?")) for name in NAMES)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_each_is_planned(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", f"method={name}", *_TINY.split()]) == 0
-    said = capsys.readouterr().out
-    assert said.startswith(f"toy | tiny-llama | {name} |")
-    assert "held all the time" in said
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_each_trains_and_is_replayed(
-    name: str, tmp_path: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["train", f"method={name}", *_TINY.split(), f"runs_dir={tmp_path}"]
-    if trait(node_of(name), "takes_steps", default=True):
-        words += ["steps=3", "batch_size=2", "eval_every=2", "lr_schedule=constant"]
-        words += ["zero_shot=false"]
-    if "executor" in node_of(name):
-        words += ["method.executor=sequential"]  # to time another takes as long as the steps
-    assert main(words) == 0
-    (run,) = (tmp_path / "default").iterdir()
-    assert (run / "result.json").exists()
-    if "steps=3" in words:  # a constant lr: the finished run goes on
-        assert main([word if word != "steps=3" else "steps=4" for word in words]) == 0
-    if trait(node_of(name), "replays", default=False):
-        assert main(["replay", str(run), "--split", "none"]) == 0
-    capsys.readouterr()
