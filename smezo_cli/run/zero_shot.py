@@ -146,16 +146,18 @@ def _left_out(begun: Mapping[int, Evaluation]) -> dict[int, LeftOut]:
 
     The rows are the same, so the difference is paired. Offsets are fitted under each prompt alone.
     """
-    if not begun:
-        return {}
+    known = {k: found.per_row().isfinite() for k, found in begun.items()}
+    if not begun or not all(of.any() for of in known.values()):
+        return {}  # of rows without labels nothing is known
     offsets = {k: found.fit_offsets() for k, found in begun.items()}
     ranks = {k: _rank(found.figures(offsets[k]), found.metric) for k, found in begun.items()}
     best = max(begun, key=lambda k: ranks[k])
     of_best, found = begun[best].per_row(offsets[best]), dict[int, LeftOut]()
     for k, other in begun.items():
-        gain, error = paired_gain(of_best, other.per_row(offsets[k]))
+        both = known[best] & known[k]
+        gain, error = paired_gain(of_best[both], other.per_row(offsets[k])[both])
         if k != best and gain > _CLEARLY * error:
-            found[k] = {"rows": len(of_best), "gain": gain, "standard_error": error}
+            found[k] = {"rows": len(both), "gain": gain, "standard_error": error}
     return found
 
 

@@ -4,6 +4,7 @@ import contextlib
 import io
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,18 @@ def test_only_what_is_two_paired_standard_errors_behind_is_left_out(
         assert found[k]["gain"] == pytest.approx((90 - others[k]) / 100)
         share = (90 - others[k]) / 100
         assert found[k]["standard_error"] == pytest.approx((share * (1 - share) / 100) ** 0.5)
+
+
+def test_rows_without_a_label_decide_nothing() -> None:
+    def without(found: Evaluation, count: int) -> Evaluation:
+        rows = [replace(row, label=-1) if k < count else row for k, row in enumerate(found.rows)]
+        return Evaluation(rows, found.scores)
+
+    begun = {0: outcome_of(90, 100), 1: outcome_of(60, 100)}
+    assert zero_shot._left_out({k: without(of, 100) for k, of in begun.items()}) == {}
+    (behind,) = zero_shot._left_out({k: without(of, 20) for k, of in begun.items()}).values()
+    assert behind["gain"] == pytest.approx(30 / 80)
+    assert behind["rows"] == 100
 
 
 def test_a_run_that_was_killed_while_it_chose_goes_on_with_the_same_bits(tmp_path: Path) -> None:
