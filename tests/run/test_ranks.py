@@ -146,6 +146,7 @@ def test_the_jobs_of_a_sweep_follow_each_other_on_all_ranks(tmp_path: Path) -> N
     taken = tmp_path / "runs" / "default"
     with Started([*words, "seed=1", "steps=100000"], tmp_path) as held:
         until(lambda: list(taken.glob("*-s1-*/trajectory.bin")))
+        os.kill(held.pid, signal.SIGSTOP)  # it holds the folder, and computes nothing
         assert held.alive
         ended = together(2, ["--multirun", *words, "seed=0,1,2"], tmp_path)
     assert [one.code for one in ended] == [2, 0]
