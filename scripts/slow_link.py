@@ -5,8 +5,9 @@
 Each rank is a process in a network namespace of its own. What it sends goes through a TUN device to
 this script, which lets it out on the other side as a link of `--rate` bit/s and `--delay` seconds
 one way would, and counts it (IP packets, headers included). Needs Linux, root and iproute2. Bytes
-and seconds of a step are those of `--steps` steps less those of a quarter of them, over the rest.
-The same run by one process with the ranks' micro-batches must end with the same weights.
+of a step are those of `--steps` steps less those of a quarter of them, over the rest; its seconds
+are the median of the steps of the longer run. The same run by one process with the ranks'
+micro-batches must end with the same weights.
 
 All these processes are forked from one that has imported torch and computes nothing.
 """
@@ -19,6 +20,7 @@ import json
 import multiprocessing
 import os
 import select
+import statistics
 import struct
 import subprocess
 import sys
@@ -124,8 +126,8 @@ def ended(process: Any) -> int:
     return int(process.exitcode)
 
 
-def over(link: Link, words: list[str], folder: Path) -> tuple[list[int], float]:
-    """Both ranks to their end; bytes that each sent, and seconds of training."""
+def over(link: Link, words: list[str], folder: Path) -> list[int]:
+    """Both ranks to their end; bytes that each sent."""
     before = list(link.sent)
     processes = []
     for rank, name in enumerate(link.names):
@@ -137,8 +139,14 @@ def over(link: Link, words: list[str], folder: Path) -> tuple[list[int], float]:
         processes.append(started(words, folder / str(rank), env, name))
     if any([ended(process) for process in processes]):
         sys.exit("a rank failed, see above")
-    found = result(folder / "0")
-    return [now - then for now, then in zip(link.sent, before, strict=True)], found["train_seconds"]
+    return [now - then for now, then in zip(link.sent, before, strict=True)]
+
+
+def seconds_of(folder: Path) -> float:
+    """The median of the steps of the one run in a folder."""
+    (path,) = folder.glob("runs/link/*/metrics.jsonl")
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return statistics.median(record["seconds"] for record in records if "loss" in record)
 
 
 def result(folder: Path) -> dict:
@@ -181,6 +189,7 @@ def main(line: Sequence[str] | None = None) -> None:
             if ended(started(alone, folder / "one", {})):
                 sys.exit("one process failed, see above")
             mine, theirs = (result(folder / place) for place in ("long/0", "one"))
+            seconds, alone_seconds = (seconds_of(folder / place) for place in ("long/0", "one"))
     finally:
         link.close()
     steps = asked.steps - few
@@ -188,12 +197,10 @@ def main(line: Sequence[str] | None = None) -> None:
         "rate_bits_per_s": asked.rate,
         "delay_s": asked.delay,
         "steps": steps,
-        "bytes_per_step": [(b - a) / steps for a, b in zip(short[0], long[0], strict=True)],
-        "seconds_per_step": (long[1] - short[1]) / steps,
-        "seconds_per_step_alone": theirs["train_seconds"] / asked.steps,
-        "bytes_of_the_rest": [
-            a - few * (b - a) / steps for a, b in zip(short[0], long[0], strict=True)
-        ],
+        "bytes_per_step": [(b - a) / steps for a, b in zip(short, long, strict=True)],
+        "seconds_per_step": seconds,
+        "seconds_per_step_alone": alone_seconds,
+        "bytes_of_the_rest": [a - few * (b - a) / steps for a, b in zip(short, long, strict=True)],
         "same_weights": mine["weights"] == theirs["weights"],
     }
     print(json.dumps(found, indent=1))

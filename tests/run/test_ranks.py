@@ -1,21 +1,17 @@
 """Several ranks train the weights of one process: shares, steps, and going on as more.
 
-Ranks are forked with the variables that torchrun sets; one test has torchrun itself.
+Ranks are forked with the variables that torchrun sets; test_ranks_links.py has torchrun itself.
 """
 
 import importlib.util
 import json
 import os
-import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from smezo_cli import train
 from smezo_cli.config.compose import compose
@@ -24,10 +20,9 @@ from smezo_cli.errors import UserError
 from smezo_cli.machine.out_of_memory import OutOfMemory
 from smezo_cli.run import follower, ranks
 from smezo_cli.scoring import scorer
-from tests import ROOT
-from tests.run.processes import Fault, Started, forkserver, smezo, until
+from tests.run.processes import Fault, Started, smezo, until
 from tests.run.rank_groups import RUN, SHORT_RUN, few_tokens, together, weights_of
-from tests.run.tiny_runs import METHODS, SMALL, records_of, result_of, run_folder
+from tests.run.tiny_runs import METHODS, records_of, result_of, run_folder
 
 
 @pytest.mark.parametrize(
@@ -146,6 +141,7 @@ def test_the_jobs_of_a_sweep_follow_each_other_on_all_ranks(tmp_path: Path) -> N
     taken = tmp_path / "runs" / "default"
     with Started([*words, "seed=1", "steps=100000"], tmp_path) as held:
         until(lambda: list(taken.glob("*-s1-*/trajectory.bin")))
+        os.kill(held.pid, signal.SIGSTOP)  # it holds the folder, and computes nothing
         assert held.alive
         ended = together(2, ["--multirun", *words, "seed=0,1,2"], tmp_path)
     assert [one.code for one in ended] == [2, 0]
@@ -256,71 +252,6 @@ def test_shares_are_all_of_it_and_overlap_nowhere(size: int, of_queries: int) ->
         team.begin(settings)
         measured += [(q, r) for q in team.queries(7) for r in range(16)[team.rows(16)]]
     assert sorted(measured) == [(q, r) for q in range(7) for r in range(16)]
-
-
-def torchrun(words: list[str]) -> int:
-    """Be torchrun, in a process that has imported torch."""
-    from torch.distributed import run
-
-    run.main(words)
-    return 0
-
-
-def test_torchrun(tmp_path: Path) -> None:
-    """As the README has it; the exit code is torchrun's."""
-    words = [*METHODS["mezo"], *RUN, "steps=2", "name=t"]
-    start = ["--standalone", "--nproc-per-node", "2", "-m", "smezo_cli.train"]
-    env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ended = smezo([*start, *words], tmp_path, env=env, program=torchrun)
-    assert ended.code == 0, ended.err
-    assert "  ranks   2: 2 share the rows" in ended.out
-    assert result_of(run_folder(tmp_path, "t"))["status"] == "done"
-    assert torch.distributed.is_available()
-
-
-def test_a_slow_link_carries_a_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """1 Mbit/s, 30 ms: the weights of one process, and less than 1 KB of IP packets a step."""
-    if os.geteuid() != 0 or not Path("/dev/net/tun").exists() or shutil.which("ip") is None:
-        pytest.skip("network namespaces and TUN devices need root on Linux, and iproute2")
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    for name in ("OMP_NUM_THREADS", "PYTHONPATH"):
-        monkeypatch.setenv(name, "")  # it sets them
-    slow_link = importlib.import_module("slow_link")
-    forkserver()  # so that it is not started by the script, which imports less
-    try:
-        slow_link.main(
-            ["--delay", "0.03", "--steps", "8", "--json", str(tmp_path / "link.json"), *SMALL[1:]]
-        )
-    except (OSError, subprocess.CalledProcessError) as error:
-        if "Operation not permitted" in f"{error} {capfd.readouterr().err}":
-            pytest.skip("this system allows no network namespaces")
-        raise
-    found = json.loads((tmp_path / "link.json").read_text())
-    assert found["same_weights"]
-    assert all(32 < count < 1024 for count in found["bytes_per_step"])
-    assert found["seconds_per_step"] > 2 * 0.03  # there and back
-
-
-def test_what_volunteers_would_do_is_computed_from_the_measured_bytes(tmp_path: Path) -> None:
-    """With a link that carries ten times the bytes of a step, exchanging takes more of the time."""
-    script = ROOT / "scripts" / "volunteers.py"
-    shares = []
-    for count in (400, 4000):
-        (tmp_path / "link.json").write_text(json.dumps({"bytes_per_step": [count, 1]}))
-        words = ["--link", "link.json", "--volunteers", "8", "--rows", "16", "--steps", "500"]
-        ended = subprocess.run(
-            [sys.executable, str(script), *words],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        line = ended.stdout.splitlines()[-1].split("|")
-        assert line[1:3] == [" 16 ", " 8 "]
-        shares.append(float(line[5].strip().rstrip("%")))
-    assert shares[0] < shares[1]
 
 
 def blind() -> None:
