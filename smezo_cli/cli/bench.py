@@ -96,7 +96,7 @@ def main(words: Sequence[str]) -> int:
     device = choose_device(settings.device)
     try:
         result = _measure(settings, length, device, given.rounds, given.only, given.grow)
-        result |= _planned(overrides, length, given.config_dir, result["peak_bytes"])
+        result |= _planned(overrides, length, given.config_dir, result)
     except KeyboardInterrupt:
         return 130
     _show(result)
@@ -164,6 +164,7 @@ def _measure(
     result: dict[str, Any] = {
         "model": settings.model["name"],
         "num_weights": total,
+        "weights_bytes": sum(p.numel() * p.element_size() for p in scorer.model.parameters()),
         "dtype": settings.dtype,
         "compute_dtype": settings.compute_dtype or settings.dtype,
         "batch_size": settings.batch_size,
@@ -203,27 +204,45 @@ def _measure(
 
 
 def _planned(
-    overrides: Sequence[str], length: int, config_dir: str | None, peaks: Mapping[str, int]
-) -> dict[str, dict[str, float]]:
-    """Return what `smezo plan` says of a step of each method, beside the measured peaks.
+    overrides: Sequence[str], length: int, config_dir: str | None, result: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what `smezo plan` says of a step of each method, and how the measured peaks compare.
 
-    Nothing of a model whose architecture it does not know.
+    On a CPU the process holds what other candidates have compiled, and not what a run reads: as
+    much as the peak of a forward is off its plan. Nothing is compared of a model whose architecture
+    the plan does not know.
     """
-    from smezo_cli.bench import methods
-    from smezo_cli.plan.planner import plan
+    from smezo_cli.bench import methods, timing
+    from smezo_cli.config.method_keys import trait
+    from smezo_cli.plan import stages
+    from smezo_cli.plan.planner import Plan, plan
 
-    found: dict[str, float] = {}
-    for name in peaks:
-        method, _, executor = name.partition("@")
-        if method not in methods.names():
-            continue
+    def of(method: str, executor: str) -> Plan:
         words = [*overrides, f"method={method}"]
         words += [f"method.executor={executor}"] if executor else []
+        # Losses of a bench are over one batch, whatever rows a run would take.
+        own = {"short_rows", "long_rows"} & set(methods.node_of(method))
+        words += [f"method.{key}={batch_size}" for key in sorted(own)]
         settings = checked_settings(words, config_dir, lambda line: None)
-        with suppress(UserError):  # a row is the prompt and a label word
-            found[name] = plan(settings, tokens=length + 1).step_peak
-    over = {name: peaks[name] / size for name, size in found.items()}
-    return {"planned_bytes": found, "peak_over_plan": over}
+        return plan(settings, tokens=length + 1)  # a row is the prompt and a label word
+
+    batch_size, peaks = result["batch_size"], result["peak_bytes"]
+    found, over = dict[str, int](), dict[str, float]()
+    beside = 0
+    with suppress(UserError):
+        if peaks:
+            forward = of("mezo", "sequential")
+            alone = forward.step_peak - forward.resident.get(stages.SCRATCH, 0)
+            beside = peaks[timing.UNIT] - alone
+        for name in peaks:
+            method, _, executor = name.partition("@")
+            if method in methods.names():
+                found[name] = of(method, executor).step_peak
+                # Whoever changes layers has a model beside that of the others.
+                has_own = trait(methods.node_of(method), "moves_codes", default=False)
+                more = beside + (result["weights_bytes"] if has_own else 0)
+                over[name] = peaks[name] / (found[name] + more)
+    return {"planned_bytes": found, "beside_plan_bytes": beside, "peak_over_plan": over}
 
 
 def _chosen(only: str, names: Sequence[str]) -> list[str]:

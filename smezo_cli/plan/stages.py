@@ -19,6 +19,7 @@ _NUMBA = 100_000_000
 _THRESHOLD = 28  # bytes that masks.kth_magnitude takes for each entry of a chunk
 
 STEP, TAIL = "step", "backpropagation, gradients included"
+SCRATCH = "scratch of probes"
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def _by_perturbations(run: DryRun, method: Any, capacity: int) -> Needs:
     noise = noise_bytes(run, method, compiles=compiles, capacity=capacity)
     points = points_at_once(method)
     step, copies = _probed(run, method, batch)
-    held["scratch of probes"] = points * copies
+    held[SCRATCH] = points * copies
     found[STEP] = points * step + noise
     if carries_tangents(method):
         # Its self-check compares two plain losses, by kept noise; the update fills that anew.
