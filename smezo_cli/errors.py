@@ -11,7 +11,7 @@ from typing import Any
 
 
 class UserError(Exception):
-    """One clear sentence for the user: the key, what was got, what is allowed, what mends it.
+    """Tell the user in one sentence: the key, what was got, what is allowed, what mends it.
 
     The command line prints it without a traceback and exits with code 2. Secrets are redacted, and
     line ends and other controls that came with a file's content do not reach the terminal.

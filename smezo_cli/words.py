@@ -127,7 +127,7 @@ def _unescaped(text: str) -> str:
 
 
 class _MalformedError(Exception):
-    """Hydra's grammar has no such value; its own message says why."""
+    """Say that Hydra's grammar has no such value; its own message says why."""
 
 
 class _Reader:
@@ -139,7 +139,7 @@ class _Reader:
         self.has_changed = False
 
     def values(self) -> str:
-        """The value, or those of a sweep."""
+        """Return the value, or those of a sweep."""
         found = [self._element(",")] if self.text.strip(" \t") else []
         while self._takes(","):
             found.append(self._element(","))
@@ -163,7 +163,7 @@ class _Reader:
             raise _MalformedError
 
     def _quotes(self, ends: str) -> str | None:
-        """A word in quotes, if it is all that stands before the next of `ends`."""
+        """Return a word in quotes, if it is all that stands before the next of `ends`."""
         if match := _QUOTED.match(self.text, self.at):
             rest = self.text[match.end() :].lstrip(" \t")
             if not rest or rest[0] in ends:

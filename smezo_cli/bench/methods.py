@@ -20,7 +20,7 @@ _LORA = ("lora", "lora_fa")
 
 
 class Losses:
-    """The loss of some rows, under whatever name a method asks for it."""
+    """Return the loss of some rows, under whatever name a method asks for it."""
 
     def __init__(self, scorer: Scorer, rows: Sequence[Candidates]) -> None:
         self._scorer, self._rows = scorer, rows

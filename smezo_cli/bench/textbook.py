@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.zo.noise import stream_key
@@ -20,7 +21,7 @@ from smezo_cli.zo.step import Closure, NonFiniteLoss, StepRecord
 
 
 class Textbook:
-    """Two-sided SGD in place along z ~ N(0, I), where a mask may leave the small weights alone.
+    """Make steps of two-sided SGD in place along z ~ N(0, I); a mask may leave weights alone.
 
     Args:
         model: parameters with ``requires_grad`` are trained.
@@ -72,7 +73,7 @@ class Textbook:
         return stream_key(self.seed, "textbook", step)[0] & (2**63 - 1)
 
     def _move(self, seed: int, scale: float, masks: Iterable[Tensor]) -> None:
-        """theta <- theta + scale m z (PerturbParameters of both papers)."""
+        """Move the weights: theta <- theta + scale m z (PerturbParameters of both papers)."""
         generators = {
             device: torch.Generator(device).manual_seed(seed)
             for device in {p.device for p in self.parameters}
@@ -102,19 +103,28 @@ def loss(model: nn.Module, batch: Sequence[Candidates]) -> Tensor:
     """Return the cross-entropy over the candidates' mean log-probabilities, a forward each: ().
 
     As MeZO computes it (appendix E): each candidate behind its context as a sequence of its own,
-    logits of all positions and all tokens.
+    logits of all positions and all tokens; short rows are padded on the right and masked.
 
     Args:
         model: a causal language model of transformers.
-        batch: rows of a classification, all of one length, their candidates too.
+        batch: rows of a classification with the same number of candidates.
     """
     device = next(model.parameters()).device
     scores = []
     for k in range(len(batch[0].full)):
-        count = batch[0].num_option[k]
-        ids = torch.tensor([c.full[k] for c in batch], device=device)  # (batch, tokens)
-        logits = model(input_ids=ids, use_cache=False).logits  # (batch, tokens, vocabulary)
-        log_p = F.log_softmax(logits[:, -1 - count : -1].float(), dim=-1)
-        scores.append(log_p.gather(-1, ids[:, -count:, None]).mean(dim=(1, 2)))
+        of_rows = [torch.tensor(row.full[k], device=device) for row in batch]
+        ids = pad_sequence(of_rows, batch_first=True)  # (batch, tokens)
+        mask = pad_sequence([torch.ones_like(row) for row in of_rows], batch_first=True)
+        padded = {} if bool(mask.all()) else {"attention_mask": mask}
+        logits = model(input_ids=ids, use_cache=False, **padded).logits  # (..., vocabulary)
+        scores.append(torch.stack([_mean_log_p(logits[i], row, k) for i, row in enumerate(batch)]))
     labels = torch.tensor([c.label for c in batch], device=device)
     return F.cross_entropy(torch.stack(scores, dim=1), labels)
+
+
+def _mean_log_p(logits: Tensor, row: Candidates, k: int) -> Tensor:
+    """Return the mean log-probability of the tokens of a candidate: (), from (tokens, words)."""
+    end, count = len(row.full[k]), row.num_option[k]
+    log_p = F.log_softmax(logits[end - 1 - count : end - 1].float(), dim=-1)
+    option = torch.tensor(row.full[k][-count:], device=logits.device)
+    return log_p.gather(-1, option[:, None]).mean()

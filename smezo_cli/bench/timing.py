@@ -75,7 +75,7 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A step to time, and what makes its passes over the weights ("": it makes none)."""
+    """Hold a step to time, and what makes its passes over the weights ("": it makes none)."""
 
     step: Step
     passes: str = ""
@@ -331,7 +331,7 @@ class Bench:
 
     @property
     def num_ticks(self) -> int:
-        """How often :meth:`run` calls `tick`."""
+        """Return how often :meth:`run` calls `tick`."""
         return len(self.names) * (1 + self.rounds) + 2 * len(self._weighed)
 
     def run(self) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""From a command line to checked settings, and to the runs that they name."""
+"""Turn a command line into checked settings, and into the runs that they name."""

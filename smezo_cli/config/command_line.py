@@ -21,7 +21,7 @@ _LONGEST_WORD, _MOST_BRACKETS = 8000, 200
 
 @dataclass(frozen=True)
 class Request:
-    """A command line that was read: Hydra's flags first, then KEY=VALUE.
+    """Hold a command line that was read: Hydra's flags first, then KEY=VALUE.
 
     `config_dir` and `hydra.searchpath` are in `search` alone.
     """

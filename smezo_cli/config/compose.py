@@ -27,7 +27,7 @@ _LEAST_FREE_BYTES = 250_000_000
 
 @dataclass(frozen=True)
 class Composed:
-    """A run that a command line asks for.
+    """Hold the settings of a run that a command line asks for.
 
     Attributes:
         cfg: its settings as Hydra composed them.

@@ -1,4 +1,4 @@
-"""The folder of YAML files, settings that the code knows by name, and how nodes are read."""
+"""Find the folder of YAML files, read its nodes, and name the settings that the code knows."""
 
 import typing
 from collections.abc import Mapping

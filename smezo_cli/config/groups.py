@@ -1,4 +1,4 @@
-"""The keys of each config group, and their types."""
+"""Define the keys of each config group, and their types."""
 
 from collections.abc import Mapping
 from typing import Any

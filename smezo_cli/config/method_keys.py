@@ -23,7 +23,7 @@ _ROOT = Path(__file__).resolve().parent.parent  # of the package
 
 @dataclass(frozen=True)
 class MethodKey:
-    """One argument of a method.
+    """Describe one argument of a method.
 
     Attributes:
         type: its range; None where the signature names none.
@@ -38,7 +38,7 @@ class MethodKey:
 
 @dataclass(frozen=True)
 class MethodClass:
-    """What the class of a method takes and can.
+    """Describe what the class of a method takes and can.
 
     Attributes:
         keys: its keyword arguments, by name, but for those that the run gives.
@@ -98,7 +98,7 @@ def _described(module: str, name: str) -> MethodClass | None:
 
 
 def _lineage(module: str, name: str) -> Iterator[tuple[str, ast.ClassDef]]:
-    """A class of ours and those that it is made from, with their modules, the nearest first."""
+    """Return a class of ours and those that it is made from, with their modules, nearest first."""
     tree = _tree(module)
     for node in tree.body if tree is not None else ():
         if isinstance(node, ast.ClassDef) and node.name == name:
@@ -117,7 +117,7 @@ def _tree(module: str) -> ast.Module | None:
 
 
 def _origin(module: str, name: str) -> str:
-    """The module that a name comes from where a module uses it."""
+    """Return the module that a name comes from where a module uses it."""
     tree = _tree(module)
     for node in tree.body if tree is not None else ():
         if isinstance(node, ast.ImportFrom) and any(a.name == name for a in node.names):

@@ -26,7 +26,7 @@ VERSION_BASE = "1.3"  # of Hydra, whose defaults these are
 
 @dataclass(frozen=True)
 class SearchPath:
-    """Folders of the user, the first before the others; absolute, or pkg://MODULE."""
+    """Hold folders of the user, the first before the others; absolute, or pkg://MODULE."""
 
     folders: tuple[str, ...] = ()
 

@@ -56,7 +56,7 @@ from smezo_cli.zo.ranges import Choice, Number, SettingType, Whole, shown
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The checked settings of one run; conf/train.yaml and conf/method/ say what they mean.
+    """Hold the checked settings of one run; conf/train.yaml and conf/method/ say what they mean.
 
     `lr`, `eps` and `sparsity` are None where the chosen method has no such setting.
     """

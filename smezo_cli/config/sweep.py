@@ -26,7 +26,7 @@ GO_ON = (
 
 
 class Ended:
-    """The outcome of a job in another process, for the process that waits: see :func:`settle`.
+    """Tell the process that waits how a job in another process ended: see :func:`settle`.
 
     Args:
         code: 1 crashed, 2 the user's or the machine's fault.

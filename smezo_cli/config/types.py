@@ -1,4 +1,4 @@
-"""The types and ranges of settings, and the sentence on a value that is outside."""
+"""Define the types and ranges of settings, and the sentence on a value that is outside."""
 
 import re
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from smezo_cli.zo.ranges import Choice, Names, Number, SettingType, Whole, shown
 
 @dataclass(frozen=True)
 class Text:
-    """A string that matches a pattern as a whole."""
+    """Accept a string that matches a pattern as a whole."""
 
     pattern: str
     words: str
@@ -24,7 +24,7 @@ class Text:
 
 
 class SomeNames(Names):
-    """A list of strings that is not empty."""
+    """Accept a list of strings that is not empty."""
 
     words = "a list of names, at least one"
     example = "[q_proj,v_proj]"
@@ -36,7 +36,7 @@ class SomeNames(Names):
 
 
 class NamesOrName(Names):
-    """A list of strings, or one."""
+    """Accept a list of strings, or one."""
 
     words = "a name or a list of names"
     example = "[a,b]"
@@ -46,7 +46,7 @@ class NamesOrName(Names):
 
 
 class Pairs:
-    """A mapping of strings to strings."""
+    """Accept a mapping of strings to strings."""
 
     words = "a mapping of names to names"
     example = "{text: sentence}"
@@ -58,7 +58,7 @@ class Pairs:
 
 
 class DeviceMap:
-    """How accelerate is to choose GPUs for the layers of a model, or the device of each module.
+    """Accept how accelerate is to choose GPUs for a model's layers, or the device of each module.
 
     Devices are returned as "cuda:N", "cpu" or "disk"; which of them can be had is said elsewhere.
     """
@@ -85,7 +85,7 @@ class DeviceMap:
 
 
 class Weights:
-    """A list of numbers above 0."""
+    """Accept a list of numbers above 0."""
 
     words = "a list of numbers above 0, one for each of task.parts"
     example = "[1,2]"
@@ -97,7 +97,7 @@ class Weights:
 
 
 class Source:
-    """The name of the reader of the rows, and what that reader needs."""
+    """Accept the name of the reader of the rows, and what that reader needs."""
 
     words = "a mapping that names its reader"
     example = "{reader: records}"
@@ -109,7 +109,7 @@ class Source:
 
 
 class Template:
-    """A template of a prompt, or the number of one."""
+    """Accept a template of a prompt, or the number of one."""
 
     words = "a template in quotes, the number of a prompt of the task"
     example = '"{text} It was"'
@@ -121,7 +121,7 @@ class Template:
 
 
 class Node:
-    """A config group: a mapping with a name."""
+    """Accept a config group: a mapping with a name."""
 
     words = "a group choice, a mapping with a name"
     example = "NAME"
@@ -184,7 +184,7 @@ NULLABLE = {
 
 @dataclass(frozen=True)
 class Fixed:
-    """A value that a method which takes no steps would ignore: this one alone."""
+    """Accept one value alone, where a method that takes no steps would ignore any other."""
 
     key: str
     value: object

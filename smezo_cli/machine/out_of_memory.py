@@ -13,7 +13,7 @@ _WORDS = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_
 
 
 class OutOfMemory(MemoryError):
-    """The memory was too small to compute a loss; the weights are those before the step."""
+    """Say that the memory was too small for a loss; the weights are those before the step."""
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from types import FrameType
 
 
 class Stopped(Exception):
-    """The user (or the machine) asked the run to stop; its state is saved."""
+    """Say that the user (or the machine) asked the run to stop; its state is saved."""
 
 
 class StopRequest:

@@ -1,1 +1,1 @@
-"""One file a method; the loop asks of each what :class:`smezo_cli.methods.base.Method` lists."""
+"""Implement the methods, a file each; the loop asks of each what ``methods.base.Method`` lists."""

@@ -10,7 +10,7 @@ from smezo_cli.zo.step import Closure, StepRecord
 
 
 class Method(Protocol):
-    """What the loop asks of a method; see :mod:`smezo_cli.methods`."""
+    """State what the loop asks of a method; see :mod:`smezo_cli.methods`."""
 
     takes_steps: ClassVar[bool]
     replays: ClassVar[bool]  # its steps can be made again from what is recorded of them

@@ -55,7 +55,7 @@ class ForwardDifferences:
 
 
 class TwoFidelities:
-    """Backtracks on a cheap stand-in of the batch's loss until Armijo's condition holds.
+    """Search backwards on a cheap stand-in of the batch's loss until Armijo's condition holds.
 
     With phi(a) the loss at a times the step of SGD, and low(a) the loss there of fewer rows:
 

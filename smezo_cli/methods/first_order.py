@@ -1,4 +1,4 @@
-"""Backpropagation with any optimizer of ``torch.optim``: the baselines that need the memory."""
+"""Train by backpropagation with any optimizer of ``torch.optim``: baselines that need memory."""
 
 import fnmatch
 import math

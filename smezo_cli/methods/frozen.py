@@ -1,4 +1,4 @@
-"""Methods that take no steps and leave the model as it is.
+"""Ask a model by methods that take no steps and leave it as it is.
 
 Zero-shot, in-context learning, and a linear probe of what the model makes of a prompt.
 """
@@ -28,11 +28,11 @@ class Frozen:
 
 
 class ZeroShot(Frozen):
-    """The model as it came, asked with the prompt that is best on dev."""
+    """Ask the model as it came, with the prompt that is best on dev."""
 
 
 class InContext(Frozen):
-    """Some labelled training rows before every row (MeZO, arXiv 2305.17333, appendix E).
+    """Put labelled training rows before every row (MeZO, arXiv 2305.17333, appendix E).
 
     They are drawn at random, as in MeZO, by ``seed`` alone, and are the same for all rows.
 
@@ -97,7 +97,7 @@ class InContext(Frozen):
 
 
 class LinearProbe(Frozen):
-    """Logistic regression on the frozen model's last hidden state (MeZO, appendix E: LP).
+    """Fit a logistic regression on the frozen model's last hidden state (MeZO, appendix E: LP).
 
     That of the last token of the prompt, or of its mask, as it enters the output layer; each of
     its numbers is standardised by mean and spread over the training rows. Minimised is the mean

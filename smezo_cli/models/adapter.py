@@ -22,7 +22,7 @@ from smezo_cli.models.tensor_train import TensorTrain
 
 
 class Adapter(Protocol):
-    """What a run asks of an adapter that is in its model."""
+    """State what a run asks of an adapter that is in its model."""
 
     #: positions that it takes of the model's window
     num_places: int

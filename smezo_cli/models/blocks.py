@@ -27,7 +27,7 @@ NAMES = "Llama, Mistral, Qwen2, Qwen3, Gemma, OPT and RoBERTa"
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks of a model, each of which takes hidden states and returns them.
+    """Name the blocks of a model, each of which takes hidden states and returns them.
 
     Attributes:
         path: in the model, of the list that they are in.

@@ -100,7 +100,7 @@ _forward.is_linear = True  # type: ignore[attr-defined]  # read by probes: x W^T
 
 
 def _has_tangent(*tensors: Tensor) -> bool:
-    """Whether forward-mode differentiation goes on, whose tangents oneDNN's product would drop."""
+    """Say whether forward-mode differentiation goes on: oneDNN's product would drop tangents."""
     return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)  # type: ignore[no-untyped-call]  # untyped in torch
 
 

@@ -18,7 +18,7 @@ _NUM_OPTIONS = 10  # of a row of ReCoRD; other choice tasks name theirs
 
 @dataclass(frozen=True)
 class Lengths:
-    """The tokens of the longest rows.
+    """Hold the tokens of the longest rows.
 
     Attributes:
         training: of a row in a step.
@@ -32,13 +32,13 @@ class Lengths:
 
     @property
     def own(self) -> int:
-        """Tokens of a row in an evaluation, without demonstrations."""
+        """Return tokens of a row in an evaluation, without demonstrations."""
         return self.evaluation - self.demonstrated
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """A model whose tensors have shapes and no contents, and the rows that go through it.
+    """Hold a model whose tensors have shapes and no contents, and the rows that go through it.
 
     Attributes:
         settings: checked ones.
@@ -58,22 +58,22 @@ class DryRun:
 
     @property
     def dtype(self) -> Any:
-        """The dtype of the weights."""
+        """Return the dtype of the weights."""
         return _dtype(self.settings.dtype)
 
     @property
     def compute_dtype(self) -> Any:
-        """The dtype of activations."""
+        """Return the dtype of activations."""
         return _dtype(self.settings.compute_dtype or self.settings.dtype)
 
     @property
     def kind(self) -> str:
-        """The kind of the task: "classification", "choice" or "generation"."""
+        """Return the kind of the task: "classification", "choice" or "generation"."""
         return str(self.settings.task["kind"])
 
     @property
     def num_options(self) -> int:
-        """Options of a row: those that the task names, or as many as are assumed."""
+        """Return options of a row: those that the task names, or as many as are assumed."""
         if self.kind == "generation":
             return 1
         task = self.settings.task
@@ -82,7 +82,7 @@ class DryRun:
 
     @property
     def cast_bytes(self) -> int:
-        """Bytes of the copy of one weight in the compute dtype, where weights have another form."""
+        """Return bytes of a weight's copy in the compute dtype, where weights have another form."""
         copied = list(self.packed)
         if not copied and self.compute_dtype != self.dtype:
             copied = list(self.model.parameters())
@@ -126,7 +126,7 @@ class DryRun:
 
     @property
     def micro_batch_size(self) -> int:
-        """How many these are."""
+        """Return how many these are."""
         s = self.settings
         return int(min(s.batch_size, s.micro_batch_size or s.batch_size))
 

@@ -13,7 +13,7 @@ _BUDGET = 4  # a run takes one part in so many of the memory that is free; then 
 
 @dataclass(frozen=True)
 class Kept:
-    """What a run keeps; sizes are in bytes.
+    """Hold what a run keeps; sizes are in bytes.
 
     Attributes:
         first: number of the first block that is computed in a step.

@@ -15,7 +15,7 @@ _ASKED = 20_000  # steps whose losses are asked for one by one
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows that one loss of a step is over.
+    """Describe the rows that one loss of a step is over.
 
     Attributes:
         number: how many; None: it hangs on the number of train rows, which is not known.

@@ -35,7 +35,7 @@ _PACKED = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a run needs; sizes are in bytes.
+    """Hold everything that a run needs; sizes are in bytes.
 
     Attributes:
         run: task, model, method, dtypes and device in words.
@@ -66,18 +66,18 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """The most bytes on the device at any time."""
+        """Return the most bytes on the device at any time."""
         return sum(self.resident.values()) + max(self.phases.values())
 
     @property
     def step_peak(self) -> int:
-        """The most bytes while a step is made; on CUDA those of tensors alone."""
+        """Return the most bytes while a step is made; on CUDA those of tensors alone."""
         held = sum(size for name, size in self.resident.items() if name != _CUDA)
         return held + max(self.phases.get(name, 0) for name in (stages.STEP, stages.TAIL))
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is within the capacity."""
+        """Say whether the peak is within the capacity."""
         return self.peak <= self.capacity
 
     def record(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ SCRATCH = "scratch of probes"
 
 @dataclass(frozen=True)
 class Needs:
-    """What the training takes, in bytes by name.
+    """Hold what the training takes, in bytes by name.
 
     Attributes:
         held: from its beginning to its end.
@@ -240,7 +240,7 @@ def _backward_of_tail(run: DryRun, method: Any) -> int:
 
 
 class _InParts:
-    """The loss of the rows of a step, in micro-batches; see :mod:`smezo_cli.zo.step`."""
+    """Return the loss of the rows of a step, in micro-batches; see :mod:`smezo_cli.zo.step`."""
 
     def __init__(self, parts: Sequence[Callable[[], Any]]) -> None:
         self._parts = parts

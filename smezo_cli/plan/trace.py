@@ -100,7 +100,7 @@ class Keep:
 
 
 class KeepThin(Keep):
-    """As :class:`Keep`, of matrices that are moved along thin products and so have no copies.
+    """Count as :class:`Keep` does, for matrices moved along thin products, which have no copies.
 
     Args:
         ranks: of these products, by ``id`` of the parameter.

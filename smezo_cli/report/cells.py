@@ -20,7 +20,7 @@ from smezo_cli.report.table import Line, Printed, Table, last
 
 @dataclass
 class Cell:
-    """Our values and the paper's, in the unit of the table.
+    """Hold our values and the paper's, in the unit of the table.
 
     Attributes:
         values: one a seed, of the setting that dev has chosen.
@@ -45,17 +45,17 @@ class Cell:
 
     @property
     def mean(self) -> float | None:
-        """The mean over the seeds."""
+        """Return the mean over the seeds."""
         return statistics.mean(self.values) if self.values else None
 
     @property
     def sd(self) -> float | None:
-        """The standard deviation over the seeds, where there are several."""
+        """Return the standard deviation over the seeds, where there are several."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     @property
     def difference(self) -> float | None:
-        """Our mean less the paper's value."""
+        """Return our mean less the paper's value."""
         return None if self.paper is None or self.mean is None else self.mean - self.paper.value
 
 

@@ -26,7 +26,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder: result.json, the resolved settings, and the outcome of every test row.
+    """Hold one run folder: result.json, the resolved settings, the outcome of every test row.
 
     Of a run that only a collected file is left of (collected.py), `path` is that file.
     """
@@ -39,17 +39,17 @@ class Run:
 
     @property
     def metric(self) -> str:
-        """The name of the metric that counts: accuracy or f1."""
+        """Return the name of the metric that counts: accuracy or f1."""
         return str(self.result.get("metric", "accuracy"))
 
     @property
     def score(self) -> float | None:
-        """The metric on the test rows."""
+        """Return the metric on the test rows."""
         return (self.result.get("test") or {}).get(self.metric)
 
     @property
     def scores_of_parts(self) -> dict[str, float]:
-        """The metric on the test rows of each part of a mixture; none of a single task."""
+        """Return the metric on the test rows of each part of a mixture; none of a single task."""
         parts = (self.result.get("test") or {}).get("parts") or {}
         return {name: of[self.metric] for name, of in parts.items() if self.metric in of}
 
@@ -206,7 +206,7 @@ class Group:
 
     @property
     def name(self) -> str:
-        """The settings that the runs have in common, in words."""
+        """Return the settings that the runs have in common, in words."""
         first = self.runs[0].result
         words = [f"{first['task']}-{first['model']}-{first['method']}"]
         for key in ("lr", "sparsity", "eps", "steps"):
@@ -219,7 +219,7 @@ class Group:
 
     @property
     def sizes(self) -> list[int]:
-        """The test rows of each part of a mixture, in order; none of a single task."""
+        """Return the test rows of each part of a mixture, in order; none of a single task."""
         parts = (self.runs[0].result.get("test") or {}).get("parts") or {}
         return [int(of["n"]) for of in parts.values()]
 

@@ -37,7 +37,7 @@ _MASKS = {"small": "S-MeZO", "random": "R-MeZO", "large": "Large mask", "none": 
 
 @dataclass(frozen=True)
 class Series:
-    """A line, or a group of points: at each x a value of every seed.
+    """Hold a line, or a group of points: at each x a value of every seed.
 
     Attributes:
         values: per x, one a seed, in the unit of the panel.
@@ -51,17 +51,17 @@ class Series:
 
     @property
     def mean(self) -> list[float]:
-        """The mean over the seeds, per x."""
+        """Return the mean over the seeds, per x."""
         return [statistics.mean(v) for v in self.values]
 
     @property
     def sd(self) -> list[float | None]:
-        """The sample standard deviation over the seeds, per x; None of one seed."""
+        """Return the sample standard deviation over the seeds, per x; None of one seed."""
         return [statistics.stdev(v) if len(v) > 1 else None for v in self.values]
 
     @property
     def label(self) -> str:
-        """The name and how many seeds there are."""
+        """Return the name and how many seeds there are."""
         counts = sorted({len(v) for v in self.values} or {0})
         n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         return f"{self.name} (n = {n})"
@@ -69,7 +69,7 @@ class Series:
 
 @dataclass
 class Panel:
-    """One task and model: lines, and levels that hold for every x (name and value)."""
+    """Hold one task and model: lines, and levels that hold for every x (name and value)."""
 
     title: str
     y: str
@@ -79,7 +79,7 @@ class Panel:
 
 @dataclass
 class Figure:
-    """Everything that is drawn; `notes` says what is left out."""
+    """Hold everything that is drawn; `notes` says what is left out."""
 
     kind: str
     x: str

@@ -13,7 +13,7 @@ from smezo_cli.files import bounded
 
 @dataclass(frozen=True)
 class Printed:
-    """A value as the paper prints it, its spread, and a mark that `marks` of the table explains."""
+    """Hold a value as printed, its spread, and a mark that the table's `marks` explains."""
 
     value: float
     sd: float | None
@@ -22,7 +22,7 @@ class Printed:
 
 @dataclass(frozen=True)
 class Line:
-    """A row or a column; one without a command says in `awaits` what smezo lacks for it."""
+    """Describe a row or a column; one without a command says in `awaits` what smezo lacks."""
 
     name: str
     command: tuple[str, ...] | None
@@ -39,7 +39,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a paper, as conf/table/ has it."""
+    """Hold a table of a paper, as conf/table/ has it."""
 
     id: str
     title: str

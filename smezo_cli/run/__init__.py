@@ -1,1 +1,1 @@
-"""One run, from loading to result.json."""
+"""Make one run, from loading to result.json."""

@@ -17,7 +17,7 @@ def batches_of(rows: Sequence[Candidates], batch_size: int, seed: int, order: st
 
 @runtime_checkable
 class ChoosesRows(Protocol):
-    """A method whose steps ask for the losses of other rows than those of the batch, too."""
+    """Describe a method whose steps ask for losses of other rows than the batch's, too."""
 
     def rows_of(
         self, objective: str, step: int, batch: Sequence[int], lengths: Sequence[int]
@@ -33,7 +33,7 @@ class ChoosesRows(Protocol):
 
 
 class RowsOfStep(NamedTuple):
-    """The rows of a step.
+    """Hold the rows of a step.
 
     Attributes:
         batch: those of its batch.

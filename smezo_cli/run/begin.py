@@ -21,7 +21,7 @@ from smezo_cli.store.notes import Notes
 
 @dataclass(frozen=True)
 class Run:
-    """What all stages of a run are given.
+    """Hold what all stages of a run are given.
 
     Attributes:
         settings: the checked ones.
@@ -53,12 +53,12 @@ class Run:
 
     @property
     def notes(self) -> Notes:
-        """What the state notes beside steps."""
+        """Return what the state notes beside steps."""
         return self.state.notes
 
     @property
     def objective(self) -> str:
-        """What steps lower: "loss", or 1 less the "accuracy" or "f1"."""
+        """Return what steps lower: "loss", or 1 less the "accuracy" or "f1"."""
         return str(self.settings.method.get("objective", "loss"))
 
     def say(self, line: str) -> None:

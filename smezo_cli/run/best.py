@@ -25,7 +25,7 @@ from smezo_cli.store.values import Metrics
 
 @dataclass(frozen=True)
 class Tested:
-    """What the best weights made of the test rows.
+    """Hold what the best weights made of the test rows.
 
     Attributes:
         metrics: beside both zero-shots.

@@ -16,7 +16,7 @@ from smezo_cli.store.saved import tensors_digest
 
 
 class SplitNotFinite(NonFiniteScore):
-    """A score of a row was NaN or infinite; `split` is the row's."""
+    """Say that a score of a row was NaN or infinite; `split` is the row's."""
 
     def __init__(self, what: str, split: str) -> None:
         super().__init__(what)

@@ -25,7 +25,7 @@ from smezo_cli.tasks.mixture import Prompts
 
 @dataclass(frozen=True)
 class Asked:
-    """What a method without steps made of dev and test."""
+    """Hold what a method without steps made of dev and test."""
 
     dev: Evaluation
     test: Evaluation

@@ -17,7 +17,7 @@ from smezo_cli.store.trajectory import Recorder
 
 @dataclass(frozen=True)
 class Dismissed:
-    """What all ranks said at the end, by rank.
+    """Hold what all ranks said at the end, by rank.
 
     Attributes:
         peaks: most memory that each used, in bytes.

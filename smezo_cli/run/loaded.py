@@ -146,14 +146,14 @@ class Loaded:
 
     @property
     def device_map(self) -> dict[str, str] | None:
-        """The device of each module, if the model lies on several; else None."""
+        """Return the device of each module, if the model lies on several; else None."""
         places: Mapping[str, Any] = getattr(self.model, "hf_device_map", None) or {}
         found = {name: str(place) for name, place in places.items()}
         return found if len(set(found.values())) > 1 else None
 
     @property
     def attention(self) -> str:
-        """The implementation of attention that the model computes with."""
+        """Return the implementation of attention that the model computes with."""
         return str(self.model.config._attn_implementation)
 
     def _load_task(self, say: Callable[[str], None]) -> None:
@@ -312,7 +312,7 @@ class Loaded:
 
     @property
     def max_length(self) -> int:
-        """Tokens of the context length that are left for a prompt and its answer."""
+        """Return tokens of the context length that are left for a prompt and its answer."""
         places = self.adapter.num_places if self.adapter else 0
         longest: int = self.settings.model["max_length"]
         return longest - places
@@ -331,14 +331,14 @@ class Loaded:
 
     @property
     def saved_bytes(self) -> int:
-        """Bytes that :meth:`save` writes, without the tokenizer."""
+        """Return bytes that :meth:`save` writes, without the tokenizer."""
         if self.adapter is not None:
             return self.adapter.saved_bytes
         return bytes_as_numbers(self.model)
 
     @property
     def loaded_by(self) -> str:
-        """A line on what loads the folder that :meth:`save` writes."""
+        """Return a line on what loads the folder that :meth:`save` writes."""
         if self.adapter is not None:
             return self.adapter.loaded_by
         family = "Masked" if self.settings.model["family"] == "masked" else "Causal"

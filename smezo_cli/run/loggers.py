@@ -319,7 +319,7 @@ class TensorBoardLogger:
 
 
 class Loggers:
-    """All loggers of a run; metrics.jsonl is always one of them.
+    """Pass records on to all loggers of a run; metrics.jsonl is always one of them.
 
     Args:
         lines: of metrics.jsonl.

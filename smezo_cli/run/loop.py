@@ -1,4 +1,4 @@
-"""The training loop: batch, step, log, evaluation of dev, checkpoint. The same for every method."""
+"""Run the training loop: batch, step, log, evaluate dev, save. It is the same for every method."""
 
 import time
 from collections.abc import Callable
@@ -45,7 +45,7 @@ class Checkpoint:
 
     @property
     def notes(self) -> Notes:
-        """The notes of the state."""
+        """Return the notes of the state."""
         return self.state.notes
 
     def saves_now(self) -> bool:

@@ -39,7 +39,7 @@ class Team(Protocol):
 
     @property
     def shares_rows(self) -> bool:
-        """Whether several ranks measure a query, each on rows of its own."""
+        """Say whether several ranks measure a query, each on rows of its own."""
 
     def rows(self, num: int) -> slice:
         """Return which of so many rows this rank measures."""
@@ -119,7 +119,7 @@ class Batch:
 
     @property
     def _more(self) -> dict[str, Any]:
-        """What the constructor takes besides."""
+        """Return what the constructor takes besides."""
         return {"weights": self._weights}
 
     @property

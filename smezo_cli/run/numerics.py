@@ -48,7 +48,7 @@ class _Sample:
 
     @property
     def now(self) -> Tensor:
-        """The present entries, a copy; of codes the weights that they stand for."""
+        """Return the present entries, a copy; of codes the weights that they stand for."""
         if self.layer is not None:
             return self.layer.values(None if self.index is None else self.index.long())
         flat = self.parameter.detach().view(-1)
@@ -56,12 +56,12 @@ class _Sample:
 
     @property
     def numel(self) -> int:
-        """Weights of the tensor."""
+        """Return weights of the tensor."""
         return self.parameter.numel() if self.layer is None else self.layer.num_weights
 
     @property
     def weight(self) -> float:
-        """Entries of the tensor for which one of these stands."""
+        """Return entries of the tensor for which one of these stands."""
         return self.numel / len(self.base)
 
 

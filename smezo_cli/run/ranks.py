@@ -35,7 +35,7 @@ _TIMEOUT = timedelta(hours=4)
 
 
 class Left(Exception):
-    """Rank 0 has ended the run, and says why."""
+    """Say that rank 0 has ended the run, and why."""
 
 
 # Seconds; ranks start within a few of each other, unless there are no others.
@@ -217,7 +217,7 @@ class Ranks(Wire):
 
     @property
     def shares_rows(self) -> bool:
-        """Whether several ranks measure a query, each on rows of its own."""
+        """Say whether several ranks measure a query, each on rows of its own."""
         return self.of_rows > 1
 
     def rows(self, num: int) -> slice:

@@ -30,7 +30,7 @@ from smezo_cli.store.values import Metrics
 
 @dataclass
 class SoFar:
-    """What the stages of a run have returned so far, for its result, however it ends.
+    """Hold what the stages of a run have returned so far, for its result, however it ends.
 
     Attributes:
         loaded: task and model.

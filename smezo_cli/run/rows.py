@@ -15,7 +15,7 @@ from smezo_cli.tasks.base import one_class
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a run as tokens, those of train that are short enough."""
+    """Hold the rows of a run as tokens, those of train that are short enough."""
 
     train: list[Candidates]
     dev: list[Candidates]

@@ -130,7 +130,7 @@ class Watch:
 
     @property
     def why(self) -> str | None:
-        """Why the run should end at the evaluation just recorded; None: it should go on."""
+        """Return why the run should end at the evaluation just recorded; None: it should go on."""
         why: str | None = self._seen["why"]
         return why
 

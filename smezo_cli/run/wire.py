@@ -8,7 +8,7 @@ from smezo_cli.errors import UserError
 
 
 class RankLost(UserError):
-    """Another rank has ended, or cannot be reached."""
+    """Say that another rank has ended, or cannot be reached."""
 
 
 class Wire:

@@ -66,7 +66,7 @@ ONE_LENGTH = Batching(pads=False, caches=False)
 
 
 class Batched(Protocol):
-    """What a batching is set on: a :class:`smezo_cli.scoring.scorer.Scorer`."""
+    """Describe what a batching is set on: a :class:`smezo_cli.scoring.scorer.Scorer`."""
 
     batching: Batching
     batching_of_answers: Batching

@@ -26,7 +26,7 @@ from smezo_cli.scoring.prefix_cache import Held, inputs_behind, logits_behind_pr
 
 @dataclass(frozen=True)
 class Sharing:
-    """What sequences share: a forward, and tokens that are computed once for several.
+    """Say what sequences share: a forward, and tokens that are computed once for several.
 
     Attributes:
         batching: which sequences share a forward.

@@ -15,7 +15,7 @@ from smezo_cli.scoring.tokens import token_ids
 
 
 class RowLike(Protocol):
-    """What scoring reads of a row; :class:`smezo_cli.tasks.Row` has it."""
+    """State what scoring reads of a row; :class:`smezo_cli.tasks.Row` has it."""
 
     @property
     def fields(self) -> Mapping[str, str]: ...
@@ -32,7 +32,7 @@ class RowLike(Protocol):
 
 
 class PromptLike(Protocol):
-    """What scoring reads of a prompt; :class:`smezo_cli.tasks.Prompt` has it."""
+    """State what scoring reads of a prompt; :class:`smezo_cli.tasks.Prompt` has it."""
 
     @property
     def template(self) -> str: ...

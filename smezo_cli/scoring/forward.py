@@ -38,12 +38,12 @@ class Forward:
 
     @property
     def device(self) -> torch.device:
-        """The device of the first weights, where inputs go."""
+        """Return the device of the first weights, where inputs go."""
         return next(self.model.parameters()).device
 
     @property
     def head(self) -> Any:
-        """The output layer; None where the model has none that gives its logits alone."""
+        """Return the output layer; None where the model has none that gives its logits alone."""
         return self.model.get_output_embeddings()  # type: ignore[operator]  # transformers' own
 
     def computing(self) -> AbstractContextManager[Any]:

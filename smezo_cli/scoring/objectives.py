@@ -12,7 +12,7 @@ from smezo_cli.zo.step import NonFiniteLoss
 
 
 class NonFiniteScore(NonFiniteLoss):
-    """A model's score of a row was NaN or infinite."""
+    """Say that a model's score of a row was NaN or infinite."""
 
 
 def loss_weight(batch: Sequence[Candidates], name: str) -> int:

@@ -5,7 +5,7 @@ from typing import Protocol, TypeVar
 
 
 class OfPart(Protocol):
-    """A row or a prompt."""
+    """Describe a row or a prompt, which may be of a part."""
 
     @property
     def part(self) -> str: ...

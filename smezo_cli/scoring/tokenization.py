@@ -46,7 +46,7 @@ def panics_as_exceptions() -> Iterator[None]:
 
 
 class _Panic(ValueError):
-    """The tokenizers library failed or panicked."""
+    """Say that the tokenizers library failed or panicked."""
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""The files of a run folder: what a run writes and reads back."""
+"""Write and read the files of a run folder."""

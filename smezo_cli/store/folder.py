@@ -38,7 +38,7 @@ UNSETTLED: Final = "unsettled"
 
 @dataclass
 class State:
-    """How far a run is; everything but tensors.
+    """Hold how far a run is; everything but tensors.
 
     Attributes:
         step: updates done, and the number in the names of the tensor files.

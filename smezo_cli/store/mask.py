@@ -19,7 +19,7 @@ _MOST_HEADER = 1 << 24  # bytes; tensors of a model have some hundred bytes ther
 
 @dataclass(frozen=True)
 class Model:
-    """The model that a mask is of.
+    """Name the model that a mask is of.
 
     Attributes:
         shapes: of the tensors that may be trained, by name.

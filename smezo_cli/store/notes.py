@@ -28,7 +28,7 @@ _Compared = Annotated[Metrics, by(ComparedMetrics)]
 
 
 class Demonstrations(TypedDict):
-    """The rows before every row of in-context learning."""
+    """Describe the rows before every row of in-context learning."""
 
     asked: Count
     used: Count
@@ -38,7 +38,7 @@ class Demonstrations(TypedDict):
 
 
 class Spike(TypedDict):
-    """A projected gradient far above the median."""
+    """Describe a projected gradient far above the median."""
 
     step: Count
     value: Number
@@ -46,7 +46,7 @@ class Spike(TypedDict):
 
 
 class WatchNotes(TypedDict):
-    """What the watchdogs have counted."""
+    """Hold what the watchdogs have counted."""
 
     recent: list[FiniteSize]
     num: Count
@@ -67,14 +67,14 @@ def _agrees(watch: WatchNotes) -> bool:
 
 
 class Early(TypedDict):
-    """Where and why a run ended before its last step."""
+    """Say where and why a run ended before its last step."""
 
     step: int
     why: str
 
 
 class Unsettled(TypedDict):
-    """Said of a run that has its result, and has not removed what it no longer needs."""
+    """Say that a run has its result, and has not removed what it no longer needs."""
 
     goes_on: Flag
 
@@ -84,7 +84,7 @@ def _moves_come_together(numerics: Mapping[str, Any]) -> bool:
 
 
 class Notes(TypedDict, total=False):
-    """The notes of a run; each key is there from when it is found."""
+    """Hold the notes of a run; each key is there from when it is found."""
 
     # before the training
     rows: Annotated[  # fingerprint of each split

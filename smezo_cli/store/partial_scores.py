@@ -59,7 +59,7 @@ class Part:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is known."""
+        """Say whether nothing is known."""
         return not self.scored and not self.answered
 
 

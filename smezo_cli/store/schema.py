@@ -1,4 +1,4 @@
-"""The contents of state.json and result.json: every key, what it holds, and how it is checked.
+"""Define state.json and result.json: every key, what it holds, and how it is checked.
 
 A file may come from anywhere and be read long after it was written. So a key that is unknown here
 is passed over (a newer version wrote it), a key may be missing (the file is older than the key),
@@ -44,7 +44,7 @@ class _MethodNumbers(TypedDict, total=False):
 
 
 class SavedState(TypedDict):
-    """The content of state.json; see :class:`smezo_cli.store.folder.State`."""
+    """Hold the content of state.json; see :class:`smezo_cli.store.folder.State`."""
 
     step: Count
     looked: Count
@@ -90,7 +90,7 @@ _Shares = Annotated[
 
 
 class Result(TypedDict, total=False):
-    """The content of result.json, in the order in which it is written."""
+    """Hold the content of result.json, in the order in which it is written."""
 
     schema: Annotated[Any, says("Version of this format: 2. Files of version 1 have no sha256.")]
     status: Required[

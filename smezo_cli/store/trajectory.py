@@ -50,19 +50,19 @@ _MAX_QUERIES = 1 << 12
 
 
 class Damaged(UserError):
-    """A file is not, or no longer, what it should be."""
+    """Say that a file is not, or no longer, what it should be."""
 
 
 @runtime_checkable
 class Replayable(Protocol):
-    """A method whose steps can be replayed; see :class:`smezo_cli.zo.optimizer.ZeroOrder`."""
+    """Describe a method whose steps can be replayed, such as ``zo.optimizer.ZeroOrder``."""
 
     num_steps: int
     param_groups: list[dict[str, Any]]
 
     @property
     def num_scalars(self) -> int:
-        """How many scalars a step records."""
+        """Return how many scalars a step records."""
 
     def identity(self) -> dict[str, Any]:
         """Return what its updates follow from, besides the base model and the records."""
@@ -76,7 +76,7 @@ class Replayable(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """What was applied in a step (from 0), and what metrics.jsonl says of it."""
+    """Hold what was applied in a step (from 0), and what metrics.jsonl says of it."""
 
     step: int
     lr: float
@@ -86,7 +86,7 @@ class Step:
 
 
 class Trajectory:
-    """The header and the good part of the records of a file.
+    """Hold the header and the good part of the records of a file.
 
     Attributes:
         header: what the steps belong to: "identity" (of the method), "model", and of a run

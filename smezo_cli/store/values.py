@@ -1,4 +1,4 @@
-"""The values and mappings that state.json and result.json are made of, as pydantic checks them."""
+"""Define the values that state.json and result.json are made of, as pydantic checks them."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -83,14 +83,14 @@ def says(text: str) -> Any:
 
 
 class Gain(TypedDict, total=False):
-    """How much better the trained model is than another one on the same rows."""
+    """Say how much better the trained model is than another one on the same rows."""
 
     gain: Annotated[Number, says("Difference of the two metrics.")]
     standard_error: Annotated[Number, says("Its paired standard error.")]
 
 
 class _MetricsOfRows(TypedDict, total=False):
-    """Metrics over the rows of a split whose labels are known."""
+    """Hold metrics over the rows of a split whose labels are known."""
 
     accuracy: Annotated[Number, says("Of classification and choice: the share of right answers.")]
     f1: Annotated[Number, says("Of generation: word F1 with the nearest reference.")]
@@ -111,7 +111,7 @@ class _MetricsOfRows(TypedDict, total=False):
 
 
 class _MetricsOfTest(_MetricsOfRows, total=False):
-    """Metrics of the trained model, with what it gains over the model before training."""
+    """Hold metrics of the trained model, with what it gains over the model before training."""
 
     calibrated_accuracy: Annotated[
         Number, says("Of classification: accuracy with label offsets that were fitted on dev.")
@@ -137,7 +137,7 @@ ComparedMetrics = Annotated[MetricsOfRows, also(_is_compared)]
 
 
 class _Best(TypedDict, total=False):
-    """The best evaluation on dev."""
+    """Hold the best evaluation on dev."""
 
     step: Annotated[Count | None, says("Its step. null before the first evaluation.")]
 
@@ -146,13 +146,13 @@ Best = Annotated[_Best, _all_are_metrics]
 
 
 class Dev(TypedDict, total=False):
-    """Evaluations on dev."""
+    """Hold evaluations on dev."""
 
     best: Annotated[Best | None, says("The best one: its step, and its metrics as in test.")]
 
 
 class Prompt(TypedDict, total=False):
-    """A prompt, and what it came to on dev before training."""
+    """Hold a prompt, and what it came to on dev before training."""
 
     template: Required[Annotated[Text, says("The template, with fields in braces.")]]
     labels: Required[Annotated[list[Text], says("The word of each class.")]]
@@ -165,14 +165,14 @@ class Prompt(TypedDict, total=False):
 
 
 class SavedWeights(TypedDict):
-    """Weights of a step."""
+    """Name the weights of a step."""
 
     step: Annotated[Count, says("The step.")]
     sha256: Annotated[Text, says("SHA-256 of the trained tensors.")]
 
 
 class Together(TypedDict):
-    """What may be computed in one forward without another result."""
+    """Say what may be computed in one forward without another result."""
 
     pads: Annotated[Flag, says("Rows of different lengths, padded to one.")]
     caches: Annotated[Flag, says("Candidates of a row behind one cached prefix.")]
@@ -180,7 +180,7 @@ class Together(TypedDict):
 
 
 class _Batching(TypedDict):
-    """Which rows share a forward; see docs/batches.md."""
+    """Say which rows share a forward; see docs/batches.md."""
 
     scores: Annotated[Together, no_others(Together), says("Where candidates are scored.")]
     answers: Annotated[Together, no_others(Together), says("Where answers are generated.")]

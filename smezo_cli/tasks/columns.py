@@ -17,7 +17,7 @@ from smezo_cli.words import mapping_of, value_of
 
 @dataclass(frozen=True)
 class Split:
-    """The records of one split, and where they come from."""
+    """Hold the records of one split, and where they come from."""
 
     name: str  # train or test
     shown: str  # the file or data set

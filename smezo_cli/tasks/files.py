@@ -158,7 +158,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _TwiceError(ValueError):
-    """A key of a JSON mapping stands twice."""
+    """Say that a key of a JSON mapping stands twice."""
 
 
 def _jsonl(path: Path, loads: Callable[[str], Any]) -> Iterator[_Found]:

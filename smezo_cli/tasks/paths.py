@@ -13,7 +13,7 @@ Token = tuple[str, bool]  # (name or "", is followed by [])
 
 
 class NotThereError(Exception):
-    """A path leads nowhere; the text says where it ends and what is there."""
+    """Say that a path leads nowhere, where it ends and what is there."""
 
 
 @dataclass(frozen=True)

@@ -40,13 +40,13 @@ from smezo_cli.tasks.templates import fill
 
 
 class _BlankError(Exception):
-    """A row that `skip_blank` leaves out; the text says why."""
+    """Say why `skip_blank` leaves a row out."""
 
     takes_number = True  # it stands in the hub's copy, too
 
 
 class _NoAnswerError(_BlankError):
-    """A row without a clear answer, which the hub's copy lacks."""
+    """Say that a row has no clear answer; the hub's copy lacks it."""
 
     takes_number = False
 

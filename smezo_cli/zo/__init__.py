@@ -1,1 +1,1 @@
-"""The zeroth-order library: torch alone (Numba where it is there), nothing else of smezo."""
+"""Take zeroth-order steps on any torch module: a library of torch (and Numba) alone."""

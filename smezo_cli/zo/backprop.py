@@ -18,11 +18,11 @@ Move = Callable[[str, Tensor, Tensor], None]
 
 
 class BackwardOutOfMemory(MemoryError):
-    """The memory was too small for a backward pass; some weights may have moved already."""
+    """Say that memory was too small for a backward pass; some weights may have moved already."""
 
 
 class Backprop:
-    """One SGD step on some parameters by backpropagation, beside a zeroth-order step.
+    """Take an SGD step on some parameters by backpropagation, beside a zeroth-order step.
 
     No gradient of the model's size is kept: a parameter moves when backpropagation has come to it,
     and its gradient is dropped. Where a batch comes in micro-batches, or several processes share

@@ -1,4 +1,4 @@
-"""What arithmetic on tensors, Numba's scalars and Triton's blocks has no common spelling for.
+"""Spell alike what tensors, Numba's scalars and Triton's blocks spell in ways of their own.
 
 A function made of these, of operators and of Python numbers is evaluated by torch on tensors, fused
 by ``torch.compile``, compiled for single numbers by Numba (:mod:`smezo_cli.zo.passes.kernels` gives

@@ -14,7 +14,7 @@ class Key(NamedTuple):
 
 
 class Term(NamedTuple):
-    """c * u(key), on all targets or on those named in ``only``."""
+    """Hold c * u(key), on all targets or on those named in ``only``."""
 
     key: Key
     coefficient: float
@@ -23,7 +23,7 @@ class Term(NamedTuple):
 
 @dataclass(frozen=True)
 class Move:
-    """The weights plus a sum of terms, less ``decay`` times the weights, on what is selected.
+    """Hold a move: the weights plus a sum of terms, less ``decay`` times what is selected of them.
 
     A point to probe, or an update.
 

@@ -1,4 +1,4 @@
-"""Keyed noise: z at element i of a tensor is a pure function of (key, i).
+"""Draw keyed noise: z at element i of a tensor is a pure function of (key, i).
 
 No generator state exists, so a value is the same on every device, in any order, for any subset of
 elements, eager or compiled. The functions below use integer operations, additions and

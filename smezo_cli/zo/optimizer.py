@@ -1,4 +1,4 @@
-"""The zeroth-order step: measure losses, write down scalars, apply what follows from them.
+"""Take a zeroth-order step: measure losses, write down scalars, apply what follows from them.
 
     opt = SparseMeZO(model, lr=1e-6, eps=1e-3, sparsity=0.75)
     record = opt.step(lambda: loss_fn(model(x), y))
@@ -22,7 +22,7 @@ from smezo_cli.zo.updates.base import WeightWriter
 
 
 class ZeroOrder(Parts):
-    """A zeroth-order method, made of parts; see :class:`smezo_cli.zo.parts.Parts`.
+    """Train by a zeroth-order method, made of parts; see :class:`smezo_cli.zo.parts.Parts`.
 
     A step measures losses at moved weights, which become scalars; the update is a function of the
     weights, the state, the seed and these scalars. So a recorded step is made again without a
@@ -206,7 +206,7 @@ class ZeroOrder(Parts):
     @torch.inference_mode(False)
     @torch.no_grad()
     def choose_executor(self, closure: Closure) -> dict[str, float]:
-        """Where the executor is "auto", take the faster one that gives the losses of sequential.
+        """Take the faster executor that gives the losses of sequential, if the setting is "auto".
 
         The losses of the present step's first query are measured twice each way; they are the same
         whichever is chosen, and nothing else depends on the choice. An executor that was asked for

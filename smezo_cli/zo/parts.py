@@ -1,4 +1,4 @@
-"""The parts of a zeroth-order method, put together for the tensors of one model."""
+"""Put the parts of a zeroth-order method together for the tensors of one model."""
 
 import copy
 import hashlib
@@ -295,7 +295,7 @@ class Parts(torch.optim.Optimizer):
         self.selection.set_thresholds(self.targets)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Only the constructor adds groups: what is trained, and its thresholds, are chosen there.
+        """Refuse further groups: the constructor chooses what is trained, and its thresholds.
 
         Raises:
             ValueError: always, after construction.

@@ -1,4 +1,4 @@
-"""Losses at several points from one forward: the rows of all points as one batch.
+"""Compute losses at several points in one forward: the rows of all points as one batch.
 
 The model runs once on its inputs, repeated once a point, and reads what is not perturbed once for
 all. A module that owns perturbed parameters computes each point's rows with the parameters of that
@@ -25,7 +25,7 @@ _STACKED = 1 << 22
 
 
 class NotBatched(ValueError):
-    """A model or a loss that cannot be computed so; says why."""
+    """Say that a model or a loss cannot be computed at several points in one batch, and why."""
 
 
 class Points:

@@ -1,4 +1,4 @@
-"""Losses at perturbed weights without writing to the weights.
+"""Compute losses at perturbed weights without writing to the weights.
 
 Every module that directly owns perturbed parameters computes, while its forward runs, with a
 scratch copy moved along the direction, dropped right afterwards (Sparse-MeZO's memory-efficient
@@ -28,7 +28,7 @@ class Mover(Protocol):
 
 
 class PairMover(Mover, Protocol):
-    """A mover that can write the copy moved the other way, too."""
+    """Describe a mover that can write the copy moved the other way, too."""
 
     def both(self, parameter: Tensor, plus: Tensor, minus: Tensor) -> None:
         """Write the parameter moved and moved back (both flat, of its dtype), from one draw."""
@@ -132,7 +132,7 @@ class FunctionalProbe:
         self._places = self._placed()
 
     def _placed(self) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
-        """The (owner, name) that the forward of each wrapped module moves."""
+        """Return the (owner, name) that the forward of each wrapped module moves."""
         places = {module: [(module, name) for name in own] for module, own in self.owners}
         for module, own in self.owners if self._lent else ():
             for name in own:
@@ -207,7 +207,7 @@ class FunctionalProbe:
 
     @contextmanager
     def in_turns(self, plus: PairMover, minus: PairMover, turns: Turns) -> Iterator[None]:
-        """As :meth:`at`, for the two forwards of ``turns`` with one draw for both.
+        """Do as :meth:`at` for the two forwards of ``turns``, with one draw for both.
 
         Args:
             plus: moves for side 0, and writes for both.
@@ -295,7 +295,7 @@ class FunctionalProbe:
         return forward
 
     def _whole(self, slot: int, parameter: nn.Parameter, mover: Mover) -> Tensor:
-        """A moved copy in the scratch of this nesting depth, which the next module reuses."""
+        """Return a moved copy in this nesting depth's scratch, which the next module reuses."""
         _, flat, shaped = self._part(slot, 0, parameter)
         mover.whole(parameter, flat)
         # A mover may place something else that is made from what it has written, such as a dual.
@@ -303,7 +303,7 @@ class FunctionalProbe:
         return shaped if placed is None else placed(parameter, shaped)
 
     def _drawn(self, slot: int, parameter: nn.Parameter, side: int, draw: bool) -> Tensor:
-        """The copy of one side; drawn, with that of the other, by the side that comes first."""
+        """Return the copy of one side; the side that comes first draws that of the other, too."""
         assert self._pair is not None
         if draw:
             plus, minus = (self._part(slot, k, parameter)[1] for k in (0, 1))
@@ -313,7 +313,7 @@ class FunctionalProbe:
     def _part(
         self, slot: int, side: int, parameter: nn.Parameter
     ) -> tuple[nn.Parameter, Tensor, Tensor]:
-        """A part of the scratch of this depth, flat and in shape."""
+        """Return a part of the scratch of this depth, flat and in shape."""
         key, device = (self._depth, slot, side, id(parameter)), parameter.device
         part = self._parts.get(key)
         shape, dtype = self._forms.get(id(parameter), (parameter.shape, parameter.dtype))
@@ -336,7 +336,7 @@ class FunctionalProbe:
 
 
 def _apart(value: Any, buffers: set[int]) -> Any:
-    """The value, its tensors copied where they lie in one of the buffers."""
+    """Return the value, its tensors copied where they lie in one of the buffers."""
     if isinstance(value, Tensor):
         return value.clone() if value.untyped_storage().data_ptr() in buffers else value
     if type(value) in (tuple, list):
@@ -354,7 +354,7 @@ def _restore(module: nn.Module, held: Any) -> None:
 
 
 def looks_up_rows(module: nn.Module) -> bool:
-    """An embedding whose forward takes nothing but the ids, which may then be renumbered.
+    """Return an embedding whose forward takes nothing but the ids, which may be renumbered.
 
     Subclasses that scale the result (Gemma) qualify; those that compute the ids (OPT's positions)
     do not, and are moved whole.
@@ -366,6 +366,6 @@ def looks_up_rows(module: nn.Module) -> bool:
 
 
 def renumbered(ids: Tensor) -> tuple[Tensor, tuple[Tensor]]:
-    """The rows that ids (int64, any shape) look up, sorted, and the ids as positions among them."""
+    """Return the rows that ids (int64, any shape) look up, sorted, and the ids as places there."""
     rows, renumbered = torch.unique(ids, return_inverse=True)
     return rows, (renumbered,)

@@ -1,4 +1,4 @@
-"""Linear layers that hold their weights as integer codes of 8 or 4 bits, with a scale a group.
+"""Hold the weights of linear layers as integer codes of 8 or 4 bits, with a scale a group.
 
     weight[i, j] = codes[i, j] * scales[i, j // group_size]
 
@@ -24,7 +24,7 @@ _CHUNK_ACCELERATOR = 1 << 22
 
 
 class QuantisedLinear(nn.Module):
-    """A linear layer whose weights are codes; it computes as ``nn.Linear`` does with them.
+    """Compute as ``nn.Linear`` does, with weights that are codes.
 
     Attributes:
         weight: the codes: int8 (out, in), or uint8 (out, ceil(in / 2)) with two of 4 bits a byte,

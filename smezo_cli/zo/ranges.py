@@ -1,4 +1,4 @@
-"""The types and ranges of arguments, with the words that a message about them uses.
+"""Define the types and ranges of arguments, with the words that a message about them uses.
 
 Signatures of methods name them (``rank: Count = 2``), so the range of an argument stands once. No
 torch in this module: settings are checked without it.
@@ -18,7 +18,7 @@ def shown(value: object) -> str:
 
 
 class SettingType(Protocol):
-    """The type of a setting: its range, and the words for it."""
+    """Describe the type of a setting: its range, and the words for it."""
 
     @property
     def words(self) -> str:
@@ -34,7 +34,7 @@ class SettingType(Protocol):
 
 @dataclass(frozen=True)
 class Whole:
-    """A whole number of at least `low` and below `end`; 2e4 counts as one."""
+    """Accept a whole number of at least `low` and below `end`; 2e4 counts as one."""
 
     low: int = 0
     end: float = math.inf
@@ -55,7 +55,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class Number:
-    """A finite number between two bounds; `above` leaves the lower one out, the upper is out."""
+    """Accept a finite number between two bounds; the upper is out, with `above` the lower too."""
 
     low: float
     high: float = math.inf
@@ -77,7 +77,7 @@ class Number:
 
 
 class Choice:
-    """One of a few words; `true` and `false` among them are booleans."""
+    """Accept one of a few words; `true` and `false` among them are booleans."""
 
     def __init__(self, *options: str | bool) -> None:
         self.options = options
@@ -93,7 +93,7 @@ class Choice:
 
 
 class Sizes:
-    """One of a few whole numbers."""
+    """Accept one of a few whole numbers."""
 
     def __init__(self, *options: int) -> None:
         self.options = options
@@ -107,7 +107,7 @@ class Sizes:
 
 
 class Betas:
-    """The two decays of Adam."""
+    """Accept the two decays of Adam."""
 
     words = "a list of two numbers in [0, 1)"
     example = "[0.9,0.999]"
@@ -119,7 +119,7 @@ class Betas:
 
 
 class Names:
-    """A list of strings."""
+    """Accept a list of strings."""
 
     words = 'a list of strings, such as ["*embed_tokens*"]'
     example = "[]"
@@ -131,7 +131,7 @@ class Names:
 
 
 class Text:
-    """A text of at least one character."""
+    """Accept a text of at least one character."""
 
     words = "a text"
     example = "runs/default/RUN"

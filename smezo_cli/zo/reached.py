@@ -31,7 +31,7 @@ _ALWAYS_SAVED = 1_000_000  # weights; few beside a model that is worth training
 
 
 class Unreached(ValueError):
-    """Parameters that functional probes cannot perturb.
+    """Say that functional probes cannot perturb some parameters.
 
     Attributes:
         names: of the parameters.
@@ -82,7 +82,7 @@ def globs_of(names: Sequence[str], others: Iterable[str]) -> list[str]:
 
 
 class Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in torch
-    """A mover that moves nothing, and notes which parameters are read by anything else.
+    """Move nothing, and note which parameters are read by anything else.
 
     Under a probe with it the loss is that of the weights as they are, and every operation that
     takes a parameter itself, or a part or view of it, reads what a probe does not move.
@@ -174,7 +174,7 @@ def _asks_shape(func: Any) -> bool:
 
 
 class Losses(NamedTuple):
-    """Of one move: by a probe, in the weights, and of the weights as they are."""
+    """Hold the losses of one move: by a probe, in the weights; and of the weights as they are."""
 
     functional: float
     in_place: float
@@ -192,7 +192,7 @@ class Losses(NamedTuple):
 
 
 class Rounding(NamedTuple):
-    """What the arithmetic alone may do to a loss.
+    """Hold what the arithmetic alone may do to a loss.
 
     Matrix products may be computed in another order for a copy than for the weight itself, and on
     some devices from call to call.
@@ -225,7 +225,7 @@ class Rounding(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """The loss of the weights as they are, what rounding does to it, and is anything drawn?"""
+    """Hold the loss at the weights as they are, what rounding does to it, and whether it draws."""
 
     unmoved: float
     rounding: Rounding

@@ -19,7 +19,7 @@ from smezo_cli.zo.targets import check, one_of
 
 @dataclass(frozen=True)
 class Gradients:
-    """What gradients of several losses have in common, by the name of the parameter (float32).
+    """Sum up what gradients of several losses have in common, by parameter name (float32).
 
     Attributes:
         squares: mean of the squared gradients, entry by entry: the diagonal of the empirical

@@ -1,4 +1,4 @@
-"""The learning rate over a run, as a factor of ``lr``."""
+"""Compute the learning rate over a run, as a factor of ``lr``."""
 
 import math
 from collections.abc import Callable

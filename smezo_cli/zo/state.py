@@ -1,4 +1,4 @@
-"""What the steps of a method keep beside the weights: tensors, and plain numbers."""
+"""Keep what the steps of a method need beside the weights: tensors, and plain numbers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a step takes and gives: the closure of a loss, and the record of a step."""
+"""Define what a step takes and gives: the closure of a loss, and the record of a step."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ NUMERICS = 1
 
 
 class NonFiniteLoss(ArithmeticError):
-    """A loss was NaN or infinite; the weights are those before the step."""
+    """Say that a loss was NaN or infinite; the weights are those before the step."""
 
 
 @runtime_checkable
 class InParts(Protocol):
-    """A closure whose loss is a sum of parts that fit into memory one after the other."""
+    """Describe a closure whose loss is a sum of parts that fit into memory one by one."""
 
     def __call__(self) -> Tensor: ...
     def parts(self) -> Iterable[Closure]:
@@ -29,7 +29,7 @@ class InParts(Protocol):
 
 @runtime_checkable
 class Shared(Protocol):
-    """A closure of a step that several processes make together, each on weights of its own.
+    """Describe the closure of a step that several processes make, each on weights of its own.
 
     It returns what this process measures; all of them go on with the same joined losses.
     """
@@ -54,7 +54,7 @@ class Shared(Protocol):
 
 @runtime_checkable
 class TakesNote(Protocol):
-    """A closure that is told when a step has all its losses, before it writes to the weights."""
+    """Describe a closure that is told when a step has all its losses, before it writes weights."""
 
     def __call__(self) -> Tensor: ...
     def measured(self) -> None:
@@ -63,7 +63,7 @@ class TakesNote(Protocol):
 
 @runtime_checkable
 class WithObjectives(Protocol):
-    """A closure that stands for several losses, such as that of a batch and that of all rows."""
+    """Describe a closure of several losses, such as that of a batch and that of all rows."""
 
     def __call__(self) -> Tensor: ...
     def of(self, objective: str) -> Closure:

@@ -14,11 +14,11 @@ from smezo_cli.zo.sums import on_grid
 
 
 class NoTangent(ValueError):
-    """A loss, or an operation of the model, has no derivative along a direction."""
+    """Say that a loss, or an operation of the model, has no derivative along a direction."""
 
 
 class Alone(Mover, Protocol):
-    """A mover, and which parameters it moves: by their ids; None: all."""
+    """Writes directions, and says which parameters have one: by their ids; None: all."""
 
     only: frozenset[int] | None
 

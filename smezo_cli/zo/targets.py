@@ -1,4 +1,4 @@
-"""The trained tensors of a model: their names, layers and flat views."""
+"""Name the trained tensors of a model, with their layers and flat views."""
 
 import fnmatch
 import math
@@ -14,7 +14,7 @@ from smezo_cli.zo.quantised import QuantisedLinear, quantised_layers
 
 @dataclass
 class Target:
-    """A perturbed tensor: where it is, its stream's name, and what a selection says of it.
+    """Describe a perturbed tensor: where it is, its stream's name, what a selection says of it.
 
     Attributes:
         name: of the parameter; names its streams.

@@ -1,4 +1,4 @@
-"""Two forwards in turns: the losses at theta+ and theta- with one draw for both.
+"""Run two forwards in turns: the losses at theta+ and theta- with one draw for both.
 
 The model's forward runs twice on the same inputs, here at theta+ and in a second thread at theta-.
 Only one of the two runs at a time: each goes as far as the next module that owns perturbed
@@ -23,7 +23,7 @@ from smezo_cli.zo.passes import openmp
 
 
 class NotInLockstep(ValueError):
-    """A model or a loss whose two forwards cannot run in turns."""
+    """Say that the two forwards of a model or a loss cannot run in turns."""
 
 
 class _Stop(BaseException):

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,15 @@ def test_textbook_and_scorer_compute_one_loss(scorer: Scorer) -> None:
         # Different forwards of fp32, one with a log-softmax over the vocabulary.
         assert float(textbook.loss(scorer.model, ROWS)) == pytest.approx(
             float(scorer.loss(ROWS)), abs=3e-6
+        )
+
+
+def test_the_textbook_masks_what_pads_short_rows(scorer: Scorer) -> None:
+    cut = [replace(row, full=tuple(ids[i:] for ids in row.full)) for i, row in enumerate(ROWS)]
+    assert len({row.width for row in cut}) > 1
+    with torch.inference_mode():
+        assert float(textbook.loss(scorer.model, cut)) == pytest.approx(
+            float(scorer.loss(cut)), abs=3e-6
         )
 
 

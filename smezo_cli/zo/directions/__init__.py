@@ -1,1 +1,1 @@
-"""What u(key) is: the direction along which a step probes and moves."""
+"""Define u(key), the direction along which a step probes and moves."""

@@ -1,1 +1,1 @@
-"""How the losses of a step become scalars, and scalars the coefficients of a gradient."""
+"""Turn the losses of a step into scalars, and scalars into the coefficients of a gradient."""

@@ -1,1 +1,1 @@
-"""How the losses of a step are measured: one after the other, in turns, or in place."""
+"""Measure the losses of a step: one after the other, in turns, in one batch, or in place."""

@@ -26,7 +26,7 @@ NAMES = ("auto", "sequential", "lockstep", "in_place", "side_path", "batched")
 
 
 class Executors:
-    """The executors of a model, one of which is in use.
+    """Hold the executors of a model, one of which is in use.
 
     Args:
         name: one of :data:`NAMES`.
@@ -59,7 +59,7 @@ class Executors:
 
     @property
     def is_in_place(self) -> bool:
-        """Whether the weights themselves are moved."""
+        """Say whether the weights themselves are moved."""
         return isinstance(self.used, InPlace)
 
     def use(self, executor: Executor) -> None:

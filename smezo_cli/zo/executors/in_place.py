@@ -11,7 +11,7 @@ from smezo_cli.zo.targets import Target
 
 
 class InPlace:
-    """The textbook (MeZO, arXiv 2305.17333, Algorithm 1): +eps, -2 eps, +eps, in the weights.
+    """Move the weights themselves (MeZO, arXiv 2305.17333, Algorithm 1): +eps, -2 eps, +eps.
 
     For a dense direction, two sides and one query. The mask is taken once, before the first write.
     Low-precision weights do not come back exactly; this is the reference, not the way to train.

@@ -12,7 +12,7 @@ from smezo_cli.zo.turns import Turns
 
 
 class Lockstep:
-    """As sequential, but two forwards at opposite points run in turns, with one draw for both.
+    """Run two forwards at opposite points in turns, with one draw for both.
 
     They run during the first call of the closure; the second is given what the second forward gave.
     Points that are not a pair of opposites are measured one after the other.

@@ -1,1 +1,1 @@
-"""One pass over a tensor: draw, mask, move; eager, compiled by torch, or by Numba."""
+"""Make one pass over a tensor: draw, mask, move; eager, compiled by torch, by Numba or Triton."""

@@ -1,4 +1,4 @@
-"""Passes compiled by torch.compile: C++ on a CPU, Triton on a GPU."""
+"""Compile passes by torch.compile: C++ on a CPU, Triton on a GPU."""
 
 import itertools
 import os
@@ -26,11 +26,11 @@ _numbers = itertools.count()  # of what was compiled
 
 
 class NoCompiler(RuntimeError):
-    """Fused passes were asked for and cannot be had."""
+    """Say that fused passes were asked for and cannot be had."""
 
 
 class CompiledPasses:
-    """The same passes, each one fused loop (C++ on a CPU, Triton on a GPU)."""
+    """Make the passes, each as one fused loop (C++ on a CPU, Triton on a GPU)."""
 
     name = "compiled"
     reads_numbers = False

@@ -1,4 +1,4 @@
-"""Passes for noise that any function of (index, key) gives, in plain torch, chunk by chunk."""
+"""Make passes for noise of any function of (index, key), in plain torch, chunk by chunk."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ Values = Callable[[Tensor, Tensor], Tensor]
 
 
 class PassesByIndex(EagerPasses):
-    """As :class:`EagerPasses`, with z from a function in place of the keyed hash.
+    """Make the passes of :class:`EagerPasses` with z from a function in place of the keyed hash.
 
     Args:
         rule: mask and rounding; its noise is not read.

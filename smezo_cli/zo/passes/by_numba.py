@@ -1,4 +1,4 @@
-"""Passes by Numba on a CPU, in the threads of torch."""
+"""Make passes by Numba on a CPU, in the threads of torch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ _BUFFER = 1 << 15
 
 
 class NumbaPasses:
-    """The same passes, each one loop of machine code; weights on a CPU.
+    """Make the passes, each as one loop of machine code; weights on a CPU.
 
     Loops read and write float32, and of bfloat16 the patterns; what else there is (float16, several
     queries, an output of another dtype) goes through float32 buffers.
@@ -206,7 +206,7 @@ def _negated(numbers: Numbers) -> Numbers:
 
 
 class _Arrays:
-    """The two halves of a flat CPU tensor as NumPy sees them; made once a tensor object."""
+    """Hold the two halves of a flat CPU tensor as NumPy sees them; made once a tensor object."""
 
     __slots__ = ("address", "dtype", "halves", "is_pattern", "is_read", "numel")
 

@@ -1,4 +1,4 @@
-"""Passes by hand-written Triton kernels on a CUDA (or ROCm) device."""
+"""Make passes by hand-written Triton kernels on a CUDA (or ROCm) device."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ _BLOCK = 1024
 
 
 class TritonPasses:
-    """The same passes, each one kernel; tensors that are elsewhere take the eager passes."""
+    """Make the passes, each as one kernel; tensors that are elsewhere take the eager passes."""
 
     name = "triton"
     reads_numbers = False
@@ -121,7 +121,7 @@ class TritonPasses:
             one(slice(pairs, pairs + 1))
 
     def _is_ready(self, *tensors: Tensor) -> bool:
-        """Whether kernels read and write these tensors."""
+        """Say whether kernels read and write these tensors."""
         there = tensors[0].is_cuda or self._kernels.IS_INTERPRETED
         return there and all(x.is_contiguous() for x in tensors) and tensors[0].numel() > 0
 
@@ -133,13 +133,13 @@ class TritonPasses:
 
     @staticmethod
     def _numbers(draw: Draw, *round_key: Tensor) -> tuple[Tensor | int, ...]:
-        """What a kernel reads of a draw; where there is no decay, any number is at hand."""
+        """Return what a kernel reads of a draw; where there is no decay, any number is at hand."""
         keys, a = draw.keys.contiguous(), draw.coefficients.contiguous()
         decay = draw.h if draw.decay is None else draw.decay
         return keys, a, draw.mask_key, *round_key, draw.h, decay, len(keys)
 
     def _rules(self, draw: Draw) -> dict[str, Any]:
-        """What is compiled into a kernel."""
+        """Return what is compiled into a kernel."""
         return {
             "draws": self._kernels.PAIRS[self.rule.noise],
             "is_active": self._kernels.RULES[self.rule.mask],
@@ -153,6 +153,6 @@ class TritonPasses:
 
 
 def _as_read(tensor: Tensor) -> Tensor:
-    """The tensor as kernels take it: of bfloat16 the patterns."""
+    """Return the tensor as kernels take it: of bfloat16 the patterns."""
     tensor = tensor.detach()
     return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor

@@ -1,4 +1,4 @@
-"""One pass over a tensor: draw, mask, move. The same function serves the probe and the update.
+"""Choose what makes a pass over a tensor (draw, mask, move), for probes and updates alike.
 
     moved = where(mask(w), w + sum_q a_q z_q - d w, w)
 
@@ -28,7 +28,7 @@ Passes = EagerPasses | CompiledPasses | NumbaPasses | TritonPasses
 
 
 class _Way(NamedTuple):
-    """One way to fuse the passes.
+    """Describe one way to fuse the passes.
 
     Attributes:
         kind: makes the passes of a rule.

@@ -1,4 +1,4 @@
-"""The numbers of a pass: its keys, coefficients and mask, ready for a kernel."""
+"""Hold the numbers of a pass: its keys, coefficients and mask, ready for a kernel."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class Draw(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """A :class:`Draw` as plain numbers, which cost less where they are not sent to a device."""
+    """Hold a :class:`Draw` as plain numbers, which cost less where no device gets them."""
 
     keys: tuple[tuple[int, int], ...]
     mask_key: tuple[int, int]
@@ -63,7 +63,7 @@ class Numbers(NamedTuple):
 
 
 class Reader(Protocol):
-    """Passes, and in which form they read their numbers."""
+    """Name passes, and the form in which they read their numbers."""
 
     reads_numbers: bool  # plain ones; False: tensors on the device
 

@@ -1,4 +1,4 @@
-"""Passes in plain torch, chunk by chunk: the reference of all others."""
+"""Make passes in plain torch, chunk by chunk: the reference of all others."""
 
 import functools
 from collections.abc import Callable
@@ -142,7 +142,7 @@ def move_at(weight: Tensor, index: Tensor, numel: int | Tensor, rule: Rule, draw
 
 
 class EagerPasses:
-    """The passes in plain torch, chunk by chunk."""
+    """Make the passes in plain torch, chunk by chunk."""
 
     name = "eager"
     reads_numbers = False  # but tensors on the device

@@ -1,4 +1,4 @@
-"""The passes as machine code by Numba: loops over float32 arrays in the cache, one thread each.
+"""Compile the passes by Numba: loops over float32 arrays in the cache, one thread each.
 
 The arithmetic is that of :mod:`smezo_cli.zo.noise`, :mod:`smezo_cli.zo.selections.masks` and the
 rounding of :mod:`smezo_cli.zo.passes.choose`, compiled from the same source; here are only the

@@ -1,4 +1,4 @@
-"""Passes that move a matrix along a product of two thin ones: draw nothing, mask, move.
+"""Move a matrix along a product of two thin ones: draw nothing, mask, move.
 
     moved = where(mask(w), w + left right - d w, w)
 
@@ -27,7 +27,7 @@ _SHARE = 1 << 17
 
 
 class Factors(NamedTuple):
-    """A matrix (m, n) as a product.
+    """Hold a matrix (m, n) as a product.
 
     Attributes:
         left: float32 (m, r), contiguous.
@@ -49,7 +49,7 @@ class Factors(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a flat matrix lies in a larger tensor, whose masks and roundings go by flat indices.
+    """Says where a flat matrix lies in a tensor whose masks and roundings go by flat indices.
 
     Attributes:
         first: index of its first entry.
@@ -79,7 +79,7 @@ def product_at(factors: Factors, row: Tensor, column: Tensor) -> Tensor:
 
 
 class EagerLowRank:
-    """The passes in plain torch, chunk by chunk of rows.
+    """Make the passes in plain torch, chunk by chunk of rows.
 
     Args:
         rule: what is fixed for the run; its noise is not read.
@@ -152,7 +152,7 @@ class EagerLowRank:
 
 
 class NumbaLowRank:
-    """The same passes, each one loop of machine code; weights on a CPU.
+    """Make the passes, each as one loop of machine code; weights on a CPU.
 
     Loops read and write float32, and of bfloat16 the patterns; float16 goes through float32
     buffers.

@@ -1,4 +1,4 @@
-"""The low-rank passes as machine code by Numba: loops over rows, in the threads of torch.
+"""Compile the low-rank passes by Numba: loops over rows, in the threads of torch.
 
 The arithmetic is that of :mod:`smezo_cli.zo.passes.low_rank`. Sums of many products are kept in the
 cache for a few rows and columns, four products at a time, in their order; the last ones are

@@ -1,4 +1,4 @@
-"""The threads that torch computes with on a CPU: for loops that are not torch's, and their number.
+"""Share the threads that torch computes with on a CPU with loops that are not torch's.
 
 After each operation torch's OpenMP threads wait for the next one by spinning for a while. Threads
 of another pool would have to share the processors with them: a pass over the weights between two
@@ -20,7 +20,7 @@ import torch
 
 
 class OpenMP(NamedTuple):
-    """The runtime that torch was linked with.
+    """Call the OpenMP runtime that torch was linked with.
 
     Attributes:
         parallel: (address of a C function, address of its argument, threads, 0): calls the function

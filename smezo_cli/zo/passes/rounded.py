@@ -23,7 +23,7 @@ _SHARE = 1 << 14
 
 
 class Stream(NamedTuple):
-    """What one term of a move draws of one tensor: c Q_SR(z).
+    """Hold what one term of a move draws of one tensor: c Q_SR(z).
 
     Attributes:
         z: the stream of z, Gaussian.
@@ -70,7 +70,7 @@ class EagerDraws:
 
 
 class NumbaDraws(EagerDraws):
-    """The same draws, each one loop of machine code, on a CPU."""
+    """Make the same draws, each as one loop of machine code, on a CPU."""
 
     name = "numba"
 

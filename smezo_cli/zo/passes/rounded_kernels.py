@@ -1,4 +1,4 @@
-"""The draws of :mod:`smezo_cli.zo.passes.rounded` as machine code by Numba, and what moves by them.
+"""Compile the draws of :mod:`smezo_cli.zo.passes.rounded` by Numba, and what moves along them.
 
 Compiled from the same source as the eager ones; here are only the loops around it. Those over codes
 take rows of the upper half, each with the row as far below: their entries are pairs, which share

@@ -1,4 +1,4 @@
-"""The passes as kernels by Triton, for CUDA and ROCm devices: one program a block of pairs.
+"""Define the passes as Triton kernels for CUDA and ROCm devices: one program a block of pairs.
 
 The arithmetic is that of :mod:`smezo_cli.zo.noise`, :mod:`smezo_cli.zo.selections.masks` and
 :mod:`smezo_cli.zo.rounding`, compiled from the same source; here are only the loads and stores
@@ -71,13 +71,13 @@ def where(condition, yes, no):
 
 @triton.jit
 def magnitude(x):
-    """Python's ``abs``."""
+    """Return what Python's ``abs`` does."""
     return tl.abs(x)
 
 
 @triton.jit
 def horner(x, coefficients: tl.constexpr):
-    """The loop of ``noise._horner``, whose slices of a tuple Triton does not read."""
+    """Compute ``noise._horner``, whose slices of a tuple Triton does not read."""
     y = x * f32(coefficients[-1])
     for k in tl.static_range(2, len(coefficients) + 1):
         if k > 2:
@@ -133,19 +133,19 @@ ROUNDINGS |= {dtype: _let(rounded) for dtype, rounded in rounding.ROUNDINGS.item
 
 @triton.jit
 def words(key):
-    """The two words of the stream that lies at an address."""
+    """Return the two words of the stream that lies at an address."""
     return tl.load(key), tl.load(key + 1)
 
 
 @triton.jit
 def block(size: tl.constexpr):
-    """The counters of this program."""
+    """Return the counters of this program."""
     return tl.cast(tl.program_id(0), tl.int64) * size + tl.arange(0, size)
 
 
 @triton.jit
 def places(counter, pairs, is_odd: tl.constexpr):
-    """Where the elements of each pair lie; an odd last one is the first of a pair of its own."""
+    """Return where the elements of each pair lie; an odd last one begins a pair of its own."""
     if is_odd:
         return tl.where(counter == pairs, 2 * pairs, counter), counter + pairs
     else:
@@ -154,7 +154,7 @@ def places(counter, pairs, is_odd: tl.constexpr):
 
 @triton.jit
 def wide(found):
-    """The float32 of a weight as it was read."""
+    """Return the float32 of a weight as it was read."""
     if found.dtype == tl.int16:
         return as_f32(tl.cast(found, tl.int32) << 16)
     else:
@@ -163,7 +163,7 @@ def wide(found):
 
 @triton.jit
 def narrow(value, dtype: tl.constexpr):
-    """The nearest number of a weight's dtype, ties to even; NaN stays NaN."""
+    """Return the nearest number of a weight's dtype, ties to even; NaN stays NaN."""
     if dtype == tl.int16:
         pattern = as_i32(value)
         rounded = (pattern + ((pattern >> 16) & 1) + 0x7FFF) >> 16
@@ -174,7 +174,7 @@ def narrow(value, dtype: tl.constexpr):
 
 @triton.jit
 def sum_of_draws(counter, keys, coefficients, queries, draws: tl.constexpr):
-    """sum_q a_q z_q for both elements of each pair."""
+    """Return sum_q a_q z_q for both elements of each pair."""
     first, second = draws(hash64(counter, words(keys)))
     a = tl.load(coefficients)
     first = first * a
@@ -189,7 +189,7 @@ def sum_of_draws(counter, keys, coefficients, queries, draws: tl.constexpr):
 
 @triton.jit
 def masks_of(first, second, counter, key, h, is_active: tl.constexpr, by_chance: tl.constexpr):
-    """Whether both elements of each pair are perturbed."""
+    """Say whether both elements of each pair are perturbed."""
     if by_chance:
         u, u_ = uniform_pair(counter, words(key))
         return is_active(u, h), is_active(u_, h)
@@ -223,7 +223,7 @@ def blend(
 
 @triton.jit
 def pair_of(weight, pairs, is_odd: tl.constexpr, size: tl.constexpr):
-    """Counters of a program; where their pairs lie, whether they are there, and what they are."""
+    """Return a program's counters, where their pairs lie, which are there, and their weights."""
     counter, pairs = block(size), tl.cast(pairs, tl.int64)
     first, second = places(counter, pairs, is_odd)
     has_first, has_second = counter < pairs + is_odd, counter < pairs
@@ -254,7 +254,7 @@ def move(
     rounded: tl.constexpr,
     size: tl.constexpr,
 ):
-    """The pass over pairs; ``out`` may be the weight."""
+    """Move pairs of weights along a draw; ``out`` may be the weight."""
     counter, first, second, has_first, has_second, w, w_ = pair_of(weight, pairs, is_odd, size)
     step, step_ = sum_of_draws(counter, keys, coefficients, queries, draws)
     active, active_ = masks_of(w, w_, counter, mask_key, tl.load(h), is_active, by_chance)
@@ -285,7 +285,7 @@ def move_both(
     decays: tl.constexpr,
     size: tl.constexpr,
 ):
-    """The pass over pairs for the draw and for the one with its coefficients negated."""
+    """Move pairs of weights along a draw, and along the one with its coefficients negated."""
     counter, first, second, has_first, has_second, w, w_ = pair_of(weight, pairs, is_odd, size)
     step, step_ = sum_of_draws(counter, keys, coefficients, queries, draws)
     active, active_ = masks_of(w, w_, counter, mask_key, tl.load(h), is_active, by_chance)
@@ -322,7 +322,7 @@ def move_at(
     rounded: tl.constexpr,
     size: tl.constexpr,
 ):
-    """The pass over entries picked by index, whose whole tensor has ``numel``."""
+    """Move entries picked by index, whose whole tensor has ``numel``."""
     place = block(size)
     is_there = place < count
     counter, is_first = locate(tl.load(index + place, mask=is_there), tl.cast(numel, tl.int64))
@@ -352,7 +352,7 @@ def along(
     is_stochastic: tl.constexpr,
     size: tl.constexpr,
 ):
-    """sum_q a_q z_q of ``count`` pairs from ``start`` on, and what rounds them by chance."""
+    """Return sum_q a_q z_q of ``count`` pairs from ``start`` on, and what rounds them by chance."""
     place = block(size)
     is_there, counter = place < count, place + start
     step, step_ = sum_of_draws(counter, keys, coefficients, queries, draws)

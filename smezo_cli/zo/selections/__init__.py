@@ -1,1 +1,1 @@
-"""Which coordinates of a tensor a step perturbs and updates."""
+"""Select the coordinates of a tensor that a step perturbs and updates."""

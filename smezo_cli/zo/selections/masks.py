@@ -1,4 +1,4 @@
-"""Which weights of a tensor are perturbed and updated (True = perturbed), from one threshold h.
+"""Select which weights of a tensor are perturbed and updated (True), from one threshold h.
 
 ``sparsity`` is always the fraction NOT perturbed. A mask is taken at the unperturbed weights:
 

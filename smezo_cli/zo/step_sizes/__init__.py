@@ -1,1 +1,1 @@
-"""How far a step goes along its gradient, where that is measured."""
+"""Measure how far a step goes along its gradient."""

@@ -1,1 +1,1 @@
-"""How the coefficients of a gradient move the weights."""
+"""Move the weights by the coefficients of a gradient."""

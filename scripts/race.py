@@ -1,0 +1,169 @@
+#!/usr/bin/env python
+"""Race to a dev loss: seconds of training that MeZO as its paper says needs, and that smezo needs.
+
+    .venv/bin/python scripts/race.py FOLDER --seeds 0 1 2 --json race.json
+
+The goal of a seed is the lowest dev loss that textbook MeZO (in place, a forward a candidate, all
+logits) comes to in 200 steps of the embedded job, at the best of three learning rates (the one with
+the lowest dev loss, first seed). Beside it run `smezo train method=mezo`, Sparse-MeZO on all
+blocks, and `smezo train` as it is, each with its own recipe; all under the task's first prompt. The
+textbook's steps are made in quarters, and between two quarters one of the others runs whole, so
+that all share what the machine does. Evaluations of dev are not counted.
+
+Broken off and started again, it goes on. Printed: a Markdown table. FOLDER keeps runs and weights.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from race.curve import Curve, Mark, lowest, of_metrics, reached, write
+from race.textbook import TextbookRacer
+
+from smezo_cli.run.console import Console
+from smezo_cli.store import versions
+
+QUARTERS = 4
+#: words of the others, by name
+RACERS: Mapping[str, Sequence[str]] = {
+    "MeZO": ["method=mezo"],
+    "Sparse-MeZO, all blocks": [
+        "method=sparse_mezo",
+        "steps=100",
+        "batch_order=stratified",
+        "lr=3e-4",
+        "lr_schedule=constant",
+        "eps=1e-3",
+        "sparsity=0.75",
+        "method.freeze=['*embed_tokens*','*norm*']",
+        "keep_inputs=false",
+    ],
+    "the default recipe": [],
+}
+
+
+def main() -> int:
+    """Race as the command line says, and print."""
+    given = arguments()
+    race = Race(given)
+    for seed in given.seeds:
+        race.heat(seed)
+        write(given.folder / "race.json", race.found())
+    found = race.found()
+    if given.json is not None:
+        write(given.json, found)
+    print("\n".join(table(found)))
+    return 0
+
+
+def arguments() -> argparse.Namespace:
+    """Return the checked command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="of runs and weights")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=200, help="of the textbook")
+    parser.add_argument("--lrs", nargs="+", type=float, default=[3e-5, 1e-4, 3e-4])
+    parser.add_argument("--eval-every", type=int, default=10, metavar="STEPS")
+    parser.add_argument("--word", action="append", default=[], help="of every run, as task=toy")
+    parser.add_argument("--json", type=Path, help="what was found, curves and all")
+    given = parser.parse_args()
+    if given.steps % (QUARTERS * given.eval_every):
+        parser.error(f"--steps: {given.steps} is no multiple of {QUARTERS} x --eval-every")
+    return given
+
+
+class Race:
+    """Run the heats of a race, a seed each.
+
+    Args:
+        given: the command line.
+    """
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given = given
+        self.words = ["device=cpu", "task.prompt=0", *given.word]
+        self.textbook = TextbookRacer(self.words, Console())
+        self.lr: float | None = None  # the best, once the first heat is over
+        self.curves: dict[int, dict[str, Curve]] = {}
+
+    def heat(self, seed: int) -> None:
+        """Let the textbook and the others run in turns; the first heat tries every lr."""
+        lrs = self.given.lrs if self.lr is None else [self.lr]
+        racers = list(RACERS)
+        found: dict[str, Curve] = {}
+        tried: dict[float, Curve] = {}
+        for quarter in range(QUARTERS):
+            for lr in lrs:
+                tried[lr] = self.textbook.run(
+                    self.given.folder / f"textbook-s{seed}-lr{lr:g}",
+                    lr=lr,
+                    seed=seed,
+                    steps=self.given.steps * (quarter + 1) // QUARTERS,
+                    eval_every=self.given.eval_every,
+                )
+            for name in racers[quarter : quarter + 1]:
+                found[name] = self._ours(name, seed)
+        if self.lr is None:
+            self.lr = min(lrs, key=lambda lr: lowest(tried[lr]).loss)
+        searched = {f"textbook MeZO, lr {lr:g}": curve for lr, curve in tried.items()}
+        self.curves[seed] = {"textbook MeZO": tried[self.lr], **found, **searched}
+
+    def _ours(self, name: str, seed: int) -> Curve:
+        """Return the curve of a run of smezo; one that is finished is not made again."""
+        place = self.given.folder / "runs"
+        own = "".join(c if c.isalnum() else "_" for c in name)
+        every = f"eval_every={self.given.eval_every}"
+        words = [f"runs_dir={place}", f"name={own}", f"seed={seed}", "zero_shot=false", every]
+        command = [sys.executable, "-m", "smezo_cli", "train", *RACERS[name], *words, *self.words]
+        subprocess.run(command, check=True)
+        (log,) = (place / own).glob(f"*-s{seed}-*/metrics.jsonl")
+        return of_metrics(map(json.loads, log.read_text("utf-8").splitlines()))
+
+    def found(self) -> dict[str, Any]:
+        """Return what was found so far, as plain JSON but for the marks."""
+        goals = {seed: lowest(curves["textbook MeZO"]) for seed, curves in self.curves.items()}
+        return {
+            "command": " ".join(["scripts/race.py", *sys.argv[1:]]),
+            "versions": versions.versions(),
+            "lr": self.lr,
+            "goals": goals,
+            "reached": {
+                seed: {name: reached(curve, goals[seed].loss) for name, curve in curves.items()}
+                for seed, curves in self.curves.items()
+            },
+            "curves": self.curves,
+        }
+
+
+def table(found: Mapping[str, Any]) -> list[str]:
+    """Return the lines of a Markdown table: seconds to the goal, and how many times fewer."""
+    by_seed: Mapping[int, Mapping[str, Mark | None]] = found["reached"]
+    lines = [
+        "| | " + " | ".join(f"seed {seed}: steps, seconds" for seed in by_seed) + " | times |",
+        "|---|" + "---|" * (len(by_seed) + 1),
+    ]
+    for name in ("textbook MeZO", *RACERS):
+        marks = {seed: marks[name] for seed, marks in by_seed.items()}
+        cells = [
+            "not reached" if mark is None else f"{mark.step}, {mark.seconds:.0f}"
+            for mark in marks.values()
+        ]
+        ratios = [
+            found["goals"][seed].seconds / mark.seconds for seed, mark in marks.items() if mark
+        ]
+        mean = f"{statistics.mean(ratios):.1f}" if len(ratios) == len(marks) else ""
+        if mean and len(ratios) > 1:
+            mean += f" ({min(ratios):.1f} to {max(ratios):.1f})"
+        lines.append("| " + " | ".join([name, *cells, mean]) + " |")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Race to a dev loss: what scripts/race.py is made of."""
