@@ -71,7 +71,7 @@ class Plan:
 
     @property
     def step_peak(self) -> int:
-        """The most bytes while a step is made; on CUDA those of tensors alone."""
+        """Return the most bytes while a step is made; on CUDA those of tensors alone."""
         held = sum(size for name, size in self.resident.items() if name != _CUDA)
         return held + max(self.phases.get(name, 0) for name in (stages.STEP, stages.TAIL))
 

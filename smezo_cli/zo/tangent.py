@@ -18,7 +18,7 @@ class NoTangent(ValueError):
 
 
 class Alone(Mover, Protocol):
-    """A mover, and which parameters it moves: by their ids; None: all."""
+    """Writes directions, and says which parameters have one: by their ids; None: all."""
 
     only: frozenset[int] | None
 

@@ -1,4 +1,4 @@
-"""Passes along noise that comes again after a period, as machine code by Numba.
+"""Move weights along noise that comes again after a period, as machine code by Numba.
 
 Laid out in rows of one period, a tensor is moved along left right: left (rows, queries) holds the
 coefficients, the same in every row, and right (queries, period) the noise. So the loops are those
@@ -19,7 +19,7 @@ Period = Callable[[tuple[int, int]], Tensor]
 
 
 class PeriodicPasses(PassesByIndex):
-    """As :class:`PassesByIndex`, whole passes being loops of machine code; weights on a CPU.
+    """Move as :class:`PassesByIndex`, whole passes being loops of machine code; weights on a CPU.
 
     Args:
         rule: mask and rounding; its noise is not read.

@@ -49,7 +49,7 @@ class Factors(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a flat matrix lies in a larger tensor, whose masks and roundings go by flat indices.
+    """Says where a flat matrix lies in a tensor whose masks and roundings go by flat indices.
 
     Attributes:
         first: index of its first entry.

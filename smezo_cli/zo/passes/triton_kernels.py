@@ -223,7 +223,7 @@ def blend(
 
 @triton.jit
 def pair_of(weight, pairs, is_odd: tl.constexpr, size: tl.constexpr):
-    """Counters of a program; where their pairs lie, whether they are there, and what they are."""
+    """Return a program's counters, where their pairs lie, which are there, and their weights."""
     counter, pairs = block(size), tl.cast(pairs, tl.int64)
     first, second = places(counter, pairs, is_odd)
     has_first, has_second = counter < pairs + is_odd, counter < pairs
