@@ -176,7 +176,7 @@ def test_a_wrong_value_is_one_sentence_before_any_job(word: str, says: str, chec
 
 
 def test_it_passes_what_every_method_does(checkout: Path) -> None:
-    files = [f"tests/methods/test_{of}.py" for of in ("every_method", "every_run", "rates")]
+    files = [f"tests/methods/test_{of}.py" for of in ("every_method", "rates")]
     words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     ended = python(checkout, *words, "-k", "added_sign or listed")
     assert ended.returncode == 0, ended.stdout[-3000:]
