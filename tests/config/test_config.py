@@ -311,7 +311,7 @@ MISTAKES = [
     ("method.objective=f1", ["of kind classification", "add method.objective=accuracy"]),
     ("task=squad method.objective=accuracy", ["task squad", "add method.objective=f1"]),
     ("method=sgd method.objective=f1", ["method sgd has no method.objective", "mezo"]),
-    ("method.mask=none", ["sparsity=0.75 would be ignored", "sparsity=0"]),
+    ("method.mask=none", ["sparsity=0.5 would be ignored", "sparsity=0"]),
     ("batch_order=by_length", ["batch_order=by_length", "must be shuffled or stratified"]),
     ("method=adamw full_save_every=7", ["the steps of adamw are not recorded", "set eval_every"]),
     ("task=copa batch_order=stratified", ["each class", "task=copa is of kind choice"]),

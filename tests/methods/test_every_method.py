@@ -122,7 +122,8 @@ def test_what_fails_while_losses_are_measured_changes_nothing(name: str) -> None
     closure = closure_of(model)
     opt.step(closure)
     before, state, numbers = weights_of(model), state_of(opt), opt.snapshot()[0]
-    for failing in range(opt.estimator.forwards(opt.num_steps)):
+    number = opt.estimator.forwards(opt.num_steps)
+    for failing in sorted({*range(min(number, 4)), number // 2, number - 1}):  # of up to 33
         calls = [0]
 
         def closure_that_fails(failing: int = failing, calls: list[int] = calls) -> Tensor:

@@ -335,11 +335,12 @@ def test_ptx_gives_the_bits_of_eager_passes(target: str, number: int) -> None:
     mask, kind, dtype, rounding, queries, decay = case
     rule = Rule(mask, kind, rounding == "stochastic")
     passes, eager, draw = Emulated(rule), EagerPasses(rule), draw_of(rule, queries, decay=decay)
-    for numel in (4096, 1003):
+    of_all = number in (2, 8)
+    for numel in (4096, 1003) if of_all else (1003,):  # whole programs; a part of one, and odd
         weight = weight_of(numel, dtype)
         wanted = moved_by(eager, weight, draw)
         assert same(moved_by(passes, weight, draw), wanted)
-    if number in (2, 8):
+    if of_all:
         index = torch.randint(numel, (19, 3), generator=torch.Generator().manual_seed(0))
         assert same(passes.move_at(weight[index], index, numel, draw), wanted[index])
         found, both = torch.empty(2, numel, dtype=dtype), torch.empty(2, numel, dtype=dtype)
