@@ -57,6 +57,18 @@ class Pairs:
         return {str(key): item for key, item in value.items()}
 
 
+class Arguments:
+    """Accept a mapping of names to any values."""
+
+    words = "a mapping of names to values"
+    example = "{hidden_size: 64}"
+
+    def __call__(self, value: object) -> dict[str, object]:
+        if not isinstance(value, dict):
+            raise ValueError
+        return {str(key): item for key, item in value.items()}
+
+
 class DeviceMap:
     """Accept how accelerate is to choose GPUs for a model's layers, or the device of each module.
 
@@ -160,6 +172,7 @@ NULLABLE = {
     "prompt_rows",
     "model.bos_token",
     "model.compute_dtype",
+    "model.config",
     "model.device_map",
     "model.path",
     "model.quantization",

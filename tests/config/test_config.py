@@ -330,6 +330,8 @@ MISTAKES = [
     ("task.source=7", ["task.source=7", "a mapping that names its reader"]),
     ("task.source.reader=7", ["{'reader': 7", "a mapping that names its reader"]),
     ("--cfg job -m", ["--multirun and --cfg exclude each other"]),
+    ("model.config=abc", ["model.config=abc", "a mapping of names to values"]),
+    ("model.config=7", ["model.config=7", "a mapping of names to values"]),
     ("--config-dir nowhere", ["--config-dir nowhere", "no such folder"]),
     ("model.quantization=4bit", ["model.quantization", "+model.quantization=4bit"]),
 ]
