@@ -7,51 +7,14 @@ from torch import nn
 
 from smezo_cli.zo.directions.dense import Dense
 from smezo_cli.zo.estimators.base import Ask
-from smezo_cli.zo.move import Gradient, Key, Move, Term
+from smezo_cli.zo.estimators.one_sided import OneSided
+from smezo_cli.zo.move import Gradient, Move
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
 from smezo_cli.zo.ranges import Count, Noise, NotNegative, Positive, Shrink
 from smezo_cli.zo.selections.masked import Everything
 from smezo_cli.zo.targets import check
 from smezo_cli.zo.updates.sgd import SGD
-
-
-class ForwardDifferences:
-    """1/l sum_j projected_grad_j z_j, from losses on one side of the weights.
-
-        projected_grad_j = [L(theta + eps z_j) - L(theta)] / eps
-
-    The l + 1 points are one group. The last scalar is L(theta), which the gradient hands on.
-
-    Args:
-        num_queries: l.
-
-    Raises:
-        ValueError: there is no query.
-    """
-
-    def __init__(self, num_queries: int) -> None:
-        check(num_queries >= 1, f"num_queries={num_queries}: must be at least 1")
-        self.num_terms, self.num_scalars = num_queries, num_queries + 1
-
-    def forwards(self, step: int) -> int:
-        """See :class:`Estimator`."""
-        return self.num_scalars
-
-    def _keys(self, step: int) -> list[Key]:
-        return [Key(step, query) for query in range(self.num_terms)]
-
-    def measure(self, ask: Ask) -> list[float]:
-        """See :class:`Estimator`."""
-        there = [Move((Term(key, ask.eps),)) for key in self._keys(ask.step)]
-        ((here, *losses),) = ask.losses([(Move(()), *there)])
-        return [*((loss - here) / ask.eps for loss in losses), here]
-
-    def read(self, scalars: Sequence[float], step: int) -> Gradient:
-        """See :class:`Estimator`; ``also["loss"]`` is L(theta)."""
-        *slopes, here = scalars
-        terms = tuple(map(Term, self._keys(step), slopes))
-        return Gradient(terms, self.num_terms, {"loss": here})
 
 
 class TwoFidelities:
@@ -193,7 +156,7 @@ class BFSSD(ZeroOrder):
             model,
             selection=Everything(),
             direction=Dense(noise),
-            estimator=ForwardDifferences(num_queries),
+            estimator=OneSided(num_queries),
             update=SGD(),
             step_size=TwoFidelities(beta, armijo, max_tries, rho, high_points),
             **common,
