@@ -51,6 +51,7 @@ _FLAGS = {
     "bench": ("--rounds", "--only", "--grow", "--json", "--config-dir", "--help"),
     "ls": ("--config-dir", "--help"),
     "show": ("--config-dir", "--help"),
+    "doctor": ("--json", "--no-hub", "--help"),
 }
 
 

@@ -27,6 +27,7 @@ smezo: zeroth-order fine-tuning of language models
   smezo ls [GROUP]                what there is: tasks, models, methods, recipes, loggers
   smezo show GROUP NAME           one of them: what it is, its values and where they come from
                                   (both with --config-dir DIR: your own, which come first)
+  smezo doctor                    versions, devices, passes, caches: for a bug report
   smezo completion SHELL          TAB completion for bash, zsh or fish
   smezo --version
 
@@ -39,7 +40,7 @@ smezo VERB --help tells more. Examples:
 VERBS = (
     *("train", "plan", "runs", "table", "plot"),
     *("eval", "predict", "export", "replay", "bench"),
-    *("ls", "show", "completion"),
+    *("ls", "show", "doctor", "completion"),
 )
 
 
@@ -157,6 +158,10 @@ def _main_of(verb: str) -> Callable[[list[str]], int]:
             from smezo_cli.cli import ls
 
             return ls.show
+        case "doctor":
+            from smezo_cli.cli import doctor
+
+            return doctor.main
         case "completion":
             from smezo_cli.cli import completion
 
