@@ -2,13 +2,15 @@
 
 .venv/bin/python scripts/methods_page.py
 
+It also writes the numbers that `smezo show method NAME` prints: smezo_cli/cli/method_costs.json.
+
 Seconds and peaks come from docs/results/methods-bench.json, which `smezo bench --json` has written.
 """
 
 import functools
-import inspect
 import json
 import re
+import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from smezo_cli.cli.method_notes import COSTS, about
 from smezo_cli.config.build import build, target_of
 from smezo_cli.config.compose import compose
 from smezo_cli.config.fixed import plain
@@ -113,10 +116,9 @@ def forwards(method: Any) -> str:
 
 
 def source(name: str) -> str:
-    """Return the paper that the first comment of a method's YAML names first."""
+    """Return the paper that the first comment of a method's YAML names first, or ""."""
     text = (ROOT / "conf" / "method" / f"{name}.yaml").read_text(encoding="utf-8")
-    papers = re.findall(r"arXiv (\d{4}\.\d{5})", text)
-    return f"[{papers[0]}](https://arxiv.org/abs/{papers[0]})" if papers else ""
+    return next(iter(re.findall(r"arXiv (\d{4}\.\d{5})", text)), "")
 
 
 def since(name: str) -> str:
@@ -132,12 +134,10 @@ def since(name: str) -> str:
 
 def formula(cls: type) -> Iterator[str]:
     """Yield the docstring of the class up to its arguments, formulas as blocks of code."""
-    text = inspect.cleandoc(cls.__doc__ or "")
-    text = re.split(r"\n(?:Args|Raises|Attributes):", text)[0]
-    text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text).replace("``", "`")
-    for block in text.strip().split("\n\n"):
+    text = about(cls.__doc__ or "")
+    for block in text.split("\n\n"):
         if block.startswith("    "):
-            yield "```\n" + inspect.cleandoc(block) + "\n```"
+            yield "```\n" + textwrap.dedent(block) + "\n```"
         else:
             yield " ".join(block.split())
 
@@ -147,26 +147,41 @@ def measured() -> Mapping[str, Any]:
     return json.loads(BENCH.read_text(encoding="utf-8")) if BENCH.exists() else {}
 
 
-def page() -> str:
-    """Return the whole page."""
-    bench, rows, sections = measured(), [], []
-    for name in names():
-        method, cls = made(name), target_of(node_of(name), "method")
-        cost = bench.get("ratio_to_its_forwards", {}).get(name)
-        peak = bench.get("peak_over_forward", {}).get(name)
-        cells = [
-            *(f"`{name}`", headline(name), state(method), forwards(method)),
-            *("" if x is None else f"{x:.2f}" for x in (cost, peak)),
-            *(source(name), since(name)),
-        ]
-        rows.append(f"| {' | '.join(cells)} |")
-        sections.append(f"### {name}\n\n" + "\n\n".join(formula(cls)) + "\n")
+def costs() -> dict[str, Any]:
+    """Return what the table says of every method, as `smezo show method` reads it."""
+    bench = measured()
     about = "nothing is measured yet"
     if bench:
         size, cores = f"{bench['batch_size']} x {bench['length']}", bench["machine"]["cpus"]
         about = f"{bench['model']}, {size} tokens, {bench['dtype']}, {cores} CPU cores"
+    rows = {}
+    for name in names():
+        method = made(name)
+        rows[name] = {
+            "forwards": forwards(method),
+            "state": state(method),
+            "cost": bench.get("ratio_to_its_forwards", {}).get(name),
+            "peak": bench.get("peak_over_forward", {}).get(name),
+            "source": source(name),
+        }
+    return {"measured": about, "methods": rows}
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """Return the whole page, with the numbers of :func:`costs`."""
+    rows, sections = [], []
+    for name, known in found["methods"].items():
+        paper = known["source"]
+        cells = [
+            *(f"`{name}`", headline(name), known["state"], known["forwards"]),
+            *("" if x is None else f"{x:.2f}" for x in (known["cost"], known["peak"])),
+            *(f"[{paper}](https://arxiv.org/abs/{paper})" if paper else "", since(name)),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+        cls = target_of(node_of(name), "method")
+        sections.append(f"### {name}\n\n" + "\n\n".join(formula(cls)) + "\n")
     return (
-        HEAD.format(measured=about)
+        HEAD.format(measured=found["measured"])
         + "\n".join(rows)
         + "\n"
         + FOOT.format(sections="\n".join(sections))
@@ -175,4 +190,6 @@ def page() -> str:
 
 if __name__ == "__main__":
     PAGE.parent.mkdir(parents=True, exist_ok=True)
-    PAGE.write_text(page(), encoding="utf-8")
+    now = costs()
+    PAGE.write_text(page(now), encoding="utf-8")
+    COSTS.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")

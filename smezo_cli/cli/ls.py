@@ -1,16 +1,18 @@
 """`smezo ls` and `smezo show`: list the YAML files of a config group, print one."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from smezo_cli.cli.flags import Flags, shows_help
+from smezo_cli.cli.method_notes import notes
 from smezo_cli.config.searchpath import of_line
 from smezo_cli.errors import UserError, near
 
 USAGE = """\
 smezo ls [GROUP]             the names in a group, or in every group, and what each of them is
-smezo show GROUP NAME        the file of one of them: what it is, its values, where they come from
+smezo show GROUP NAME        the file of one of them: what it is, its values, where they come from;
+                             of a method its formula, cost and state, too, as comments
 
     --config-dir DIR  your own files, which come before smezo's
 GROUP is tasks, models, methods, recipes, experiments, tables or loggers.
@@ -20,6 +22,21 @@ Examples:
 """
 
 GROUPS = ("tasks", "models", "methods", "recipes", "experiments", "tables", "loggers")
+
+#: What the methods of a group have in common; a method's file names its group in its comment.
+METHOD_GROUPS = {
+    "dense": "all weights along noise, nothing kept that grows with them",
+    "masked": "some of the weights along noise",
+    "factored": "matrices along products of thin ones",
+    "stateful": "numbers of the size of the weights kept from step to step",
+    "one-sided": "losses at the weights and on one side of them",
+    "few weights": "on at most 100,000 weights",
+    "hybrid": "with backpropagation in the same step",
+    "adapters": "on adapters beside frozen weights",
+    "backpropagation": "by gradients, the baselines that need the memory",
+    "untrained": "the model as it is",
+    "": "of your own",
+}
 
 
 def main(words: Sequence[str]) -> int:
@@ -36,9 +53,10 @@ def main(words: Sequence[str]) -> int:
     for group in [_group(word) for word in given] or GROUPS:
         files = _files(group, roots)
         width = max((len(name) for name in files), default=0)
-        print(f"{group}:")
-        for name, file in files.items():
-            print(f"  {name:{width}}  {_headline(file)}")
+        for title, names in _parts(group, files):
+            print(f"{title}:")
+            for name in names:
+                print(f"  {name:{width}}  {_headline(files[name])}")
     return 0
 
 
@@ -58,6 +76,8 @@ def show(words: Sequence[str]) -> int:
     if name not in files:
         raise UserError(f"there is no {group.removesuffix('s')} {name}{near(name, files)}.")
     print(files[name].read_text(encoding="utf-8"), end="")
+    if group == "methods":
+        print("".join(f"# {line}".rstrip() + "\n" for line in notes(name, files)), end="")
     return 0
 
 
@@ -84,6 +104,21 @@ def _files(group: str, roots: list[Path]) -> dict[str, Path]:
         for file in [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("*/*.yaml"))]:
             found.setdefault(file.relative_to(folder).with_suffix("").as_posix(), file)
     return found
+
+
+def _parts(group: str, files: Mapping[str, Path]) -> Iterator[tuple[str, list[str]]]:
+    """Yield the titles of a listing and the names below each: methods are listed by kind."""
+    if group != "methods":
+        yield group, list(files)
+        return
+    found: dict[str, list[str]] = {}
+    for name, file in files.items():
+        said = re.search(r"^# Group: (.+)$", file.read_text(encoding="utf-8"), re.M)
+        kind = said[1] if said and said[1] in METHOD_GROUPS else ""
+        found.setdefault(kind, []).append(name)
+    for kind, what in METHOD_GROUPS.items():
+        if kind in found:
+            yield f"methods, {kind + ': ' if kind else ''}{what}", found[kind]
 
 
 def _headline(file: Path) -> str:

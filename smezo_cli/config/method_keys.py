@@ -43,10 +43,12 @@ class MethodClass:
     Attributes:
         keys: its keyword arguments, by name, but for those that the run gives.
         traits: constants of the class, such as ``takes_steps``.
+        doc: its docstring, or that of the nearest class that has one.
     """
 
     keys: Mapping[str, MethodKey]
     traits: Mapping[str, Any] = field(default_factory=dict)
+    doc: str = ""
 
 
 def describe(method: object) -> MethodClass | None:
@@ -94,7 +96,8 @@ def _described(module: str, name: str) -> MethodClass | None:
             taken = dict(_arguments(module, found[0]))
             keys = {name: key for name, key in taken.items() if name not in _BY_THE_RUN}
             break
-    return MethodClass(keys, traits)
+    docs = (ast.get_docstring(node) for _, node in classes)
+    return MethodClass(keys, traits, next((doc for doc in docs if doc), ""))
 
 
 def _lineage(module: str, name: str) -> Iterator[tuple[str, ast.ClassDef]]:

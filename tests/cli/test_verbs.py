@@ -7,8 +7,10 @@ import types
 from pathlib import Path
 
 import pytest
+import yaml
 
 from smezo_cli import __version__
+from smezo_cli.cli.ls import METHOD_GROUPS
 from smezo_cli.cli.verbs import VERBS, main
 from smezo_cli.config.fixed import CONF_DIR
 from tests import ROOT
@@ -131,17 +133,56 @@ def test_ls_names_every_file_with_its_first_sentence(
     assert all(sentence[-1] in ".?" and "@package" not in sentence for sentence in listed.values())
 
 
-@pytest.mark.parametrize("group", ["method", "methods"])
+@pytest.mark.parametrize("group", ["task", "tasks"])
 def test_show_prints_the_file(group: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["show", group, "sparse_mezo"]) == 0
-    assert capsys.readouterr().out == (CONF_DIR / "method" / "sparse_mezo.yaml").read_text()
+    assert main(["show", group, "rte"]) == 0
+    assert capsys.readouterr().out == (CONF_DIR / "task" / "rte.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("lozo_m", ["#       N <- beta N + (1 - beta) projected_grad U", "2410.07698", "step: 2\n"]),
+        ("mezo_lora", ["#       theta <- theta - lr", "# State: 0 bytes"]),  # begins with mezo
+        ("mezo_svrg", ["# Forwards a step: 2, 4, 2, 4", "2404.08080"]),
+        ("adamw", []),  # of torch: its file says it all
+    ],
+)
+def test_show_adds_formula_and_cost_of_a_method_as_comments(
+    name: str, says: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So what is shown remains the file of a method."""
+    assert main(["show", "method", name]) == 0
+    shown = capsys.readouterr().out
+    file = (CONF_DIR / "method" / f"{name}.yaml").read_text()
+    assert shown.startswith(file)
+    added = shown.removeprefix(file)
+    assert all(line.startswith("#") for line in added.splitlines())
+    assert all(word in added for word in says)
+    assert yaml.safe_load(shown) == yaml.safe_load(file)
+
+
+def test_methods_are_listed_by_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each of ours is of a known kind; one that names none, or another, is listed last."""
+    (tmp_path / "method").mkdir()
+    (tmp_path / "method/mine.yaml").write_text("# Mine.\n# Group: nonsense\n")
+    assert main(["ls", "methods", "--config-dir", str(tmp_path)]) == 0
+    kinds: dict[str, list[str]] = {}
+    for line in capsys.readouterr().out.splitlines():
+        if line[0] != " ":
+            names = kinds[line.removeprefix("methods, ").rstrip(":")] = []
+        else:
+            names.append(line.split()[0])
+    assert [title.split(":")[0] for title in kinds] == [*filter(None, METHOD_GROUPS), "of your own"]
+    assert kinds["of your own"] == ["mine"]
+    assert "lozo" in kinds["factored: matrices along products of thin ones"]
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         ("trian", "no verb trian, did you mean train?"),
-        ("steps=3", "no verb steps=3 (there are: bench, completion, eval"),
+        ("steps=3", "no verb steps=3 (there are: bench, completion, doctor"),
         ("ls taks", "no group taks, did you mean tasks?"),
         ("ls tasks models", "one group at most"),
         ("show method", "a group and a name"),

@@ -1,10 +1,13 @@
 """The page on the methods is what the methods say of themselves."""
 
 import importlib.util
+import json
 from types import ModuleType
+from typing import Any
 
 import pytest
 
+from smezo_cli.cli.method_notes import COSTS
 from tests import ROOT
 
 
@@ -20,14 +23,23 @@ def methods_page() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def page(methods_page: ModuleType) -> str:
-    """The page as it would be written now; to compose all methods takes seconds."""
-    return str(methods_page.page())
+def costs(methods_page: ModuleType) -> dict[str, Any]:
+    """The numbers as they would be written now; to compose all methods takes seconds."""
+    return dict(methods_page.costs())
 
 
-def test_the_page_on_methods_is_what_they_say(methods_page: ModuleType, page: str) -> None:
+@pytest.fixture(scope="module")
+def page(methods_page: ModuleType, costs: dict[str, Any]) -> str:
+    """The page as it would be written now."""
+    return str(methods_page.page(costs))
+
+
+def test_the_page_on_methods_is_what_they_say(
+    methods_page: ModuleType, page: str, costs: dict[str, Any]
+) -> None:
     """After a change of a method: python scripts/methods_page.py."""
     assert methods_page.PAGE.read_text(encoding="utf-8") == page
+    assert json.loads(COSTS.read_text(encoding="utf-8")) == costs
 
 
 def test_every_row_has_a_source(methods_page: ModuleType, page: str) -> None:

@@ -1,0 +1,62 @@
+"""Say of a method what its file does not: what a step does, its cost, its state, its source."""
+
+import inspect
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from smezo_cli.config.method_keys import describe
+
+#: Forwards, state, cost and source of each method; scripts/methods_page.py writes it.
+COSTS = Path(__file__).parent / "method_costs.json"
+
+
+def notes(name: str, files: Mapping[str, Path]) -> Iterator[str]:
+    """Yield the lines on a method: formula, forwards, state, cost and source, as far as known.
+
+    Args:
+        name: of the method.
+        files: all methods' files by name; one may begin with the keys of another.
+    """
+    found = describe({"_target_": _target(name, files)})
+    costs = json.loads(COSTS.read_text(encoding="utf-8"))
+    known = costs["methods"].get(name)
+    if found is None or not found.doc:
+        return
+    yield ""
+    yield "What a step does:"
+    yield from (f"  {line}" for line in about(found.doc).splitlines())
+    if known is None:
+        return
+    yield ""
+    yield f"Forwards a step: {known['forwards']}"
+    yield f"State: {known['state']} bytes a trained weight, on a network of two small layers"
+    if known["cost"] is not None:
+        yield (
+            f"Cost: a step takes {known['cost']:.2f} times its forwards, and "
+            f"{known['peak']:.2f} times the memory of one ({costs['measured']})"
+        )
+    if known["source"]:
+        yield f"Source: https://arxiv.org/abs/{known['source']}"
+
+
+def about(doc: str) -> str:
+    """Return the docstring of a method's class up to its arguments, without markup."""
+    text = re.split(r"\n(?:Args|Raises|Attributes):", inspect.cleandoc(doc))[0]
+    return re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text).replace("``", "`").strip()
+
+
+def _target(name: str, files: Mapping[str, Path]) -> Any:
+    """Return the class that a method's file names, or the file that it begins with."""
+    while name in files:
+        node = yaml.safe_load(files[name].read_text(encoding="utf-8")) or {}
+        target = (node.get("method") or {}).get("_target_")
+        others = [word for word in node.get("defaults", ()) if word != "_self_"]
+        if target is not None or not others:
+            return target
+        name = others[0]
+    return None
