@@ -2,7 +2,8 @@
 
 .venv/bin/python scripts/methods_page.py
 
-It also writes the numbers that `smezo show method NAME` prints: smezo_cli/cli/method_costs.json.
+It also writes the numbers that `smezo show method NAME` prints, smezo_cli/cli/method_costs.json,
+and the list of methods in README.md.
 
 Seconds and peaks come from docs/results/methods-bench.json, which `smezo bench --json` has written.
 """
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from smezo_cli.cli.ls import parts
 from smezo_cli.cli.method_notes import COSTS, about
 from smezo_cli.config.build import build, target_of
 from smezo_cli.config.compose import compose
@@ -26,6 +28,8 @@ from smezo_cli.config.method_keys import trait
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "guide" / "methods.md"
+README = ROOT / "README.md"
+LIST = re.compile(r"(?<=\| kind \| methods \|\n\|---\|---\|\n)(\|.*\n)*")
 BENCH = ROOT / "docs" / "results" / "methods-bench.json"
 HEAD = """# Methods
 
@@ -188,8 +192,19 @@ def page(found: Mapping[str, Any]) -> str:
     )
 
 
+def readme() -> str:
+    """Return README.md with its list of methods, by kind, written anew."""
+    files = {file.stem: file for file in sorted((ROOT / "conf" / "method").glob("*.yaml"))}
+    rows = [
+        f"| {title.removeprefix('methods, ')} | {', '.join(f'`{name}`' for name in found)} |\n"
+        for title, found in parts("methods", files)
+    ]
+    return LIST.sub("".join(rows), README.read_text(encoding="utf-8"), count=1)
+
+
 if __name__ == "__main__":
     PAGE.parent.mkdir(parents=True, exist_ok=True)
     now = costs()
     PAGE.write_text(page(now), encoding="utf-8")
     COSTS.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+    README.write_text(readme(), encoding="utf-8")

@@ -1,6 +1,7 @@
 """What the README shows runs as it stands there."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -27,7 +28,30 @@ def test_python_of_the_readme_learns_something(
     assert 0.2 < float(share) <= 0.51  # a ratchet: weights leave the mask and do not return
 
 
-def test_the_readme_names_every_method_and_task() -> None:
-    """Nothing that a user can choose is missing from `smezo ls`, which the README points to."""
+def test_the_readme_fits_two_screens() -> None:
+    """What is longer stands in docs/."""
+    lines = (ROOT / "README.md").read_text().splitlines()
     assert BLOCKS
-    assert "smezo ls" in (ROOT / "README.md").read_text()
+    assert len(lines) <= 140
+    assert max(len(line) for line in lines if line[:1] != "|") <= 140
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_to_a_file(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s#]+)", page.read_text(encoding="utf-8"))
+    broken = [x for x in links if "://" not in x and not (page.parent / x).exists()]
+    assert not broken
+
+
+def test_every_page_of_the_docs_is_reached_from_the_readme() -> None:
+    reached, new = set(), {ROOT / "README.md"}
+    while new:
+        page = new.pop()
+        reached.add(page)
+        links = re.findall(r"\]\(([^)\s#]+\.md)", page.read_text(encoding="utf-8"))
+        here = {(page.parent / x).resolve() for x in links if "://" not in x}
+        new |= here - reached
+    assert set(PAGES) <= reached

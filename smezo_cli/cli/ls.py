@@ -53,7 +53,7 @@ def main(words: Sequence[str]) -> int:
     for group in [_group(word) for word in given] or GROUPS:
         files = _files(group, roots)
         width = max((len(name) for name in files), default=0)
-        for title, names in _parts(group, files):
+        for title, names in parts(group, files):
             print(f"{title}:")
             for name in names:
                 print(f"  {name:{width}}  {_headline(files[name])}")
@@ -106,7 +106,7 @@ def _files(group: str, roots: list[Path]) -> dict[str, Path]:
     return found
 
 
-def _parts(group: str, files: Mapping[str, Path]) -> Iterator[tuple[str, list[str]]]:
+def parts(group: str, files: Mapping[str, Path]) -> Iterator[tuple[str, list[str]]]:
     """Yield the titles of a listing and the names below each: methods are listed by kind."""
     if group != "methods":
         yield group, list(files)

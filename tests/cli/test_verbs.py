@@ -142,7 +142,10 @@ def test_show_prints_the_file(group: str, capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("lozo_m", ["#       N <- beta N + (1 - beta) projected_grad U", "2410.07698", "step: 2\n"]),
+        (
+            "lozo_m",
+            ["#       N <- beta N + (1 - beta) projected_grad U", "2410.07698", "step: 2\n"],
+        ),
         ("mezo_lora", ["#       theta <- theta - lr", "# State: 0 bytes"]),  # begins with mezo
         ("mezo_svrg", ["# Forwards a step: 2, 4, 2, 4", "2404.08080"]),
         ("adamw", []),  # of torch: its file says it all

@@ -42,6 +42,13 @@ def test_the_page_on_methods_is_what_they_say(
     assert json.loads(COSTS.read_text(encoding="utf-8")) == costs
 
 
+def test_the_readme_lists_every_method_by_kind(methods_page: ModuleType) -> None:
+    """After a new one: python scripts/methods_page.py."""
+    text = methods_page.README.read_text(encoding="utf-8")
+    assert text == methods_page.readme()
+    assert all(f"`{name}`" in text for name in methods_page.names())
+
+
 def test_every_row_has_a_source(methods_page: ModuleType, page: str) -> None:
     rows = [line for line in page.splitlines() if line.startswith("| `")]
     assert len(rows) == len(methods_page.names())
