@@ -27,6 +27,7 @@ USAGE = """\
 smezo export RUN FOLDER             the trained model and its tokenizer, as transformers loads them
                                     (LoRA merged into the weights; of a prefix peft's adapter, of
                                     tensor-train cores smezo's own)
+                                    and a model card, README.md, as the hub reads it
 smezo export RUN FILE --delta       one small file, from which smezo replay makes the weights again
 
     --step N          the weights of that step (default: the best), as for smezo eval
@@ -67,7 +68,7 @@ def main(words: Sequence[str]) -> int:
         job = Loaded(*_copying(settings), lambda line: None, with_rows=False)
         check_model(state, job, [], given.run)
         step = trained(folder, state, job, given.step, print)
-        size = save_model(job, target, cfg)
+        size = save_model(job, target, cfg, folder.result() or {}, step)
         print(f"{target}: {settings.model['name']} after {step} steps, {shown_bytes(size)}")
         print(f"  {job.loaded_by}")
     return 0

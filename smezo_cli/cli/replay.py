@@ -118,7 +118,7 @@ def _replay(
     what = "none was recorded at this step" if wanted is None else _said(same)
     console.say(f"  weights sha256 {found}: {what}")
     if given.out is not None:
-        size = save_model(job, Path(given.out), cfg)
+        size = save_model(job, Path(given.out), cfg, {}, step)
         console.say(f"  {given.out}: {shown_bytes(size)}")
     if given.split == "none":
         return same

@@ -352,9 +352,23 @@ def check_model(state: "State", loaded: "Loaded", overrides: Sequence[str], run:
         )
 
 
-def save_model(loaded: "Loaded", target: Path, cfg: DictConfig) -> int:
-    """Save model, tokenizer and settings in a new folder, whole or not at all; return its bytes."""
+def save_model(
+    loaded: "Loaded", target: Path, cfg: DictConfig, result: Mapping[str, Any], step: int
+) -> int:
+    """Save model, tokenizer, settings and model card in a new folder, whole or not at all.
+
+    Args:
+        loaded: holds the model and its tokenizer.
+        target: the new folder.
+        cfg: settings of the run.
+        result: its result.json; {} where there is none.
+        step: whose weights are saved.
+
+    Returns:
+        Bytes of the weights.
+    """
     from smezo_cli.files.space import check_space
+    from smezo_cli.run.model_card import model_card
 
     size = loaded.saved_bytes
     partial = target.with_name(f".{target.name}.partial")
@@ -364,6 +378,11 @@ def save_model(loaded: "Loaded", target: Path, cfg: DictConfig) -> int:
         check_space(target.parent, size, "the model", "choose a folder on another disk")
         loaded.save(partial)
         (partial / "smezo.yaml").write_text(redacted(OmegaConf.to_yaml(cfg)), encoding="utf-8")
+        is_adapter = (partial / "adapter_config.json").is_file()
+        card = model_card(
+            *(loaded.settings, result, step), loaded_by=loaded.loaded_by, is_adapter=is_adapter
+        )
+        (partial / "README.md").write_text(card, encoding="utf-8")
         os.replace(partial, target)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}.") from error

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -398,6 +399,8 @@ def test_transformers_loads_what_was_exported_and_a_run_can_begin_there(
     with torch.no_grad():
         assert torch.equal(ours(ids).logits, theirs(ids).logits)
     assert OmegaConf.load("exported/smezo.yaml") == OmegaConf.load(run / "config.yaml")
+    (measured,) = ModelCard.load("exported/README.md").data.eval_results
+    assert measured.metric_value == result_of(run)["test"][measured.metric_type]
 
     kind = kind_of(run)
     words = shlex.split(f"task={kind} task.data=my.csv {KINDS[kind][1]} {COUNTS} {TRAIN}")
