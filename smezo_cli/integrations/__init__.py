@@ -1,0 +1,1 @@
+"""Use smezo's methods from the libraries that people train with already."""
