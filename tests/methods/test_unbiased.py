@@ -40,6 +40,8 @@ ELSEWHERE = {
     "pezo": "test_pezo.test_over_all_starts_the_estimate_is_nearly_the_gradient",
     "mezo_svrg": "test_mezo_svrg."
     "test_the_anchor_estimate_is_unbiased_and_more_directions_are_quieter",
+    # The selection and the direction of subzero; the mean of one-sided differences is no other.
+    "subzero_plus": "test_subzero.test_the_estimate_is_the_gradient_on_average",
 }
 #: Rows of which no mean can be said, and the test here of what holds instead.
 NO_MEAN = {
