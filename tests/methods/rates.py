@@ -43,6 +43,9 @@ _MEZO = Rate(estimated(DIMENSIONS), _CHANCE, "SGD on MeZO's estimate in 30 dimen
 _GRADIENT = (1 - LR) ** (2 * STEPS)  # of gradient descent
 # (r K)^2 has a mean of 6.25; over 8 queries the logarithm has a deviation of 0.43.
 _KERNEL = (1 - 2 * LR + LR**2 * (1 + (6.25 * (DIMENSIONS + 2) - 1) / 8)) ** STEPS
+# Of the range R of four normals, along x, and twice the square of a normal in 29 dimensions:
+# E[R^2] = 5.01 and E[R^2 (R^2 + 58)] = 330. The logarithm has a deviation of 1.
+_CONTRAST = (1 - 2 * LR * 5.01 + LR**2 * 330) ** STEPS
 
 RATES = {
     "mezo": _MEZO,
@@ -78,6 +81,7 @@ RATES = {
         estimated(DIMENSIONS, lr=2 * LR), _CHANCE**2, "momentum 0.5 goes twice as far; twice 0.4"
     ),
     "kerzoo": Rate(_KERNEL, _CHANCE, "estimates of 6.25 times MeZO's second moment, eight a step"),
+    "mezo_gv": Rate(_CONTRAST, _CHANCE**3, "estimates of five times the gradient"),
     "lozo_m": Rate(_GRADIENT, _CHANCE, "a mean of estimates is nearly the gradient"),
     # Steps that are no multiple of the estimate: measured, with a margin for other noise.
     "mezo_adam": Rate(0.594, 1.5, "measured: steps of about lr an entry, whatever the loss"),
