@@ -88,6 +88,7 @@ RATES = {
     "zo_sign": Rate(0.694, 1.5, "measured: steps of lr an entry, whatever the loss"),
     "subzero_plus": Rate(0.333, 1.5, "measured: as Adam, on the mean of four estimates"),
     "fzoo": Rate(0.539, 1.2, "measured: steps of about lr in all, whatever the loss"),
+    "mezo_mv": Rate(0.6, 1.5, "measured: steps of about lr in all, whatever the loss"),
     "helene": Rate(0.15, 2.0, "measured: a curvature of at least 10, and a sum of ten estimates"),
     "zoro_fa": Rate(0.254, 1.5, "measured: of 30 entries those that the first rounds decode"),
     "cubic_newton": Rate(
