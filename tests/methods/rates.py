@@ -86,6 +86,7 @@ RATES = {
     # Steps that are no multiple of the estimate: measured, with a margin for other noise.
     "mezo_adam": Rate(0.594, 1.5, "measured: steps of about lr an entry, whatever the loss"),
     "zo_sign": Rate(0.694, 1.5, "measured: steps of lr an entry, whatever the loss"),
+    "r_adazo": Rate(0.15, 2.0, "measured: steps of about lr an entry, with less noise"),
     "subzero_plus": Rate(0.333, 1.5, "measured: as Adam, on the mean of four estimates"),
     "fzoo": Rate(0.539, 1.2, "measured: steps of about lr in all, whatever the loss"),
     "mezo_mv": Rate(0.6, 1.5, "measured: steps of about lr in all, whatever the loss"),
