@@ -146,6 +146,8 @@ class Text:
 
 Count = Annotated[int, Whole(1, example="16")]
 Epochs = Annotated[int, Whole(2, example="160")]
+Several = Annotated[int, Whole(2, example="8")]
+Candidates = Annotated[int, Whole(3, example="4")]
 Shown = Annotated[int, Whole(1, example="32")]
 StepsBetween = Annotated[int, Whole(0, example="0")]
 Generators = Annotated[int, Whole(0, end=2**10, example="0")]

@@ -1,12 +1,15 @@
 """How far each row comes down a quadratic: L = |x|^2 / 2 in 30 dimensions, 200 steps at lr 1e-2.
 
 The two tensors have 15 dimensions each and are layers; settings are those of the YAML but
-sparsity 0, momentum 0.5, and a bound of the curvature of 10.
+sparsity 0, momentum 0.5, a bound of the curvature of 10, and those of SETTINGS.
 """
 
 from typing import NamedTuple
 
 DIMENSIONS, STEPS, LR = 30, 200, 1e-2
+
+#: Of rows whose noise would not let them come down at this lr.
+SETTINGS = {"kerzoo": {"num_queries": 8}}
 
 
 class Rate(NamedTuple):
@@ -38,6 +41,11 @@ def estimated(dimensions: int, lr: float = LR, steps: int = STEPS, queries: int 
 _CHANCE = 3.0
 _MEZO = Rate(estimated(DIMENSIONS), _CHANCE, "SGD on MeZO's estimate in 30 dimensions")
 _GRADIENT = (1 - LR) ** (2 * STEPS)  # of gradient descent
+# (r K)^2 has a mean of 6.25; over 8 queries the logarithm has a deviation of 0.43.
+_KERNEL = (1 - 2 * LR + LR**2 * (1 + (6.25 * (DIMENSIONS + 2) - 1) / 8)) ** STEPS
+# Of the range R of four normals, along x, and twice the square of a normal in 29 dimensions:
+# E[R^2] = 5.01 and E[R^2 (R^2 + 58)] = 330. The logarithm has a deviation of 1.
+_CONTRAST = (1 - 2 * LR * 5.01 + LR**2 * 330) ** STEPS
 
 RATES = {
     "mezo": _MEZO,
@@ -72,10 +80,16 @@ RATES = {
     "zo_momentum": Rate(
         estimated(DIMENSIONS, lr=2 * LR), _CHANCE**2, "momentum 0.5 goes twice as far; twice 0.4"
     ),
+    "kerzoo": Rate(_KERNEL, _CHANCE, "estimates of 6.25 times MeZO's second moment, eight a step"),
+    "mezo_gv": Rate(_CONTRAST, _CHANCE**3, "estimates of five times the gradient"),
     "lozo_m": Rate(_GRADIENT, _CHANCE, "a mean of estimates is nearly the gradient"),
     # Steps that are no multiple of the estimate: measured, with a margin for other noise.
     "mezo_adam": Rate(0.594, 1.5, "measured: steps of about lr an entry, whatever the loss"),
     "zo_sign": Rate(0.694, 1.5, "measured: steps of lr an entry, whatever the loss"),
+    "r_adazo": Rate(0.15, 2.0, "measured: steps of about lr an entry, with less noise"),
+    "subzero_plus": Rate(0.333, 1.5, "measured: as Adam, on the mean of four estimates"),
+    "fzoo": Rate(0.539, 1.2, "measured: steps of about lr in all, whatever the loss"),
+    "mezo_mv": Rate(0.6, 1.5, "measured: steps of about lr in all, whatever the loss"),
     "helene": Rate(0.15, 2.0, "measured: a curvature of at least 10, and a sum of ten estimates"),
     "zoro_fa": Rate(0.254, 1.5, "measured: of 30 entries those that the first rounds decode"),
     "cubic_newton": Rate(

@@ -61,6 +61,7 @@ def made(name: str, model: nn.Module, **values: Any) -> ZeroOrder:
     node = {key: value for key, value in node_of(name).items() if key not in ("adapter", "seed")}
     node |= {"lr": 1e-2, "eps": 1e-3, "executor": "sequential"}
     node |= {"sparsity": 0.5, "mask_refresh_every": 2} if "mask" in node else {}
+    node |= {"num_queries": 4} if node.get("num_queries", 1) > 16 else {}  # 99 take long
     node |= {key: value for key, value in values.items() if key in describe(node).keys}  # type: ignore[union-attr]  # one of ours
     found: ZeroOrder = build(node, model=model, seed=0, backend="eager", check=False)
     return found
@@ -434,6 +435,8 @@ def test_each_trains_and_is_replayed(
     if trait(node_of(name), "takes_steps", default=True):
         words += ["steps=3", "batch_size=2", "eval_every=2", "lr_schedule=constant"]
         words += ["zero_shot=false"]
+        if node_of(name).get("num_queries", 1) > 16:
+            words += ["method.num_queries=4"]
     if "executor" in node_of(name):
         words += ["method.executor=sequential"]  # to time another takes as long as the steps
     assert main(words) == 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.methods.rates import DIMENSIONS, LR, RATES, STEPS, bounds_of
+from tests.methods.rates import DIMENSIONS, LR, RATES, SETTINGS, STEPS, bounds_of
 from tests.methods.test_every_method import ZEROTH_ORDER, Losses, made
 from tests.zo.test_optimizer import seeded
 
@@ -38,7 +38,8 @@ def test_a_quadratic_is_descended(name: str) -> None:
             return first(target[: DIMENSIONS // 2]) + second(target[DIMENSIONS // 2 :])  # type: ignore[no-any-return]  # a module's
 
     model = Quadratic()
-    opt = made(name, model, sparsity=0.0, momentum=0.5, bound=10.0, tail_lr=LR, lr=LR)
+    own = SETTINGS.get(name, {})
+    opt = made(name, model, sparsity=0.0, momentum=0.5, bound=10.0, tail_lr=LR, lr=LR, **own)
     first = model().item()
     for _ in range(STEPS):
         opt.step(Losses(model))

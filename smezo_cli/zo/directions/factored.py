@@ -222,16 +222,17 @@ class Factored:
         if left is None or old_left is None:
             turn = inner(old_right, right, GAUSSIAN) * (1 / shape[1])
         else:
-            shrink = 1 / self._scale(shape, rank)
+            shrink = 1 / self.scale_of(target)
             turn = inner(old_right, right, UNIT)
             back = inner(left.T * shrink, old_left.T * shrink, UNIT)
             matrix = product(Factors(back.float(), matrix))
         return product(Factors(matrix, turn.float())).view(-1)
 
-    @staticmethod
-    def _scale(shape: tuple[int, int], rank: int) -> float:
-        """Return what makes U Z V^T as long as dense noise, on average."""
-        return math.sqrt(shape[0] * shape[1]) / rank
+    def scale_of(self, target: Target) -> float:
+        """Return the factor of U Z V^T that makes it as long as dense noise, on average."""
+        shape = self.shape_of(target)
+        assert shape is not None
+        return math.sqrt(shape[0] * shape[1]) / self.rank_of(target)
 
     # --- factors and cores --------------------------------------------------------------------
 
@@ -273,7 +274,7 @@ class Factored:
         left, right = (
             orthonormal(gaussian(*side)) for side in (("left", shape[0]), ("right", shape[1]))
         )
-        return (left * self._scale(shape, rank)).float().T.contiguous(), right.float()
+        return (left * self.scale_of(target)).float().T.contiguous(), right.float()
 
     def numbers(self, draw: Any, size: int, device: torch.device) -> Tensor:
         """Return so many numbers of a draw (float32, flat), in the form that dense passes read."""

@@ -1,7 +1,7 @@
 """Move the weights by Adam's moments of the gradient (arXiv 1412.6980), with decoupled decay."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -40,7 +40,12 @@ class Adam(Update):
 
     def apply(self, weights: WeightWriter, gradient: Gradient, lr: float) -> None:
         """See :class:`Update`."""
-        (beta1, beta2), adam_eps, t = self.betas, self.adam_eps, weights.step + 1
+        change = self.change(weights.step + 1, lr)
+        weights.elementwise(gradient, change, decay=lr * weights.weight_decay)
+
+    def change(self, t: int, lr: float) -> Callable[..., Tensor]:
+        """Return what a step of ``lr`` makes of g and its moments, which hold t gradients then."""
+        (beta1, beta2), adam_eps = self.betas, self.adam_eps
         size = -lr / (1 - beta1**t)
         root = math.sqrt(1 - beta2**t)
 
@@ -49,7 +54,7 @@ class Adam(Update):
             v.mul_(beta2).add_((g * g).mul_(1 - beta2))
             return (m / v.sqrt().div_(root).add_(adam_eps)).mul_(size)
 
-        weights.elementwise(gradient, change, decay=lr * weights.weight_decay)
+        return change
 
     def identity(self) -> dict[str, Any]:
         """See :class:`Update`."""
