@@ -12,9 +12,11 @@ from smezo_cli.config.compose import compose
 from smezo_cli.config.fixed import CONF_DIR, load_yaml, plain
 from smezo_cli.config.method_keys import trait
 from smezo_cli.models.adapter import attach
+from smezo_cli.scoring.by_row import by_row
 from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.zo.optimizer import ZeroOrder
+from smezo_cli.zo.step import RowForward
 
 _LORA = ("lora", "lora_fa")
 
@@ -27,6 +29,15 @@ class Losses:
 
     def __call__(self) -> Tensor:
         return self._scorer.loss(self._rows)
+
+    @property
+    def num_rows(self) -> int:
+        """See :class:`smezo_cli.zo.step.ByRow`."""
+        return len(self._rows)
+
+    def by_row(self) -> list[RowForward]:
+        """See :class:`smezo_cli.zo.step.ByRow`: of a task of one kind, whose loss is of rows."""
+        return by_row(self._scorer, self._rows)
 
     def of(self, objective: str) -> "Losses":
         """See :class:`smezo_cli.zo.step.WithObjectives`: the same rows."""
@@ -106,6 +117,7 @@ def step_of(
     # tail_lr: of what a method trains by backpropagation.
     values = {**node, "lr": lr, "eps": eps} | ({"tail_lr": lr} if "tail_lr" in node else {})
     values = {key: value for key, value in values.items() if key != "adapter"}
+    values |= {"num_rows": len(rows)} if "num_rows" in node else {}
     values |= {"executor": executor} if executor else {}
     # As a run with the default settings, whose self-check is no part of a step.
     method: ZeroOrder = build(values, "method", model=model, seed=0, check=False)

@@ -243,6 +243,12 @@ def check_steps(checked: Mapping[str, Any]) -> None:
             f"batch_order=stratified gives a batch its share of each class, and "
             f"task={task['name']} is of kind {' and '.join(sorted(kinds))}: leave it out."
         )
+    num_rows = method.get("num_rows", checked["batch_size"])
+    if num_rows != checked["batch_size"]:
+        raise UserError(
+            f"method.num_rows={num_rows}: each row of a batch has a direction of its own, and "
+            f"batch_size={checked['batch_size']}: leave method.num_rows out."
+        )
     num_parts = len(task.get("nodes", "1"))
     if checked["batch_size"] < num_parts:
         raise UserError(

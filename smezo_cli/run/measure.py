@@ -16,13 +16,14 @@ from torch import Tensor
 
 from smezo_cli.errors import UserError
 from smezo_cli.machine.out_of_memory import OutOfMemory, detecting_out_of_memory, release_memory
+from smezo_cli.scoring.by_row import by_row
 from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.scoring.objectives import loss_weight
 from smezo_cli.scoring.parts import by_part
 from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.zo.backprop import BackwardOutOfMemory
 from smezo_cli.zo.points import NotBatched
-from smezo_cli.zo.step import Closure, StepRecord
+from smezo_cli.zo.step import Closure, RowForward, StepRecord
 from smezo_cli.zo.sums import on_grid
 
 T = TypeVar("T")
@@ -88,6 +89,8 @@ class Batch:
     ) -> None:
         self._scorer, self._objective, self._weights = scorer, objective, weights
         self._rows = rows
+        #: of the whole batch
+        self.num_rows = len(rows)
         # What the sum over the rows of a part is multiplied by; None: a single task.
         self._factors: dict[str, float] | None = None
         self._weight = 1
@@ -102,14 +105,22 @@ class Batch:
             self._weight = loss_weight(rows, objective)
         self._cut(rows, size)
 
-    def _cut(self, rows: Sequence[Candidates], size: int | None) -> None:
+    def _cut(self, rows: Sequence[Candidates], size: int | None, first: int = 0) -> None:
         self._size = size
         size = size or max(len(rows), 1)  # a rank may have none
+        of_parts = by_part(rows) if self._factors is not None else {"": rows}
         self._parts = [
             of_part[i : i + size]
-            for of_part in (by_part(rows).values() if self._factors is not None else [rows])
+            for of_part in of_parts.values()
             for i in range(0, len(of_part), size)
         ]
+        # Numbers in the whole batch of the rows of each micro-batch.
+        numbers: Sequence[int] = range(first, first + len(rows))
+        if self._factors is not None:
+            at = {name: place for place, name in enumerate(of_parts)}
+            numbers = sorted(numbers, key=lambda i: at[rows[i - first].part])
+        each = iter(numbers)
+        self._numbers = [[next(each) for _ in part] for part in self._parts]
         self.largest = max(map(len, self._parts), default=0)
 
     def of(self, objective: str) -> "Batch":
@@ -163,6 +174,24 @@ class Batch:
         for part in self._parts:
             yield partial(self._part, part)
 
+    def by_row(self) -> Iterator[RowForward]:
+        """See :class:`smezo_cli.zo.step.ByRow`; in micro-batches, each loss on the grid of sums."""
+        for part, numbers in zip(self._parts, self._numbers, strict=True):
+            factor = self.num_rows * (self._factor(part) / self._weight)
+            with detecting_out_of_memory():
+                forwards = by_row(self._scorer, part, self._objective)
+            for rows, sequences, losses in forwards:
+                yield RowForward(
+                    [numbers[i] for i in rows],
+                    [numbers[i] for i in sequences],
+                    partial(self._of_rows, losses, factor),
+                )
+
+    @staticmethod
+    def _of_rows(losses: Closure, factor: float) -> Tensor:
+        with detecting_out_of_memory():
+            return on_grid(losses().detach() * factor)
+
     def _whole(self) -> Tensor:
         with detecting_out_of_memory():
             return self._scorer.objective(self._rows, self._objective)
@@ -188,7 +217,8 @@ class ShardedBatch(Batch):
         super().__init__(scorer, rows, objective, size, weights)
         self._team = team
         if team.shares_rows:
-            self._cut(rows[team.rows(len(rows))], size)
+            own = team.rows(len(rows))
+            self._cut(rows[own], size, own.start)
 
     def __call__(self) -> Tensor:
         """Return the objective of the rows; if ranks share them, the sum over this rank's, ()."""

@@ -8,6 +8,7 @@ from smezo_cli.errors import UserError
 from smezo_cli.methods.base import Method
 from smezo_cli.run.begin import Run
 from smezo_cli.run.loaded import Loaded
+from smezo_cli.run.measure import Batch
 from smezo_cli.run.rows import short_enough
 from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.scoring.parts import of_one_part
@@ -47,7 +48,7 @@ def check(run: Run, loaded: Loaded, method: Method, rows: Sequence[Candidates]) 
     two = of_one_part(rows)[:2]
     loaded.scorer.model.eval()
     try:
-        checked = method.self_check(lambda: loaded.scorer.loss(two))
+        checked = method.self_check(Batch(loaded.scorer, two, "loss", None))
     except ValueError as error:
         raise _unreached(run, error) from error
     if checked:

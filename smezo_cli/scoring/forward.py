@@ -33,6 +33,8 @@ class Forward:
         # Whether the model calls its output layer. A forward that is computed tells; one that
         # replays what another computed (executor=lockstep) calls nothing.
         self._calls_head = False
+        #: what enters the output layer keeps a first dimension that goes over the sequences
+        self.keeps_rows = False
         #: what enters the first trained block, where that is kept: see :meth:`giving`
         self.kept: KeptInputs | None = None
 
@@ -105,10 +107,14 @@ class Forward:
         """
         sequences, positions = self.tensor(list(zip(*places, strict=True)))
         head = self.head
+        columns, spread = self._by_sequence(places) if self.keeps_rows else (None, positions)
 
         def pick(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             self._calls_head = True
             hidden, *others = args  # (sequences, positions, hidden), perhaps of several points
+            if columns is not None:
+                at = spread.to(hidden.device)
+                return (hidden[torch.arange(len(at), device=at.device)[:, None], at], *others)
             at = sequences.to(hidden.device), positions.to(hidden.device)
             points = hidden.shape[0] // len(inputs["input_ids"])
             return (hidden.view(points, -1, *hidden.shape[1:])[(slice(None), *at)], *others)
@@ -121,8 +127,25 @@ class Forward:
         finally:
             if handle is not None:
                 handle.remove()
-        logits = logits[0] if self._calls_head else logits[sequences, positions]
+        if not self._calls_head:
+            logits = logits[sequences, positions]
+        else:
+            logits = logits[0] if columns is None else logits[sequences, columns]
         return logits if narrowed else logits[:, rows]
+
+    def _by_sequence(self, places: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Return the column of each place among those of its sequence, and all positions.
+
+        These are (sequences, most places of one), where those with fewer repeat their last.
+        """
+        of: dict[int, list[int]] = {}
+        columns = []
+        for sequence, position in places:
+            columns.append(len(of.setdefault(sequence, [])))
+            of[sequence].append(position)
+        width = max(map(len, of.values()))
+        spread = [of[i] + of[i][-1:] * (width - len(of[i])) for i in sorted(of)]
+        return self.tensor(columns), self.tensor(spread)
 
     @contextmanager
     def vocabulary(self, rows: Tensor | None) -> Iterator[bool]:

@@ -89,7 +89,7 @@ class Scorer:
         if lm:
             batch = [c.gold_alone() for c in batch]
         total = torch.zeros((), device=self.forward.device)
-        for part in self._parts(batch):
+        for part in self.parts(batch):
             if lm:
                 with self.forward.computing():
                     total = total - log_p(self.forward, part, self._sharing).sum()
@@ -135,9 +135,10 @@ class Scorer:
             for chosen, of_chosen in self.generate_all(batch):
                 texts |= zip(chosen, of_chosen, strict=True)
             return outcomes(batch, None, [texts[i] for i in range(len(batch))])
-        return torch.cat([outcomes(part, self.scores(part)) for part in self._parts(batch)])
+        return torch.cat([outcomes(part, self.scores(part)) for part in self.parts(batch)])
 
-    def _parts(self, batch: Sequence[Candidates]) -> Sequence[Sequence[Candidates]]:
+    def parts(self, batch: Sequence[Candidates]) -> Sequence[Sequence[Candidates]]:
+        """Return the parts of a batch that share forwards: on a CPU rows of like length."""
         return split_by_length(batch) if self.forward.device.type == "cpu" else [batch]
 
     @contextmanager

@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-from smezo_cli.zo.directions.base import Direction
+from smezo_cli.zo.directions.base import Direction, MovesRows
 from smezo_cli.zo.directions.dense import Dense, DenseAlone
 from smezo_cli.zo.executors.choose import Executors
 from smezo_cli.zo.move import Key, Move, Term
-from smezo_cli.zo.step import Closure, NonFiniteLoss, Shared, WithObjectives
+from smezo_cli.zo.step import ByRow, Closure, NonFiniteLoss, Shared, WithObjectives
 from smezo_cli.zo.tangent import TangentMover
+from smezo_cli.zo.targets import check
 
 #: Puts together what several processes have measured; see :class:`Shared`.
 Join = Callable[[Mapping[int, Sequence[float]], Sequence[int]], list[list[float]]]
@@ -112,6 +113,50 @@ class LossMeter:
         there = [Move((Term(key, self.eps),), base=base) for key in keys]
         pairs = self.losses([(move, move.negated()) for move in there], objective)
         return [(plus - minus) / (2 * self.eps) for plus, minus in pairs]
+
+    def by_row(self, groups: Sequence[Sequence[Move]]) -> list[list[float]]:
+        """See :class:`Ask`.
+
+        Raises:
+            TypeError: the closure does not tell the losses of rows.
+            ValueError: there are more rows, or fewer, than groups.
+        """
+        closure, direction = self._closure, self._direction
+        if not isinstance(closure, ByRow):
+            if len(groups) > 1:
+                raise TypeError("the closure has no by_row(), which gives the loss of each row")
+            return self.losses(groups)
+        there_are = f"num_rows={len(groups)}: the batch has {closure.num_rows} rows"
+        check(closure.num_rows == len(groups), f"{there_are}: give it that number")
+        assert isinstance(direction, MovesRows)
+        forwards = list(closure.by_row())
+        own = [row for forward in forwards for row in forward.rows]
+
+        def measure(numbers: Sequence[int]) -> Iterator[list[float]]:
+            found: dict[int, list[float]] = {row: [] for row in own if numbers}
+            for point in range(len(groups[0])) if numbers else ():
+                for rows, sequences, losses in forwards:
+                    moves = [groups[row][point] for row in sequences]
+                    mover = direction.row_mover(self.step, moves)
+                    measured = self._executors.one(losses, mover).detach().double().tolist()
+                    for row, loss in zip(rows, measured, strict=True):
+                        found[row].append(loss)
+            return iter(found.values())
+
+        if isinstance(closure, Shared):
+            shared, sizes = closure, list(map(len, groups))
+
+            def queries(num: int) -> Sequence[int]:
+                return own if shared.queries(1) else []
+
+            found = self._of_all(queries, closure.join_parts, sizes, measure)
+        else:
+            measured = dict(zip(own, map(self._finite, measure(own)), strict=True))
+            found = [measured[row] for row in range(len(groups))]
+        self.all_losses += [loss for losses in found for loss in losses]
+        if all(loss == losses[0] for losses in found for loss in losses):
+            self._on_equal_losses()
+        return found
 
     def derivatives(self, keys: Sequence[Key]) -> list[float]:
         """See :class:`Ask`.

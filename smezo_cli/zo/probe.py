@@ -240,6 +240,11 @@ class FunctionalProbe:
             if not still and only_rows is None:
                 return inner(*args, **kwargs)
             own = {name: p for _, where, name, p in still if where is parameters}
+            # A mover may compute a layer by itself, such as one with other weights for each row.
+            if (through := getattr(mover, "through", None)) is not None:
+                found = through(module, own, inner, args, kwargs, only_rows)
+                if found is not None:
+                    return found
             turns, side = None, 0
             if self._pair is not None:
                 turns = self._pair[2]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -50,6 +50,36 @@ class Shared(Protocol):
 
     def join_tensor(self, tensor: Tensor) -> Tensor:
         """Return the sum of such a tensor of every process, float32, in the same bits on all."""
+
+
+class RowForward(NamedTuple):
+    """Describe one forward that gives the losses of some rows of a batch.
+
+    Attributes:
+        rows: numbers of these rows in the batch.
+        sequences: the number of the row that each entry of the model's inputs belongs to, along
+            their first dimension. A single number: whatever the model is given is of that row.
+        losses: computes the losses: (rows,).
+    """
+
+    rows: Sequence[int]
+    sequences: Sequence[int]
+    losses: Closure
+
+
+@runtime_checkable
+class ByRow(Protocol):
+    """Describe a closure that can tell the loss of each row; their mean is its loss.
+
+    Attributes:
+        num_rows: rows of the batch, of all processes that share it.
+    """
+
+    num_rows: int
+
+    def __call__(self) -> Tensor: ...
+    def by_row(self) -> Iterable[RowForward]:
+        """Return the forwards that give the losses of all rows, or of those of this process."""
 
 
 @runtime_checkable

@@ -37,6 +37,7 @@ ELSEWHERE = {
     "subzero": "test_subzero.test_the_estimate_is_the_gradient_on_average",
     "subzero_lora": "test_subzero.test_the_estimate_is_the_gradient_on_average",
     "quzo": "test_quzo.test_two_roundings_leave_no_bias_and_one_has_that_of_its_variance",
+    "grzo": "test_grzo.test_the_sum_over_the_rows_is_on_average_the_gradient",
     "pezo": "test_pezo.test_over_all_starts_the_estimate_is_nearly_the_gradient",
     "mezo_svrg": "test_mezo_svrg."
     "test_the_anchor_estimate_is_unbiased_and_more_directions_are_quieter",

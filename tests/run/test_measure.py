@@ -1,6 +1,7 @@
 """Micro-batches: the same update whatever their size, and half of it where memory is too small."""
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -206,3 +207,46 @@ def test_other_errors_are_not_taken_for_memory() -> None:
         raise RuntimeError("shapes do not match")
     with pytest.raises(OutOfMemory, match="can't allocate memory"), detecting_out_of_memory():
         torch.empty(1 << 50)
+
+
+@pytest.mark.parametrize("size", [None, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_of_rows_have_the_loss_of_the_batch_as_their_mean(
+    kind: str, size: int | None
+) -> None:
+    """Each row once, in any micro-batches and on any ranks; float32 sums of up to 16 losses."""
+    _, scorer, rows = setting(kind)
+    whole = Batch(scorer, rows, "loss", size)
+    shards = [ShardedBatch(scorer, rows, "loss", size, OneOf(rank, 3)) for rank in range(3)]
+    for batches in ([whole], shards):
+        found: dict[int, float] = {}
+        for batch in batches:
+            assert batch.num_rows == len(rows)
+            for forward in batch.by_row():
+                assert set(forward.sequences) == set(forward.rows)
+                assert not found.keys() & set(forward.rows)
+                found |= zip(forward.rows, forward.losses().tolist(), strict=True)
+        assert sorted(found) == list(range(len(rows)))
+        mean = sum(found.values()) / len(rows)
+        assert mean == pytest.approx(float(whole().detach()), rel=2e-6)
+        if kind == "classification":  # its loss is a mean over rows
+            for i in (0, 7, 15):
+                alone = float(Batch(scorer, [rows[i]], "loss", None)().detach())
+                assert found[i] == pytest.approx(alone, rel=2e-6)
+
+
+def test_losses_of_rows_of_a_mixture_are_weighted_as_its_parts() -> None:
+    """Rows of two parts in turns, five and three of them, with weights of 1/4 and 3/4."""
+    _, scorer, rows = setting("classification")
+    mixed = [dataclasses.replace(row, part="ab"[i in (1, 4, 6)]) for i, row in enumerate(rows[:8])]
+    weights = {"a": 0.25, "b": 0.75}
+    for size in (None, 2):
+        batch = Batch(scorer, mixed, "loss", size, weights)
+        found: dict[int, float] = {}
+        for forward in batch.by_row():
+            found |= zip(forward.rows, forward.losses().tolist(), strict=True)
+        assert sum(found.values()) / 8 == pytest.approx(float(batch()), rel=2e-6)
+        for i, row in enumerate(mixed):
+            share = weights[row.part] / (3 if row.part == "b" else 5)
+            alone = float(Batch(scorer, [row], "loss", None)().detach())
+            assert found[i] == pytest.approx(8 * share * alone, rel=2e-6)

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from smezo_cli.zo.move import Move
-from smezo_cli.zo.probe import PairMover
+from smezo_cli.zo.probe import Mover, PairMover
 from smezo_cli.zo.selections.base import Selection
 from smezo_cli.zo.targets import Target
 
@@ -131,3 +131,14 @@ class Direction(Protocol):
 
     def identity(self) -> dict[str, Any]:
         """Return what the direction follows from, as plain JSON."""
+
+
+@runtime_checkable
+class MovesRows(Protocol):
+    """Describe a direction that can move each row of a batch to a point of its own."""
+
+    def row_mover(self, step: int, moves: Sequence[Move]) -> Mover:
+        """Return what computes the model for sequences, each with the weights moved by its move.
+
+        A single move: it holds for all sequences.
+        """

@@ -39,6 +39,16 @@ class Ask(Protocol):
             base: theta; "": the weights, else the copy of them that the state keeps by this name.
         """
 
+    def by_row(self, groups: Sequence[Sequence[Move]]) -> list[list[float]]:
+        """Return the loss of each row of the batch at the points of its group, of one size each.
+
+        All rows are measured in one forward a point. Of a closure that does not tell the losses of
+        rows the batch counts as one row.
+
+        Raises:
+            NonFiniteLoss: a loss is NaN or infinite.
+        """
+
     def derivatives(self, keys: Sequence[Key]) -> list[float]:
         """Return the exact derivative of the batch's loss along each direction, at the weights.
 

@@ -16,7 +16,7 @@ from smezo_cli.zo.executors.in_place import InPlace
 from smezo_cli.zo.executors.lockstep import Lockstep
 from smezo_cli.zo.executors.sequential import Sequential
 from smezo_cli.zo.points import NotBatched
-from smezo_cli.zo.probe import FunctionalProbe
+from smezo_cli.zo.probe import FunctionalProbe, Mover
 from smezo_cli.zo.step import Closure
 from smezo_cli.zo.tangent import TangentMover
 from smezo_cli.zo.targets import Target, number, one_of
@@ -98,6 +98,10 @@ class Executors:
     ) -> list[Tensor]:
         """Return the losses by one executor, kept away from the user's compiler."""
         return self.compiler.run(lambda: executor.losses(closure, movers))
+
+    def one(self, closure: Closure, mover: Mover) -> Tensor:
+        """Return what a closure gives at one point, by a forward at moved copies."""
+        return self.compiler.run(lambda: self.sequential.losses(closure, [mover])[0])
 
     def derivative(self, closure: Closure, mover: TangentMover) -> tuple[Tensor, Tensor]:
         """Return the loss and its derivative along a direction, see :mod:`smezo_cli.zo.tangent`."""
