@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smezo_cli.zo.directions.base import Change, DirectionContext
 from smezo_cli.zo.directions.dense import Dense
-from smezo_cli.zo.directions.frames import GAUSSIAN, UNIT, inner, orthonormal
+from smezo_cli.zo.directions.products import PRODUCTS, Frames
 from smezo_cli.zo.move import Key, Move, Term
 from smezo_cli.zo.passes.by_numba import NumbaPasses
 from smezo_cli.zo.passes.choose import Passes
@@ -21,12 +21,9 @@ from smezo_cli.zo.passes.low_rank import (
     Factors,
     LowRankPasses,
     NumbaLowRank,
-    product,
 )
 from smezo_cli.zo.selections import masks
 from smezo_cli.zo.targets import Target, check, one_of
-
-KINDS = ("uv", "uzv")
 
 
 class Factored:
@@ -56,10 +53,11 @@ class Factored:
     def __init__(
         self, kind: str, rank: int, refresh_every: int, *, is_square: bool = False
     ) -> None:
-        one_of("kind", kind, KINDS)
+        one_of("kind", kind, tuple(PRODUCTS))
         check(rank >= 1, f"rank={rank}: must be at least 1")
         check(refresh_every >= 1, f"refresh_every={refresh_every}: must be at least 1")
         self.kind, self.rank, self.refresh_every = kind, rank, refresh_every
+        self.product = PRODUCTS[kind]
         self.is_square = is_square
         #: what tensors without factors are perturbed along
         self.dense = Dense()
@@ -79,7 +77,7 @@ class Factored:
         #: whether the mask of an entry depends on where it is
         self.has_random_mask = context.selection.rule == "random"
         self._interval = -1
-        self._factors: dict[str, tuple[Tensor | None, Tensor]] = {}
+        self._factors: dict[str, Frames] = {}
         #: of each tensor, the core that was drawn last in this step, and its key
         self._drawn_last: dict[str, tuple[Key, Tensor]] = {}
 
@@ -110,7 +108,12 @@ class Factored:
         """Return the rank of a matrix's factors; orthonormal ones have no more than its sides."""
         shape = self.shape_of(target)
         assert shape is not None
-        return min(self.rank, *shape) if self.kind == "uzv" else self.rank
+        return self.product.rank(shape, self.rank)
+
+    def core_shape(self, target: Target) -> tuple[int, int] | None:
+        """Return the shape of a matrix's core; None: it has none."""
+        shape = self.shape_of(target)
+        return None if shape is None else self.product.core_shape(shape, self.rank_of(target))
 
     def thin_rank(self, target: Target) -> int | None:
         """See :class:`Direction`."""
@@ -120,11 +123,8 @@ class Factored:
 
     def state_size(self, target: Target) -> int:
         """Return the numbers of a core: what an update keeps so many of."""
-        shape = self.shape_of(target)
-        if shape is None:
-            return target.num_trained
-        rank = self.rank_of(target)
-        return rank * (shape[0] if self.kind == "uv" else rank)
+        core = self.core_shape(target)
+        return target.num_trained if core is None else math.prod(core)
 
     @property
     def kept_bytes(self) -> int:
@@ -132,8 +132,7 @@ class Factored:
         found = 0
         for target in self.dense.targets:
             if (shape := self.shape_of(target)) is not None:
-                sides = shape[1] if self.kind == "uv" else sum(shape)
-                found += 4 * self.rank_of(target) * sides
+                found += 4 * self.product.num_kept(shape, self.rank_of(target))
         return found
 
     has_compiled_passes = True
@@ -209,34 +208,19 @@ class Factored:
     def carry(self, target: Target, core: Tensor, step: int) -> Tensor:
         """Return what a kept core of the factors before stands for, as those of this step show it.
 
-        "uv": N <- N V_old^T V_new / n. "uzv": Z <- U_new^T U_old Z V_old^T V_new, the projection
-        onto the new subspace (both have one scale).
+        See :meth:`smezo_cli.zo.directions.products.Product.carried`.
         """
-        shape = self.shape_of(target)
-        if shape is None:
+        shape, size = self.shape_of(target), self.core_shape(target)
+        if shape is None or size is None:
             return core
-        interval, rank = step // self.refresh_every, self.rank_of(target)
-        old_left, old_right = self._drawn(target, interval - 1)
-        left, right = self._drawn(target, interval)
-        matrix = core.view(-1, rank)
-        if left is None or old_left is None:
-            turn = inner(old_right, right, GAUSSIAN) * (1 / shape[1])
-        else:
-            shrink = 1 / self._scale(shape, rank)
-            turn = inner(old_right, right, UNIT)
-            back = inner(left.T * shrink, old_left.T * shrink, UNIT)
-            matrix = product(Factors(back.float(), matrix))
-        return product(Factors(matrix, turn.float())).view(-1)
-
-    @staticmethod
-    def _scale(shape: tuple[int, int], rank: int) -> float:
-        """Return what makes U Z V^T as long as dense noise, on average."""
-        return math.sqrt(shape[0] * shape[1]) / rank
+        interval = step // self.refresh_every
+        old, new = self._drawn(target, interval - 1), self._drawn(target, interval)
+        return self.product.carried(old, new, core.view(size), shape).view(-1)
 
     # --- factors and cores --------------------------------------------------------------------
 
-    def factors_of(self, target: Target) -> tuple[Tensor | None, Tensor]:
-        """Return U (m, r), or None, and V^T (r, n) of the present interval; kept while it lasts."""
+    def factors_of(self, target: Target) -> Frames:
+        """Return the factors of the present interval that stay; kept while it lasts."""
         if target.name not in self._factors:
             self._factors[target.name] = self._drawn(target, self._interval)
         return self._factors[target.name]
@@ -256,7 +240,7 @@ class Factored:
             self._drawn_last[target.name] = known
         return known[1]
 
-    def _drawn(self, target: Target, interval: int) -> tuple[Tensor | None, Tensor]:
+    def _drawn(self, target: Target, interval: int) -> Frames:
         shape, rank = self.shape_of(target), self.rank_of(target)
         assert shape is not None
 
@@ -268,12 +252,7 @@ class Factored:
             read = numbers if self.dense.probe_passes.reads_numbers else draw
             return self.numbers(read, rank * columns, device).view(rank, columns)
 
-        if self.kind == "uv":
-            return None, gaussian("v", shape[1])
-        left, right = (
-            orthonormal(gaussian(*side)) for side in (("left", shape[0]), ("right", shape[1]))
-        )
-        return (left * self._scale(shape, rank)).float().T.contiguous(), right.float()
+        return self.product.frames(gaussian, shape, rank)
 
     def numbers(self, draw: Any, size: int, device: torch.device) -> Tensor:
         """Return so many numbers of a draw (float32, flat), in the form that dense passes read."""
@@ -290,13 +269,10 @@ class Factored:
 
     def lifted(self, target: Target, core: Tensor, rows: Tensor | None = None) -> Factors:
         """Return the product that a core stands for; of some of its rows, if asked."""
-        left, right = self.factors_of(target)
-        matrix = core.view(-1, right.shape[0])
-        if left is None:
-            return Factors(matrix, right).rows(rows) if rows is not None else Factors(matrix, right)
-        if rows is not None:
-            left = left.index_select(0, rows)
-        return Factors(self.probe_passes.product(Factors(left, matrix)), right)
+        size = self.core_shape(target)
+        assert size is not None
+        frames, multiply = self.factors_of(target), self.probe_passes.product
+        return self.product.lifted(frames, core.view(size), rows, multiply)
 
     def target_of(self, parameter: Tensor) -> Target:
         """See :class:`Direction`."""
@@ -348,7 +324,7 @@ class FactoredMover:
         Where a core is that of one term it is drawn without its coefficient.
         """
         direction = self._direction
-        own = {"z": "u"} if direction.kind == "uv" else {}
+        own = direction.product.core_streams
         numbers: dict[int, Numbers] = {}
         for target in self.moved:
             terms = self._terms_of(target)
