@@ -1,4 +1,4 @@
-"""Perturb matrices along products of thin ones: U V^T, or U Z V^T in frames that stay."""
+"""Perturb matrices along products of thin ones, of which some stay for many steps."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -32,6 +32,8 @@ class Factored:
     * "uv" (LOZO, arXiv 2410.07698): U V^T, both Gaussian. The core is U (m, r).
     * "uzv" (SubZero, arXiv 2410.08989): sqrt(m n) / r U Z V^T, U and V of orthonormal columns, Z
       Gaussian: as long as dense noise on average. The core is Z (r, r), and r at most m and n.
+    * "pz" (ZO-Muon, arXiv 2602.17155): P Z, P of orthonormal columns, Z Gaussian. The core is
+      Z (r, n), and r at most m.
 
     The core is drawn from (seed, "u" or "z", step, query, name), factors from (seed, "v" or "left"
     and "right", step // refresh_every, 0, name). A move adds cores first, so that its cost does not
@@ -41,9 +43,9 @@ class Factored:
     perturbed along dense noise, as is one of which single entries are trained.
 
     Args:
-        kind: "uv" or "uzv".
+        kind: "uv", "uzv" or "pz".
         rank: r.
-        refresh_every: steps that V, or U and V, stay for.
+        refresh_every: steps that factors stay for.
         is_square: the entries of a matrix are put into the most square one of as many, first.
 
     Raises:
@@ -346,8 +348,8 @@ class FactoredMover:
     def thin(self, parameter: Tensor) -> Factors | None:
         """Return what is added to a matrix as it is, if that is a product of thin ones alone.
 
-        None: it is not moved so, or a mask leaves entries out. The right factor is the same object
-        for all moves of a step.
+        None: it is not moved so, or a mask leaves entries out. A right factor that stays is one
+        object for all moves of a step.
         """
         direction, target = self._direction, self._direction.target_of(parameter)
         is_moved = self._is_factored(target) and not target.rests

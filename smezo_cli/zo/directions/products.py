@@ -147,10 +147,48 @@ class UZV:
         return math.sqrt(shape[0] * shape[1]) / rank
 
 
+class PZ:
+    """P Z: a Gaussian core Z (r, n), and P of orthonormal columns (ZO-Muon, arXiv 2602.17155)."""
+
+    core_streams: Mapping[str, str] = {}
+
+    def rank(self, shape: Shape, most: int) -> int:
+        """See :class:`Product`: there are no more orthonormal columns than rows."""
+        return min(most, shape[0])
+
+    def core_shape(self, shape: Shape, rank: int) -> Shape:
+        """See :class:`Product`."""
+        return rank, shape[1]
+
+    def num_kept(self, shape: Shape, rank: int) -> int:
+        """See :class:`Product`."""
+        return rank * shape[0]
+
+    def frames(self, gaussian: Callable[[str, int], Tensor], shape: Shape, rank: int) -> Frames:
+        """See :class:`Product`: P."""
+        return (orthonormal(gaussian("left", shape[0])).float().T.contiguous(),)
+
+    def lifted(
+        self,
+        frames: Frames,
+        core: Tensor,
+        rows: Tensor | None,
+        multiply: Callable[[Factors], Tensor],
+    ) -> Factors:
+        """See :class:`Product`."""
+        (left,) = frames
+        return Factors(picked(left, rows), core)
+
+    def carried(self, old: Frames, new: Frames, core: Tensor, shape: Shape) -> Tensor:
+        """See :class:`Product`: P_new^T P_old Z, a projection on the new subspace."""
+        (old_left,), (left,) = old, new
+        return product(Factors(inner(left.T, old_left.T, UNIT).float(), core))
+
+
 def picked(matrix: Tensor, rows: Tensor | None) -> Tensor:
     """Return these rows of a matrix; all where none are named."""
     return matrix if rows is None else matrix.index_select(0, rows)
 
 
 #: What a kind is, by its name.
-PRODUCTS: Mapping[str, Product] = {"uv": UV(), "uzv": UZV()}
+PRODUCTS: Mapping[str, Product] = {"uv": UV(), "uzv": UZV(), "pz": PZ()}
