@@ -178,6 +178,10 @@ class Loose(nn.Module):
     def __init__(self, what: str) -> None:
         super().__init__()
         self.a, self.b, self.what = nn.Linear(6, 4), nn.Linear(4, 3), what
+        g = seeded(5)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=g))
         self.norm = nn.BatchNorm1d(4) if what == "batch norm" else nn.Identity()
         self.calls = 0
         self.loss: Callable[[], Tensor] = lambda: self(torch.ones(4, 6)).square().mean()
