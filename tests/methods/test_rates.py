@@ -38,7 +38,8 @@ def test_a_quadratic_is_descended(name: str) -> None:
             return first(target[: DIMENSIONS // 2]) + second(target[DIMENSIONS // 2 :])  # type: ignore[no-any-return]  # a module's
 
     model = Quadratic()
-    opt = made(name, model, sparsity=0.0, momentum=0.5, bound=10.0, tail_lr=LR, lr=LR)
+    rates = dict.fromkeys(("lr", "lr_1d", "tail_lr"), LR)
+    opt = made(name, model, sparsity=0.0, momentum=0.5, bound=10.0, **rates)
     first = model().item()
     for _ in range(STEPS):
         opt.step(Losses(model))

@@ -13,6 +13,7 @@ from smezo_cli.methods.mezo import MeZO
 from smezo_cli.methods.sparse_mezo import SparseMeZO
 from smezo_cli.methods.subzero import SubZero
 from smezo_cli.methods.zo_block import ZOBlock
+from smezo_cli.methods.zo_muon import ZOMuon
 from smezo_cli.models.onednn import use_onednn
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.points import NotBatched, Points
@@ -26,6 +27,7 @@ METHODS: dict[str, tuple[type[ZeroOrder], dict[str, Any]]] = {
     "mezo": (MeZO, {"num_queries": 3}),
     "sparse": (SparseMeZO, {"sparsity": 0.5}),
     "lozo": (LOZO, {"rank": 2, "refresh_every": 2, "num_queries": 2}),
+    "zo_muon": (ZOMuon, {"rank": 2, "refresh_every": 2, "num_queries": 3}),
     "subzero": (SubZero, {"rank": 2, "refresh_every": 2, "num_queries": 2}),
     "block": (ZOBlock, {"num_blocks": 2}),
 }
@@ -97,7 +99,7 @@ def test_a_batch_reads_the_model_once_for_all_points() -> None:
 
 
 @pytest.mark.parametrize("executor", INEXACT)
-@pytest.mark.parametrize("name", ["lozo", "subzero"])
+@pytest.mark.parametrize("name", ["lozo", "subzero", "zo_muon"])
 def test_a_matrix_that_is_moved_along_a_product_gets_no_copy(
     name: str, executor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
