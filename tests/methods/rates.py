@@ -66,6 +66,7 @@ RATES = {
     # The logarithm's deviation is 0.4 / 2.
     "p_rge": Rate(estimated(DIMENSIONS, queries=4), 2.0, "the mean of four of MeZO's estimates"),
     "zo_muon": Rate(estimated(DIMENSIONS, queries=4), 2.0, "SGD on four one-sided queries"),
+    "mopi": Rate(_GRADIENT, 2.0, "a mean of eight one-sided queries is nearly the gradient"),
     "addax": Rate(_GRADIENT, 1.02, "alpha 1e-3: all but the gradient's step on short rows"),
     "mezo_svrg": Rate(
         estimated(DIMENSIONS, steps=STEPS // 2), _CHANCE, "every other step at a hundredth of lr"

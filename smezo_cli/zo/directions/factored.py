@@ -247,14 +247,20 @@ class Factored:
         assert shape is not None
 
         def gaussian(purpose: str, columns: int) -> Tensor:
-            key = self.dense.keys(purpose, interval, 0)[target.position]
-            numbers = Numbers((key,), (0, 0), (0, 0), math.inf, (1.0,))
-            device = target.parameter.device
-            draw = as_draws({0: numbers}, {0: device})[0]
-            read = numbers if self.dense.probe_passes.reads_numbers else draw
-            return self.numbers(read, rank * columns, device).view(rank, columns)
+            return self.gaussian(target, purpose, interval, rank, columns)
 
         return self.product.frames(gaussian, shape, rank)
+
+    def gaussian(
+        self, target: Target, purpose: str, number: int, rows: int, columns: int
+    ) -> Tensor:
+        """Return float32 (rows, columns) of the stream (seed, purpose, number, 0, name)."""
+        key = self.dense.keys(purpose, number, 0)[target.position]
+        numbers = Numbers((key,), (0, 0), (0, 0), math.inf, (1.0,))
+        device = target.parameter.device
+        draw = as_draws({0: numbers}, {0: device})[0]
+        read = numbers if self.dense.probe_passes.reads_numbers else draw
+        return self.numbers(read, rows * columns, device).view(rows, columns)
 
     def numbers(self, draw: Any, size: int, device: torch.device) -> Tensor:
         """Return so many numbers of a draw (float32, flat), in the form that dense passes read."""
