@@ -40,16 +40,24 @@ class Adam(Update):
 
     def apply(self, weights: WeightWriter, gradient: Gradient, lr: float) -> None:
         """See :class:`Update`."""
-        (beta1, beta2), adam_eps, t = self.betas, self.adam_eps, weights.step + 1
-        size = -lr / (1 - beta1**t)
-        root = math.sqrt(1 - beta2**t)
 
         def change(g: Tensor, m: Tensor, v: Tensor) -> Tensor:
-            m.mul_(beta1).add_(g * (1 - beta1))
-            v.mul_(beta2).add_((g * g).mul_(1 - beta2))
-            return (m / v.sqrt().div_(root).add_(adam_eps)).mul_(size)
+            self.enter(g, m, v)
+            return self.step(m, v, lr, weights.step)
 
         weights.elementwise(gradient, change, decay=lr * weights.weight_decay)
+
+    def enter(self, g: Tensor, m: Tensor, v: Tensor) -> None:
+        """Let a gradient enter both moments."""
+        beta1, beta2 = self.betas
+        m.mul_(beta1).add_(g * (1 - beta1))
+        v.mul_(beta2).add_((g * g).mul_(1 - beta2))
+
+    def step(self, m: Tensor, v: Tensor, lr: float, step: int) -> Tensor:
+        """Return what both moments add to the weights in a step, from 0."""
+        beta1, beta2 = self.betas
+        root = math.sqrt(1 - beta2 ** (step + 1))
+        return (m / v.sqrt().div_(root).add_(self.adam_eps)).mul_(-lr / (1 - beta1 ** (step + 1)))
 
     def identity(self) -> dict[str, Any]:
         """See :class:`Update`."""
