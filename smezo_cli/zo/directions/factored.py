@@ -34,18 +34,21 @@ class Factored:
       Gaussian: as long as dense noise on average. The core is Z (r, r), and r at most m and n.
     * "pz" (ZO-Muon, arXiv 2602.17155): P Z, P of orthonormal columns, Z Gaussian. The core is
       Z (r, n), and r at most m.
+    * "cp" (TeZO, arXiv 2501.19057): U diag(tau) V^T / sqrt(r), all Gaussian: as long as dense noise
+      on average. The core is tau (1, r).
 
     The core is drawn from (seed, "u" or "z", step, query, name), factors from (seed, "v" or "left"
-    and "right", step // refresh_every, 0, name). A move adds cores first, so that its cost does not
-    grow with the number of its terms, and an update of cores is one of a subspace.
+    and "right", step // refresh_every, 0, name), with 0 for good. A move adds cores first, so that
+    its cost does not grow with the number of its terms, and an update of cores is one of a
+    subspace.
 
     A tensor of more than two dimensions is the matrix (shape[0], the others); one of less is
     perturbed along dense noise, as is one of which single entries are trained.
 
     Args:
-        kind: "uv", "uzv" or "pz".
+        kind: "uv", "uzv", "pz" or "cp".
         rank: r.
-        refresh_every: steps that factors stay for.
+        refresh_every: steps that factors stay for; None, of "cp" alone: they are drawn once.
         is_square: the entries of a matrix are put into the most square one of as many, first.
 
     Raises:
@@ -53,11 +56,14 @@ class Factored:
     """
 
     def __init__(
-        self, kind: str, rank: int, refresh_every: int, *, is_square: bool = False
+        self, kind: str, rank: int, refresh_every: int | None, *, is_square: bool = False
     ) -> None:
         one_of("kind", kind, tuple(PRODUCTS))
         check(rank >= 1, f"rank={rank}: must be at least 1")
-        check(refresh_every >= 1, f"refresh_every={refresh_every}: must be at least 1")
+        stays = kind == "cp"
+        allowed = refresh_every is None if stays else (refresh_every or 0) >= 1
+        words = "None: its factors stay for good" if stays else "must be at least 1"
+        check(allowed, f"refresh_every={refresh_every}: {words}")
         self.kind, self.rank, self.refresh_every = kind, rank, refresh_every
         self.product = PRODUCTS[kind]
         self.is_square = is_square
@@ -151,13 +157,16 @@ class Factored:
     def begin(self, step: int) -> None:
         """See :class:`Direction`."""
         self.dense.begin(step)
-        self._set_interval(step // self.refresh_every)
+        self._set_interval(self._interval_of(step))
         self._drawn_last.clear()
 
     def end(self) -> None:
         """See :class:`Direction`."""
         self.dense.end()
         self._drawn_last.clear()
+
+    def _interval_of(self, step: int) -> int:
+        return 0 if self.refresh_every is None else step // self.refresh_every
 
     def _set_interval(self, interval: int) -> None:
         if interval != self._interval:
@@ -170,10 +179,10 @@ class Factored:
         Raises:
             ValueError: a term is of a step with other factors.
         """
-        interval = step // self.refresh_every
+        interval = self._interval_of(step)
         for term in move.terms:
             check(
-                term.key.step // self.refresh_every == interval,
+                self._interval_of(term.key.step) == interval,
                 f"a direction of step {term.key.step} has other factors than those of step {step}",
             )
         self._set_interval(interval)
@@ -186,7 +195,7 @@ class Factored:
             if self.shape_of(target) is None:
                 mover.noise.write(self.dense.passes, target, target.flat)
             else:
-                self._update(target, mover, mover.core(target))
+                self._update(target, mover, mover.factors(target))
 
     def change(self, step: int, move: Move, of: Callable[[Target], Change]) -> None:
         """See :class:`Direction`; of a matrix, what is changed is the core, in one part."""
@@ -196,16 +205,17 @@ class Factored:
                 self.dense.change_one(target, mover.noise, of(target))
             else:
                 core = mover.core(target)
-                self._update(target, mover, of(target)(slice(0, core.numel()), core))
+                changed = of(target)(slice(0, core.numel()), core)
+                self._update(target, mover, self.lifted(target, changed))
 
-    def _update(self, target: Target, mover: "FactoredMover", core: Tensor) -> None:
-        """Add a lifted core to the weights."""
+    def _update(self, target: Target, mover: "FactoredMover", factors: Factors) -> None:
+        """Add a product to the weights."""
         passes, start = self.update_passes, mover.noise.start(target)
-        passes.move(start, target.flat, self.lifted(target, core), mover.read_by(passes, target))
+        passes.move(start, target.flat, factors, mover.read_by(passes, target))
 
     def refreshes_at(self, step: int) -> bool:
         """Return whether a step has other factors than the one before it."""
-        return step > 0 and step % self.refresh_every == 0
+        return step > 0 and self._interval_of(step) != self._interval_of(step - 1)
 
     def carry(self, target: Target, core: Tensor, step: int) -> Tensor:
         """Return what a kept core of the factors before stands for, as those of this step show it.
@@ -215,7 +225,7 @@ class Factored:
         shape, size = self.shape_of(target), self.core_shape(target)
         if shape is None or size is None:
             return core
-        interval = step // self.refresh_every
+        interval = self._interval_of(step)
         old, new = self._drawn(target, interval - 1), self._drawn(target, interval)
         return self.product.carried(old, new, core.view(size), shape).view(-1)
 
@@ -363,9 +373,9 @@ class FactoredMover:
             return None
         return None if direction.thin_rank(target) is None else self.factors(target)
 
-    def factors(self, target: Target) -> Factors:
-        """Return the sum of the terms as a product."""
-        return self._direction.lifted(target, self.core(target))
+    def factors(self, target: Target, rows: Tensor | None = None) -> Factors:
+        """Return the sum of the terms as a product; of some of its rows, if asked."""
+        return self._direction.lifted(target, self.core(target), rows)
 
     def read_by(self, passes: LowRankPasses, target: Target) -> Any:
         """Return what else a pass needs, in the form that these passes read."""
@@ -399,7 +409,7 @@ class FactoredMover:
         picked = self.noise.start(target).view(parameter.shape).index_select(0, rows)
         flat = picked.view(-1)
         if shape[0] == parameter.shape[0] and not direction.has_random_mask:
-            factors = direction.lifted(target, self.core(target), rows)
+            factors = self.factors(target, rows)
             moved = torch.empty_like(flat)
             passes.move(flat, moved, factors, self.read_by(passes, target))
         else:

@@ -185,10 +185,51 @@ class PZ:
         return product(Factors(inner(left.T, old_left.T, UNIT).float(), core))
 
 
+class CP:
+    """U diag(tau) V^T / sqrt(r): a Gaussian core tau (1, r), U and V Gaussian (TeZO, 2501.19057).
+
+    1 / sqrt(r) makes it as long as dense noise, on average.
+    """
+
+    core_streams: Mapping[str, str] = {}
+
+    def rank(self, shape: Shape, most: int) -> int:
+        """See :class:`Product`."""
+        return most
+
+    def core_shape(self, shape: Shape, rank: int) -> Shape:
+        """See :class:`Product`."""
+        return 1, rank
+
+    def num_kept(self, shape: Shape, rank: int) -> int:
+        """See :class:`Product`."""
+        return rank * sum(shape)
+
+    def frames(self, gaussian: Callable[[str, int], Tensor], shape: Shape, rank: int) -> Frames:
+        """See :class:`Product`: U / sqrt(r) and V^T."""
+        left = gaussian("left", shape[0]) * (1 / math.sqrt(rank))
+        return left.T.contiguous(), gaussian("right", shape[1])
+
+    def lifted(
+        self,
+        frames: Frames,
+        core: Tensor,
+        rows: Tensor | None,
+        multiply: Callable[[Factors], Tensor],
+    ) -> Factors:
+        """See :class:`Product`."""
+        left, right = frames
+        return Factors(picked(left, rows) * core, right)
+
+    def carried(self, old: Frames, new: Frames, core: Tensor, shape: Shape) -> Tensor:
+        """See :class:`Product`: frames that are drawn once show it as it is."""
+        return core
+
+
 def picked(matrix: Tensor, rows: Tensor | None) -> Tensor:
     """Return these rows of a matrix; all where none are named."""
     return matrix if rows is None else matrix.index_select(0, rows)
 
 
 #: What a kind is, by its name.
-PRODUCTS: Mapping[str, Product] = {"uv": UV(), "uzv": UZV(), "pz": PZ()}
+PRODUCTS: Mapping[str, Product] = {"uv": UV(), "uzv": UZV(), "pz": PZ(), "cp": CP()}
