@@ -50,6 +50,7 @@ RATES = {
     "mazo": _MEZO._replace(why="MeZO without a mask"),
     "senszoq": _MEZO._replace(why="MeZO without a mask"),
     "lozo": _MEZO._replace(why="MeZO on tensors of one dimension"),
+    "tezo": _MEZO._replace(why="MeZO on tensors of one dimension"),
     "subzero": _MEZO._replace(why="MeZO on tensors of one dimension"),
     "subzero_lora": _MEZO._replace(why="MeZO on tensors of one dimension"),
     "quzo": _MEZO._replace(why="MeZO on tensors that are no linear layer's"),
@@ -75,8 +76,10 @@ RATES = {
         estimated(DIMENSIONS, lr=2 * LR), _CHANCE**2, "momentum 0.5 goes twice as far; twice 0.4"
     ),
     "lozo_m": Rate(_GRADIENT, _CHANCE, "a mean of estimates is nearly the gradient"),
+    "tezo_m": Rate(_GRADIENT, _CHANCE, "a mean of estimates is nearly the gradient"),
     # Steps that are no multiple of the estimate: measured, with a margin for other noise.
     "mezo_adam": Rate(0.594, 1.5, "measured: steps of about lr an entry, whatever the loss"),
+    "tezo_adam": Rate(0.594, 1.5, "MeZO-Adam on tensors of one dimension"),
     "zo_sign": Rate(0.694, 1.5, "measured: steps of lr an entry, whatever the loss"),
     "helene": Rate(0.15, 2.0, "measured: a curvature of at least 10, and a sum of ten estimates"),
     "zoro_fa": Rate(0.254, 1.5, "measured: of 30 entries those that the first rounds decode"),

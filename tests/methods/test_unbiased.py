@@ -39,6 +39,10 @@ ELSEWHERE = {
     "zo_muon": "test_zo_muon.test_the_estimate_is_on_average_the_gradient_in_the_subspace",
     # The same selection, direction and estimator as zo_muon; only the update differs.
     "mopi": "test_zo_muon.test_the_estimate_is_on_average_the_gradient_in_the_subspace",
+    # Of the three only the update differs.
+    "tezo": "test_tezo.test_the_estimate_is_the_gradient_on_average",
+    "tezo_m": "test_tezo.test_the_estimate_is_the_gradient_on_average",
+    "tezo_adam": "test_tezo.test_the_estimate_is_the_gradient_on_average",
     "quzo": "test_quzo.test_two_roundings_leave_no_bias_and_one_has_that_of_its_variance",
     "pezo": "test_pezo.test_over_all_starts_the_estimate_is_nearly_the_gradient",
     "mezo_svrg": "test_mezo_svrg."
