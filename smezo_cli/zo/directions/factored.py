@@ -36,19 +36,20 @@ class Factored:
       Z (r, n), and r at most m.
     * "cp" (TeZO, arXiv 2501.19057): U diag(tau) V^T / sqrt(r), all Gaussian: as long as dense noise
       on average. The core is tau (1, r).
+    * "ab" (EGGROLL, arXiv 2511.16652): A B^T / sqrt(r), both Gaussian and in the core: likewise.
 
     The core is drawn from (seed, "u" or "z", step, query, name), factors from (seed, "v" or "left"
     and "right", step // refresh_every, 0, name), with 0 for good. A move adds cores first, so that
     its cost does not grow with the number of its terms, and an update of cores is one of a
-    subspace.
+    subspace; but of "ab" it is a product of a rank that grows with the terms.
 
     A tensor of more than two dimensions is the matrix (shape[0], the others); one of less is
     perturbed along dense noise, as is one of which single entries are trained.
 
     Args:
-        kind: "uv", "uzv", "pz" or "cp".
+        kind: "uv", "uzv", "pz", "cp" or "ab".
         rank: r.
-        refresh_every: steps that factors stay for; None, of "cp" alone: they are drawn once.
+        refresh_every: steps that factors stay for; None, of "cp" and "ab" alone: for good.
         is_square: the entries of a matrix are put into the most square one of as many, first.
 
     Raises:
@@ -60,12 +61,12 @@ class Factored:
     ) -> None:
         one_of("kind", kind, tuple(PRODUCTS))
         check(rank >= 1, f"rank={rank}: must be at least 1")
-        stays = kind == "cp"
-        allowed = refresh_every is None if stays else (refresh_every or 0) >= 1
-        words = "None: its factors stay for good" if stays else "must be at least 1"
-        check(allowed, f"refresh_every={refresh_every}: {words}")
         self.kind, self.rank, self.refresh_every = kind, rank, refresh_every
         self.product = PRODUCTS[kind]
+        never = self.product.stays
+        allowed = refresh_every is None if never else (refresh_every or 0) >= 1
+        words = "None: no factor is renewed" if never else "must be at least 1"
+        check(allowed, f"refresh_every={refresh_every}: {words}")
         self.is_square = is_square
         #: what tensors without factors are perturbed along
         self.dense = Dense()
@@ -198,7 +199,14 @@ class Factored:
                 self._update(target, mover, mover.factors(target))
 
     def change(self, step: int, move: Move, of: Callable[[Target], Change]) -> None:
-        """See :class:`Direction`; of a matrix, what is changed is the core, in one part."""
+        """See :class:`Direction`; of a matrix, what is changed is the core, in one part.
+
+        Raises:
+            ValueError: a sum of terms has no core.
+        """
+        check(
+            self.product.adds_cores, f"kind={self.kind}: sums have no core to be changed: use SGD"
+        )
         mover = self.mover(step, move)
         for target in mover.moved:
             if self.shape_of(target) is None:
@@ -265,12 +273,17 @@ class Factored:
         self, target: Target, purpose: str, number: int, rows: int, columns: int
     ) -> Tensor:
         """Return float32 (rows, columns) of the stream (seed, purpose, number, 0, name)."""
-        key = self.dense.keys(purpose, number, 0)[target.position]
-        numbers = Numbers((key,), (0, 0), (0, 0), math.inf, (1.0,))
-        device = target.parameter.device
-        draw = as_draws({0: numbers}, {0: device})[0]
-        read = numbers if self.dense.probe_passes.reads_numbers else draw
-        return self.numbers(read, rows * columns, device).view(rows, columns)
+        draw = self.draw(target, Key(number, 0, purpose))
+        return self.numbers(draw, rows * columns, target.parameter.device).view(rows, columns)
+
+    def draw(self, target: Target, key: Key) -> Any:
+        """Return the draw of one stream of a target, in the form that dense passes read."""
+        step, query, purpose = key
+        stream = self.dense.keys(purpose, step, query)[target.position]
+        numbers = Numbers((stream,), (0, 0), (0, 0), math.inf, (1.0,))
+        if self.dense.probe_passes.reads_numbers:
+            return numbers
+        return as_draws({0: numbers}, {0: target.parameter.device})[0]
 
     def numbers(self, draw: Any, size: int, device: torch.device) -> Tensor:
         """Return so many numbers of a draw (float32, flat), in the form that dense passes read."""
@@ -287,10 +300,11 @@ class Factored:
 
     def lifted(self, target: Target, core: Tensor, rows: Tensor | None = None) -> Factors:
         """Return the product that a core stands for; of some of its rows, if asked."""
-        size = self.core_shape(target)
+        shape, size = self.shape_of(target), self.core_shape(target)
+        assert shape is not None
         assert size is not None
         frames, multiply = self.factors_of(target), self.probe_passes.product
-        return self.product.lifted(frames, core.view(size), rows, multiply)
+        return self.product.lifted(frames, core.view(size), shape, rows, multiply)
 
     def target_of(self, parameter: Tensor) -> Target:
         """See :class:`Direction`."""
@@ -375,7 +389,17 @@ class FactoredMover:
 
     def factors(self, target: Target, rows: Tensor | None = None) -> Factors:
         """Return the sum of the terms as a product; of some of its rows, if asked."""
-        return self._direction.lifted(target, self.core(target), rows)
+        direction = self._direction
+        if direction.product.adds_cores:
+            return direction.lifted(target, self.core(target), rows)
+        found = []
+        for term in self._terms_of(target):
+            core = direction.core(target, term.key, direction.draw(target, term.key))
+            one = direction.lifted(target, core, rows)
+            found.append(Factors(one.left * term.coefficient, one.right))
+        if len(found) == 1:
+            return found[0]
+        return Factors(torch.cat([x.left for x in found], 1), torch.cat([x.right for x in found]))
 
     def read_by(self, passes: LowRankPasses, target: Target) -> Any:
         """Return what else a pass needs, in the form that these passes read."""

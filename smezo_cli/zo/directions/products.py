@@ -20,6 +20,10 @@ class Product(Protocol):
 
     #: the stream of a core, where it is another than the purpose of its key
     core_streams: Mapping[str, str]
+    #: the sum of two products is that of the sum of their cores
+    adds_cores: bool
+    #: frames are drawn once
+    stays: bool
 
     def rank(self, shape: Shape, most: int) -> int:
         """Return the rank of a matrix of this shape, where ``most`` is asked for."""
@@ -37,6 +41,7 @@ class Product(Protocol):
         self,
         frames: Frames,
         core: Tensor,
+        shape: Shape,
         rows: Tensor | None,
         multiply: Callable[[Factors], Tensor],
     ) -> Factors:
@@ -45,6 +50,7 @@ class Product(Protocol):
         Args:
             frames: of the matrix.
             core: of :meth:`core_shape`.
+            shape: of the matrix.
             rows: int64; None: all.
             multiply: gives the product of two thin matrices.
         """
@@ -57,6 +63,7 @@ class UV:
     """U V^T: a Gaussian core U (m, r), and V Gaussian (LOZO, arXiv 2410.07698)."""
 
     core_streams: Mapping[str, str] = {"z": "u"}
+    adds_cores, stays = True, False
 
     def rank(self, shape: Shape, most: int) -> int:
         """See :class:`Product`."""
@@ -78,6 +85,7 @@ class UV:
         self,
         frames: Frames,
         core: Tensor,
+        shape: Shape,
         rows: Tensor | None,
         multiply: Callable[[Factors], Tensor],
     ) -> Factors:
@@ -99,6 +107,7 @@ class UZV:
     """
 
     core_streams: Mapping[str, str] = {}
+    adds_cores, stays = True, False
 
     def rank(self, shape: Shape, most: int) -> int:
         """See :class:`Product`: there are no more orthonormal columns than rows."""
@@ -123,6 +132,7 @@ class UZV:
         self,
         frames: Frames,
         core: Tensor,
+        shape: Shape,
         rows: Tensor | None,
         multiply: Callable[[Factors], Tensor],
     ) -> Factors:
@@ -151,6 +161,7 @@ class PZ:
     """P Z: a Gaussian core Z (r, n), and P of orthonormal columns (ZO-Muon, arXiv 2602.17155)."""
 
     core_streams: Mapping[str, str] = {}
+    adds_cores, stays = True, False
 
     def rank(self, shape: Shape, most: int) -> int:
         """See :class:`Product`: there are no more orthonormal columns than rows."""
@@ -172,6 +183,7 @@ class PZ:
         self,
         frames: Frames,
         core: Tensor,
+        shape: Shape,
         rows: Tensor | None,
         multiply: Callable[[Factors], Tensor],
     ) -> Factors:
@@ -192,6 +204,7 @@ class CP:
     """
 
     core_streams: Mapping[str, str] = {}
+    adds_cores, stays = True, True
 
     def rank(self, shape: Shape, most: int) -> int:
         """See :class:`Product`."""
@@ -214,6 +227,7 @@ class CP:
         self,
         frames: Frames,
         core: Tensor,
+        shape: Shape,
         rows: Tensor | None,
         multiply: Callable[[Factors], Tensor],
     ) -> Factors:
@@ -226,10 +240,52 @@ class CP:
         return core
 
 
+class AB:
+    """A B^T / sqrt(r): a Gaussian core, which is A (m, r) and B^T (r, n); nothing stays (EGGROLL).
+
+    arXiv 2511.16652. It is as long as dense noise, on average.
+    """
+
+    core_streams: Mapping[str, str] = {}
+    adds_cores, stays = False, True
+
+    def rank(self, shape: Shape, most: int) -> int:
+        """See :class:`Product`."""
+        return most
+
+    def core_shape(self, shape: Shape, rank: int) -> Shape:
+        """See :class:`Product`: A, and then B^T."""
+        return sum(shape), rank
+
+    def num_kept(self, shape: Shape, rank: int) -> int:
+        """See :class:`Product`."""
+        return 0
+
+    def frames(self, gaussian: Callable[[str, int], Tensor], shape: Shape, rank: int) -> Frames:
+        """See :class:`Product`."""
+        return ()
+
+    def lifted(
+        self,
+        frames: Frames,
+        core: Tensor,
+        shape: Shape,
+        rows: Tensor | None,
+        multiply: Callable[[Factors], Tensor],
+    ) -> Factors:
+        """See :class:`Product`."""
+        left, right = core[: shape[0]], core[shape[0] :].reshape(-1, shape[1])
+        return Factors(picked(left, rows) * (1 / math.sqrt(core.shape[1])), right)
+
+    def carried(self, old: Frames, new: Frames, core: Tensor, shape: Shape) -> Tensor:
+        """See :class:`Product`: what is drawn whole is shown as it is."""
+        return core
+
+
 def picked(matrix: Tensor, rows: Tensor | None) -> Tensor:
     """Return these rows of a matrix; all where none are named."""
     return matrix if rows is None else matrix.index_select(0, rows)
 
 
 #: What a kind is, by its name.
-PRODUCTS: Mapping[str, Product] = {"uv": UV(), "uzv": UZV(), "pz": PZ(), "cp": CP()}
+PRODUCTS: Mapping[str, Product] = {"uv": UV(), "uzv": UZV(), "pz": PZ(), "cp": CP(), "ab": AB()}
