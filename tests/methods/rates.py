@@ -80,6 +80,7 @@ RATES = {
     # Steps that are no multiple of the estimate: measured, with a margin for other noise.
     "mezo_adam": Rate(0.594, 1.5, "measured: steps of about lr an entry, whatever the loss"),
     "tezo_adam": Rate(0.594, 1.5, "MeZO-Adam on tensors of one dimension"),
+    "eggroll": Rate(0.0016, 3.0, "measured: steps of one length, down to where they are too long"),
     "zo_sign": Rate(0.694, 1.5, "measured: steps of lr an entry, whatever the loss"),
     "helene": Rate(0.15, 2.0, "measured: a curvature of at least 10, and a sum of ten estimates"),
     "zoro_fa": Rate(0.254, 1.5, "measured: of 30 entries those that the first rounds decode"),

@@ -43,6 +43,8 @@ ELSEWHERE = {
     "tezo": "test_tezo.test_the_estimate_is_the_gradient_on_average",
     "tezo_m": "test_tezo.test_the_estimate_is_the_gradient_on_average",
     "tezo_adam": "test_tezo.test_the_estimate_is_the_gradient_on_average",
+    # The gradient over the standard deviation of losses, a number of each step.
+    "eggroll": "test_eggroll.test_the_sum_over_pairs_is_a_multiple_of_the_gradient_on_average",
     "quzo": "test_quzo.test_two_roundings_leave_no_bias_and_one_has_that_of_its_variance",
     "pezo": "test_pezo.test_over_all_starts_the_estimate_is_nearly_the_gradient",
     "mezo_svrg": "test_mezo_svrg."

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from smezo_cli.methods.eggroll import EGGROLL
 from smezo_cli.methods.lozo import LOZO
 from smezo_cli.methods.mezo import MeZO
 from smezo_cli.methods.sparse_mezo import SparseMeZO
@@ -27,6 +28,7 @@ METHODS: dict[str, tuple[type[ZeroOrder], dict[str, Any]]] = {
     "mezo": (MeZO, {"num_queries": 3}),
     "sparse": (SparseMeZO, {"sparsity": 0.5}),
     "lozo": (LOZO, {"rank": 2, "refresh_every": 2, "num_queries": 2}),
+    "eggroll": (EGGROLL, {"rank": 2, "num_queries": 2}),
     "zo_muon": (ZOMuon, {"rank": 2, "refresh_every": 2, "num_queries": 3}),
     "subzero": (SubZero, {"rank": 2, "refresh_every": 2, "num_queries": 2}),
     "block": (ZOBlock, {"num_blocks": 2}),
@@ -99,7 +101,7 @@ def test_a_batch_reads_the_model_once_for_all_points() -> None:
 
 
 @pytest.mark.parametrize("executor", INEXACT)
-@pytest.mark.parametrize("name", ["lozo", "subzero", "zo_muon"])
+@pytest.mark.parametrize("name", ["lozo", "subzero", "zo_muon", "eggroll"])
 def test_a_matrix_that_is_moved_along_a_product_gets_no_copy(
     name: str, executor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
