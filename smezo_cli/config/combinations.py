@@ -247,7 +247,7 @@ def check_steps(checked: Mapping[str, Any]) -> None:
     if num_rows != checked["batch_size"]:
         raise UserError(
             f"method.num_rows={num_rows}: each row of a batch has a direction of its own, and "
-            f"batch_size={checked['batch_size']}: leave method.num_rows out."
+            f"batch_size={checked['batch_size']}: leave it out."
         )
     num_parts = len(task.get("nodes", "1"))
     if checked["batch_size"] < num_parts:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from smezo_cli.zo.directions.factored import Factored
+from smezo_cli.zo.directions.products import UZV
 from smezo_cli.zo.estimators.one_sided import OneSided
 from smezo_cli.zo.move import Gradient
 from smezo_cli.zo.optimizer import ZeroOrder
@@ -44,9 +45,11 @@ class CoreAdam(Adam):
         frames, step = self._frames, weights.step
 
         def change_of(target: Target) -> Callable[..., Tensor]:
-            if frames.shape_of(target) is None:
+            shape, every = frames.shape_of(target), frames.refresh_every
+            if shape is None or every is None:
                 return self.change(step + 1, lr)
-            return self.change(step % frames.refresh_every + 1, lr / frames.scale_of(target))
+            scale = UZV.scale(shape, frames.rank_of(target))
+            return self.change(step % every + 1, lr / scale)
 
         weights.by_target(gradient, change_of, decay=lr * weights.weight_decay)
 

@@ -65,6 +65,11 @@ class Gradient:
         cut = [t._replace(coefficient=max(-limit, min(t.coefficient, limit))) for t in self.terms]
         return replace(self, terms=tuple(cut))
 
+    def on(self, names: frozenset[str]) -> "Gradient":
+        """Return its part on the targets of these names."""
+        own = [t._replace(only=names if t.only is None else t.only & names) for t in self.terms]
+        return replace(self, terms=tuple(own))
+
     def move(self, scale: float, decay: float = 0.0) -> Move:
         """Return the move of ``scale`` times the gradient."""
         divisor = self.divisor

@@ -257,7 +257,10 @@ class Points:
             y = plain(x)
             flat = y.view(points, -1, y.shape[-1])
             right, left = thin
-            inner = F.linear(x, right.to(x.dtype)).view(points, -1, right.shape[0])
+            if right.dim() == 2:  # of all points
+                inner = F.linear(x, right.to(x.dtype)).view(points, -1, right.shape[0])
+            else:
+                inner = x.reshape(points, -1, x.shape[-1]) @ right.to(x.dtype).mT
             flat.baddbmm_(inner.to(y.dtype), left.to(y.dtype).mT)
         elif points > 1 and points * weight.numel() <= _STACKED:
             moved = self._copies(weight)
@@ -273,15 +276,21 @@ class Points:
         return y
 
     def _thin(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the factor that all points share, and theirs (points, out, r)."""
+        """Return right factors, (r, in) if all points share one, or (points, r, in); and left ones.
+
+        The latter are (points, out, r). None: at some point it is moved along no such product.
+        """
         found: list[Factors] = []
         for mover in self._movers:
             ask = getattr(mover, "thin", None)
             one = None if ask is None else ask(weight)
-            if one is None or (found and one.right is not found[0].right):
+            if one is None or (found and one.right.shape != found[0].right.shape):
                 return None
             found.append(one)
-        return found[0].right, torch.stack([one.left for one in found])
+        rights = [one.right for one in found]
+        is_shared = all(right is rights[0] for right in rights)
+        left = torch.stack([one.left for one in found])
+        return rights[0] if is_shared else torch.stack(rights), left
 
     def _copies(self, parameter: Tensor) -> Tensor:
         """Return the parameter at each point (points, ...)."""

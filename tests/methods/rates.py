@@ -58,6 +58,7 @@ RATES = {
     "mazo": _MEZO._replace(why="MeZO without a mask"),
     "senszoq": _MEZO._replace(why="MeZO without a mask"),
     "lozo": _MEZO._replace(why="MeZO on tensors of one dimension"),
+    "tezo": _MEZO._replace(why="MeZO on tensors of one dimension"),
     "subzero": _MEZO._replace(why="MeZO on tensors of one dimension"),
     "subzero_lora": _MEZO._replace(why="MeZO on tensors of one dimension"),
     "quzo": _MEZO._replace(why="MeZO on tensors that are no linear layer's"),
@@ -74,6 +75,8 @@ RATES = {
     "bf_ssd": Rate(estimated(DIMENSIONS, queries=8), 1.5, "8 columns, and whole steps pass"),
     # The logarithm's deviation is 0.4 / 2.
     "p_rge": Rate(estimated(DIMENSIONS, queries=4), 2.0, "the mean of four of MeZO's estimates"),
+    "zo_muon": Rate(estimated(DIMENSIONS, queries=4), 2.0, "SGD on four one-sided queries"),
+    "mopi": Rate(_GRADIENT, 2.0, "a mean of eight one-sided queries is nearly the gradient"),
     "addax": Rate(_GRADIENT, 1.02, "alpha 1e-3: all but the gradient's step on short rows"),
     "mezo_svrg": Rate(
         estimated(DIMENSIONS, steps=STEPS // 2), _CHANCE, "every other step at a hundredth of lr"
@@ -84,8 +87,11 @@ RATES = {
     "kerzoo": Rate(_KERNEL, _CHANCE, "estimates of 6.25 times MeZO's second moment, eight a step"),
     "mezo_gv": Rate(_CONTRAST, _CHANCE**3, "estimates of five times the gradient"),
     "lozo_m": Rate(_GRADIENT, _CHANCE, "a mean of estimates is nearly the gradient"),
+    "tezo_m": Rate(_GRADIENT, _CHANCE, "a mean of estimates is nearly the gradient"),
     # Steps that are no multiple of the estimate: measured, with a margin for other noise.
     "mezo_adam": Rate(0.594, 1.5, "measured: steps of about lr an entry, whatever the loss"),
+    "tezo_adam": Rate(0.594, 1.5, "MeZO-Adam on tensors of one dimension"),
+    "eggroll": Rate(0.0016, 3.0, "measured: steps of one length, down to where they are too long"),
     "zo_sign": Rate(0.694, 1.5, "measured: steps of lr an entry, whatever the loss"),
     "r_adazo": Rate(0.15, 2.0, "measured: steps of about lr an entry, with less noise"),
     "subzero_plus": Rate(0.333, 1.5, "measured: as Adam, on the mean of four estimates"),

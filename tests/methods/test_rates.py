@@ -38,8 +38,9 @@ def test_a_quadratic_is_descended(name: str) -> None:
             return first(target[: DIMENSIONS // 2]) + second(target[DIMENSIONS // 2 :])  # type: ignore[no-any-return]  # a module's
 
     model = Quadratic()
-    own = SETTINGS.get(name, {})
-    opt = made(name, model, sparsity=0.0, momentum=0.5, bound=10.0, tail_lr=LR, lr=LR, **own)
+    rates = dict.fromkeys(("lr", "lr_1d", "tail_lr"), LR)
+    given = {"sparsity": 0.0, "momentum": 0.5, "bound": 10.0, **rates, **SETTINGS.get(name, {})}
+    opt = made(name, model, **given)
     first = model().item()
     for _ in range(STEPS):
         opt.step(Losses(model))

@@ -85,7 +85,6 @@ def test_the_estimate_is_the_gradient_on_average() -> None:
         for t in range(1000):
             direction.begin(t)
             left, right = direction.factors_of(target)
-            assert left is not None
             z = torch.randn(20, rank, rank, generator=seeded(t))
             p = (left @ z @ right).view(20, 12)
             found += ((p @ gradient)[:, None] * p).sum(0) / 20_000

@@ -36,6 +36,15 @@ ELSEWHERE = {
     "lozo_m": "test_lozo.test_the_estimate_is_on_average_the_rank_times_the_gradient",
     "subzero": "test_subzero.test_the_estimate_is_the_gradient_on_average",
     "subzero_lora": "test_subzero.test_the_estimate_is_the_gradient_on_average",
+    "zo_muon": "test_zo_muon.test_the_estimate_is_on_average_the_gradient_in_the_subspace",
+    # The same selection, direction and estimator as zo_muon; only the update differs.
+    "mopi": "test_zo_muon.test_the_estimate_is_on_average_the_gradient_in_the_subspace",
+    # Of the three only the update differs.
+    "tezo": "test_tezo.test_the_estimate_is_the_gradient_on_average",
+    "tezo_m": "test_tezo.test_the_estimate_is_the_gradient_on_average",
+    "tezo_adam": "test_tezo.test_the_estimate_is_the_gradient_on_average",
+    # The gradient over the standard deviation of losses, a number of each step.
+    "eggroll": "test_eggroll.test_the_sum_over_pairs_is_a_multiple_of_the_gradient_on_average",
     "quzo": "test_quzo.test_two_roundings_leave_no_bias_and_one_has_that_of_its_variance",
     "grzo": "test_grzo.test_the_sum_over_the_rows_is_on_average_the_gradient",
     "pezo": "test_pezo.test_over_all_starts_the_estimate_is_nearly_the_gradient",

@@ -1,4 +1,4 @@
-"""Perturb matrices along products of thin ones: U V^T, or U Z V^T in frames that stay."""
+"""Perturb matrices along products of thin ones, of which some stay for many steps."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smezo_cli.zo.directions.base import Change, DirectionContext
 from smezo_cli.zo.directions.dense import Dense
-from smezo_cli.zo.directions.frames import GAUSSIAN, UNIT, inner, orthonormal
+from smezo_cli.zo.directions.products import PRODUCTS, Frames
 from smezo_cli.zo.move import Key, Move, Term
 from smezo_cli.zo.passes.by_numba import NumbaPasses
 from smezo_cli.zo.passes.choose import Passes
@@ -21,12 +21,9 @@ from smezo_cli.zo.passes.low_rank import (
     Factors,
     LowRankPasses,
     NumbaLowRank,
-    product,
 )
 from smezo_cli.zo.selections import masks
 from smezo_cli.zo.targets import Target, check, one_of
-
-KINDS = ("uv", "uzv")
 
 
 class Factored:
@@ -35,18 +32,24 @@ class Factored:
     * "uv" (LOZO, arXiv 2410.07698): U V^T, both Gaussian. The core is U (m, r).
     * "uzv" (SubZero, arXiv 2410.08989): sqrt(m n) / r U Z V^T, U and V of orthonormal columns, Z
       Gaussian: as long as dense noise on average. The core is Z (r, r), and r at most m and n.
+    * "pz" (ZO-Muon, arXiv 2602.17155): P Z, P of orthonormal columns, Z Gaussian. The core is
+      Z (r, n), and r at most m.
+    * "cp" (TeZO, arXiv 2501.19057): U diag(tau) V^T / sqrt(r), all Gaussian: as long as dense noise
+      on average. The core is tau (1, r).
+    * "ab" (EGGROLL, arXiv 2511.16652): A B^T / sqrt(r), both Gaussian and in the core: likewise.
 
     The core is drawn from (seed, "u" or "z", step, query, name), factors from (seed, "v" or "left"
-    and "right", step // refresh_every, 0, name). A move adds cores first, so that its cost does not
-    grow with the number of its terms, and an update of cores is one of a subspace.
+    and "right", step // refresh_every, 0, name), with 0 for good. A move adds cores first, so that
+    its cost does not grow with the number of its terms, and an update of cores is one of a
+    subspace; but of "ab" it is a product of a rank that grows with the terms.
 
     A tensor of more than two dimensions is the matrix (shape[0], the others); one of less is
     perturbed along dense noise, as is one of which single entries are trained.
 
     Args:
-        kind: "uv" or "uzv".
+        kind: "uv", "uzv", "pz", "cp" or "ab".
         rank: r.
-        refresh_every: steps that V, or U and V, stay for.
+        refresh_every: steps that factors stay for; None, of "cp" and "ab" alone: for good.
         is_square: the entries of a matrix are put into the most square one of as many, first.
 
     Raises:
@@ -54,12 +57,16 @@ class Factored:
     """
 
     def __init__(
-        self, kind: str, rank: int, refresh_every: int, *, is_square: bool = False
+        self, kind: str, rank: int, refresh_every: int | None, *, is_square: bool = False
     ) -> None:
-        one_of("kind", kind, KINDS)
+        one_of("kind", kind, tuple(PRODUCTS))
         check(rank >= 1, f"rank={rank}: must be at least 1")
-        check(refresh_every >= 1, f"refresh_every={refresh_every}: must be at least 1")
         self.kind, self.rank, self.refresh_every = kind, rank, refresh_every
+        self.product = PRODUCTS[kind]
+        never = self.product.stays
+        allowed = refresh_every is None if never else (refresh_every or 0) >= 1
+        words = "None: no factor is renewed" if never else "must be at least 1"
+        check(allowed, f"refresh_every={refresh_every}: {words}")
         self.is_square = is_square
         #: what tensors without factors are perturbed along
         self.dense = Dense()
@@ -79,7 +86,7 @@ class Factored:
         #: whether the mask of an entry depends on where it is
         self.has_random_mask = context.selection.rule == "random"
         self._interval = -1
-        self._factors: dict[str, tuple[Tensor | None, Tensor]] = {}
+        self._factors: dict[str, Frames] = {}
         #: of each tensor, the core that was drawn last in this step, and its key
         self._drawn_last: dict[str, tuple[Key, Tensor]] = {}
 
@@ -110,7 +117,12 @@ class Factored:
         """Return the rank of a matrix's factors; orthonormal ones have no more than its sides."""
         shape = self.shape_of(target)
         assert shape is not None
-        return min(self.rank, *shape) if self.kind == "uzv" else self.rank
+        return self.product.rank(shape, self.rank)
+
+    def core_shape(self, target: Target) -> tuple[int, int] | None:
+        """Return the shape of a matrix's core; None: it has none."""
+        shape = self.shape_of(target)
+        return None if shape is None else self.product.core_shape(shape, self.rank_of(target))
 
     def thin_rank(self, target: Target) -> int | None:
         """See :class:`Direction`."""
@@ -120,11 +132,8 @@ class Factored:
 
     def state_size(self, target: Target) -> int:
         """Return the numbers of a core: what an update keeps so many of."""
-        shape = self.shape_of(target)
-        if shape is None:
-            return target.num_trained
-        rank = self.rank_of(target)
-        return rank * (shape[0] if self.kind == "uv" else rank)
+        core = self.core_shape(target)
+        return target.num_trained if core is None else math.prod(core)
 
     @property
     def kept_bytes(self) -> int:
@@ -132,8 +141,7 @@ class Factored:
         found = 0
         for target in self.dense.targets:
             if (shape := self.shape_of(target)) is not None:
-                sides = shape[1] if self.kind == "uv" else sum(shape)
-                found += 4 * self.rank_of(target) * sides
+                found += 4 * self.product.num_kept(shape, self.rank_of(target))
         return found
 
     has_compiled_passes = True
@@ -150,13 +158,16 @@ class Factored:
     def begin(self, step: int) -> None:
         """See :class:`Direction`."""
         self.dense.begin(step)
-        self._set_interval(step // self.refresh_every)
+        self._set_interval(self._interval_of(step))
         self._drawn_last.clear()
 
     def end(self) -> None:
         """See :class:`Direction`."""
         self.dense.end()
         self._drawn_last.clear()
+
+    def _interval_of(self, step: int) -> int:
+        return 0 if self.refresh_every is None else step // self.refresh_every
 
     def _set_interval(self, interval: int) -> None:
         if interval != self._interval:
@@ -169,10 +180,10 @@ class Factored:
         Raises:
             ValueError: a term is of a step with other factors.
         """
-        interval = step // self.refresh_every
+        interval = self._interval_of(step)
         for term in move.terms:
             check(
-                term.key.step // self.refresh_every == interval,
+                self._interval_of(term.key.step) == interval,
                 f"a direction of step {term.key.step} has other factors than those of step {step}",
             )
         self._set_interval(interval)
@@ -185,59 +196,51 @@ class Factored:
             if self.shape_of(target) is None:
                 mover.noise.write(self.dense.passes, target, target.flat)
             else:
-                self._update(target, mover, mover.core(target))
+                self._update(target, mover, mover.factors(target))
 
     def change(self, step: int, move: Move, of: Callable[[Target], Change]) -> None:
-        """See :class:`Direction`; of a matrix, what is changed is the core, in one part."""
+        """See :class:`Direction`; of a matrix, what is changed is the core, in one part.
+
+        Raises:
+            ValueError: a sum of terms has no core.
+        """
+        check(
+            self.product.adds_cores, f"kind={self.kind}: sums have no core to be changed: use SGD"
+        )
         mover = self.mover(step, move)
         for target in mover.moved:
             if self.shape_of(target) is None:
                 self.dense.change_one(target, mover.noise, of(target))
             else:
                 core = mover.core(target)
-                self._update(target, mover, of(target)(slice(0, core.numel()), core))
+                changed = of(target)(slice(0, core.numel()), core)
+                self._update(target, mover, self.lifted(target, changed))
 
-    def _update(self, target: Target, mover: "FactoredMover", core: Tensor) -> None:
-        """Add a lifted core to the weights."""
+    def _update(self, target: Target, mover: "FactoredMover", factors: Factors) -> None:
+        """Add a product to the weights."""
         passes, start = self.update_passes, mover.noise.start(target)
-        passes.move(start, target.flat, self.lifted(target, core), mover.read_by(passes, target))
+        passes.move(start, target.flat, factors, mover.read_by(passes, target))
 
     def refreshes_at(self, step: int) -> bool:
         """Return whether a step has other factors than the one before it."""
-        return step > 0 and step % self.refresh_every == 0
+        return step > 0 and self._interval_of(step) != self._interval_of(step - 1)
 
     def carry(self, target: Target, core: Tensor, step: int) -> Tensor:
         """Return what a kept core of the factors before stands for, as those of this step show it.
 
-        "uv": N <- N V_old^T V_new / n. "uzv": Z <- U_new^T U_old Z V_old^T V_new, the projection
-        onto the new subspace (both have one scale).
+        See :meth:`smezo_cli.zo.directions.products.Product.carried`.
         """
-        shape = self.shape_of(target)
-        if shape is None:
+        shape, size = self.shape_of(target), self.core_shape(target)
+        if shape is None or size is None:
             return core
-        interval, rank = step // self.refresh_every, self.rank_of(target)
-        old_left, old_right = self._drawn(target, interval - 1)
-        left, right = self._drawn(target, interval)
-        matrix = core.view(-1, rank)
-        if left is None or old_left is None:
-            turn = inner(old_right, right, GAUSSIAN) * (1 / shape[1])
-        else:
-            shrink = 1 / self.scale_of(target)
-            turn = inner(old_right, right, UNIT)
-            back = inner(left.T * shrink, old_left.T * shrink, UNIT)
-            matrix = product(Factors(back.float(), matrix))
-        return product(Factors(matrix, turn.float())).view(-1)
-
-    def scale_of(self, target: Target) -> float:
-        """Return the factor of U Z V^T that makes it as long as dense noise, on average."""
-        shape = self.shape_of(target)
-        assert shape is not None
-        return math.sqrt(shape[0] * shape[1]) / self.rank_of(target)
+        interval = self._interval_of(step)
+        old, new = self._drawn(target, interval - 1), self._drawn(target, interval)
+        return self.product.carried(old, new, core.view(size), shape).view(-1)
 
     # --- factors and cores --------------------------------------------------------------------
 
-    def factors_of(self, target: Target) -> tuple[Tensor | None, Tensor]:
-        """Return U (m, r), or None, and V^T (r, n) of the present interval; kept while it lasts."""
+    def factors_of(self, target: Target) -> Frames:
+        """Return the factors of the present interval that stay; kept while it lasts."""
         if target.name not in self._factors:
             self._factors[target.name] = self._drawn(target, self._interval)
         return self._factors[target.name]
@@ -257,24 +260,30 @@ class Factored:
             self._drawn_last[target.name] = known
         return known[1]
 
-    def _drawn(self, target: Target, interval: int) -> tuple[Tensor | None, Tensor]:
+    def _drawn(self, target: Target, interval: int) -> Frames:
         shape, rank = self.shape_of(target), self.rank_of(target)
         assert shape is not None
 
         def gaussian(purpose: str, columns: int) -> Tensor:
-            key = self.dense.keys(purpose, interval, 0)[target.position]
-            numbers = Numbers((key,), (0, 0), (0, 0), math.inf, (1.0,))
-            device = target.parameter.device
-            draw = as_draws({0: numbers}, {0: device})[0]
-            read = numbers if self.dense.probe_passes.reads_numbers else draw
-            return self.numbers(read, rank * columns, device).view(rank, columns)
+            return self.gaussian(target, purpose, interval, rank, columns)
 
-        if self.kind == "uv":
-            return None, gaussian("v", shape[1])
-        left, right = (
-            orthonormal(gaussian(*side)) for side in (("left", shape[0]), ("right", shape[1]))
-        )
-        return (left * self.scale_of(target)).float().T.contiguous(), right.float()
+        return self.product.frames(gaussian, shape, rank)
+
+    def gaussian(
+        self, target: Target, purpose: str, number: int, rows: int, columns: int
+    ) -> Tensor:
+        """Return float32 (rows, columns) of the stream (seed, purpose, number, 0, name)."""
+        draw = self.draw(target, Key(number, 0, purpose))
+        return self.numbers(draw, rows * columns, target.parameter.device).view(rows, columns)
+
+    def draw(self, target: Target, key: Key) -> Any:
+        """Return the draw of one stream of a target, in the form that dense passes read."""
+        step, query, purpose = key
+        stream = self.dense.keys(purpose, step, query)[target.position]
+        numbers = Numbers((stream,), (0, 0), (0, 0), math.inf, (1.0,))
+        if self.dense.probe_passes.reads_numbers:
+            return numbers
+        return as_draws({0: numbers}, {0: target.parameter.device})[0]
 
     def numbers(self, draw: Any, size: int, device: torch.device) -> Tensor:
         """Return so many numbers of a draw (float32, flat), in the form that dense passes read."""
@@ -291,13 +300,11 @@ class Factored:
 
     def lifted(self, target: Target, core: Tensor, rows: Tensor | None = None) -> Factors:
         """Return the product that a core stands for; of some of its rows, if asked."""
-        left, right = self.factors_of(target)
-        matrix = core.view(-1, right.shape[0])
-        if left is None:
-            return Factors(matrix, right).rows(rows) if rows is not None else Factors(matrix, right)
-        if rows is not None:
-            left = left.index_select(0, rows)
-        return Factors(self.probe_passes.product(Factors(left, matrix)), right)
+        shape, size = self.shape_of(target), self.core_shape(target)
+        assert shape is not None
+        assert size is not None
+        frames, multiply = self.factors_of(target), self.probe_passes.product
+        return self.product.lifted(frames, core.view(size), shape, rows, multiply)
 
     def target_of(self, parameter: Tensor) -> Target:
         """See :class:`Direction`."""
@@ -349,7 +356,7 @@ class FactoredMover:
         Where a core is that of one term it is drawn without its coefficient.
         """
         direction = self._direction
-        own = {"z": "u"} if direction.kind == "uv" else {}
+        own = direction.product.core_streams
         numbers: dict[int, Numbers] = {}
         for target in self.moved:
             terms = self._terms_of(target)
@@ -371,8 +378,8 @@ class FactoredMover:
     def thin(self, parameter: Tensor) -> Factors | None:
         """Return what is added to a matrix as it is, if that is a product of thin ones alone.
 
-        None: it is not moved so, or a mask leaves entries out. The right factor is the same object
-        for all moves of a step.
+        None: it is not moved so, or a mask leaves entries out. A right factor that stays is one
+        object for all moves of a step.
         """
         direction, target = self._direction, self._direction.target_of(parameter)
         is_moved = self._is_factored(target) and not target.rests
@@ -380,9 +387,19 @@ class FactoredMover:
             return None
         return None if direction.thin_rank(target) is None else self.factors(target)
 
-    def factors(self, target: Target) -> Factors:
-        """Return the sum of the terms as a product."""
-        return self._direction.lifted(target, self.core(target))
+    def factors(self, target: Target, rows: Tensor | None = None) -> Factors:
+        """Return the sum of the terms as a product; of some of its rows, if asked."""
+        direction = self._direction
+        if direction.product.adds_cores:
+            return direction.lifted(target, self.core(target), rows)
+        found = []
+        for term in self._terms_of(target):
+            core = direction.core(target, term.key, direction.draw(target, term.key))
+            one = direction.lifted(target, core, rows)
+            found.append(Factors(one.left * term.coefficient, one.right))
+        if len(found) == 1:
+            return found[0]
+        return Factors(torch.cat([x.left for x in found], 1), torch.cat([x.right for x in found]))
 
     def read_by(self, passes: LowRankPasses, target: Target) -> Any:
         """Return what else a pass needs, in the form that these passes read."""
@@ -416,7 +433,7 @@ class FactoredMover:
         picked = self.noise.start(target).view(parameter.shape).index_select(0, rows)
         flat = picked.view(-1)
         if shape[0] == parameter.shape[0] and not direction.has_random_mask:
-            factors = direction.lifted(target, self.core(target), rows)
+            factors = self.factors(target, rows)
             moved = torch.empty_like(flat)
             passes.move(flat, moved, factors, self.read_by(passes, target))
         else:

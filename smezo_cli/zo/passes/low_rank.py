@@ -26,6 +26,10 @@ _CHUNK, _CHUNK_ACCELERATOR = 1 << 16, 1 << 23
 _SHARE = 1 << 17
 
 
+#: Gives some rows of a matrix: float32 (rows, n).
+RowsOf = Callable[[slice], Tensor]
+
+
 class Factors(NamedTuple):
     """Hold a matrix (m, n) as a product.
 
@@ -36,6 +40,11 @@ class Factors(NamedTuple):
 
     left: Tensor
     right: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return the shape of the product."""
+        return self.left.shape[0], self.right.shape[1]
 
     def rows(self, rows: slice | Tensor) -> "Factors":
         """Return the product's rows (a part of them, or those of these numbers)."""
@@ -96,13 +105,19 @@ class EagerLowRank:
 
     def move(self, weight: Tensor, out: Tensor, factors: Factors, draw: Draw) -> None:
         """Write the moved ``weight`` to ``out``, both flat (m n); they may be the same."""
+        self.add(weight, out, factors.shape, lambda rows: product(factors.rows(rows)), draw)
+
+    def add(
+        self, weight: Tensor, out: Tensor, shape: tuple[int, int], rows_of: RowsOf, draw: Draw
+    ) -> None:
+        """Do as :meth:`move`, along a matrix of this shape that is given rows by rows."""
 
         def one(rows: slice, part: slice) -> None:
-            step = product(factors.rows(rows)).view(-1)
+            step = rows_of(rows).view(-1)
             mask, bits = self._mask_and_bits(weight[part], part, weight.numel(), draw)
             out[part] = blend(weight[part], step, mask, bits, draw, out.dtype)
 
-        _over_rows(factors, one)
+        _over_rows(weight.device, shape, one)
 
     def move_both(
         self, weight: Tensor, plus: Tensor, minus: Tensor, factors: Factors, draw: Draw
@@ -115,7 +130,7 @@ class EagerLowRank:
             plus[part] = blend(weight[part], step, mask, None, draw, plus.dtype)
             minus[part] = blend(weight[part], -step, mask, None, draw, minus.dtype)
 
-        _over_rows(factors, one)
+        _over_rows(weight.device, factors.shape, one)
 
     def move_at(
         self, weight: Tensor, index: Tensor, numel: int, factors: Factors, draw: Draw
@@ -272,22 +287,24 @@ class NumbaLowRank:
             for out, of_out in zip(outs, moved, strict=True):
                 out[part] = of_out
 
-        _over_rows(factors, one)
+        _over_rows(weight.device, factors.shape, one)
 
 
 def _threads(entries: int) -> int:
     return torch.get_num_threads() if entries > _SHARE else 1
 
 
-def _over_rows(factors: Factors, one: Callable[[slice, slice], None]) -> None:
+def _over_rows(
+    device: torch.device, shape: tuple[int, int], one: Callable[[slice, slice], None]
+) -> None:
     """Call ``one(rows, their flat part)`` for chunks of rows."""
-    device, width = factors.left.device, factors.right.shape[1]
+    length, width = shape
     entries = _CHUNK if device.type == "cpu" else _CHUNK_ACCELERATOR
 
     def whole(rows: slice) -> None:
         one(rows, slice(rows.start * width, rows.stop * width))
 
-    over_chunks(factors.left.shape[0], device, whole, max(1, entries // width))
+    over_chunks(length, device, whole, max(1, entries // width))
 
 
 LowRankPasses = EagerLowRank | NumbaLowRank

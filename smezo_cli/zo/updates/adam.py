@@ -45,16 +45,24 @@ class Adam(Update):
 
     def change(self, t: int, lr: float) -> Callable[..., Tensor]:
         """Return what a step of ``lr`` makes of g and its moments, which hold t gradients then."""
-        (beta1, beta2), adam_eps = self.betas, self.adam_eps
-        size = -lr / (1 - beta1**t)
-        root = math.sqrt(1 - beta2**t)
 
         def change(g: Tensor, m: Tensor, v: Tensor) -> Tensor:
-            m.mul_(beta1).add_(g * (1 - beta1))
-            v.mul_(beta2).add_((g * g).mul_(1 - beta2))
-            return (m / v.sqrt().div_(root).add_(adam_eps)).mul_(size)
+            self.enter(g, m, v)
+            return self.step(m, v, lr, t)
 
         return change
+
+    def enter(self, g: Tensor, m: Tensor, v: Tensor) -> None:
+        """Let a gradient enter both moments."""
+        beta1, beta2 = self.betas
+        m.mul_(beta1).add_(g * (1 - beta1))
+        v.mul_(beta2).add_((g * g).mul_(1 - beta2))
+
+    def step(self, m: Tensor, v: Tensor, lr: float, t: int) -> Tensor:
+        """Return what both moments, of t gradients, add to the weights."""
+        beta1, beta2 = self.betas
+        root = math.sqrt(1 - beta2**t)
+        return (m / v.sqrt().div_(root).add_(self.adam_eps)).mul_(-lr / (1 - beta1**t))
 
     def identity(self) -> dict[str, Any]:
         """See :class:`Update`."""

@@ -21,7 +21,7 @@ from tests.zo.test_optimizer import DTYPES, closure_of, mlp, same, seeded, weigh
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-KINDS = ["uv", "uzv"]
+KINDS = ["uv", "uzv", "pz"]
 
 
 def made(model: nn.Module, kind: str = "uv", **options: Any) -> ZeroOrder:
@@ -73,6 +73,16 @@ def test_uzv_is_a_new_z_at_each_step_in_frames_that_stay() -> None:
         assert (frames[2][side] - frames[3][side]).abs().max().item() > 0.1
 
 
+def test_pz_is_a_new_z_at_each_step_in_a_frame_that_stays() -> None:
+    opt = made(mlp(), "pz")
+    for step in range(6):
+        found = direction_at(opt, "0.weight", step)
+        frame = orthonormal(numbers(22, "left", step // 3, 0, "0.weight").view(2, 11).float())
+        z = numbers(12, "z", step, 0, "0.weight").view(2, 6)
+        # Two products and a sum in float32, of numbers below 6.7.
+        assert (found - frame.T @ z).abs().max().item() < 1e-5
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_has_one_dimension_is_perturbed_densely(kind: str) -> None:
     opt = made(mlp(), kind)
@@ -110,8 +120,8 @@ def test_a_uzv_direction_is_as_long_as_dense_noise_on_average() -> None:
 
 def test_ranks_are_cut_to_the_sides_for_frames_alone() -> None:
     model = nn.ModuleDict({"a": nn.Linear(3, 8, bias=False), "b": nn.Conv2d(2, 5, 3, bias=False)})
-    uv, uzv = (made(model, kind, rank=4) for kind in KINDS)
-    for opt, a, b in ((uv, 4 * 8, 4 * 5), (uzv, 3 * 3, 4 * 4)):
+    uv, uzv, pz = (made(model, kind, rank=4) for kind in KINDS)
+    for opt, a, b in ((uv, 4 * 8, 4 * 5), (uzv, 3 * 3, 4 * 4), (pz, 4 * 3, 4 * 18)):
         assert [opt.direction.state_size(t) for t in opt.targets] == [a, b]
     assert direction_at(uzv, "a.weight", 0).shape == (8, 3)
     assert torch.linalg.matrix_rank(direction_at(uzv, "b.weight", 0).view(5, 18), tol=1e-4) == 4
@@ -190,7 +200,7 @@ def test_inner_products_do_not_depend_on_the_order_of_their_sums(grid: float) ->
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_kept_is_carried_to_new_factors(kind: str) -> None:
-    """uv: N V_old^T V_new / n; uzv: what the new frames hold of U_old Z V_old^T."""
+    """uv: N V_old^T V_new / n; uzv and pz: what the new frames hold of the old product."""
     model = nn.Linear(200, 9, bias=False)
     opt = made(model, kind, update=Momentum(0.9))
     (target,), direction = opt.targets, opt.direction
@@ -204,18 +214,20 @@ def test_what_is_kept_is_carried_to_new_factors(kind: str) -> None:
         return left.double() @ right.double()
 
     old = lifted(2, core)
-    _, old_right = direction.factors_of(target)
+    first = direction.factors_of(target)
     now = direction.carry(target, core.clone(), 3)
     new = lifted(3, now)
-    left, right = direction.factors_of(target)
+    frames = direction.factors_of(target)
     if kind == "uv":
-        n = core.view(9, 2).double() @ (old_right.double() @ right.double().T) / 200
+        n = core.view(9, 2).double() @ (first[0].double() @ frames[0].double().T) / 200
         # The grid of inner products is 2^-16, of which 200 are added, over 200.
         assert (now.view(9, 2) - n).abs().max().item() < 1e-5
     else:
-        assert left is not None
-        scale = 9 * 200 / 4
-        wanted = left.double() @ left.double().T @ old @ right.double().T @ right.double() / scale
+        left = frames[0].double()
+        wanted = left @ left.T @ old
+        if kind == "uzv":
+            right = frames[1].double()
+            wanted = wanted @ right.T @ right / (9 * 200 / 4)  # left is as long as dense noise
         assert (new - wanted).abs().max().item() < 1e-5
     bias = made(nn.Linear(4, 3), kind, update=Momentum(0.9))
     kept = torch.randn(3)
@@ -228,8 +240,8 @@ def test_state_is_as_small_as_the_cores(kind: str, update: Any) -> None:
     model = mlp()  # (11, 6), (3, 11), and 11 + 11 + 11 + 3 in vectors
     opt = made(model, kind, update=update)
     opt.step(closure_of(model))
-    cores = 2 * 11 + 2 * 3 if kind == "uv" else 4 + 4
-    factors = 2 * 6 + 2 * 11 if kind == "uv" else 2 * 17 + 2 * 14
+    cores = {"uv": 2 * 11 + 2 * 3, "uzv": 4 + 4, "pz": 2 * 6 + 2 * 11}[kind]
+    factors = {"uv": 2 * 6 + 2 * 11, "uzv": 2 * 17 + 2 * 14, "pz": 2 * 11 + 2 * 3}[kind]
     tensors = opt.snapshot()[1].values()
     assert sum(x.numel() for x in tensors) == len(update.slots) * (cores + 36)
     assert opt.state_bytes == 4 * (len(update.slots) * (cores + 36) + factors)
@@ -256,6 +268,7 @@ def test_a_momentum_of_beta_0_is_a_step_along_the_gradient(kind: str) -> None:
         *((kind, dtype, "stochastic", "eager") for kind in KINDS for dtype in DTYPES),
         ("uv", torch.float32, "nearest", "compiled"),
         ("uzv", torch.bfloat16, "stochastic", "compiled"),
+        ("pz", torch.float32, "stochastic", "compiled"),
     ],
     ids=str,
 )

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from smezo_cli.methods.eggroll import EGGROLL
 from smezo_cli.methods.lozo import LOZO
 from smezo_cli.methods.mezo import MeZO
 from smezo_cli.methods.sparse_mezo import SparseMeZO
 from smezo_cli.methods.subzero import SubZero
 from smezo_cli.methods.zo_block import ZOBlock
+from smezo_cli.methods.zo_muon import ZOMuon
 from smezo_cli.models.onednn import use_onednn
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.points import NotBatched, Points
@@ -26,6 +28,8 @@ METHODS: dict[str, tuple[type[ZeroOrder], dict[str, Any]]] = {
     "mezo": (MeZO, {"num_queries": 3}),
     "sparse": (SparseMeZO, {"sparsity": 0.5}),
     "lozo": (LOZO, {"rank": 2, "refresh_every": 2, "num_queries": 2}),
+    "eggroll": (EGGROLL, {"rank": 2, "num_queries": 2}),
+    "zo_muon": (ZOMuon, {"rank": 2, "refresh_every": 2, "num_queries": 3}),
     "subzero": (SubZero, {"rank": 2, "refresh_every": 2, "num_queries": 2}),
     "block": (ZOBlock, {"num_blocks": 2}),
 }
@@ -97,7 +101,7 @@ def test_a_batch_reads_the_model_once_for_all_points() -> None:
 
 
 @pytest.mark.parametrize("executor", INEXACT)
-@pytest.mark.parametrize("name", ["lozo", "subzero"])
+@pytest.mark.parametrize("name", ["lozo", "subzero", "zo_muon", "eggroll"])
 def test_a_matrix_that_is_moved_along_a_product_gets_no_copy(
     name: str, executor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +182,10 @@ class Loose(nn.Module):
     def __init__(self, what: str) -> None:
         super().__init__()
         self.a, self.b, self.what = nn.Linear(6, 4), nn.Linear(4, 3), what
+        g = seeded(5)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=g))
         self.norm = nn.BatchNorm1d(4) if what == "batch norm" else nn.Identity()
         self.calls = 0
         self.loss: Callable[[], Tensor] = lambda: self(torch.ones(4, 6)).square().mean()
