@@ -40,7 +40,7 @@ _FLAGS = {
     "plan": ("--memory", "--tokens", "--bench", "--json", "--config-dir", "--help"),
     "runs": ("--mean", "--compare", "--runs-dir", "--sort", "--json", "--help"),
     "table": (
-        *("--run", "--row", "--column", "--less", "--format"),
+        *("--run", "--commands", "--row", "--column", "--less", "--format"),
         *("--runs-dir", "--collect", "--results", "--help"),
     ),
     "plot": ("--x", "--y", "--row", "--column", "--out", "--runs-dir", "--results", "--help"),

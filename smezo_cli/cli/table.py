@@ -22,6 +22,7 @@ USAGE = """\
 smezo table                                   the tables there are
 smezo table ID [KEY=VALUE ...]                ours | paper | difference, and what fills empty cells
     COLUMN:KEY=VALUE   a setting of one column alone, such as RTE:task.data_dir=PATH
+    --commands         all commands that fill empty cells, not the first three
     --run              run what is missing, one run after the other; safe to interrupt and repeat
     --row NAME, --column NAME     these alone (each may be given again)
     --less ROW         each row less that one, too, paired by test row, with the standard error
@@ -47,6 +48,7 @@ def main(words: Sequence[str]) -> int:
         return 0
     parser = Flags("table")
     parser.add_argument("words", nargs="*")
+    parser.add_argument("--commands", action="store_true")
     parser.add_argument("--run", action="store_true")
     parser.add_argument("--row", action="append", default=[])
     parser.add_argument("--column", action="append", default=[])
@@ -93,7 +95,8 @@ def main(words: Sequence[str]) -> int:
         new, all_of_it = reader.collect(Path(given.collect)), len(reader.taken)
         print(f"{given.collect}: {all_of_it} results, {new} of them new", file=sys.stderr)
     notes = reader.notes + (subtract(cells, given.less) if given.less else [])
-    print(shown(table, cells, notes, given.format, given.less), end="")
+    text = shown(table, cells, notes, given.format, given.less, every_command=given.commands)
+    print(text, end="")
     return code
 
 

@@ -11,6 +11,8 @@ from smezo_cli.files import strict_json
 from smezo_cli.report.cells import Cell
 from smezo_cli.report.table import Table
 
+FEW_COMMANDS = 3  # of those that fill empty cells, below a table
+
 
 def command(words: Sequence[str]) -> str:
     """Return the command line that fills a cell."""
@@ -63,9 +65,24 @@ def _grid(table: Table, cells: Sequence[Cell], less: str) -> tuple[list[str], li
 
 
 def shown(
-    table: Table, cells: Sequence[Cell], notes: Sequence[str], form: str, less: str = ""
+    table: Table,
+    cells: Sequence[Cell],
+    notes: Sequence[str],
+    form: str,
+    less: str = "",
+    *,
+    every_command: bool = False,
 ) -> str:
-    """Return a table as markdown, latex, csv or json; `less` names the row that is subtracted."""
+    """Return a table as text.
+
+    Args:
+        table: what the cells are of.
+        cells: in the order of the table.
+        notes: lines below it.
+        form: markdown, latex, csv or json.
+        less: the row that is subtracted; "" for none.
+        every_command: markdown shows all commands that fill empty cells, not the first few.
+    """
     records = [
         {
             **{"row": cell.row.name, "column": cell.column.name},
@@ -120,7 +137,10 @@ def shown(
     missing = list(dict.fromkeys(command(cell.missing) for cell in cells if cell.missing))
     if missing:
         text += ["", f"What fills it (all of it: smezo table {table.id} --run):", ""]
-        text += [f"    {line}" for line in missing]
+        first = missing if every_command else missing[:FEW_COMMANDS]
+        text += [f"    {line}" for line in first]
+        if rest := len(missing) - len(first):
+            text += [f"    ... and {rest} more: smezo table {table.id} --commands"]
     return "\n".join(text) + "\n"
 
 
