@@ -58,6 +58,7 @@ RATES = {
     "adazeta": _MEZO._replace(why="four epochs of one query, and some steps of two"),
     "pezo": _MEZO._replace(why="E[u u^T] is nearly I; consecutive u overlap, which is slower"),
     "hizoo": _MEZO._replace(why="MeZO, as alpha 1e-8 leaves the curvature where it is"),
+    "hizoo_l": _MEZO._replace(why="MeZO, as alpha 1e-8 leaves the curvature where it is"),
     "zo_block": Rate(estimated(15), _CHANCE, "MeZO in 15 dimensions, on each of two blocks"),
     "elasticzo": Rate(
         (estimated(15) + _GRADIENT) / 2, _CHANCE, "half by MeZO, half by the gradient at tail_lr"
