@@ -78,6 +78,7 @@ RATES = {
     # Steps that are no multiple of the estimate: measured, with a margin for other noise.
     "mezo_adam": Rate(0.594, 1.5, "measured: steps of about lr an entry, whatever the loss"),
     "zo_sign": Rate(0.694, 1.5, "measured: steps of lr an entry, whatever the loss"),
+    "conmezo": Rate(0.04, _CHANCE, "measured: as MeZO, and a little more along the momentum"),
     "helene": Rate(0.15, 2.0, "measured: a curvature of at least 10, and a sum of ten estimates"),
     "zoro_fa": Rate(0.254, 1.5, "measured: of 30 entries those that the first rounds decode"),
     "cubic_newton": Rate(
