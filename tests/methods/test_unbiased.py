@@ -42,6 +42,7 @@ ELSEWHERE = {
     # The same estimator; its direction divides by another H.
     "hizoo_l": "test_hizoo.test_the_mean_of_the_estimate_is_the_gradient_over_the_curvature",
     "conmezo": "test_conmezo.test_the_mean_of_the_estimate_is_longer_along_the_momentum",
+    "zo_adamu": "test_zo_adamu.test_the_mean_of_the_estimate_is_longer_along_the_momentum",
     "mezo_svrg": "test_mezo_svrg."
     "test_the_anchor_estimate_is_unbiased_and_more_directions_are_quieter",
 }
