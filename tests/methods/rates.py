@@ -80,6 +80,7 @@ RATES = {
     "zo_sign": Rate(0.694, 1.5, "measured: steps of lr an entry, whatever the loss"),
     "conmezo": Rate(0.04, _CHANCE, "measured: as MeZO, and a little more along the momentum"),
     "zo_adamu": Rate(0.08, _CHANCE, "measured: steps of about lr times the slope an entry"),
+    "adamezo": Rate(0.63, 1.5, "measured: steps of about lr an entry, whatever the loss"),
     "helene": Rate(0.15, 2.0, "measured: a curvature of at least 10, and a sum of ten estimates"),
     "zoro_fa": Rate(0.254, 1.5, "measured: of 30 entries those that the first rounds decode"),
     "cubic_newton": Rate(
