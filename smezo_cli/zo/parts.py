@@ -154,7 +154,7 @@ class Parts(torch.optim.Optimizer):
                 backend=given["backend"],
                 keep_noise=given["keep_noise"],
                 is_in_place=self.executors.is_in_place,
-                copy_of=self.state_of_update.weights,
+                state=self.state_of_update,
             ),
             estimator.num_terms,
         )

@@ -1,4 +1,4 @@
-"""Compute the learning rate over a run, as a factor of ``lr``."""
+"""Compute numbers that change over a run: a factor of ``lr``, or a straight line."""
 
 import math
 from collections.abc import Callable
@@ -19,3 +19,10 @@ def lr_factor(schedule: str, step: int, steps: int, warmup_steps: int = 0) -> fl
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)  # the first step would be lost at 0
     return SCHEDULES[schedule]((step - warmup_steps) / (steps - warmup_steps))
+
+
+def between(first: float, last: float, step: int, start: int, end: int) -> float:
+    """Return ``first`` before step ``start``, ``last`` from ``end`` on, and the line in between."""
+    if not start <= step < end:
+        return first if step < start else last
+    return first + (last - first) * (step - start) / (end - start)

@@ -39,6 +39,16 @@ class State:
             self._tensors[target.name] = tuple(torch.zeros(size, device=device) for _ in self.slots)
         return self._tensors[target.name]
 
+    def read(self, target: Target) -> tuple[Tensor, ...]:
+        """Do as :meth:`of`, for reading alone: where nothing is kept yet, nothing is made.
+
+        The zeros are then one number, seen as so many.
+        """
+        if target.name in self._tensors:
+            return self._tensors[target.name]
+        zero = torch.zeros(1, device=target.parameter.device)
+        return tuple(zero.expand(self._size(target)) for _ in self.slots)
+
     def carry(self, targets: Sequence[Target], change: Callable[[Target, Tensor], Tensor]) -> None:
         """Replace every slot's tensor by ``change(target, tensor)``, of the same size."""
         for target in targets:

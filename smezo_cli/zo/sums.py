@@ -21,3 +21,16 @@ def sum_of_squares(flat: Tensor) -> float:
         squares = part.double().square_().mul_(_GRID).round_()
         total += int(squares.to(torch.int64).sum())
     return total / _GRID
+
+
+def squares_in_units(flat: Tensor, unit: float) -> int:
+    """Return the sum of the squares of float32 numbers, each rounded to whole units, in units^2.
+
+    Whole numbers are added, so the sum is the same in any order, on any device, up to 2^53.
+
+    Args:
+        flat: (n,).
+        unit: a power of two, at least 2^-112.
+    """
+    whole = (flat.detach() * (1 / unit)).round_().double()
+    return int(whole.dot(whole))

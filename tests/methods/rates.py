@@ -67,6 +67,8 @@ RATES = {
     "grzo": _MEZO._replace(why="MeZO where the batch is one row"),
     "adazeta": _MEZO._replace(why="four epochs of one query, and some steps of two"),
     "pezo": _MEZO._replace(why="E[u u^T] is nearly I; consecutive u overlap, which is slower"),
+    "hizoo": _MEZO._replace(why="MeZO, as alpha 1e-8 leaves the curvature where it is"),
+    "hizoo_l": _MEZO._replace(why="MeZO, as alpha 1e-8 leaves the curvature where it is"),
     "zo_block": Rate(estimated(15), _CHANCE, "MeZO in 15 dimensions, on each of two blocks"),
     "elasticzo": Rate(
         (estimated(15) + _GRADIENT) / 2, _CHANCE, "half by MeZO, half by the gradient at tail_lr"
@@ -97,6 +99,9 @@ RATES = {
     "subzero_plus": Rate(0.333, 1.5, "measured: as Adam, on the mean of four estimates"),
     "fzoo": Rate(0.539, 1.2, "measured: steps of about lr in all, whatever the loss"),
     "mezo_mv": Rate(0.6, 1.5, "measured: steps of about lr in all, whatever the loss"),
+    "conmezo": Rate(0.04, _CHANCE, "measured: as MeZO, and a little more along the momentum"),
+    "zo_adamu": Rate(0.08, _CHANCE, "measured: steps of about lr times the slope an entry"),
+    "adamezo": Rate(0.63, 1.5, "measured: steps of about lr an entry, whatever the loss"),
     "helene": Rate(0.15, 2.0, "measured: a curvature of at least 10, and a sum of ten estimates"),
     "zoro_fa": Rate(0.254, 1.5, "measured: of 30 entries those that the first rounds decode"),
     "cubic_newton": Rate(

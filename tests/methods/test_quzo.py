@@ -23,6 +23,7 @@ from smezo_cli.zo.move import Key, Move, Term
 from smezo_cli.zo.noise import stream_key
 from smezo_cli.zo.passes.rounded import EagerDraws, NumbaDraws, Stream
 from smezo_cli.zo.selections.masked import Everything
+from smezo_cli.zo.state import State
 from smezo_cli.zo.targets import select
 from tests.methods.test_every_method import Ranks
 from tests.zo.test_optimizer import seeded
@@ -148,7 +149,7 @@ def bound(model: nn.Module, bits: int) -> RoundedPair:
         backend="eager",
         keep_noise="auto",
         is_in_place=False,
-        copy_of=lambda name, target: target.flat,
+        state=State((), direction.state_size),
     )
     direction.bind(context, 1)
     return direction

@@ -48,6 +48,11 @@ ELSEWHERE = {
     "quzo": "test_quzo.test_two_roundings_leave_no_bias_and_one_has_that_of_its_variance",
     "grzo": "test_grzo.test_the_sum_over_the_rows_is_on_average_the_gradient",
     "pezo": "test_pezo.test_over_all_starts_the_estimate_is_nearly_the_gradient",
+    "hizoo": "test_hizoo.test_the_mean_of_the_estimate_is_the_gradient_over_the_curvature",
+    # The same estimator; its direction divides by another H.
+    "hizoo_l": "test_hizoo.test_the_mean_of_the_estimate_is_the_gradient_over_the_curvature",
+    "conmezo": "test_conmezo.test_the_mean_of_the_estimate_is_longer_along_the_momentum",
+    "zo_adamu": "test_zo_adamu.test_the_mean_of_the_estimate_is_longer_along_the_momentum",
     "mezo_svrg": "test_mezo_svrg."
     "test_the_anchor_estimate_is_unbiased_and_more_directions_are_quieter",
     # The selection and the direction of subzero; the mean of one-sided differences is no other.

@@ -9,6 +9,7 @@ from torch import Tensor
 from smezo_cli.zo.move import Move
 from smezo_cli.zo.probe import Mover, PairMover
 from smezo_cli.zo.selections.base import Selection
+from smezo_cli.zo.state import State
 from smezo_cli.zo.targets import Target
 
 #: Takes a part of a flat tensor, the sum of its terms there (float32), and returns what is added.
@@ -27,7 +28,7 @@ class DirectionContext:
         backend: "auto", "compiled" or "eager".
         keep_noise: draw once a step and keep it: "auto", True or False.
         is_in_place: the executor moves the weights themselves.
-        copy_of: returns the copy (flat) of a target's weights that the state keeps by a name.
+        state: what the method keeps; a direction may read it.
     """
 
     targets: Sequence[Target]
@@ -37,7 +38,7 @@ class DirectionContext:
     backend: str
     keep_noise: bool | str
     is_in_place: bool
-    copy_of: Callable[[str, Target], Tensor]
+    state: State
 
 
 class PointMover(PairMover, Protocol):

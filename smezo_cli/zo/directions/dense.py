@@ -12,7 +12,7 @@ from smezo_cli.zo.move import Key, Move, Term
 from smezo_cli.zo.noise import KINDS, locate, stream_key
 from smezo_cli.zo.passes.choose import Passes, choose_passes
 from smezo_cli.zo.passes.draw import Draw, Numbers, Reader, Rule, as_draws
-from smezo_cli.zo.passes.eager import EagerPasses, Use, round_bits
+from smezo_cli.zo.passes.eager import EagerPasses, Fold, Use, of_draws, round_bits
 from smezo_cli.zo.rounding import ROUNDINGS
 from smezo_cli.zo.targets import Target, check, one_of
 
@@ -44,7 +44,7 @@ class Dense:
             ValueError: noise cannot be kept with these arguments, or has to be.
         """
         self.targets, self.selection, self._seed = context.targets, context.selection, context.seed
-        self.copy_of = context.copy_of
+        self.state = context.state
         self._by_id = {id(t.parameter): t for t in context.targets}
         self._rule = Rule(context.selection.rule, self.noise, context.is_stochastic)
         devices = [t.parameter.device for t in context.targets]
@@ -146,6 +146,10 @@ class Dense:
 
     def mover(self, step: int, move: Move) -> "DenseMover":
         """See :class:`Direction`."""
+        return DenseMover(self, step, move, self.numbers(step, move))
+
+    def numbers(self, step: int, move: Move) -> list[Numbers | None]:
+        """Return what a pass draws of each target; None: the move leaves it as it is."""
         keys = [self.keys(t.key.purpose, t.key.step, t.key.query) for t in move.terms]
         none = [(0, 0)] * len(self.targets)
         stream = self.selection.stream(step)
@@ -164,7 +168,7 @@ class Dense:
                 continue
             k, a = zip(*own, strict=True)
             numbers.append(Numbers(k, masks[i], rounds[i], target.h, a, decay))
-        return DenseMover(self, step, move, numbers)
+        return numbers
 
     def keys(self, *parts: str | int) -> list[tuple[int, int]]:
         """Return the streams of a purpose, a target each; passes of a step ask for the same."""
@@ -190,19 +194,43 @@ class Dense:
             self._change_picked(target, mover, change)
             return
         use = _adding(target.flat, change, mover.move.decay, self._mask_of(target, mover))
-        if self.keeps:
-            z, _ = self.kept(target, mover)
-            EagerPasses.along_kept(z, mover.draw(target), use)
-        else:
-            self.passes.along(target.flat, mover.read_by(self.passes, target), use)
+        mover.along(self.passes, target, use)
 
-    def _change_picked(self, target: Target, mover: "DenseMover", change: Change) -> None:
+    def change_by_draws(
+        self, step: int, move: Move, fold: Fold, of: Callable[[Target], Change]
+    ) -> None:
+        """Do as :meth:`change`, with what ``fold`` makes of the terms in place of their sum.
+
+        Args:
+            step: of the update.
+            move: whose terms are drawn one by one.
+            fold: see :meth:`EagerPasses.along`.
+            of: as of :meth:`change`.
+        """
+        mover = self.mover(step, move)
+        for target in mover.moved:
+            if target.index is not None:
+                self._change_picked(target, mover, of(target), fold)
+                continue
+            use = _adding(target.flat, of(target), move.decay, self._mask_of(target, mover))
+            passes = self.passes
+            passes.along(target.flat, mover.read_by(passes, target), use, fold)
+
+    def _change_picked(
+        self, target: Target, mover: "DenseMover", change: Change, fold: Fold | None = None
+    ) -> None:
         """Do as :meth:`change`, of a target whose trained entries are named one by one."""
         assert target.index is not None
         numel, draw = target.parameter.numel(), mover.draw(target)
         zero = torch.zeros(target.num_trained, device=target.index.device)
         eager = self._eager(Rule(self._rule.mask, self.noise))
-        total = eager.move_at(zero, target.index, numel, draw._replace(decay=None))
+        index = target.index
+
+        def drawn(draw: Draw) -> Tensor:
+            return eager.move_at(zero, index, numel, draw)
+
+        total = of_draws(draw._replace(decay=None), drawn, fold)
+        assert isinstance(total, Tensor)
         bits = None
         if self._rule.stochastic:
             counter, is_first = locate(target.index, numel)
@@ -282,7 +310,15 @@ class DenseMover:
     def start(self, target: Target) -> Tensor:
         """Return the weights that the move starts from, flat."""
         base = self.move.base
-        return self._direction.copy_of(base, target) if base else target.flat
+        return self._direction.state.weights(base, target) if base else target.flat
+
+    def along(self, passes: Passes, target: Target, use: Use) -> None:
+        """Do as :meth:`EagerPasses.along`, by kept noise where it is kept."""
+        if self._direction.keeps:
+            z, _ = self._direction.kept(target, self)
+            EagerPasses.along_kept(z, self.draw(target), use)
+        else:
+            passes.along(target.flat, self.read_by(passes, target), use)
 
     def write(self, passes: Passes, target: Target, out: Tensor) -> None:
         """Write the moved tensor to ``out`` (flat), by kept noise where it is kept."""
@@ -336,7 +372,7 @@ class DenseMover:
             return picked
         numbers = self.read_by(passes, target)
         if target.index is not None:
-            place, there = _among(target.index, rows, width)
+            place, there = among(target.index, rows, width)
             flat = picked.view(-1)
             flat[place] = passes.move_at(flat[place], there, numel, numbers)
             return picked
@@ -384,7 +420,7 @@ class DenseAlone:
         return self._mover.moved_rows(self._direction.target_of(parameter), rows, nothing)
 
 
-def _among(index: Tensor, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def among(index: Tensor, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Return which entries of some rows are named in an index.
 
     Args:

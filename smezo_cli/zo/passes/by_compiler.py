@@ -13,10 +13,12 @@ from smezo_cli.zo import dynamo
 from smezo_cli.zo.passes.draw import Draw, Rule
 from smezo_cli.zo.passes.eager import (
     EagerPasses,
+    Fold,
     Use,
     move_at,
     move_pairs,
     move_pairs_both,
+    of_draws,
     over_chunks,
     round_bits,
     sum_of_draws,
@@ -86,16 +88,16 @@ class CompiledPasses:
             outs = (plus[last], plus[last]), (minus[last], minus[last])
             move_pairs_both(weight[last], weight[last], *outs, counter, self.rule, draw)
 
-    def along(self, weight: Tensor, draw: Draw, use: "Use") -> None:
+    def along(self, weight: Tensor, draw: Draw, use: "Use", fold: "Fold | None" = None) -> None:
         """See :meth:`EagerPasses.along`."""
         pairs = weight.numel() // 2
         if pairs < 64:
-            self._eager.along(weight, draw, use)
+            self._eager.along(weight, draw, use, fold)
             return
 
         def one(part: slice) -> None:
             counter = torch.arange(part.start, part.stop, device=weight.device)
-            first, second = self._directions(counter, *draw)
+            first, second = of_draws(draw, lambda d: self._directions(counter, *d), fold)
             bits = round_bits(counter, self.rule, draw)
             use(part, first, bits[0])
             use(slice(pairs + part.start, pairs + part.stop), second, bits[1])
@@ -104,7 +106,8 @@ class CompiledPasses:
         if weight.numel() % 2:
             counter = torch.tensor([pairs], device=weight.device)
             bits = round_bits(counter, self.rule, draw)
-            use(slice(2 * pairs, None), sum_of_draws(counter, self.rule, draw)[0], bits[0])
+            last = of_draws(draw, lambda d: sum_of_draws(counter, self.rule, d), fold)[0]
+            use(slice(2 * pairs, None), last, bits[0])
 
     def move_at(self, weight: Tensor, index: Tensor, numel: int, draw: Draw) -> Tensor:
         """See :func:`move_at`."""

@@ -7,7 +7,15 @@ from torch import Tensor
 
 from smezo_cli.zo import noise
 from smezo_cli.zo.passes.draw import Draw, Rule
-from smezo_cli.zo.passes.eager import EagerPasses, Use, blend, over_chunks, round_bits
+from smezo_cli.zo.passes.eager import (
+    EagerPasses,
+    Fold,
+    Use,
+    blend,
+    of_draws,
+    over_chunks,
+    round_bits,
+)
 from smezo_cli.zo.selections.masks import RULES
 
 #: Returns z (float32) at flat places (int64) of a tensor, from a key: two int64 numbers.
@@ -63,13 +71,15 @@ class PassesByIndex(EagerPasses):
         self.move(weight, plus, draw)
         self.move(weight, minus, draw._replace(coefficients=-draw.coefficients))
 
-    def along(self, weight: Tensor, draw: Draw, use: Use) -> None:
+    def along(self, weight: Tensor, draw: Draw, use: Use, fold: Fold | None = None) -> None:
         """See :meth:`EagerPasses.along`."""
         numel = weight.numel()
 
         def one(part: slice) -> None:
             index = torch.arange(part.start, part.stop, device=weight.device)
-            use(part, self._sum(index, draw), self._bits(index, numel, draw))
+            total = of_draws(draw, lambda d: self._sum(index, d), fold)
+            assert isinstance(total, Tensor)
+            use(part, total, self._bits(index, numel, draw))
 
         over_chunks(numel, weight.device, one)
 

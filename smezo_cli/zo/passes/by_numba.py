@@ -8,7 +8,7 @@ from torch import Tensor
 
 from smezo_cli.zo import noise
 from smezo_cli.zo.passes.draw import Draw, Numbers, Rule
-from smezo_cli.zo.passes.eager import Use, over_chunks
+from smezo_cli.zo.passes.eager import Fold, Use, of_draws, over_chunks
 from smezo_cli.zo.rounding import ROUNDINGS
 
 # Pairs per thread below which another thread costs more than it saves.
@@ -72,17 +72,22 @@ class NumbaPasses:
             self._move_buffered(weight.detach(), plus.detach(), numbers)
             self._move_buffered(weight.detach(), minus.detach(), _negated(numbers))
 
-    def along(self, weight: Tensor, draw: Draw | Numbers, use: "Use") -> None:
+    def along(
+        self, weight: Tensor, draw: Draw | Numbers, use: "Use", fold: "Fold | None" = None
+    ) -> None:
         """See :meth:`EagerPasses.along`."""
         numbers = Numbers.of(draw)
         pairs, odd = weight.numel() // 2, weight.numel() % 2
-        queries = list(zip(numbers.keys, numbers.coefficients, strict=True))
 
-        def one(part: slice) -> None:
+        def drawn(part: slice, numbers: Numbers) -> Tensor:
             both = torch.empty(2, part.stop - part.start)
             halves = both.numpy()
-            for q, (key, a) in enumerate(queries):
+            for q, (key, a) in enumerate(zip(numbers.keys, numbers.coefficients, strict=True)):
                 self._kernels.direction(self.rule.noise, q > 0)(*halves, part.start, key, a)
+            return both
+
+        def one(part: slice) -> None:
+            both = of_draws(numbers, lambda n: drawn(part, n), fold)
             bits: tuple[Tensor | None, Tensor | None] = None, None
             if self.rule.stochastic:
                 counter = torch.arange(part.start, part.stop)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from smezo_cli.zo.passes.draw import Draw, Rule
-from smezo_cli.zo.passes.eager import EagerPasses, Use, over_chunks
+from smezo_cli.zo.passes.eager import EagerPasses, Fold, Use, of_draws, over_chunks
 from smezo_cli.zo.rounding import ROUNDINGS
 
 # Pairs (or picked entries) that a program takes: eight for each of its 128 threads.
@@ -84,18 +84,16 @@ class TritonPasses:
         )
         return out
 
-    def along(self, weight: Tensor, draw: Draw, use: Use) -> None:
+    def along(self, weight: Tensor, draw: Draw, use: Use, fold: Fold | None = None) -> None:
         """See :meth:`EagerPasses.along`."""
         if not self._is_ready(weight):
-            self._eager.along(weight, draw, use)
+            self._eager.along(weight, draw, use, fold)
             return
         pairs, device, is_stochastic = weight.numel() // 2, weight.device, self.rule.stochastic
 
-        def one(part: slice) -> None:
+        def drawn(part: slice, bits: Tensor, draw: Draw) -> Tensor:
             count = part.stop - part.start
             both = torch.empty(2, count, device=device)
-            size = count if is_stochastic else 0
-            bits = torch.empty(2, size, dtype=torch.int32, device=device)
             self._launch(
                 self._kernels.along,
                 weight,
@@ -111,6 +109,12 @@ class TritonPasses:
                 draws=self._kernels.PAIRS[self.rule.noise],
                 is_stochastic=is_stochastic,
             )
+            return both
+
+        def one(part: slice) -> None:
+            size = part.stop - part.start if is_stochastic else 0
+            bits = torch.empty(2, size, dtype=torch.int32, device=device)
+            both = of_draws(draw, lambda d: drawn(part, bits, d), fold)
             chance = tuple(bits) if is_stochastic else (None, None)
             use(part if part.start < pairs else slice(2 * pairs, None), both[0], chance[0])
             if part.start < pairs:

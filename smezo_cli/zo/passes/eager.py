@@ -1,14 +1,15 @@
 """Make passes in plain torch, chunk by chunk: the reference of all others."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from smezo_cli.zo import noise
-from smezo_cli.zo.passes.draw import Draw, Rule
+from smezo_cli.zo.passes.draw import Draw, Numbers, Rule
 from smezo_cli.zo.rounding import ROUNDINGS
 from smezo_cli.zo.selections.masks import RULES
 
@@ -56,6 +57,30 @@ def sum_of_draws(counter: Tensor, rule: Rule, draw: Draw) -> tuple[Tensor, Tenso
         first = first + z_first * draw.coefficients[q]
         second = second + z_second * draw.coefficients[q]
     return first, second
+
+
+#: A number for each of the first elements of some pairs, and for each of the second.
+Pair = Tensor | tuple[Tensor, Tensor]
+
+_Drawn = TypeVar("_Drawn", Draw, Numbers)
+
+
+def of_draws(draw: _Drawn, pair: Callable[[_Drawn], Pair], fold: "Fold | None") -> Pair:
+    """Return sum_q a_q z_q for both elements of some pairs, or what ``fold`` makes of the draws.
+
+    Args:
+        draw: of all queries.
+        pair: returns the sum of a draw, of all queries or of one.
+        fold: see :meth:`EagerPasses.along`.
+    """
+    if fold is None:
+        return pair(draw)
+    alone = (
+        draw._replace(keys=draw.keys[q : q + 1], coefficients=draw.coefficients[q : q + 1])
+        for q in range(len(draw.keys))
+    )
+    found = (pair(d) for d in alone)
+    return fold(x if isinstance(x, Tensor) else torch.stack(x) for x in found)
 
 
 def _masks(
@@ -198,15 +223,16 @@ class EagerPasses:
         _over_pairs(weight, one)
         return mask
 
-    def along(self, weight: Tensor, draw: Draw, use: "Use") -> None:
+    def along(self, weight: Tensor, draw: Draw, use: "Use", fold: "Fold | None" = None) -> None:
         """Call ``use`` for the parts of a flat tensor, each with its sum_q a_q z_q.
 
         Parts are disjoint, come in any order and in several threads, and fit the cache, so that an
-        update that is more than a sum needs no memory of the tensor's size.
+        update that is more than a sum needs no memory of the tensor's size. ``fold`` takes the
+        a_q z_q of a part one by one, (..., n), and returns what takes the place of their sum.
         """
 
         def one(first: slice, second: slice, counter: Tensor) -> None:
-            directions = sum_of_draws(counter, self.rule, draw)
+            directions = of_draws(draw, lambda d: sum_of_draws(counter, self.rule, d), fold)
             bits = round_bits(counter, self.rule, draw)
             use(first, directions[0], bits[0])
             if second != first:  # an odd last entry is both
@@ -284,3 +310,6 @@ def _over_pairs(weight: Tensor, one: Callable[[slice, slice, Tensor], None]) -> 
 
 #: Takes a part of a flat tensor, sum_q a_q z_q there (float32), and what rounds it by chance.
 Use = Callable[[slice, Tensor, Tensor | None], None]
+
+#: Takes the a_q z_q of some weights, (..., n) each, in their order; returns what to use of them.
+Fold = Callable[[Iterable[Tensor]], Tensor]

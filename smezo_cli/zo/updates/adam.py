@@ -28,7 +28,7 @@ class Adam(Update):
         ValueError: an argument out of range.
     """
 
-    slots = ("exp_avg", "exp_avg_sq")
+    slots: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
 
     def __init__(self, betas: Sequence[float], adam_eps: float) -> None:
         check(

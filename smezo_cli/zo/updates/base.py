@@ -7,7 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from smezo_cli.zo.directions.base import Change, Direction
+from smezo_cli.zo.directions.dense import Dense
 from smezo_cli.zo.move import Gradient
+from smezo_cli.zo.passes.eager import Fold
 from smezo_cli.zo.state import State
 from smezo_cli.zo.targets import Target
 
@@ -74,12 +76,43 @@ class WeightWriter:
             change_of: returns the change of a target.
             decay: as there.
         """
+        self.by_part(gradient, self._with_slots(change_of), decay)
 
+    def by_part(
+        self, gradient: Gradient, of: Callable[[Target], Change], decay: float = 0.0
+    ) -> None:
+        """Do as :meth:`by_target`, where a change reads and writes its state by itself."""
+        self._direction.change(self.step, gradient.move(1.0, decay), of)
+
+    def by_draws(
+        self,
+        gradient: Gradient,
+        fold: Fold,
+        change_of: Callable[[Target], Callable[..., Tensor]],
+        decay: float = 0.0,
+    ) -> None:
+        """Do as :meth:`by_target`, with what ``fold`` makes of the terms in place of g.
+
+        Along dense noise alone.
+
+        Args:
+            gradient: whose terms are drawn one by one, as noise.
+            fold: see :meth:`smezo_cli.zo.passes.eager.EagerPasses.along`.
+            change_of: as there.
+            decay: as there.
+        """
+        assert isinstance(self._direction, Dense)
+        of = self._with_slots(change_of)
+        self._direction.change_by_draws(self.step, gradient.move(1.0, decay), fold, of)
+
+    def _with_slots(
+        self, change_of: Callable[[Target], Callable[..., Tensor]]
+    ) -> Callable[[Target], Change]:
         def of(target: Target) -> Change:
             tensors, change = self.state.of(target), change_of(target)
             return lambda part, g: change(g, *(tensor[part] for tensor in tensors))
 
-        self._direction.change(self.step, gradient.move(1.0, decay), of)
+        return of
 
 
 class Update(ABC):

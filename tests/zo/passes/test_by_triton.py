@@ -350,6 +350,15 @@ def test_ptx_gives_the_bits_of_eager_passes(target: str, number: int) -> None:
         along = [directions_of(worker, weight, draw) for worker in (passes, eager)]
         assert same(along[0][0], along[1][0])
         assert torch.equal(along[0][1], along[1][1])
+        folded = [torch.empty(numel) for _ in (passes, eager)]
+        for worker, out in zip((passes, eager), folded, strict=True):
+            worker.along(
+                weight,
+                draw,
+                lambda part, x, bits, out=out: out.__setitem__(part, x),
+                lambda draws: torch.stack(list(draws)).prod(0),
+            )
+        assert same(*folded)
 
 
 def contracted(kernel: Any) -> list[str]:

@@ -103,6 +103,35 @@ def test_a_pass_is_the_documented_formula(mask: str, kind: str, queries: int, de
             assert same(moved_by(EagerPasses(rule), weight, draw), wanted)
 
 
+@pytest.mark.parametrize("numel", [3, 1000, 70_001])
+def test_draws_can_be_had_one_by_one(numel: int) -> None:
+    """Each a_q z_q with the bits of a pass of its own, and what rounds by chance is the same."""
+    rule = Rule("small", stochastic=True)
+    draw, weight = draw_of(rule, 3), weight_of(numel, F32)
+    alone = [
+        draw._replace(keys=draw.keys[q : q + 1], coefficients=draw.coefficients[q : q + 1])
+        for q in range(3)
+    ]
+    for worker in (EagerPasses(rule), NumbaPasses(rule)):
+        wanted = [directions_of(worker, weight, one) for one in alone]
+        found = torch.empty(3, numel)
+
+        def use(
+            part: slice,
+            drawn: Tensor,
+            chance: Tensor | None,
+            found: Tensor = found,
+            bits: Tensor = wanted[0][1],
+        ) -> None:
+            found[:, part] = drawn
+            assert chance is not None
+            assert torch.equal(chance, bits[part])
+
+        worker.along(weight, draw, use, lambda draws: torch.stack(list(draws), -2))
+        for q in range(3):
+            assert same(found[q], wanted[q][0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threads_share_the_chunks_of_an_eager_pass(dtype: torch.dtype) -> None:
     """One, two or five threads write the same bits, also when the output is the weight."""
