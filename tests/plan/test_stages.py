@@ -221,7 +221,7 @@ def test_tangents_take_what_they_take_of_real_tensors() -> None:
     assert step > 1.5 * planned("method=mezo", "method.executor=sequential").phases["step"]
 
 
-@pytest.mark.parametrize("method", ["lozo", "subzero", "mezo", "p_rge"])
+@pytest.mark.parametrize("method", ["lozo", "subzero", "eggroll", "mezo", "p_rge"])
 @pytest.mark.parametrize("executor", ["batched", "side_path"])
 def test_points_of_a_batch_take_what_they_take_of_real_tensors(method: str, executor: str) -> None:
     words = (f"method={method}", f"method.executor={executor}", "method.num_queries=2")
