@@ -14,6 +14,7 @@ from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
 from smezo_cli.zo.ranges import Count, Decays, Epsilon, Noise
 from smezo_cli.zo.selections.masked import Everything
+from smezo_cli.zo.targets import check
 from smezo_cli.zo.updates.adam import Adam
 from smezo_cli.zo.updates.base import WeightWriter
 
@@ -34,14 +35,21 @@ class TruncatedAdam(Adam):
         self.horizon = horizon
 
     def apply(self, weights: WeightWriter, gradient: Gradient, lr: float) -> None:
-        """See :class:`Update`."""
+        """See :class:`Update`.
+
+        Raises:
+            ValueError: weights were restored without the projected gradients that belong to them.
+        """
         kept, num_queries = weights.state.numbers, len(gradient.terms)
         grads = [t.coefficient / gradient.divisor for t in gradient.terms]
-        kept["records"] = [*kept.get("records", ()), [weights.step, grads]][-self.horizon :]
+        before, step = kept.get("records", []), weights.step
+        has_all = before[-1][0] == step - 1 if before else step == 0
+        check(has_all, f"the projected gradients before step {step} were not restored")
+        kept["records"] = [*before, [step, grads]][-self.horizon :]
         terms = tuple(
-            Term(Key(step, query), size)
-            for step, sizes in kept["records"]
-            for query, size in enumerate(sizes)
+            Term(Key(made, query), grad)
+            for made, of_step in kept["records"]
+            for query, grad in enumerate(of_step)
         )
         ages = range(len(kept["records"]) - 1, -1, -1)
         shares, of_squares = ([beta**age for age in ages] for beta in self.betas)

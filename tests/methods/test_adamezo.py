@@ -115,3 +115,11 @@ def test_clipped_slopes_are_kept_as_they_were_cut() -> None:
         cut.replay(1e-3, scalars)
         free.replay(1e-3, [max(-0.25, min(scalars[0], 0.25))])
     assert same(weights_of(a), weights_of(b))
+
+
+def test_weights_without_the_slopes_before_them_take_no_step() -> None:
+    opt = AdaMeZO(mlp(), **given())
+    opt.replay(1e-3, [1.0])
+    opt.restore(opt.snapshot()[0] | {"state": {}}, {})
+    with pytest.raises(ValueError, match="gradients before step 1 were not restored"):
+        opt.replay(1e-3, [1.0])
