@@ -146,6 +146,10 @@ class Dense:
 
     def mover(self, step: int, move: Move) -> "DenseMover":
         """See :class:`Direction`."""
+        return DenseMover(self, step, move, self.numbers_of(step, move))
+
+    def numbers_of(self, step: int, move: Move) -> list[Numbers | None]:
+        """Return what a pass over each target computes with; None for those that stay."""
         keys = [self.keys(t.key.purpose, t.key.step, t.key.query) for t in move.terms]
         none = [(0, 0)] * len(self.targets)
         stream = self.selection.stream(step)
@@ -164,7 +168,7 @@ class Dense:
                 continue
             k, a = zip(*own, strict=True)
             numbers.append(Numbers(k, masks[i], rounds[i], target.h, a, decay))
-        return DenseMover(self, step, move, numbers)
+        return numbers
 
     def keys(self, *parts: str | int) -> list[tuple[int, int]]:
         """Return the streams of a purpose, a target each; passes of a step ask for the same."""
