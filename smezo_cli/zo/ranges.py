@@ -146,6 +146,7 @@ class Text:
 
 Count = Annotated[int, Whole(1, example="16")]
 Epochs = Annotated[int, Whole(2, example="160")]
+ProjectEvery = Annotated[int, Whole(2, example="50")]
 Shown = Annotated[int, Whole(1, example="32")]
 StepsBetween = Annotated[int, Whole(0, example="0")]
 Generators = Annotated[int, Whole(0, end=2**10, example="0")]
