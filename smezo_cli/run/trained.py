@@ -116,7 +116,7 @@ def _change(cfg: DictConfig, word: str, may_change: Sequence[str]) -> None:
             f"{key}: a trained run keeps this setting; what may change is which rows it sees (such "
             "as task.num_test or task.data_dir), device, model.device_map, dtype and compute_dtype."
         )
-    if key == "dtype" and trait(cfg.method, "moves_codes", default=False):
+    if key == "dtype" and trait(cfg.method, "holds_codes", default=False):
         raise UserError(
             f"dtype: the codes of method={cfg.method.name} belong to scales that come from the "
             "weights in the dtype of the training: leave it out."

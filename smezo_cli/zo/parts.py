@@ -112,6 +112,7 @@ class Parts(torch.optim.Optimizer):
     # Trajectories say which method made them. The first three methods' say nothing, as they did
     # before there were others: a new method leaves this as it is.
     names_itself: ClassVar = True
+    holds_codes: ClassVar = False  # a run makes linear layers QuantisedLinear before its method
     moves_codes: ClassVar = False  # those of QuantisedLinear; else they stay as they are
 
     def __init__(

@@ -178,6 +178,7 @@ RoundingMode = Annotated[str, Choice("nearest", "stochastic")]
 ExecutorName = Annotated[
     str, Choice("auto", "sequential", "lockstep", "in_place", "side_path", "batched")
 ]
+Others = Annotated[str, Choice("frozen", "trained")]
 WeightBits = Annotated[int, Sizes(8, 4)]
 PerturbBits = Annotated[int, Sizes(8, 7, 6, 5, 4, 3, 2)]
 KeepNoise = Annotated[bool | str, Choice("auto", True, False)]

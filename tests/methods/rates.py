@@ -53,6 +53,7 @@ RATES = {
     "subzero": _MEZO._replace(why="MeZO on tensors of one dimension"),
     "subzero_lora": _MEZO._replace(why="MeZO on tensors of one dimension"),
     "quzo": _MEZO._replace(why="MeZO on tensors that are no linear layer's"),
+    "qzo": _MEZO._replace(why="MeZO on tensors that are no linear layer's"),
     "dizo": _MEZO._replace(why="MeZO; a projection changes the way from the start by 20% at most"),
     "forward_grad": _MEZO._replace(why="exact derivatives are MeZO's on a quadratic"),
     "zo_conservative": _MEZO._replace(why="steps of lr < 2 / |z|^2 go down, so all are taken"),

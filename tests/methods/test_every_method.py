@@ -62,6 +62,7 @@ def made(name: str, model: nn.Module, **values: Any) -> ZeroOrder:
     node |= {"lr": 1e-2, "eps": 1e-3, "executor": "sequential"}
     node |= {"sparsity": 0.5, "mask_refresh_every": 2} if "mask" in node else {}
     node |= {"project": ["*"], "project_every": 2} if "project" in node else {}
+    node |= {"others": "trained"} if "others" in node else {}  # nothing here is held as codes
     node |= {key: value for key, value in values.items() if key in describe(node).keys}  # type: ignore[union-attr]  # one of ours
     found: ZeroOrder = build(node, model=model, seed=0, backend="eager", check=False)
     return found
