@@ -22,7 +22,7 @@ from smezo_cli.zo.passes.draw import Numbers
 from smezo_cli.zo.passes.eager import over_chunks
 from smezo_cli.zo.ranges import Count, Globs, Noise, NotNegative, Positive, ProjectEvery, Shrink
 from smezo_cli.zo.rounding import ROUNDINGS
-from smezo_cli.zo.selections.layers import layer_of
+from smezo_cli.zo.selections.layers import frozen, layer_of
 from smezo_cli.zo.selections.masked import Everything
 from smezo_cli.zo.sums import sum_of_squares
 from smezo_cli.zo.targets import Target, check, select
@@ -399,7 +399,7 @@ class DiZO(ZeroOrder):
         noise: Noise = "gaussian",
         **common: Unpack[Common],
     ) -> None:
-        freeze = common["freeze"] = list(common.get("freeze", ()))
+        freeze = common["freeze"] = frozen(model, common)
         names = projected(select(dynamo.original(model), freeze, []), project)
         direction = FromStart(noise, names)
         super().__init__(

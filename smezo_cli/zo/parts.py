@@ -24,6 +24,7 @@ from smezo_cli.zo.ranges import (
     ExecutorName,
     Globs,
     KeepNoise,
+    Layers,
     Limit,
     NotNegative,
     Radius,
@@ -31,6 +32,7 @@ from smezo_cli.zo.ranges import (
     StepSize,
 )
 from smezo_cli.zo.selections.base import Selection
+from smezo_cli.zo.selections.layers import frozen
 from smezo_cli.zo.state import State
 from smezo_cli.zo.step import NUMERICS
 from smezo_cli.zo.step_sizes.base import StepSize as MeasuredStepSize
@@ -47,6 +49,8 @@ class Common(TypedDict, total=False):
     weight_decay: on what is selected only.
     clip_projected_grad: a projected gradient is cut to it in the update; None never.
     freeze: globs of parameter names left as they are.
+    layers: numbers of the blocks that are trained, all else being frozen: one, a list, or a range
+        such as "16-29" with both ends; None: nothing is frozen by it.
     rounding: "nearest" or "stochastic": how updates are stored below float32.
     executor: how the losses of a query are measured. "sequential": one after the other at moved
         copies of the weights, module by module; "lockstep": in turns, with one draw for both;
@@ -68,6 +72,7 @@ class Common(TypedDict, total=False):
     weight_decay: NotNegative
     clip_projected_grad: Limit | None
     freeze: Globs
+    layers: Layers | None
     rounding: RoundingMode
     executor: ExecutorName
     backend: str
@@ -80,6 +85,7 @@ DEFAULTS: Mapping[str, Any] = {
     "weight_decay": 0.0,
     "clip_projected_grad": None,
     "freeze": (),
+    "layers": None,
     "rounding": "nearest",
     "executor": "auto",
     "backend": "auto",
@@ -132,8 +138,8 @@ class Parts(torch.optim.Optimizer):
         _check_common(type(self).__name__, given)
         lr, eps, clip = given["lr"], given["eps"], given["clip_projected_grad"]
         model = dynamo.original(model)
-        freeze, dense = list(given["freeze"]), list(selection.dense)
-        self.targets = select(model, freeze, dense, codes=self.moves_codes)
+        freeze = frozen(model, given, codes=self.moves_codes)
+        self.targets = select(model, freeze, list(selection.dense), codes=self.moves_codes)
         super().__init__(
             [t.parameter for t in self.targets],
             {"lr": lr, "eps": eps, "weight_decay": given["weight_decay"]},

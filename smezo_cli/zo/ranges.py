@@ -5,6 +5,7 @@ torch in this module: settings are checked without it.
 """
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Protocol
@@ -130,6 +131,25 @@ class Names:
         return value
 
 
+class BlockNumbers:
+    """Accept "dominant", a block number, a range of them with both ends, or a list."""
+
+    words = 'dominant, a block number, a range such as "16-29", or a list such as [16,17]'
+    example = "[16,17]"
+
+    def __call__(self, value: object) -> str | list[int]:
+        if value == "dominant":
+            return "dominant"
+        number = Whole(0, end=2**20)
+        if isinstance(value, str) and (ends := re.fullmatch(r"(\d{1,6})-(\d{1,6})", value)):
+            first, last = (number(int(end)) for end in ends.groups())
+            value = list(range(first, last + 1))
+        found = sorted({number(item) for item in (value if isinstance(value, list) else [value])})
+        if not found:
+            raise ValueError
+        return found
+
+
 class Text:
     """Accept a text of at least one character."""
 
@@ -166,6 +186,7 @@ Epsilon = Annotated[float, Number(0, above=True, example="1e-8")]
 Limit = Annotated[float, Number(0, above=True, example="100.0")]
 Decays = Annotated[Sequence[float], Betas()]
 Globs = Annotated[Iterable[str], Names()]
+Layers = Annotated[str | int | Sequence[int], BlockNumbers()]
 MaskRule = Annotated[str, Choice("small", "large", "random", "none")]
 Resample = Annotated[str, Choice("run", "step")]
 ConstantTensors = Annotated[str, Choice("dense", "frozen")]

@@ -299,6 +299,22 @@ def test_only_what_a_probe_has_moved_is_updated(name: str) -> None:
             assert not ((now != before[tensor]) & ~moved[tensor]).any()
 
 
+@pytest.mark.parametrize("name", ZEROTH_ORDER)
+def test_blocks_may_be_trained_alone(name: str) -> None:
+    """Nothing else moves; the tensors of the network are of layers 0, 2 and 3."""
+    model = mlp()
+    opt = made(name, model, layers="2-3", sparsity=0.0)
+    names = {n for n in weights_of(model) if n.startswith(("2.", "3."))}
+    assert set(opt.trained) == names
+    before = weights_of(model)
+    for _ in range(2):
+        opt.step(closure_of(model))
+    now = weights_of(model)
+    moved = {n for n in before if not torch.equal(now[n], before[n])}
+    assert moved  # of a sparse method not all
+    assert moved <= names
+
+
 class Ranks:
     """Processes that share the queries of a step, played by threads.
 
