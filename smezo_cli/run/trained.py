@@ -50,6 +50,7 @@ def opened(
     run: str, overrides: Sequence[str] = ()
 ) -> Iterator[tuple["RunFolder", "State", Settings, DictConfig]]:
     """Give a trained run's folder (locked), state, and settings with the overrides."""
+    from smezo_cli.run.layers import resolved
     from smezo_cli.store.folder import RunFolder
 
     path = Path(run)
@@ -64,7 +65,7 @@ def opened(
             raise UserError(
                 f"{path} has no trained weights yet{broken}: finish it with smezo train."
             )
-        yield folder, state, settings, cfg
+        yield folder, state, resolved(settings, state.notes.get("dominant_layer")), cfg
     finally:
         folder.close()
 
