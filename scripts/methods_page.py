@@ -104,8 +104,8 @@ def headline(name: str) -> str:
 def made(name: str) -> Any:
     """Return the method for a small network."""
     node = {key: value for key, value in node_of(name).items() if key != "adapter"}
-    model = Two()
-    return build(node | {"eps": 1e-3}, "method", model=model, seed=0, check=False)
+    more = {"project": ["*"]} if "project" in node else {}  # no tensor here has keys or values
+    return build(node | more | {"eps": 1e-3}, "method", model=Two(), seed=0, check=False)
 
 
 def state(method: Any) -> str:

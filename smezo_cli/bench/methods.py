@@ -110,7 +110,7 @@ def step_of(
     if "adapter" in node:
         scorer = beside_lora(scorer, node["adapter"])
     model: nn.Module = scorer.model
-    if trait(node, "moves_codes", default=False):
+    if trait(node, "holds_codes", default=False):
         own = copy.deepcopy(scorer.model)
         scorer = Scorer(own, scorer.tokenizer, scorer.compute_dtype)
         model = own

@@ -239,7 +239,7 @@ def _planned(
             if method in methods.names():
                 found[name] = of(method, executor).step_peak
                 # Whoever changes layers has a model beside that of the others.
-                has_own = trait(methods.node_of(method), "moves_codes", default=False)
+                has_own = trait(methods.node_of(method), "holds_codes", default=False)
                 more = beside + (result["weights_bytes"] if has_own else 0)
                 over[name] = peaks[name] / (found[name] + more)
     return {"planned_bytes": found, "beside_plan_bytes": beside, "peak_over_plan": over}

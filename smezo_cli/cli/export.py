@@ -103,6 +103,7 @@ def shown_bytes(size: int) -> str:
 
 
 def _export_delta(run: str, target: Path, step: int | None) -> int:
+    from smezo_cli.run.layers import with_numbers
     from smezo_cli.store.delta import delta
     from smezo_cli.store.notes import noted_prompt
     from smezo_cli.store.saved import tensors_digest
@@ -135,7 +136,7 @@ def _export_delta(run: str, target: Path, step: int | None) -> int:
             noted[chosen] = tensors_digest(build_method(job).trained)
         result = folder.result() or {}
         about = {
-            "config": OmegaConf.to_yaml(cfg),
+            "config": OmegaConf.to_yaml(with_numbers(cfg, settings)),
             "prompt": noted_prompt(state.notes),
             "weights": {"step": chosen, "sha256": noted[chosen]},
             "test": result.get("test") if chosen == state.best_step else None,

@@ -189,6 +189,7 @@ def _of_delta(name: str, overrides: Sequence[str]) -> _Source:
 
 
 def _of_run(name: str, overrides: Sequence[str]) -> _Source:
+    from smezo_cli.run.layers import resolved
     from smezo_cli.store.folder import RunFolder
     from smezo_cli.store.trajectory import read
 
@@ -206,6 +207,7 @@ def _of_run(name: str, overrides: Sequence[str]) -> _Source:
         folder.close()
     if result.get("prompt") is None:
         raise UserError(f"{name} has no good result.json yet: finish it with smezo train.")
+    settings = resolved(settings, result.get("dominant_layer"))
     best = (result.get("dev") or {}).get("best") or {}
     noted = (result.get("weights") or {}).values()
     known = {

@@ -133,7 +133,7 @@ def check_quantization(model: Mapping[str, Any], method: Mapping[str, Any], devi
 
 
 def check_codes(model: Mapping[str, Any], method: Mapping[str, Any]) -> None:
-    """Refuse what does not go with a method whose weights are integers."""
+    """Refuse what does not go with a method whose linear layers hold integers."""
     if method.get("frozen_bits") is not None:
         bits = f"method.frozen_bits={method['frozen_bits']}"
         if method.get("adapter") is not None:
@@ -143,20 +143,20 @@ def check_codes(model: Mapping[str, Any], method: Mapping[str, Any]) -> None:
                 f"model.device_map beside {bits}: a model of codes lies on one device so far; "
                 "leave one of them out."
             )
-    if not trait(method, "moves_codes", default=False):
+    if not trait(method, "holds_codes", default=False):
         return
     name = method["name"]
     if method.get("adapter") is not None:
         raise UserError(
-            f"method.adapter beside method={name}, which trains the linear layers themselves as "
-            "integers: leave it out, or choose method=mezo_lora."
+            f"method.adapter beside method={name}, which trains the linear layers themselves, held "
+            "as integers: leave it out, or choose method=mezo_lora."
         )
     if model["device_map"] is not None:
         raise UserError(
             f"model.device_map beside method={name}: a model of integers lies on one device so "
             "far; leave model.device_map out."
         )
-    if method.get("executor") == "in_place":
+    if method.get("executor") == "in_place" and trait(method, "moves_codes", default=False):
         raise UserError(
             f"method.executor=in_place moves the weights themselves by eps, and those of "
             f"method={name} are integers: use method.executor=auto, sequential or lockstep."

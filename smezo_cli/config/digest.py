@@ -32,6 +32,7 @@ ADDED_LATER = {
     "keep_inputs": False,
     "sfc": False,
     "sfc_prompt": None,
+    "layers": None,
 }
 
 _ADDED_LATER_OF_MACHINES = {

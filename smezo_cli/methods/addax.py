@@ -16,6 +16,7 @@ from smezo_cli.zo.noise import stream_key
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
 from smezo_cli.zo.ranges import Count, Fraction, Noise, Rows
+from smezo_cli.zo.selections.layers import frozen
 from smezo_cli.zo.selections.masked import Everything
 from smezo_cli.zo.targets import select
 from smezo_cli.zo.updates.base import Update, WeightWriter
@@ -94,7 +95,7 @@ class Addax(ZeroOrder):
         self._sizes = {"long": long_rows, "short": short_rows}
         self._orders: dict[tuple[str, int], list[int]] = {}
         plain = dynamo.original(model)
-        trained = select(plain, list(common.get("freeze", ())), [])
+        trained = select(plain, frozen(model, common), [])
         super().__init__(
             model,
             selection=Everything(),

@@ -14,6 +14,7 @@ from smezo_cli.zo.move import Gradient, Key, Move, Term
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
 from smezo_cli.zo.ranges import Frame, Noise, Positive
+from smezo_cli.zo.selections.layers import frozen
 from smezo_cli.zo.selections.masked import Everything
 from smezo_cli.zo.targets import check, select
 from smezo_cli.zo.updates.sgd import SGD
@@ -206,7 +207,7 @@ class CubicNewton(ZeroOrder):
         noise: Noise = "gaussian",
         **common: Unpack[Common],
     ) -> None:
-        freeze = common["freeze"] = list(common.get("freeze", ()))
+        freeze = common["freeze"] = frozen(model, common)
         targets = select(dynamo.original(model), freeze, [])
         num_weights = sum(target.num_trained for target in targets)
         check(

@@ -12,7 +12,7 @@ from smezo_cli.zo.estimators.two_sided import TwoSided
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
 from smezo_cli.zo.ranges import Blocks, Count, Noise, StepSize
-from smezo_cli.zo.selections.layers import layer_of, layers_of, place_of
+from smezo_cli.zo.selections.layers import frozen, layer_of, layers_of, place_of
 from smezo_cli.zo.selections.masked import Everything
 from smezo_cli.zo.targets import Target, check, literal, select
 from smezo_cli.zo.updates.sgd import SGD
@@ -62,7 +62,7 @@ class ElasticZO(ZeroOrder):
         **common: Unpack[Common],
     ) -> None:
         plain = dynamo.original(model)
-        freeze = list(common.get("freeze", ()))
+        freeze = frozen(model, common)
         targets = select(plain, freeze, [])
         head = _head(plain)
         tail = _tail(targets, tail_blocks, None if head is None else head.weight)

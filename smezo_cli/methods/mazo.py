@@ -12,6 +12,7 @@ from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
 from smezo_cli.zo.ranges import Count, Noise, NotNegative, Place, Sparsity
 from smezo_cli.zo.saliency import gradients, largest_of_rows, rows_of
+from smezo_cli.zo.selections.layers import frozen
 from smezo_cli.zo.selections.named import Named, beside
 from smezo_cli.zo.step import Closure
 from smezo_cli.zo.updates.sgd import SGD
@@ -73,7 +74,7 @@ class MaZO(ZeroOrder):
         noise: Noise = "gaussian",
         **common: Unpack[Common],
     ) -> None:
-        common["freeze"] = beside(model, index, common.get("freeze", ()))
+        common["freeze"] = beside(model, index, frozen(model, common))
         super().__init__(
             model,
             selection=Named(index),

@@ -71,6 +71,7 @@ class QuZO(ZeroOrder):
         ValueError: an argument that does not go with codes.
     """
 
+    holds_codes: ClassVar = True
     moves_codes: ClassVar = True
 
     def __init__(

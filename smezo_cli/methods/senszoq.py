@@ -13,6 +13,7 @@ from smezo_cli.zo.parts import Common
 from smezo_cli.zo.quantised import quantised_layers
 from smezo_cli.zo.ranges import Count, Noise, Place, Scope, Sparsity, WeightBits
 from smezo_cli.zo.saliency import gradients, largest
+from smezo_cli.zo.selections.layers import frozen
 from smezo_cli.zo.selections.named import Named, beside
 from smezo_cli.zo.step import Closure
 from smezo_cli.zo.targets import select
@@ -75,8 +76,8 @@ class SensZOQ(ZeroOrder):
         **common: Unpack[Common],
     ) -> None:
         self._form = {} if frozen_bits is None else {"frozen_bits": frozen_bits}
-        self._chosen_among = _weights_of(model, common.get("freeze", ()))
-        common["freeze"] = beside(model, index, common.get("freeze", ()))
+        self._chosen_among = _weights_of(model, frozen(model, common))
+        common["freeze"] = beside(model, index, frozen(model, common))
         super().__init__(
             model,
             selection=Named(index),

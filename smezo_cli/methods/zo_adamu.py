@@ -85,7 +85,7 @@ class AroundMomentum(Shaped):
         )
         super().bind(context, 2 * num_terms)
 
-    def numbers(self, step: int, move: Move) -> list[Numbers | None]:
+    def numbers_of(self, step: int, move: Move) -> list[Numbers | None]:
         """See :class:`Dense`: two draws a term."""
         alpha, beta1, _ = self._phases.at(step)
         sizes = {"z": beta1 * math.sqrt(alpha), "z around m": (1 - beta1) * math.sqrt(1 - alpha)}
@@ -94,7 +94,7 @@ class AroundMomentum(Shaped):
             for t in move.terms
             for purpose, size in sizes.items()
         )
-        return super().numbers(step, replace(move, terms=terms))
+        return super().numbers_of(step, replace(move, terms=terms))
 
     def shape(self, target: Target, step: int, total: float) -> Shape:
         """See :class:`Shaped`."""

@@ -13,7 +13,7 @@ from smezo_cli.zo.move import Gradient, Key, Move, Term
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
 from smezo_cli.zo.ranges import Count, Noise
-from smezo_cli.zo.selections.layers import layers_of, place_of
+from smezo_cli.zo.selections.layers import frozen, layers_of, place_of
 from smezo_cli.zo.selections.masked import Everything
 from smezo_cli.zo.targets import Target, check, select
 from smezo_cli.zo.updates.sgd import SGD
@@ -131,7 +131,7 @@ class ZOBlock(ZeroOrder):
         noise: Noise = "gaussian",
         **common: Unpack[Common],
     ) -> None:
-        freeze = common["freeze"] = list(common.get("freeze", ()))
+        freeze = common["freeze"] = frozen(model, common)
         blocks = blocks_of(select(dynamo.original(model), freeze, []), num_blocks)
         super().__init__(
             model,

@@ -19,6 +19,7 @@ from smezo_cli.zo.passes.choose import Passes
 from smezo_cli.zo.passes.draw import Numbers
 from smezo_cli.zo.passes.eager import blend
 from smezo_cli.zo.ranges import Count, NotNegative, Positive
+from smezo_cli.zo.selections.layers import frozen
 from smezo_cli.zo.selections.masked import Everything
 from smezo_cli.zo.step import StepRecord
 from smezo_cli.zo.targets import Target, check, select
@@ -415,7 +416,7 @@ class ZoroFA(ZeroOrder):
         tolerance: NotNegative = 1e-3,
         **common: Unpack[Common],
     ) -> None:
-        freeze = common["freeze"] = list(common.get("freeze", ()))
+        freeze = common["freeze"] = frozen(model, common)
         num_weights = sum(t.num_trained for t in select(dynamo.original(model), freeze, []))
         check(
             num_weights <= MOST_WEIGHTS,

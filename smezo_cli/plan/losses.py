@@ -94,6 +94,8 @@ def _forwards_of_step(method: Any, step: int) -> Counter[str]:
     if method.step_size is not None:
         gradient = method.estimator.read(scalars, step)
         method.step_size.measure(ask, gradient, group["lr"], group["lr"] * group["weight_decay"])
+    if method.phase is not None:
+        ask.forwards["batch"] += method.phase.forwards(step)
     if method.tail is not None:
         ask.forwards[method.tail.objective] += 1
     return ask.forwards

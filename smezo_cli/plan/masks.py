@@ -22,11 +22,12 @@ def places(run: DryRun) -> dict[str, Any]:
     """
     import torch
 
+    from smezo_cli.zo.selections.layers import frozen
     from smezo_cli.zo.targets import select
 
     node = run.settings.method
     found = {}
-    for target in select(run.model, list(node["freeze"]), []):
+    for target in select(run.model, frozen(run.model, node), []):
         numel = target.parameter.numel()
         count = max(1, numel - round(node["sparsity"] * numel))
         found[target.name] = torch.empty(count, dtype=torch.int64, device="meta")

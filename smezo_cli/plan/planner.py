@@ -29,6 +29,9 @@ _RUNTIME_CPU = 620_000_000
 # Not measured: what CUDA, its libraries and their workspaces usually take on the device.
 _RUNTIME_CUDA = 1 << 29
 
+# Nobody knows before a forward which block it is; all are of one size.
+_DOMINANT = 1
+
 # Bytes of a weight in NF4: of 64 weights a scale of a byte, of 256 such scales one of float32.
 _PACKED = 0.5 + 1 / 64 + 4 / (64 * 256)
 
@@ -134,6 +137,14 @@ def plan(settings: Settings, *, capacity: int | None = None, tokens: int | None 
             "smezo plan knows one device: leave model.device_map out, and compare the weights that "
             "it says with the memory of all GPUs."
         )
+    if settings.method.get("layers") == "dominant":
+        method = {**settings.method, "layers": [_DOMINANT]}
+        one = plan(dataclasses.replace(settings, method=method), capacity=capacity, tokens=tokens)
+        said = (
+            *one.assumptions,
+            f"the dominant layer is found by the run: it is block {_DOMINANT}",
+        )
+        return dataclasses.replace(one, assumptions=said)
     device = _device(settings, capacity)
     capacity = capacity or _capacity(settings, device)
     run = dry_run(settings, device, tokens, stages.num_demonstrations(settings))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from smezo_cli.config.method_keys import trait
 from smezo_cli.config.settings import Settings
 from smezo_cli.plan import losses, masks
 from smezo_cli.plan.dry_run import DryRun
@@ -341,10 +342,13 @@ def method_on_meta(run: DryRun, model: Any = None, index: Mapping[str, Any] | No
         index: places of the mask, of a method that needs one; None: before there is one.
     """
     from smezo_cli.config.build import build
+    from smezo_cli.zo.quantised import quantise
 
     node = masks.node_beside(run)
     if "sparsity" in node:  # there are no weights to find thresholds of
         node = node | {"sparsity": 0.0}
+    if run.computing is not run.model and _trains_scales(node):  # which have names of their own
+        quantise(run.computing, node["weight_bits"], node["group_size"])
     runtime = {
         "model": run.model if model is None else model,
         "seed": run.settings.seed,
@@ -354,6 +358,12 @@ def method_on_meta(run: DryRun, model: Any = None, index: Mapping[str, Any] | No
     if index is not None:
         runtime["index"] = index
     return build(node, "method", **runtime)
+
+
+def _trains_scales(node: Mapping[str, Any]) -> bool:
+    """Return whether a method trains what stands beside codes, not the codes."""
+    moves = trait(node, "moves_codes", default=False)
+    return trait(node, "holds_codes", default=False) and not moves
 
 
 def takes_steps(method: Any) -> bool:

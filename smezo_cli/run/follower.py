@@ -24,7 +24,7 @@ from smezo_cli.machine.memory import PeakMemory
 from smezo_cli.machine.stop import Stopped, StopRequest
 from smezo_cli.machine.torchrun import local_rank
 from smezo_cli.methods.base import compares_losses, replays
-from smezo_cli.run import kept_inputs, mask
+from smezo_cli.run import kept_inputs, layers, mask
 from smezo_cli.run.batches import batches_of
 from smezo_cli.run.console import Console
 from smezo_cli.run.evaluate import evaluate
@@ -126,6 +126,8 @@ class Follower:
             self._known = np.frombuffer(content, "<f8").reshape(message["queries"] + 1, -1)
         elif do == "piece":
             self._parcel.add(message["name"], content)
+        elif do == "layers":
+            self.loaded.settings = layers.resolved(self.loaded.settings, message["found"])
         elif do == "mask":
             with self._parcel.opened() as folder:
                 mask.use(self.loaded, folder)

@@ -50,6 +50,12 @@ def agree(run: Run, loaded: Loaded, team: Ranks) -> None:
     run.check_stop()
 
 
+def hand_layers(run: Run, team: Ranks) -> None:
+    """Tell the other ranks which layer is the dominant one, if it alone is trained."""
+    if found := run.notes.get("dominant_layer"):
+        team.tell("layers", found=found)
+
+
 def hand_mask(run: Run, team: Ranks) -> None:
     """Send the other ranks the mask, if the method has one: all train the same entries."""
     if trait(run.settings.method, "needs_mask", default=False):

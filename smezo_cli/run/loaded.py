@@ -52,7 +52,7 @@ def _differing(task: Task, known: Mapping[str, str]) -> list[str]:
 
 
 def _hold_codes(model: nn.Module, method: Mapping[str, Any]) -> str:
-    """Hold linear layers as codes, as the method trains them; return a line about it."""
+    """Hold linear layers as codes, as the method asks for them; return a line about it."""
     count = quantise(model, method["weight_bits"], method["group_size"])
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     return f"  codes   {count} linear layers in {method['weight_bits']} bits: {size / 1e6:.1f} MB"
@@ -115,9 +115,9 @@ class Loaded:
         #: the entries that the method trains, by tensor, where a mask names them (run/mask.py)
         self.index: dict[str, Tensor] | None = None
         self._heads: dict[str, str] = {}  # demonstrations before every row, by part
-        if moves_codes := trait(settings.method, "moves_codes", default=False):
+        if holds_codes := trait(settings.method, "holds_codes", default=False):
             self.of_base = self.fingerprint()
-        codes = _hold_codes(self.model, settings.method) if moves_codes else ""
+        codes = _hold_codes(self.model, settings.method) if holds_codes else ""
         if compute == self.dtype:
             use_onednn(self.model, warn)
         keep_freed_memory()

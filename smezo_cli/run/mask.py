@@ -24,6 +24,7 @@ from smezo_cli.store.mask import NAME
 from smezo_cli.tasks import Prompt
 from smezo_cli.tasks.mixture import Prompts
 from smezo_cli.zo.quantised import linear_layers
+from smezo_cli.zo.selections.layers import frozen
 from smezo_cli.zo.targets import select
 
 
@@ -105,7 +106,7 @@ def _hold_codes(loaded: Loaded) -> str:
 
 def _trainable(loaded: Loaded) -> dict[str, nn.Parameter]:
     try:
-        targets = select(loaded.model, list(without_unread(loaded)["freeze"]), [])
+        targets = select(loaded.model, frozen(loaded.model, without_unread(loaded)), [])
     except ValueError as error:
         raise UserError(f"method: {error}.") from error
     return {target.name: target.parameter for target in targets}

@@ -11,7 +11,7 @@ from smezo_cli.config.digest import digest
 from smezo_cli.config.fixed import is_frozen
 from smezo_cli.kinds import METRICS
 from smezo_cli.models.onednn import num_onednn
-from smezo_cli.run import kept_inputs
+from smezo_cli.run import kept_inputs, layers
 from smezo_cli.run.begin import Run
 from smezo_cli.run.console import duration, in_words
 from smezo_cli.run.leader import Dismissed
@@ -152,6 +152,7 @@ def _of_model(run: Run, loaded: Loaded | None, notes: Notes) -> dict[str, Any]:
             **{name: None if share is None else 1 - share for name, share in active.items()},
         },
         "num_trained": notes.get("num_trained"),
+        **layers.noted(s.method, notes),
         # Of a model that also takes images or sound.
         "frozen_unread": None if loaded is None else (loaded.unread or None),
         **kept_inputs.found(loaded, s.keep_inputs),
@@ -235,6 +236,8 @@ def summary(run: Run, result: Mapping[str, Any]) -> str:
             f"{sparsity['realised']:.4f} realised, "
             f"{sparsity['final']:.4f} at the end"
         )
+    if found := result.get("dominant_layer"):
+        lines.append(f"  layers    {layers.words(found)}")
     lines += report_lines(result["numerics"], result["watch"])
     work = f"{result['num_forwards']} forwards, {duration(result['train_seconds'])} of training"
     lines.append(

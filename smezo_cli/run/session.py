@@ -11,6 +11,7 @@ from smezo_cli.run import (
     best,
     frozen,
     kept_inputs,
+    layers,
     leader,
     mask,
     numerics,
@@ -109,8 +110,10 @@ def _without_steps(run: Run, so_far: SoFar, loaded: Loaded, evaluate: Evaluator)
 def _with_steps(run: Run, so_far: SoFar, loaded: Loaded, evaluate: Evaluator) -> dict[str, Any]:
     """Train, and test the best weights."""
     s, state = run.settings, run.state
+    layers.settle(run, loaded)
     mask.settle(run, loaded)
     if run.team is not None:
+        leader.hand_layers(run, run.team)
         leader.hand_mask(run, run.team)
     method = build_method(loaded)
     kept_inputs.check(run, loaded, method)

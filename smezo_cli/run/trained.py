@@ -50,6 +50,7 @@ def opened(
     run: str, overrides: Sequence[str] = ()
 ) -> Iterator[tuple["RunFolder", "State", Settings, DictConfig]]:
     """Give a trained run's folder (locked), state, and settings with the overrides."""
+    from smezo_cli.run.layers import resolved
     from smezo_cli.store.folder import RunFolder
 
     path = Path(run)
@@ -64,7 +65,7 @@ def opened(
             raise UserError(
                 f"{path} has no trained weights yet{broken}: finish it with smezo train."
             )
-        yield folder, state, settings, cfg
+        yield folder, state, resolved(settings, state.notes.get("dominant_layer")), cfg
     finally:
         folder.close()
 
@@ -116,7 +117,7 @@ def _change(cfg: DictConfig, word: str, may_change: Sequence[str]) -> None:
             f"{key}: a trained run keeps this setting; what may change is which rows it sees (such "
             "as task.num_test or task.data_dir), device, model.device_map, dtype and compute_dtype."
         )
-    if key == "dtype" and trait(cfg.method, "moves_codes", default=False):
+    if key == "dtype" and trait(cfg.method, "holds_codes", default=False):
         raise UserError(
             f"dtype: the codes of method={cfg.method.name} belong to scales that come from the "
             "weights in the dtype of the training: leave it out."

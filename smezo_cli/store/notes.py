@@ -10,6 +10,7 @@ from smezo_cli.store.values import (
     Batching,
     ComparedMetrics,
     Count,
+    Dominant,
     FiniteSize,
     Flag,
     Metrics,
@@ -91,6 +92,7 @@ class Notes(TypedDict, total=False):
         dict[Text, Text], also(lambda rows: rows.keys() >= {"train", "dev", "test"})
     ]
     model: Text  # fingerprint
+    dominant_layer: Dominant
     batching: Annotated[dict[str, Any], by(Batching)]  # scoring.batching.Found in plain values
     prompts: list[Prompt]
     prompt: Annotated[int | list[int], by(Count | list[Count])]  # the chosen one, or of each part

@@ -21,6 +21,7 @@ from smezo_cli.store.values import (
     Batching,
     Count,
     Dev,
+    Dominant,
     MetricsOfRows,
     MetricsOfTest,
     Number,
@@ -147,6 +148,10 @@ class Result(TypedDict, total=False):
     test_rows: Annotated[Any, says("SHA-256 of the test rows.")]
     sparsity: Annotated[_Shares, says("Shares of the trained weights that are not perturbed.")]
     num_trained: Annotated[Any, says("Number of trained weights.")]
+    dominant_layer: Annotated[
+        Dominant | None,
+        says("Of method.layers=dominant: the layer. null before it is found; absent otherwise."),
+    ]
     frozen_unread: Annotated[
         Any, says("Parts of the model that text never reads (images, sound); they are frozen.")
     ]

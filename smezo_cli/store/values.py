@@ -173,6 +173,15 @@ class Prompt(TypedDict, total=False):
     left_out: Annotated[LeftOut, says("Why it was not asked on all rows of dev.")]
 
 
+class Dominant(TypedDict):
+    """Say which block of a model is its dominant layer, and by how much."""
+
+    block: Annotated[Count, says("The one that was trained, from 0.")]
+    num_blocks: Annotated[Count, says("Of the model.")]
+    ratio: Annotated[Number, says("Its largest entry over the median magnitude of its output.")]
+    factor: Annotated[Number, says("What that had to be above.")]
+
+
 class SavedWeights(TypedDict):
     """Name the weights of a step."""
 

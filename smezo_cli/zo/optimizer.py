@@ -112,11 +112,16 @@ class ZeroOrder(Parts):
 
     def _measure(self, ask: LossMeter) -> list[float]:
         scalars = list(self.estimator.measure(ask))
+        if self.step_size is None and self.phase is None:
+            return scalars
+        lr, decay = (self.param_groups[0][name] for name in ("lr", "weight_decay"))
+        gradient = self._gradient(scalars, self.num_steps).clipped(self.clip_projected_grad)
         if self.step_size is not None:
-            group = self.param_groups[0]
-            gradient = self._gradient(scalars, self.num_steps).clipped(self.clip_projected_grad)
-            decay = group["lr"] * group["weight_decay"]
-            scalars.append(self.step_size.measure(ask, gradient, group["lr"], decay))
+            factor = self.step_size.measure(ask, gradient, lr, lr * decay)
+            scalars.append(factor)
+            lr = factor * lr
+        if self.phase is not None:
+            scalars += self.phase.measure(ask, gradient.move(-lr, lr * decay))
         return scalars
 
     @torch.inference_mode(False)
@@ -159,8 +164,9 @@ class ZeroOrder(Parts):
             state.carry(self.targets, lambda t, kept: self.direction.carry(t, kept, step))
         writer = WeightWriter(self.direction, state, self.targets, step, group["weight_decay"])
         gradient = self._gradient(scalars, step).clipped(self.clip_projected_grad)
-        factor = 1.0 if self.step_size is None else scalars[-1]
-        self.update.apply(writer, gradient, factor * group["lr"])
+        self.update.apply(writer, gradient, self._factor(scalars) * group["lr"])
+        if self.phase is not None:
+            self.phase.apply(writer, scalars[-self.phase.num_scalars :])
         self.direction.end()
         torch.clear_autocast_cache()  # of a loop inside of torch.autocast: casts of the old weights
         self.num_steps += 1
@@ -168,6 +174,10 @@ class ZeroOrder(Parts):
     def _gradient(self, scalars: Sequence[float], step: int) -> Gradient:
         """Return the gradient as measured. Clipping comes later, so that a replay clips again."""
         return self.estimator.read(scalars[: self.estimator.num_scalars], step)
+
+    def _factor(self, scalars: Sequence[float]) -> float:
+        """Return the factor of lr that was measured; 1 where none is."""
+        return 1.0 if self.step_size is None else scalars[self.estimator.num_scalars]
 
     def record(self, loss: float, scalars: Sequence[float], step: int) -> StepRecord:
         """Return what a step tells of itself, from what is recorded of it.
@@ -181,7 +191,9 @@ class ZeroOrder(Parts):
         clipped = sum(abs(g) > self.clip_projected_grad for g in found)
         forwards = self.estimator.forwards(step)
         if self.step_size is not None:
-            forwards += self.step_size.forwards(scalars[-1])
+            forwards += self.step_size.forwards(self._factor(scalars))
+        if self.phase is not None:
+            forwards += self.phase.forwards(step)
         forwards += self.tail is not None
         return StepRecord(loss, tuple(found), forwards, clipped, tuple(scalars))
 

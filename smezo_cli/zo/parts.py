@@ -18,11 +18,13 @@ from smezo_cli.zo.estimators.base import Estimator
 from smezo_cli.zo.estimators.two_sided import TwoSided
 from smezo_cli.zo.executors.choose import Executors
 from smezo_cli.zo.move import Key, Move, Term
+from smezo_cli.zo.phase import Phase
 from smezo_cli.zo.probe import FunctionalProbe
 from smezo_cli.zo.ranges import (
     ExecutorName,
     Globs,
     KeepNoise,
+    Layers,
     Limit,
     NotNegative,
     Radius,
@@ -30,6 +32,7 @@ from smezo_cli.zo.ranges import (
     StepSize,
 )
 from smezo_cli.zo.selections.base import Selection
+from smezo_cli.zo.selections.layers import frozen
 from smezo_cli.zo.state import State
 from smezo_cli.zo.step import NUMERICS
 from smezo_cli.zo.step_sizes.base import StepSize as MeasuredStepSize
@@ -46,6 +49,8 @@ class Common(TypedDict, total=False):
     weight_decay: on what is selected only.
     clip_projected_grad: a projected gradient is cut to it in the update; None never.
     freeze: globs of parameter names left as they are.
+    layers: numbers of the blocks that are trained, all else being frozen: one, a list, or a range
+        such as "16-29" with both ends; None: nothing is frozen by it.
     rounding: "nearest" or "stochastic": how updates are stored below float32.
     executor: how the losses of a query are measured. "sequential": one after the other at moved
         copies of the weights, module by module; "lockstep": in turns, with one draw for both;
@@ -67,6 +72,7 @@ class Common(TypedDict, total=False):
     weight_decay: NotNegative
     clip_projected_grad: Limit | None
     freeze: Globs
+    layers: Layers | None
     rounding: RoundingMode
     executor: ExecutorName
     backend: str
@@ -79,6 +85,7 @@ DEFAULTS: Mapping[str, Any] = {
     "weight_decay": 0.0,
     "clip_projected_grad": None,
     "freeze": (),
+    "layers": None,
     "rounding": "nearest",
     "executor": "auto",
     "backend": "auto",
@@ -98,6 +105,7 @@ class Parts(torch.optim.Optimizer):
         update: a gradient to moved weights.
         step_size: chooses a factor of lr by losses along the step; None: the factor is 1.
         tail: trains some tensors by backpropagation in the same step; None: none.
+        phase: measures and moves once more after the update; None: nothing does.
         common: see :class:`Common`.
 
     Raises:
@@ -110,6 +118,7 @@ class Parts(torch.optim.Optimizer):
     # Trajectories say which method made them. The first three methods' say nothing, as they did
     # before there were others: a new method leaves this as it is.
     names_itself: ClassVar = True
+    holds_codes: ClassVar = False  # a run makes linear layers QuantisedLinear before its method
     moves_codes: ClassVar = False  # those of QuantisedLinear; else they stay as they are
 
     def __init__(
@@ -122,14 +131,15 @@ class Parts(torch.optim.Optimizer):
         update: Update,
         step_size: MeasuredStepSize | None = None,
         tail: Backprop | None = None,
+        phase: Phase | None = None,
         **common: Unpack[Common],
     ) -> None:
         given: dict[str, Any] = {**DEFAULTS, **common}
         _check_common(type(self).__name__, given)
         lr, eps, clip = given["lr"], given["eps"], given["clip_projected_grad"]
         model = dynamo.original(model)
-        freeze, dense = list(given["freeze"]), list(selection.dense)
-        self.targets = select(model, freeze, dense, codes=self.moves_codes)
+        freeze = frozen(model, given, codes=self.moves_codes)
+        self.targets = select(model, freeze, list(selection.dense), codes=self.moves_codes)
         super().__init__(
             [t.parameter for t in self.targets],
             {"lr": lr, "eps": eps, "weight_decay": given["weight_decay"]},
@@ -138,8 +148,9 @@ class Parts(torch.optim.Optimizer):
         self.clip_projected_grad = math.inf if clip is None else clip
         self.num_steps = 0
         self.selection, self.direction, self.estimator = selection, direction, estimator
-        self.update, self.step_size, self.tail = update, step_size, tail
-        self.state_of_update = State(update.slots, direction.state_size, update.copies)
+        self.update, self.step_size, self.tail, self.phase = update, step_size, tail, phase
+        kept = update.slots, direction.state_size, update.copies, update.copied
+        self.state_of_update = State(*kept)
         self.set_thresholds()
         self._probe = FunctionalProbe(model, [t.parameter for t in self.targets])
         self.executors = Executors(given["executor"], model, self.targets, self._probe)
@@ -165,7 +176,8 @@ class Parts(torch.optim.Optimizer):
     def _check_in_place(self) -> None:
         """Raise ValueError where the textbook's executor cannot measure what is asked of it."""
         is_pair = isinstance(self.estimator, TwoSided) and type(self.direction) is Dense
-        whole = all(target.index is None for target in self.targets) and self.step_size is None
+        whole = all(target.index is None for target in self.targets)
+        whole = whole and self.step_size is None and self.phase is None
         check(
             not self.executors.is_in_place or (is_pair and whole),
             "executor=in_place measures two points along one dense direction alone, so it does not "
@@ -194,6 +206,7 @@ class Parts(torch.optim.Optimizer):
             "tensors": hashlib.sha256(json.dumps([tensors, dense]).encode()).hexdigest(),
             **self.update.identity(),
             **({} if self.step_size is None else self.step_size.identity()),
+            **({} if self.phase is None else self.phase.identity()),
         }
 
     @property
@@ -204,12 +217,14 @@ class Parts(torch.optim.Optimizer):
     @property
     def num_scalars(self) -> int:
         """Return how many scalars a step records."""
-        return self.estimator.num_scalars + (self.step_size is not None)
+        more = 0 if self.phase is None else self.phase.num_scalars
+        return self.estimator.num_scalars + (self.step_size is not None) + more
 
     def forwards(self, step: int) -> int:
         """Return how many forwards over the batch a step takes, if a step size is found at once."""
         measured = 0 if self.step_size is None else self.step_size.forwards(1.0)
-        return self.estimator.forwards(step) + measured + (self.tail is not None)
+        more = 0 if self.phase is None else self.phase.forwards(step)
+        return self.estimator.forwards(step) + measured + more + (self.tail is not None)
 
     def exchanged(self, step: int) -> int:
         """Return how many numbers processes that share a step exchange at once, at most."""

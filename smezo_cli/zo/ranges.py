@@ -5,6 +5,7 @@ torch in this module: settings are checked without it.
 """
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Protocol
@@ -130,6 +131,25 @@ class Names:
         return value
 
 
+class BlockNumbers:
+    """Accept "dominant", a block number, a range of them with both ends, or a list."""
+
+    words = 'dominant, a block number, a range such as "16-29", or a list such as [16,17]'
+    example = "[16,17]"
+
+    def __call__(self, value: object) -> str | list[int]:
+        if value == "dominant":
+            return "dominant"
+        number = Whole(0, end=2**20)
+        if isinstance(value, str) and (ends := re.fullmatch(r"(\d{1,6})-(\d{1,6})", value)):
+            first, last = (number(int(end)) for end in ends.groups())
+            value = list(range(first, last + 1))
+        found = sorted({number(item) for item in (value if isinstance(value, list) else [value])})
+        if not found:
+            raise ValueError
+        return found
+
+
 class Text:
     """Accept a text of at least one character."""
 
@@ -148,6 +168,7 @@ Count = Annotated[int, Whole(1, example="16")]
 Epochs = Annotated[int, Whole(2, example="160")]
 Several = Annotated[int, Whole(2, example="8")]
 Candidates = Annotated[int, Whole(3, example="4")]
+ProjectEvery = Annotated[int, Whole(2, example="50")]
 Shown = Annotated[int, Whole(1, example="32")]
 StepsBetween = Annotated[int, Whole(0, example="0")]
 Generators = Annotated[int, Whole(0, end=2**10, example="0")]
@@ -168,6 +189,7 @@ Epsilon = Annotated[float, Number(0, above=True, example="1e-8")]
 Limit = Annotated[float, Number(0, above=True, example="100.0")]
 Decays = Annotated[Sequence[float], Betas()]
 Globs = Annotated[Iterable[str], Names()]
+Layers = Annotated[str | int | Sequence[int], BlockNumbers()]
 MaskRule = Annotated[str, Choice("small", "large", "random", "none")]
 Resample = Annotated[str, Choice("run", "step")]
 ConstantTensors = Annotated[str, Choice("dense", "frozen")]
@@ -180,6 +202,7 @@ RoundingMode = Annotated[str, Choice("nearest", "stochastic")]
 ExecutorName = Annotated[
     str, Choice("auto", "sequential", "lockstep", "in_place", "side_path", "batched")
 ]
+Others = Annotated[str, Choice("frozen", "trained")]
 WeightBits = Annotated[int, Sizes(8, 4)]
 PerturbBits = Annotated[int, Sizes(8, 7, 6, 5, 4, 3, 2)]
 KeepNoise = Annotated[bool | str, Choice("auto", True, False)]

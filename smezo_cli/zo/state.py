@@ -1,6 +1,6 @@
 """Keep what the steps of a method need beside the weights: tensors, and plain numbers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +17,18 @@ class State:
             ``TARGET/SLOT``.
         size: entries of a slot's tensor of a target.
         copies: names of copies of the weights, in their dtype; in files ``TARGET/COPY``.
+        copied: names of the targets that are copied; None: all.
     """
 
     def __init__(
-        self, slots: Sequence[str], size: Callable[[Target], int], copies: Sequence[str] = ()
+        self,
+        slots: Sequence[str],
+        size: Callable[[Target], int],
+        copies: Sequence[str] = (),
+        copied: Collection[str] | None = None,
     ) -> None:
         self.slots, self.copies, self._size = tuple(slots), tuple(copies), size
+        self._names = copied
         #: plain JSON that the next step depends on
         self.numbers: dict[str, Any] = {}
         self._tensors: dict[str, tuple[Tensor, ...]] = {}
@@ -59,7 +65,7 @@ class State:
     def copy_weights(self, name: str, targets: Sequence[Target]) -> None:
         """Keep the present weights under a name of ``copies``, in place of those kept before."""
         assert name in self.copies
-        for target in targets:
+        for target in self._copied_of(targets):
             kept = self._copied.get((target.name, name))
             if kept is None:
                 self._copied[target.name, name] = target.flat.clone()
@@ -73,8 +79,13 @@ class State:
     def bytes_of(self, targets: Sequence[Target]) -> int:
         """Return the bytes that the tensors take once all are there."""
         slots = 4 * len(self.slots) * sum(map(self._size, targets))
-        weights = sum(t.parameter.numel() * t.parameter.element_size() for t in targets)
+        copied = [target.parameter for target in self._copied_of(targets)]
+        weights = sum(p.numel() * p.element_size() for p in copied)
         return slots + len(self.copies) * weights
+
+    def _copied_of(self, targets: Sequence[Target]) -> list[Target]:
+        names = self._names
+        return [target for target in targets if names is None or target.name in names]
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors by their names in files; not copies."""
@@ -108,6 +119,8 @@ class State:
                 raise ValueError(f"{target.name} has other moments")
             if self.slots:
                 self._tensors[target.name] = tuple(x.to(device, copy=True) for x in own)
+        for target in self._copied_of(targets) if tensors else ():
+            device = target.parameter.device
             for name in self.copies:
                 kept, flat = tensors[f"{target.name}/{name}"], target.flat
                 if kept.shape != flat.shape or kept.dtype != flat.dtype:

@@ -53,34 +53,42 @@ class Target:
         return flat
 
 
-def select(
-    model: nn.Module, freeze: list[str], dense: list[str], *, codes: bool = False
-) -> list[Target]:
-    """Return the tensors that are trained; raise ValueError for globs that match none.
+def trainable(
+    model: nn.Module, *, codes: bool = False
+) -> list[tuple[str, nn.Parameter, QuantisedLinear | None]]:
+    """Return the tensors that may be trained: name, parameter, and the layer of codes.
 
     Those that require gradients and, if ``codes`` says so, the codes of layers that are trained.
     """
     plain = [(dynamo.plain_name(name), p) for name, p in model.named_parameters()]
     layers = quantised_layers(model).values() if codes else ()
     of_codes = {id(layer.weight): layer for layer in layers if layer.is_trained}
-    named = [(name, p) for name, p in plain if p.requires_grad or id(p) in of_codes]
+    return [
+        (name, p, of_codes.get(id(p))) for name, p in plain if p.requires_grad or id(p) in of_codes
+    ]
+
+
+def select(
+    model: nn.Module, freeze: list[str], dense: list[str], *, codes: bool = False
+) -> list[Target]:
+    """Return the tensors that are trained; raise ValueError for globs that match none."""
+    named = trainable(model, codes=codes)
     if not named:
         raise ValueError("no parameter of the model requires gradients, so nothing can be trained")
-    for name, parameter in named:
+    for name, parameter, layer in named:
         is_float = parameter.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        if not is_float and id(parameter) not in of_codes:
+        if not is_float and layer is None:
             raise ValueError(f"parameter {name} is {parameter.dtype}: float32, bfloat16, float16")
     for key, glob in [*(("freeze", g) for g in freeze), *(("dense", g) for g in dense)]:
-        if not any(fnmatch.fnmatchcase(name, glob) for name, _ in named):
+        if not any(fnmatch.fnmatchcase(name, glob) for name, *_ in named):
             raise ValueError(f"{key} {glob!r} matches no trainable parameter, e.g. {named[0][0]!r}")
     targets: list[Target] = []
-    for name, parameter in named:
+    for name, parameter, layer in named:
         if any(fnmatch.fnmatchcase(name, glob) for glob in freeze):
             continue
         if not parameter.is_contiguous():
             raise ValueError(f"parameter {name} is not contiguous")
         masked = not any(fnmatch.fnmatchcase(name, glob) for glob in dense)
-        layer = of_codes.get(id(parameter))
         targets.append(Target(name, parameter, masked, position=len(targets), layer=layer))
     if not targets:
         raise ValueError("no parameter is left to train; freeze fewer")

@@ -63,6 +63,8 @@ def made(name: str, model: nn.Module, **values: Any) -> ZeroOrder:
     node |= {"sparsity": 0.5, "mask_refresh_every": 2} if "mask" in node else {}
     node |= {"num_queries": 4} if node.get("num_queries", 1) > 16 else {}  # 99 take long
     node |= {"num_rows": 1} if "num_rows" in node else {}  # of a loss that is of no rows
+    node |= {"project": ["*"], "project_every": 2} if "project" in node else {}
+    node |= {"others": "trained"} if "others" in node else {}  # nothing here is held as codes
     node |= {key: value for key, value in values.items() if key in describe(node).keys}  # type: ignore[union-attr]  # one of ours
     found: ZeroOrder = build(node, model=model, seed=0, backend="eager", check=False)
     return found
@@ -297,6 +299,22 @@ def test_only_what_a_probe_has_moved_is_updated(name: str) -> None:
         opt.step(closure_of(model))
         for tensor, now in weights_of(model).items():
             assert not ((now != before[tensor]) & ~moved[tensor]).any()
+
+
+@pytest.mark.parametrize("name", ZEROTH_ORDER)
+def test_blocks_may_be_trained_alone(name: str) -> None:
+    """Nothing else moves; the tensors of the network are of layers 0, 2 and 3."""
+    model = mlp()
+    opt = made(name, model, layers="2-3", sparsity=0.0)
+    names = {n for n in weights_of(model) if n.startswith(("2.", "3."))}
+    assert set(opt.trained) == names
+    before = weights_of(model)
+    for _ in range(2):
+        opt.step(closure_of(model))
+    now = weights_of(model)
+    moved = {n for n in before if not torch.equal(now[n], before[n])}
+    assert moved  # of a sparse method not all
+    assert moved <= names
 
 
 class Ranks:

@@ -146,10 +146,10 @@ class Dense:
 
     def mover(self, step: int, move: Move) -> "DenseMover":
         """See :class:`Direction`."""
-        return DenseMover(self, step, move, self.numbers(step, move))
+        return DenseMover(self, step, move, self.numbers_of(step, move))
 
-    def numbers(self, step: int, move: Move) -> list[Numbers | None]:
-        """Return what a pass draws of each target; None: the move leaves it as it is."""
+    def numbers_of(self, step: int, move: Move) -> list[Numbers | None]:
+        """Return what a pass over each target computes with; None for those that stay."""
         keys = [self.keys(t.key.purpose, t.key.step, t.key.query) for t in move.terms]
         none = [(0, 0)] * len(self.targets)
         stream = self.selection.stream(step)

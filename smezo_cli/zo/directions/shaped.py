@@ -57,7 +57,7 @@ class Shaped(Dense, ABC):
     def mover(self, step: int, move: Move) -> "ShapedMover":
         """See :class:`Direction`."""
         # The mover takes the decay off by itself.
-        return ShapedMover(self, step, move, self.numbers(step, replace(move, decay=0.0)))
+        return ShapedMover(self, step, move, self.numbers_of(step, replace(move, decay=0.0)))
 
     def apply(self, step: int, move: Move) -> None:
         """See :class:`Direction`."""

@@ -1,15 +1,17 @@
-"""Let whole layers of a model rest, others in every step."""
+"""Train some layers of a model alone, or let others rest in every step."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from smezo_cli.zo import dynamo
 from smezo_cli.zo.noise import stream_key
+from smezo_cli.zo.ranges import BlockNumbers
 from smezo_cli.zo.selections.masked import Everything
-from smezo_cli.zo.targets import Target, check
+from smezo_cli.zo.targets import Target, check, literal, trainable
 
 
 def layer_of(name: str) -> str:
@@ -33,6 +35,42 @@ def layers_of(targets: Sequence[Target]) -> dict[str, list[Target]]:
     for target in targets:
         found.setdefault(layer_of(target.name), []).append(target)
     return dict(sorted(found.items()))
+
+
+def frozen(model: nn.Module, arguments: Mapping[str, Any], *, codes: bool = False) -> list[str]:
+    """Return the globs of what ``freeze`` and ``layers`` of a method leave as it is.
+
+    Args:
+        model: whose tensors may be trained.
+        arguments: of the method, see :class:`smezo_cli.zo.parts.Common`.
+        codes: codes of layers may be trained, too.
+
+    Raises:
+        ValueError: ``layers`` names a block that is not there.
+    """
+    globs = list(arguments.get("freeze", ()))
+    if (layers := arguments.get("layers")) is None:
+        return globs
+    try:
+        chosen = BlockNumbers()(layers)
+    except ValueError:
+        raise ValueError(f"layers={layers}: must be {BlockNumbers.words}") from None
+    if isinstance(chosen, str):
+        raise ValueError(
+            f"layers={chosen}: zo/outliers.py finds which one that is: give its number"
+        )
+    there = {name: layer_of(name) for name, *_ in trainable(dynamo.original(model), codes=codes)}
+    numbers = {name: place_of(layer)[1] for name, layer in there.items() if layer}
+    check(bool(numbers), f"layers={layers}: no tensor that may be trained is of a numbered block")
+    missing = sorted(set(chosen) - set(numbers.values()))
+    first, last = min(numbers.values()), max(numbers.values())
+    check(
+        not missing,
+        f"layers has block {missing[0] if missing else ''}, and tensors that may be trained are of "
+        f"blocks {first} to {last}: name some of these",
+    )
+    outside = [literal(name) for name in there if numbers.get(name) not in chosen]
+    return list(dict.fromkeys([*globs, *outside]))
 
 
 class SomeLayers(Everything):

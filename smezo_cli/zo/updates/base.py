@@ -120,6 +120,7 @@ class Update(ABC):
 
     slots: tuple[str, ...] = ()  # names of what it keeps: float32, one number a trained weight each
     copies: tuple[str, ...] = ()  # names of copies of the weights that it keeps
+    copied: frozenset[str] | None = None  # names of the tensors that are copied; None: all
 
     @abstractmethod
     def apply(self, weights: WeightWriter, gradient: Gradient, lr: float) -> None:
