@@ -26,8 +26,6 @@ from tests.run.processes import Started, smezo, until
 AWAITED = {
     "a column that is a mean over tasks",
     "a grid of learning rates for method=sgd",
-    "method=dominant_layer",
-    "method=qzo",
     "method=subzero_gv",
     "method=svd0",
     "model=llama-13b",
