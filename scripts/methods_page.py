@@ -63,6 +63,18 @@ FOOT = """
   `smezo_cli.methods.elasticzo_int8.ElasticZOInt8`. Its weights take one byte each, and no float is
   computed in a step.
 
+## Methods that are not built
+
+Their rule is not known to us in full, and a guess under a paper's name helps nobody:
+
+* **BSZO** ([2601.01452](https://arxiv.org/abs/2601.01452)): a Kalman filter over the gradient in k
+  directions; how its noise follows the residuals is not known to us.
+* **LOREN** ([2511.07971](https://arxiv.org/abs/2511.07971)): a low-rank, block-diagonal curvature
+  as the covariance of the directions; how it is estimated is not known to us.
+* **CurvZO** ([2603.21725](https://arxiv.org/abs/2603.21725)): weights are sampled by scores of
+  curvature; the recursion of the scores and the budget rule are not known to us.
+* **ZO-Act** ([2607.01125](https://arxiv.org/abs/2607.01125)): only its abstract was readable.
+
 This page is written by `scripts/methods_page.py`.
 """
 
