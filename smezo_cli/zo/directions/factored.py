@@ -261,12 +261,7 @@ class Factored:
         assert shape is not None
 
         def gaussian(purpose: str, columns: int) -> Tensor:
-            key = self.dense.keys(purpose, interval, 0)[target.position]
-            numbers = Numbers((key,), (0, 0), (0, 0), math.inf, (1.0,))
-            device = target.parameter.device
-            draw = as_draws({0: numbers}, {0: device})[0]
-            read = numbers if self.dense.probe_passes.reads_numbers else draw
-            return self.numbers(read, rank * columns, device).view(rank, columns)
+            return self.gaussian(target, Key(interval, 0, purpose), rank * columns).view(rank, -1)
 
         if self.kind == "uv":
             return None, gaussian("v", shape[1])
@@ -274,6 +269,15 @@ class Factored:
             orthonormal(gaussian(*side)) for side in (("left", shape[0]), ("right", shape[1]))
         )
         return (left * self._scale(shape, rank)).float().T.contiguous(), right.float()
+
+    def gaussian(self, target: Target, key: Key, size: int) -> Tensor:
+        """Return so many numbers of a stream of a target (float32, flat)."""
+        stream = self.dense.keys(key.purpose, key.step, key.query)[target.position]
+        numbers = Numbers((stream,), (0, 0), (0, 0), math.inf, (1.0,))
+        device = target.parameter.device
+        if self.dense.probe_passes.reads_numbers:
+            return self.numbers(numbers, size, device)
+        return self.numbers(as_draws({0: numbers}, {0: device})[0], size, device)
 
     def numbers(self, draw: Any, size: int, device: torch.device) -> Tensor:
         """Return so many numbers of a draw (float32, flat), in the form that dense passes read."""
@@ -379,9 +383,9 @@ class FactoredMover:
             return None
         return None if direction.thin_rank(target) is None else self.factors(target)
 
-    def factors(self, target: Target) -> Factors:
-        """Return the sum of the terms as a product."""
-        return self._direction.lifted(target, self.core(target))
+    def factors(self, target: Target, rows: Tensor | None = None) -> Factors:
+        """Return the sum of the terms as a product; of some of its rows, if asked."""
+        return self._direction.lifted(target, self.core(target), rows)
 
     def read_by(self, passes: LowRankPasses, target: Target) -> Any:
         """Return what else a pass needs, in the form that these passes read."""
@@ -415,9 +419,8 @@ class FactoredMover:
         picked = self.noise.start(target).view(parameter.shape).index_select(0, rows)
         flat = picked.view(-1)
         if shape[0] == parameter.shape[0] and not direction.has_random_mask:
-            factors = direction.lifted(target, self.core(target), rows)
             moved = torch.empty_like(flat)
-            passes.move(flat, moved, factors, self.read_by(passes, target))
+            passes.move(flat, moved, self.factors(target, rows), self.read_by(passes, target))
         else:
             numel = parameter.numel()
             width = numel // parameter.shape[0]
