@@ -314,7 +314,10 @@ MISTAKES = [
     ("method.mask=none", ["sparsity=0.5 would be ignored", "sparsity=0"]),
     ("batch_order=by_length", ["batch_order=by_length", "must be shuffled or stratified"]),
     ("method=adamw full_save_every=7", ["the steps of adamw are not recorded", "set eval_every"]),
-    ("method=grzo method.num_rows=4", ["method.num_rows=4", "batch_size=16", "leave method.num_rows"]),
+    (
+        "method=grzo method.num_rows=4",
+        ["method.num_rows=4", "batch_size=16", "leave method.num_rows"],
+    ),
     ("task=copa batch_order=stratified", ["each class", "task=copa is of kind choice"]),
     ("method.mask_resample=step", ["method.mask=random"]),
     ("method.mask=random method.mask_refresh_every=5", ["mask_refresh_every=5", "set it to 0"]),
