@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from smezo_cli.zo.directions.factored import Factored
 from smezo_cli.zo.directions.frames import UNIT, inner, orthonormal
 from smezo_cli.zo.estimators.one_sided import OneSided
+from smezo_cli.zo.move import Key
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
 from smezo_cli.zo.ranges import Count, Fraction, StepSize
@@ -78,7 +79,7 @@ class PowerIteration(Spectral):
         """See :class:`Spectral`."""
         mean = self.smoothed(g, *kept)
         k = min(self.steps_rank, *mean.shape)
-        start = self.direction.gaussian(target, "power", step, k, mean.shape[0])
+        start = self.direction.gaussian(target, Key(step, 0, "power"), k, mean.shape[0])
         return leading(mean, start, self.iterations)
 
     def smoothed(self, g: Tensor, *kept: Tensor) -> Tensor:

@@ -78,6 +78,8 @@ RATES = {
     # Of l = 8 columns the deviation is 0.4 / sqrt(8).
     "bf_ssd": Rate(estimated(DIMENSIONS, queries=8), 1.5, "8 columns, and whole steps pass"),
     # The logarithm's deviation is 0.4 / 2.
+    # Of 15 directions one is spent on their mean.
+    "aim_zo": Rate(estimated(DIMENSIONS, queries=14), 1.5, "15 directions, none of a linear layer"),
     "p_rge": Rate(estimated(DIMENSIONS, queries=4), 2.0, "the mean of four of MeZO's estimates"),
     "zo_muon": Rate(estimated(DIMENSIONS, queries=4), 2.0, "SGD on four one-sided queries"),
     "mopi": Rate(_GRADIENT, 2.0, "a mean of eight one-sided queries is nearly the gradient"),

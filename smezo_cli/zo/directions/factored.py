@@ -265,16 +265,14 @@ class Factored:
         assert shape is not None
 
         def gaussian(purpose: str, columns: int) -> Tensor:
-            return self.gaussian(target, purpose, interval, rank, columns)
+            return self.gaussian(target, Key(interval, 0, purpose), rank, columns)
 
         return self.product.frames(gaussian, shape, rank)
 
-    def gaussian(
-        self, target: Target, purpose: str, number: int, rows: int, columns: int
-    ) -> Tensor:
-        """Return float32 (rows, columns) of the stream (seed, purpose, number, 0, name)."""
-        draw = self.draw(target, Key(number, 0, purpose))
-        return self.numbers(draw, rows * columns, target.parameter.device).view(rows, columns)
+    def gaussian(self, target: Target, key: Key, *shape: int) -> Tensor:
+        """Return float32 numbers of a stream of a target, in this shape."""
+        draw, size = self.draw(target, key), math.prod(shape)
+        return self.numbers(draw, size, target.parameter.device).view(shape)
 
     def draw(self, target: Target, key: Key) -> Any:
         """Return the draw of one stream of a target, in the form that dense passes read."""
@@ -433,9 +431,8 @@ class FactoredMover:
         picked = self.noise.start(target).view(parameter.shape).index_select(0, rows)
         flat = picked.view(-1)
         if shape[0] == parameter.shape[0] and not direction.has_random_mask:
-            factors = self.factors(target, rows)
             moved = torch.empty_like(flat)
-            passes.move(flat, moved, factors, self.read_by(passes, target))
+            passes.move(flat, moved, self.factors(target, rows), self.read_by(passes, target))
         else:
             numel = parameter.numel()
             width = numel // parameter.shape[0]

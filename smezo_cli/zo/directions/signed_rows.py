@@ -468,6 +468,6 @@ class SignedMover:
 def _unknown(module: nn.Module | None, x: Tensor, num: int) -> str:
     of = "layer" if module is None else type(module).__name__
     return (
-        f"a {of} of the model is given a tensor of shape {list(x.shape)}, whose entries cannot be "
+        f"the model's {of} is given a tensor of shape {list(x.shape)}, whose entries cannot be "
         f"told apart as those of {num} rows of a batch: choose another method, such as method=mezo"
     )
