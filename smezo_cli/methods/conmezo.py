@@ -44,7 +44,7 @@ class Cone(Shaped):
         if not norm:
             return lambda part, z: z
         along, across = total * self._length * math.cos(self.phi) / norm, math.sin(self.phi)
-        return lambda part, z: z * across + m[part] * along
+        return lambda part, z: z.mul_(across).add_(m[part] * along)
 
     def identity(self) -> dict[str, Any]:
         """See :class:`Direction`."""

@@ -34,7 +34,7 @@ class ByCurvature(Shaped):
     def shape(self, target: Target, step: int, total: float) -> Shape:
         """See :class:`Shaped`."""
         (excess,) = self.state.read(target)
-        return lambda part, z: z / curvature_of(excess[part], self.least).sqrt_()
+        return lambda part, z: z.div_(curvature_of(excess[part], self.least).sqrt_())
 
 
 class StepThenCurvature(Update):
@@ -59,7 +59,7 @@ class StepThenCurvature(Update):
             h = curvature_of(excess, self.least)
             new = (u * u).mul_(h).mul_(curvature).sub_(1).mul_(h)  # curvature H z^2 - H
             excess.add_(new.mul_(self.alpha)).clamp_(min=self.least - 1)
-            return u * size
+            return u.mul_(size)
 
         along = Gradient((term._replace(coefficient=1.0),))
         weights.elementwise(along, change, decay=lr * weights.weight_decay)

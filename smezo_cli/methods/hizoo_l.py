@@ -104,9 +104,9 @@ class ByFactors(Shaped):
         """See :class:`Shaped`."""
         (kept,), shape, least = self.state.read(target), matrix_of(target), self.least
         if shape is None:
-            return lambda part, z: z / (kept[part] + 1).clamp_(min=least).sqrt_()
+            return lambda part, z: z.div_((kept[part] + 1).clamp_(min=least).sqrt_())
         factors = Factors.of(kept, shape, least)
-        return lambda part, z: z / factors.at(part).sqrt_()
+        return lambda part, z: z.div_(factors.at(part).sqrt_())
 
 
 class StepThenFactors(Update):
@@ -135,7 +135,7 @@ class StepThenFactors(Update):
                 def change(part: slice, u: Tensor) -> Tensor:
                     h = (kept[part] + 1).clamp_(min=self.least)
                     self._follow(kept[part], (u * u).mul_(h).mul_(h) * curvature)
-                    return u * size
+                    return u.mul_(size)
 
                 return change
             factors = Factors.of(kept, shape, self.least)
@@ -145,7 +145,7 @@ class StepThenFactors(Update):
             def change_factors(part: slice, u: Tensor) -> Tensor:
                 h = factors.at(part)
                 added.add(part, (u * u).mul_(h).mul_(h))  # H z^2
-                return u * size
+                return u.mul_(size)
 
             return change_factors
 

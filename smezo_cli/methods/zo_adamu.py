@@ -100,7 +100,7 @@ class AroundMomentum(Shaped):
         """See :class:`Shaped`."""
         (m,), (_, beta1, _) = self.state.read(target), self._phases.at(step)
         along = total * (1 - beta1)
-        return lambda part, z: z + m[part] * along
+        return lambda part, z: z.add_(m[part] * along)
 
 
 class NormalisedStep(Update):
@@ -124,9 +124,9 @@ class NormalisedStep(Update):
 
         def change(drawn: Tensor, m: Tensor) -> Tensor:
             first, second = drawn[0], drawn[1]  # beta1 z1 and (1 - beta1) (z2 - m)
-            z1, z2 = first / beta1, (second / (1 - beta1)).add_(m)
-            v = (z1 * z1).mul_(beta2).add_((z2 * z2).mul_(1 - beta2))
-            u = (first + second).add_(m * (1 - beta1))
+            z2 = (second / (1 - beta1)).add_(m)
+            v = (first * first).mul_(beta2 / beta1**2).add_(z2.mul_(z2).mul_(1 - beta2))
+            u = first.add_(second).add_(m * (1 - beta1))
             torch.mul(u, sign, out=m)
             return u.div_(v.add_(self.least).sqrt_()).mul_(-lr * slope)
 

@@ -16,7 +16,8 @@ from smezo_cli.zo.selections.masks import takes_all
 from smezo_cli.zo.targets import Target, check
 
 #: Takes places of a flat tensor (a slice, or int64) and the sum_q c_q z_q there (float32); returns
-#: the sum_q c_q u_q there. With the other sign of all c_q it returns the other sign of each bit.
+#: the sum_q c_q u_q there. With the other sign of all c_q it returns the same with another sign, to
+#: the last bit. It may write to the noise that it is given.
 Shape = Callable[[slice | Tensor, Tensor], Tensor]
 
 
