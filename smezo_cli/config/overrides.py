@@ -110,6 +110,7 @@ def _check_key(composer: Composer, override: Any, base: DictConfig, chosen: Sequ
     inside = [p for p in paths if p.rpartition(".")[0] == parent] or [
         p for p in paths if "." not in p
     ]
+    inside = [path for path in inside if not path.endswith("._target_")]  # nobody's to set
     node = OmegaConf.select(base, parent) if parent else None
     target = node.get("_target_") if isinstance(node, DictConfig) else None
     # Ours by their class alone: the line must stay one that is read.

@@ -71,7 +71,7 @@ def reference(steps: int, lr: float, eps: float, eps_p: float, s: float, tau: fl
 
 
 @pytest.mark.parametrize(("eps_p", "s", "tau"), [(0.1, 2.0, 0.2), (0.05, 3.0, 0.3)])
-@pytest.mark.parametrize("executor", ["sequential", "lockstep"])
+@pytest.mark.parametrize("executor", ["sequential", "lockstep", "batched"])
 def test_thirty_steps_are_those_of_the_rule(
     eps_p: float, s: float, tau: float, executor: str
 ) -> None:
