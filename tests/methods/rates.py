@@ -56,6 +56,7 @@ RATES = {
     "forward_grad": _MEZO._replace(why="exact derivatives are MeZO's on a quadratic"),
     "zo_conservative": _MEZO._replace(why="steps of lr < 2 / |z|^2 go down, so all are taken"),
     "grzo": _MEZO._replace(why="MeZO where the batch is one row"),
+    "agzo": _MEZO._replace(why="MeZO on tensors that are no linear layer's"),
     "adazeta": _MEZO._replace(why="four epochs of one query, and some steps of two"),
     "pezo": _MEZO._replace(why="E[u u^T] is nearly I; consecutive u overlap, which is slower"),
     "zo_block": Rate(estimated(15), _CHANCE, "MeZO in 15 dimensions, on each of two blocks"),
