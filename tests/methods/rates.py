@@ -67,6 +67,7 @@ RATES = {
     "forward_grad": _MEZO._replace(why="exact derivatives are MeZO's on a quadratic"),
     "zo_conservative": _MEZO._replace(why="steps of lr < 2 / |z|^2 go down, so all are taken"),
     "grzo": _MEZO._replace(why="MeZO where the batch is one row"),
+    "agzo": _MEZO._replace(why="MeZO on tensors that are no linear layer's"),
     "adazeta": _MEZO._replace(why="four epochs of one query, and some steps of two"),
     "pezo": _MEZO._replace(why="E[u u^T] is nearly I; consecutive u overlap, which is slower"),
     "hizoo": _MEZO._replace(why="MeZO, as alpha 1e-8 leaves the curvature where it is"),

@@ -25,10 +25,11 @@ class InputSpace(Factored):
     Args:
         model: whose linear layers these are; other classes that compute likewise are not known.
         basis_size: K; of a layer of fewer inputs, as many as these.
+        rank: of u(key), at most; no more than a layer has inputs.
     """
 
-    def __init__(self, model: nn.Module, basis_size: int) -> None:
-        super().__init__("uv", 1, 1)
+    def __init__(self, model: nn.Module, basis_size: int, rank: int = 1) -> None:
+        super().__init__("uv", rank, 1)
         self.basis_size = basis_size
         self.noise = self.dense.noise
         #: the layers that own a weight, by its ``id``
@@ -129,7 +130,8 @@ class InputSpace(Factored):
 
     def thin_rank(self, target: Target) -> int | None:
         """See :class:`Direction`: that of one direction."""
-        return None if self.shape_of(target) is None else self.rank
+        shape = self.shape_of(target)
+        return None if shape is None else min(self.rank, shape[1])
 
     kept_bytes = 0  # bases that are kept are of the state
 
@@ -210,8 +212,7 @@ def orthonormal_rows(rows: Tensor) -> Tensor:
     Signs are those of Gram and Schmidt, so that a small change of the rows is one of the basis.
     """
     q, r = torch.linalg.qr(rows.T)
-    found: Tensor = (q * r.diagonal().sign()).T.contiguous()
-    return found
+    return torch.where(r.diagonal() < 0, -q, q).T.contiguous()
 
 
 def both_sides(x: Tensor, rows: Tensor) -> Tensor:
