@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests import ROOT
+from tests.methods.test_every_method import ZEROTH_ORDER
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 
@@ -66,3 +67,13 @@ def test_every_page_of_the_docs_is_reached_from_the_readme() -> None:
         here = {(page.parent / x).resolve() for x in links if "://" not in x}
         new |= here - reached
     assert set(PAGES) <= reached
+
+
+def test_the_page_on_choosing_places_every_zeroth_order_method() -> None:
+    """Each has a memory; no name stands there that is no method."""
+    text = (ROOT / "docs/guide/choose.md").read_text(encoding="utf-8")
+    memory = text[text.index("## How much memory") : text.index("## How many forwards")]
+    placed = re.findall(r"`(\w+)`", re.sub(r"`method\.\w+`", "", memory))
+    assert sorted(placed) == sorted(ZEROTH_ORDER)
+    named = set(re.findall(r"`([a-z]\w+)`", text))
+    assert named - {"query_ranks", "project_every", "f1"} <= set(placed)

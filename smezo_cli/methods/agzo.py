@@ -33,7 +33,7 @@ class TopInputs(InputSpace):
     def factors_at(self, target: Target, key: Key) -> Factors:
         """See :class:`InputSpace`."""
         rows, basis = target.parameter.shape[0], self.basis_of(target)
-        return Factors(self.gaussian(target, key, rows * len(basis)).view(rows, -1), basis)
+        return Factors(self.gaussian(target, key, rows, len(basis)), basis)
 
     def seen(self, target: Target, x: Tensor, found: Tensor | None) -> Tensor:
         """See :class:`InputSpace`."""
