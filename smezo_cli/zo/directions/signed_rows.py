@@ -1,5 +1,7 @@
 """Perturb each row of a batch along one base direction, under random signs of its own (GRZO)."""
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -211,8 +213,11 @@ class SignedNoise:
         return self._scratch[place][:numel]
 
     def identity(self) -> dict[str, Any]:
-        """See :class:`Direction`."""
-        return {**self.dense.identity(), "direction": "signed rows", "num_rows": self.num_rows}
+        """See :class:`Direction`; another class of a layer may be known, or not, elsewhere."""
+        signed = sorted(t.name for t in self.dense.targets if self.is_signed(t))
+        names = hashlib.sha256(json.dumps(signed).encode()).hexdigest()
+        about = {"direction": "signed rows", "num_rows": self.num_rows, "signed": names}
+        return self.dense.identity() | about
 
 
 class SignedMover:
