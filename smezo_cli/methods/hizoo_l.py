@@ -88,7 +88,7 @@ class ByFactors(Shaped):
     """u(key) = z / sqrt(H), with H of a matrix as a product; of other tensors a number a weight.
 
     Args:
-        least: bounds H and its factors from below.
+        least: bounds r and c, and the H of a vector, from below.
     """
 
     def __init__(self, least: float) -> None:
@@ -114,7 +114,7 @@ class StepThenFactors(Update):
 
     Args:
         alpha: weight of a step's curvature.
-        least: bounds H and its factors from below.
+        least: bounds r and c, and the H of a vector, from below.
     """
 
     slots = ("excess_curvature",)
@@ -194,7 +194,7 @@ class HiZOOL(ZeroOrder):
     Args:
         model: any module; parameters with ``requires_grad`` are trained.
         alpha: weight of a step's curvature, in [0, 1); 0 is MeZO.
-        least: bounds H and its factors from below.
+        least: bounds r and c, and the H of a vector, from below.
         common: see :class:`smezo_cli.zo.parts.Common`; projected gradients are clipped in the step,
             the curvature is as it was measured.
     """

@@ -107,3 +107,20 @@ def test_sums_of_parts_in_any_order_are_those_of_the_whole() -> None:
     for other in (cut, back):
         assert torch.equal(whole.rows, other.rows)
         assert torch.equal(whole.columns, other.columns)
+
+
+def test_what_it_keeps_is_bounded_from_below() -> None:
+    """A flat loss has no curvature, so H falls: to least, to float32."""
+    model = mlp()
+    opt: Any = HiZOOL(model, **given(alpha=0.5, least=0.25))
+    for _ in range(4):
+        opt.step(lambda: torch.zeros(()))
+    for target in opt.targets:
+        (kept,) = opt.state_of_update.of(target)
+        torch.testing.assert_close(kept + 1, torch.full_like(kept, 0.25), rtol=1e-6, atol=0)
+    plain: Any = HiZOOL(mlp(), **given())  # H is 1
+    plain.num_steps = opt.num_steps
+    for target, other in zip(opt.targets, plain.targets, strict=True):
+        scaled = opt.mover([0], [1.0]).dense(target)[0]
+        z = plain.mover([0], [1.0]).dense(other)[0]
+        torch.testing.assert_close(scaled, 2 * z, rtol=1e-6, atol=0)
