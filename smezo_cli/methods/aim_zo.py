@@ -49,12 +49,6 @@ class LearnedInputs(InputSpace):
         self.columns, self.shared, self.oja = columns, shared, oja
         #: where bases are kept; a method says so
         self.state: State | None = None
-        self._chosen: dict[tuple[str, Key], Tensor] = {}
-
-    def begin(self, step: int) -> None:
-        """See :class:`Direction`."""
-        super().begin(step)
-        self._chosen.clear()
 
     def factors_at(self, target: Target, key: Key) -> Factors:
         """See :class:`InputSpace`."""
@@ -68,15 +62,13 @@ class LearnedInputs(InputSpace):
 
     def chosen(self, target: Target, key: Key) -> Tensor:
         """Return the numbers of the columns that a direction takes: int64 (k,)."""
-        if (target.name, key) not in self._chosen:
-            size = self.size_of(target)
-            columns = min(self.columns, size)
-            order = self._shuffled(size, "columns", key.step, target.name)
-            shared, others = order.tensor_split([min(self.shared, columns)])
-            own = self._shuffled(len(others), "own columns", *key[:2], target.name)
-            found = torch.cat((shared, others[own[: columns - len(shared)]]))
-            self._chosen[target.name, key] = found.to(target.parameter.device)
-        return self._chosen[target.name, key]
+        size = self.size_of(target)
+        columns = min(self.columns, size)
+        order = self._shuffled(size, "columns", key.step, target.name)
+        shared, others = order.tensor_split([min(self.shared, columns)])
+        own = self._shuffled(len(others), "own columns", *key[:2], target.name)
+        found = torch.cat((shared, others[own[: columns - len(shared)]]))
+        return found.to(target.parameter.device)
 
     def _shuffled(self, size: int, *parts: str | int) -> Tensor:
         key = torch.tensor(stream_key(self.dense._seed, *parts))
@@ -85,11 +77,9 @@ class LearnedInputs(InputSpace):
     def seen(self, target: Target, x: Tensor, found: Seen | None) -> Seen:
         """See :class:`InputSpace`."""
         product, squares = both_sides(x, self.basis_of(target)), x.square().sum()
-        return (
-            Seen(product, squares)
-            if found is None
-            else Seen(found.product + product, found.squares + squares)
-        )
+        if found is None:
+            return Seen(product, squares)
+        return Seen(found.product + product, found.squares + squares)
 
     def improved(self, target: Target, found: Seen) -> Tensor:
         """See :class:`InputSpace`."""
@@ -122,9 +112,7 @@ class LeaveOneOut:
     """
 
     def __init__(self, num_queries: int, direction: InputSpace, basis_every: int) -> None:
-        check(
-            num_queries >= 2, f"num_queries={num_queries}: must be at least 2, for a mean of others"
-        )
+        check(num_queries >= 2, f"num_queries={num_queries}: must be at least 2")
         check(basis_every >= 1, f"basis_every={basis_every}: must be at least 1")
         self.num_scalars = self.num_terms = num_queries
         self._direction, self._basis_every = direction, basis_every

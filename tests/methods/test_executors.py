@@ -8,7 +8,10 @@ from tests.zo.test_optimizer import mlp
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Methods that measure something else, which they name.
-REFUSING = {"forward_grad": "executor=batched: a derivative is taken in one forward"}
+REFUSING = {
+    "forward_grad": "executor=batched: a derivative is taken in one forward",
+    "grzo": "executor=batched: a forward computes each row at a point of its own",
+}
 
 
 @pytest.mark.parametrize("name", ZEROTH_ORDER)
