@@ -5,7 +5,8 @@
 It also writes the numbers that `smezo show method NAME` prints, smezo_cli/cli/method_costs.json,
 and the list of methods in README.md.
 
-Seconds and peaks come from docs/results/methods-bench.json, which `smezo bench --json` has written.
+Seconds and peaks come from docs/results/methods-bench*.json, which `smezo bench --json` writes;
+of a method that is in two of them, from the later one by name.
 """
 
 import functools
@@ -30,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "guide" / "methods.md"
 README = ROOT / "README.md"
 LIST = re.compile(r"(?<=\| kind \| methods \|\n\|---\|---\|\n)(\|.*\n)*")
-BENCH = ROOT / "docs" / "results" / "methods-bench.json"
+BENCH = sorted((ROOT / "docs" / "results").glob("methods-bench*.json"))
 HEAD = """# Methods
 
 Every zeroth-order method of `smezo ls methods`, as `smezo train method=NAME` runs it.
@@ -159,17 +160,26 @@ def formula(cls: type) -> Iterator[str]:
 
 
 def measured() -> Mapping[str, Any]:
-    """Return the timings, or nothing where there are none."""
-    return json.loads(BENCH.read_text(encoding="utf-8")) if BENCH.exists() else {}
+    """Return the timings of all files, or nothing where there are none.
+
+    Raises:
+        ValueError: two files are of different settings.
+    """
+    found: dict[str, Any] = {}
+    for file in BENCH:
+        one = json.loads(file.read_text(encoding="utf-8"))
+        for key in ("ratio_to_its_forwards", "peak_over_forward"):
+            found.setdefault(key, {}).update(one[key])
+        size, cores = f"{one['batch_size']} x {one['length']}", one["machine"]["cpus"]
+        about = f"{one['model']}, {size} tokens, {one['dtype']}, {cores} CPU cores"
+        if found.setdefault("about", about) != about:
+            raise ValueError(f"{file.name} is of {about}, and others of {found['about']}")
+    return found
 
 
 def costs() -> dict[str, Any]:
     """Return what the table says of every method, as `smezo show method` reads it."""
     bench = measured()
-    about = "nothing is measured yet"
-    if bench:
-        size, cores = f"{bench['batch_size']} x {bench['length']}", bench["machine"]["cpus"]
-        about = f"{bench['model']}, {size} tokens, {bench['dtype']}, {cores} CPU cores"
     rows = {}
     for name in names():
         method = made(name)
@@ -180,7 +190,7 @@ def costs() -> dict[str, Any]:
             "peak": bench.get("peak_over_forward", {}).get(name),
             "source": source(name),
         }
-    return {"measured": about, "methods": rows}
+    return {"measured": bench.get("about", "nothing is measured yet"), "methods": rows}
 
 
 def page(found: Mapping[str, Any]) -> str:
