@@ -20,6 +20,9 @@ from smezo_cli.zo.step import RowForward
 
 _LORA = ("lora", "lora_fa")
 
+#: Queries of a step that is timed, at most: what it costs over its forwards does not hang on more.
+MOST_QUERIES = 16
+
 
 class Losses:
     """Return the loss of some rows, under whatever name a method asks for it."""
@@ -96,7 +99,8 @@ def step_of(
 ) -> tuple[ZeroOrder, Losses]:
     """Return a method with its YAML's values, but these step sizes, and the loss of its steps.
 
-    A method that changes the layers of the model gets a copy of it.
+    A method that changes the layers of the model gets a copy of it; one of very many queries makes
+    :data:`MOST_QUERIES`.
 
     Args:
         name: of a method; behind an @ the executor that it is to have.
@@ -118,6 +122,8 @@ def step_of(
     values = {**node, "lr": lr, "eps": eps} | ({"tail_lr": lr} if "tail_lr" in node else {})
     values = {key: value for key, value in values.items() if key != "adapter"}
     values |= {"num_rows": len(rows)} if "num_rows" in node else {}
+    if values.get("num_queries", 1) > MOST_QUERIES:
+        values["num_queries"] = MOST_QUERIES
     values |= {"executor": executor} if executor else {}
     # As a run with the default settings, whose self-check is no part of a step.
     method: ZeroOrder = build(values, "method", model=model, seed=0, check=False)

@@ -47,7 +47,8 @@ device. All weights are trained, but by methods on LoRA. Names:
   mezo, sparse_mezo          as smezo train makes them, and variants:
     sparse_mezo_sequential, sparse_mezo_lockstep, sparse_mezo_in_place, sparse_mezo_kept_noise,
     sparse_mezo_rademacher, sparse_mezo_eager, r_mezo
-  lezo, lozo, ...            any method of smezo ls methods that compares losses
+  lezo, lozo, ...            any method of smezo ls methods that compares losses, of at most 16
+                             queries a step
   forward_lora               the model with LoRA, the unit of mezo_lora, p_rge and the like
   lozo@side_path, ...        a method with an executor: sequential, lockstep, side_path, batched
   pass_gaussian, pass_rademacher         one masked pass over 64 M float32 weights

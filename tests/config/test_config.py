@@ -306,7 +306,10 @@ MISTAKES = [
     ("method=mezo_adam method.betas=0.9", ["method.betas=0.9", "two numbers in [0, 1)"]),
     ("method=mezo_adam method.betas=[0.9,1]", ["[0.9, 1]", "for example method.betas=[0.9,0.999]"]),
     ("method=mezo_adam method.adam_eps=0", ["method.adam_eps=0", "above 0"]),
-    ("method=mezo method.adam_eps=1e-8", ["method mezo has no method.adam_eps", "mezo_adam has"]),
+    (
+        "method=mezo method.adam_eps=1e-8",
+        ["method mezo has no method.adam_eps", "add method=mezo_adam"],
+    ),
     ("method.objective=acc", ["method.objective=acc", "loss, accuracy or f1"]),
     ("method.objective=f1", ["of kind classification", "add method.objective=accuracy"]),
     ("task=squad method.objective=accuracy", ["task squad", "add method.objective=f1"]),

@@ -179,7 +179,7 @@ def test_ls_show_and_completion_know_the_folder(
     assert [line.split() for line in listed if "mezo_mine" in line] == [["mezo_mine", "Mine."]]
     assert sum(line.split()[0] == "mezo" for line in listed) == 1
     line = f"--config-dir {_plain(mine)}"
-    for query in (f"smezo train {line} method=mezo_m", f"smezo show {line} method mezo_m"):
+    for query in (f"smezo train {line} method=mezo_mi", f"smezo show {line} method mezo_mi"):
         assert main(["completion", "query", query]) == 0
         assert capsys.readouterr().out.split("=")[-1] == "mezo_mine\n"
     assert main(["ls", "--config-dir"]) == 2
