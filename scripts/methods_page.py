@@ -133,9 +133,11 @@ def forwards(method: Any) -> str:
 
 
 def source(name: str) -> str:
-    """Return the paper that the first comment of a method's YAML names first, or ""."""
+    """Return where to read the paper that a method's YAML names first: a URL, or ""."""
     text = (ROOT / "conf" / "method" / f"{name}.yaml").read_text(encoding="utf-8")
-    return next(iter(re.findall(r"arXiv (\d{4}\.\d{5})", text)), "")
+    if papers := re.findall(r"arXiv (\d{4}\.\d{5})", text):
+        return f"https://arxiv.org/abs/{papers[0]}"
+    return next((f"https://{code}" for code in re.findall(r"github\.com/[\w/-]+", text)), "")
 
 
 def since(name: str) -> str:
@@ -197,11 +199,11 @@ def page(found: Mapping[str, Any]) -> str:
     """Return the whole page, with the numbers of :func:`costs`."""
     rows, sections = [], []
     for name, known in found["methods"].items():
-        paper = known["source"]
+        paper, named = known["source"], known["source"].split("/")[-1]
         cells = [
             *(f"`{name}`", headline(name), known["state"], known["forwards"]),
             *("" if x is None else f"{x:.2f}" for x in (known["cost"], known["peak"])),
-            *(f"[{paper}](https://arxiv.org/abs/{paper})" if paper else "", since(name)),
+            *(f"[{named}]({paper})" if paper else "", since(name)),
         ]
         rows.append(f"| {' | '.join(cells)} |")
         cls = target_of(node_of(name), "method")

@@ -41,7 +41,7 @@ def notes(name: str, files: Mapping[str, Path]) -> Iterator[str]:
             f"{known['peak']:.2f} times the memory of one ({costs['measured']})"
         )
     if known["source"]:
-        yield f"Source: https://arxiv.org/abs/{known['source']}"
+        yield f"Source: {known['source']}"
 
 
 def about(doc: str) -> str:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from types import ModuleType
 from typing import Any
 
@@ -52,4 +53,4 @@ def test_the_readme_lists_every_method_by_kind(methods_page: ModuleType) -> None
 def test_every_row_has_a_source(methods_page: ModuleType, page: str) -> None:
     rows = [line for line in page.splitlines() if line.startswith("| `")]
     assert len(rows) == len(methods_page.names())
-    assert all("https://arxiv.org/abs/" in row for row in rows)
+    assert all(re.search(r"\(https://(arxiv.org/abs|github.com)/", row) for row in rows)
