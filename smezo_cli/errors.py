@@ -106,6 +106,10 @@ def _printable(character: str) -> str:
 def near(word: str, options: Iterable[str]) -> str:
     """Return the end of a sentence: what the word may have meant, and a list of all options."""
     options = sorted(options)
-    close = difflib.get_close_matches(word, options, n=2, cutoff=0.65)
-    hint = f", did you mean {' or '.join(close)}?" if close else ""
-    return f"{hint} (there are: {', '.join(options) or 'none'})"
+    return f"{meant(word, options)} (there are: {', '.join(options) or 'none'})"
+
+
+def meant(word: str, options: Iterable[str]) -> str:
+    """Return the end of a sentence: what the word may have meant, or ""."""
+    close = difflib.get_close_matches(word, sorted(options), n=2, cutoff=0.65)
+    return f", did you mean {' or '.join(close)}?" if close else ""

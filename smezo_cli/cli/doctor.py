@@ -1,10 +1,12 @@
 """`smezo doctor`: one screen on this machine, for bug reports and before a long run."""
 
 import os
+import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -67,14 +69,31 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--no-hub", action="store_true")
     given = parser.parse_args(list(words))
-    found = [*_versions(), *_devices(), *_passes(), *_caches(), *_disk()]
-    found += [*_hub(is_asked=not given.no_hub), *_environment()]
+    looks: dict[str, Callable[[], Iterator[Finding]]] = {
+        "versions": _versions,
+        "devices": _devices,
+        "passes": _passes,
+        "cache": _caches,
+        "disk": _disk,
+        "hub": partial(_hub, is_asked=not given.no_hub),
+        "environment": _environment,
+    }
+    found = [finding for part, look in looks.items() for finding in _as_far(part, look)]
     found = [Finding(f.part, f.what, _without_home(f.found), f.is_broken) for f in found]
     if given.json:
         print(strict_json.dumps([asdict(finding) for finding in found], indent=2))
     else:
         print(_as_text(found), end="")
     return 2 if any(finding.is_broken for finding in found) else 0
+
+
+def _as_far(part: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """Yield what is found, and at last the error that ended the search."""
+    try:
+        yield from look()
+    except Exception as error:  # whatever a broken installation or a busy device raises
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        yield Finding(part, "error", f"{type(error).__name__}: {first}", is_broken=True)
 
 
 def _as_text(found: Sequence[Finding]) -> str:
@@ -100,12 +119,7 @@ def _without_home(text: str) -> str:
 
 
 def _versions() -> Iterator[Finding]:
-    from smezo_cli.store.versions import versions
-
-    known = versions()
-    commit = known["commit"] or "an installed package"
-    yield Finding("versions", "smezo", f"{known['smezo']} ({commit}), numerics {known['numerics']}")
-    yield Finding("versions", "python", f"{known['python']}, {known['system']} {known['machine']}")
+    yield Finding("versions", "python", f"{platform.python_version()}, {platform.platform()}")
     for package in NEEDED:
         try:
             yield Finding("versions", package, version(package))
@@ -119,6 +133,11 @@ def _versions() -> Iterator[Finding]:
         except PackageNotFoundError:
             others.append(f"no {package}")
     yield Finding("versions", "others", ", ".join(others))
+    from smezo_cli.store.versions import versions  # it imports torch
+
+    known = versions()
+    commit = known["commit"] or "an installed package"
+    yield Finding("versions", "smezo", f"{known['smezo']} ({commit}), numerics {known['numerics']}")
 
 
 def _devices() -> Iterator[Finding]:

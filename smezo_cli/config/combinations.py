@@ -8,12 +8,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from smezo_cli.config.fixed import CONF_DIR, FULL_SAVE_EVERY, load_yaml
+from smezo_cli.config.fixed import CONF_DIR, FULL_SAVE_EVERY, load_yaml, usual
 from smezo_cli.config.method_keys import trait
 from smezo_cli.config.mixture import single_tasks
 from smezo_cli.errors import UserError
 from smezo_cli.kinds import METRICS
 from smezo_cli.zo.ranges import shown
+
+_FEW = 8  # names of methods, from which only the first are shown
 
 
 def check_counts(task: Mapping[str, Any]) -> None:
@@ -301,13 +303,16 @@ def lacks(key: str, method: object, others: Sequence[str]) -> str:
     It advises the default method, if that has it, else the one whose name is nearest.
     """
     have = "has" if len(others) == 1 else "have"
-    defaults = load_yaml(CONF_DIR / "train.yaml").get("defaults", [])
-    usual = [entry["method"] for entry in defaults if "method" in entry]
     if not others:
         return f"method {method} has no {key}: leave {key} out."
+    variants = [name for name in others if name.startswith(f"{method}_")]
     alike = difflib.get_close_matches(str(method), others, n=1, cutoff=0.0)
-    advised = next((name for name in usual if name in others), alike[0])
+    default = usual("method")
+    advised = default if default in others else [*variants, *alike][0]
+    named = list(others)
+    if len(others) > _FEW:
+        named = [*others[: _FEW - 1], f"{len(others) - _FEW + 1} others"]
     return (
-        f"method {method} has no {key}; {', '.join(others)} {have}: add method={advised}, or leave "
+        f"method {method} has no {key}; {', '.join(named)} {have}: add method={advised}, or leave "
         f"{key} out."
     )

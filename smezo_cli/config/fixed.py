@@ -42,6 +42,12 @@ def is_frozen(method: object) -> bool:
     return not trait(method, "takes_steps", default=True)
 
 
+def usual(group: str) -> str | None:
+    """Return the choice of a group that train.yaml makes; None where it makes none."""
+    defaults = load_yaml(CONF_DIR / "train.yaml").get("defaults", [])
+    return next((entry[group] for entry in defaults if group in entry), None)
+
+
 def load_yaml(file: Path) -> DictConfig:
     """Return the mapping in a YAML file of ours; an empty one if there is none."""
     loaded = OmegaConf.load(file)

@@ -12,10 +12,12 @@ from omegaconf import DictConfig, OmegaConf
 from smezo_cli.config import sweep
 from smezo_cli.config.combinations import lacks
 from smezo_cli.config.composer import Composer
-from smezo_cli.config.fixed import OPTIONAL_SETTINGS, sentence
+from smezo_cli.config.fixed import OPTIONAL_SETTINGS, sentence, usual
 from smezo_cli.config.settings import check
-from smezo_cli.errors import UserError, near
+from smezo_cli.errors import UserError, meant, near
 from smezo_cli.zo.ranges import shown
+
+_MANY = 40  # names, from which a command that lists them is shown in their place
 
 
 def values_of(override: Any, multirun: bool) -> list[str]:
@@ -47,7 +49,7 @@ def check_choice(composer: Composer, override: Any) -> None:
     group = override.key_or_group
     if override.is_delete() or (not override.is_sweep_override() and override.value() is None):
         if group in ("task", "model", "method", "logger"):
-            example = composer.options(group)[0]
+            example = usual(group) or composer.options(group)[0]
             raise UserError(f"{group} must be chosen, for example {group}={example}.")
         if not override.is_delete():
             raise UserError(f"{group}=null: leave the group out by ~{group}.")
@@ -68,7 +70,10 @@ def check_choice(composer: Composer, override: Any) -> None:
                 f"python -m pip install {sweep.INSTALL[name]}."
             )
         if name not in options:
-            raise UserError(f"{group}={choice}: there is no such {group}{near(name, options)}.")
+            known = near(name, options)
+            if len(options) > _MANY:
+                known = f"{meant(name, options)} (smezo ls {group}s lists all {len(options)})"
+            raise UserError(f"{group}={choice}: there is no such {group}{known}.")
 
 
 def check_keys(composer: Composer, overrides: Sequence[Any], chosen: Sequence[str]) -> None:

@@ -30,6 +30,8 @@ _WITHOUT_USE: Mapping[str, str] = {
     "adam_epsilon": "give method_arguments, such as adam_eps of MeZOAdam",
     "max_grad_norm": "give method_arguments={'clip_projected_grad': ...}",
     "fp16": "it scales gradients, and there are none: load the model in float16, or take bf16=True",
+    "activation_checkpointing": "there is no backpropagation to save memory for",
+    "neftune_noise_alpha": "losses are computed in eval mode, where it adds nothing",
 }
 
 if TYPE_CHECKING:
@@ -190,6 +192,16 @@ def _check_method(method: type[ZeroOrder], arguments: Mapping[str, Any]) -> None
             f"method={name} needs other losses than that of the batch ({others}), which a Trainer "
             "does not have: use smezo train"
         )
+    if method.needs_rows:
+        raise ValueError(
+            f"method={name} needs the loss of each row, which a Trainer does not have: use smezo "
+            "train"
+        )
+    if method.holds_codes:
+        raise ValueError(
+            f"method={name} makes integers of the weights, which a Trainer's checkpoints do not "
+            "know: use smezo train"
+        )
     if method.needs_mask:
         raise ValueError(f"method={name} needs a mask, which smezo train makes: use that")
     for key, where in (
@@ -204,8 +216,8 @@ def _check_method(method: type[ZeroOrder], arguments: Mapping[str, Any]) -> None
 def _check_arguments(args: TrainingArguments) -> None:
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
-        default = TrainingArguments.__dataclass_fields__.get(field.name, field).default
-        same = value == default or str(getattr(value, "value", value)) == str(default)
+        same = not value or value == field.default or str(value) == str(field.default)
+        same = same or getattr(value, "value", value) == field.default  # of an enumeration
         if field.name in _WITHOUT_USE and not same:
             raise ValueError(
                 f"{field.name}={value} has no effect on zeroth-order steps: leave it out; "

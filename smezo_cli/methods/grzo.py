@@ -93,6 +93,7 @@ class GRZO(ZeroOrder):
         common: see :class:`smezo_cli.zo.parts.Common`; ``executor`` is "sequential".
     """
 
+    needs_rows: ClassVar = True
     measures_pairs: ClassVar = False  # in turns: a forward has no copies that both sides could draw
     groups_by: ClassVar = ""  # all rows are in one forward
 

@@ -1,12 +1,14 @@
 """Write the README.md of an exported model: the model card that the hub reads."""
 
 import logging
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData, metadata_load
 
+from smezo_cli.config.mixture import single_tasks
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import redacted
 
@@ -15,7 +17,7 @@ _TASKS = {
     "classification": ("text-classification", "Text classification"),
     "choice": ("multiple-choice", "Multiple choice"),
     "generation": ("text-generation", "Text generation"),
-    "mixture": ("text-classification", "Several tasks"),
+    "mixture": ("other", "Several tasks"),
 }
 
 
@@ -90,7 +92,8 @@ def _license(model: Mapping[str, Any]) -> str | None:
 def _measured(settings: Settings, result: Mapping[str, Any], data: str | None) -> list[EvalResult]:
     """Return the test metric as the hub's leaderboards read it."""
     metric, test = result["metric"], result["test"]
-    task, name = _TASKS[settings.task["kind"]]
+    kinds = {node["kind"] for node in single_tasks(settings.task)}
+    task, name = _TASKS[kinds.pop()] if len(kinds) == 1 else _TASKS["mixture"]
     return [
         EvalResult(
             task_type=task,
@@ -125,20 +128,34 @@ def _lines(
         + "."
     )
     if result.get("command"):
-        yield from ("", "```bash", str(result["command"]), "```")
+        yield from ("", "```bash", _without_paths(str(result["command"])), "```")
     if is_tested:
         yield ""
         yield from _table(result)
     else:
         yield from ("", "These weights were not tested.")
-    if (prompt := result.get("prompt")) is not None:
-        yield ""
-        yield "The numbers hold for this prompt:" if is_tested else "It was trained with:"
-        yield from ("", "```", str(prompt["template"]), "```")
-        if prompt.get("labels"):
-            yield from ("", f"Label words: {', '.join(map(str, prompt['labels']))}.")
+    yield from _prompts(result.get("prompt"))
     yield from ("", f"{loaded_by[0].upper()}{loaded_by[1:]}.")
     yield from ("", "The licence of the base model holds for these weights, too.")
+
+
+def _prompts(found: Any) -> Iterator[str]:
+    """Yield the prompt of the run, or those of the parts of a mixture."""
+    for prompt in [found] if isinstance(found, Mapping) else found or ():
+        of = f" of part {prompt['part']}" if "part" in prompt else ""
+        yield from ("", f"Prompt{of}:", "", "```", str(prompt["template"]), "```")
+        if prompt.get("labels"):
+            yield from ("", f"Label words: {', '.join(map(str, prompt['labels']))}.")
+
+
+def _without_paths(command: str) -> str:
+    """Return a command with names of files in place of absolute paths of this machine."""
+    words = []
+    for word in shlex.split(command):
+        key, equals, value = word.rpartition("=")
+        is_path = value.startswith(("/", "~")) or "=/" in value
+        words.append(f"{key}{equals}{Path(value).name}" if is_path else word)
+    return shlex.join(words)
 
 
 def _table(result: Mapping[str, Any]) -> Iterator[str]:

@@ -38,6 +38,7 @@ class ZeroOrder(Parts):
     # product of these arguments (of one that is None: as many as the model has), or so many.
     groups_by: ClassVar = "num_queries"
     least_groups: ClassVar = 1
+    needs_rows: ClassVar = False  # the loss of each row, see ByRow
     needs_gradient: ClassVar = False  # of the objective, which must be the loss then
     needs_mask: ClassVar = False  # of named entries, which a run makes once and keeps
     score_bytes: ClassVar = 0  # a weight, while that mask is made

@@ -85,6 +85,21 @@ def test_what_is_broken_is_exit_code_2(
     assert "BROKEN: not installed: pip install no-such-package" in capsys.readouterr().out
 
 
+def test_what_cannot_be_looked_at_is_a_line_and_the_rest_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as a device whose memory others have taken."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA error: out of memory\nand a hint")
+
+    monkeypatch.setattr("smezo_cli.zo.passes.choose.choose_passes", full)
+    found = lines(capsys=capsys, code=2)
+    assert found["passes error"]["found"] == "RuntimeError: CUDA error: out of memory"
+    assert found["passes error"]["is_broken"]
+    assert "disk of the cache" in found
+
+
 def test_passes_that_do_not_work_say_why(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,9 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, Trainin
 
 from smezo_cli.integrations.trainer import ZeroOrderTrainer
 from smezo_cli.methods.addax import Addax
+from smezo_cli.methods.grzo import GRZO
 from smezo_cli.methods.lozo import LOZO
 from smezo_cli.methods.mezo import MeZO
 from smezo_cli.methods.mezo_adam import MeZOAdam
+from smezo_cli.methods.qzo import QZO
 from smezo_cli.methods.senszoq import SensZOQ
 from smezo_cli.methods.sparse_mezo import SparseMeZO
 from smezo_cli.zo.optimizer import ZeroOrder
@@ -197,6 +199,10 @@ def test_the_log_has_the_projected_gradient_and_no_norm(tmp_path: Path) -> None:
         ({"optim": "sgd"}, "optim=.*the method is the optimizer"),
         ({"method": Addax}, "method=Addax needs other losses than that of the batch"),
         ({"method": SensZOQ}, "method=SensZOQ needs a mask"),
+        ({"method": GRZO}, "method=GRZO needs the loss of each row"),
+        ({"method": QZO}, "method=QZO makes integers of the weights"),
+        ({"activation_checkpointing": True}, "activation_checkpointing=True has no effect"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 has no effect"),
         ({"method": torch.optim.SGD}, "must be a class of smezo_cli.methods"),
         ({"method_arguments": {"eps": 1e-3, "lr": 1.0}}, r"TrainingArguments\(learning_rate"),
     ],

@@ -180,4 +180,4 @@ def test_it_passes_what_every_method_does(checkout: Path) -> None:
     words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     ended = python(checkout, *words, "-k", "added_sign or listed")
     assert ended.returncode == 0, ended.stdout[-3000:]
-    assert "16 passed" in ended.stdout
+    assert "17 passed" in ended.stdout

@@ -67,6 +67,21 @@ def test_a_person_reads_gain_prompt_and_command_without_a_token(rte: Settings) -
     assert "Transformers loads it: X(FOLDER)." in text
 
 
+def test_a_mixture_has_the_prompt_of_each_part() -> None:
+    settings = settings_of("task=mixture", "task.parts=[sst2,rte]", "method=mezo", "model=opt-125m")
+    parts = [{"part": part, "template": f"{part}: {{text}}", "labels": []} for part in ("a", "b")]
+    found = card(settings, RESULT | {"prompt": parts})
+    assert all(f"Prompt of part {part}:\n\n```\n{part}: " in found.text for part in ("a", "b"))
+    (measured,) = found.data.eval_results
+    assert measured.task_type == "text-classification"  # as both parts are
+
+
+def test_paths_of_this_machine_are_not_published(rte: Settings) -> None:
+    command = "smezo train --config-dir /home/me/conf task.data=/data/x.csv model.path=~/m steps=3"
+    text = card(rte, RESULT | {"command": command}).text
+    assert "smezo train --config-dir conf task.data=x.csv model.path=m steps=3" in text
+
+
 def test_weights_of_another_step_have_no_result(rte: Settings) -> None:
     found = card(rte, step=40)
     assert found.data.eval_results is None
