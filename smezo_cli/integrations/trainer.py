@@ -30,7 +30,6 @@ _WITHOUT_USE: Mapping[str, str] = {
     "adam_epsilon": "give method_arguments, such as adam_eps of MeZOAdam",
     "max_grad_norm": "give method_arguments={'clip_projected_grad': ...}",
     "fp16": "it scales gradients, and there are none: load the model in float16, or take bf16=True",
-    "activation_checkpointing": "there is no backpropagation to save memory for",
     "neftune_noise_alpha": "losses are computed in eval mode, where it adds nothing",
 }
 

@@ -273,9 +273,10 @@ def search(asked: Sequence[T], agree: Callable[[Sequence[T]], bool]) -> list[T]:
 
 
 def enclosing(model: nn.Module, parameter: nn.Parameter) -> list[nn.Module]:
-    """Return modules with own parameters that contain all owners of one, the nearest first.
+    """Return modules that contain all owners of one, the nearest first.
 
-    Their forwards are those that may read it by themselves.
+    They have parameters of their own, or a forward that was put in place of their class's (as TRL's
+    SFTTrainer does to a model): these forwards are those that may read it by themselves.
     """
     paths = [
         name
@@ -290,7 +291,7 @@ def enclosing(model: nn.Module, parameter: nn.Parameter) -> list[nn.Module]:
         module = model.get_submodule(first)
         is_around = all(not first or path.startswith(f"{first}.") for path in paths)
         owns = any(p is not None for p in module._parameters.values())
-        if is_around and owns and module not in owners:
+        if is_around and (owns or "forward" in vars(module)) and module not in owners:
             found.append(module)
     return found
 

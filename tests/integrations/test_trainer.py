@@ -1,16 +1,26 @@
 """A Trainer makes the steps of smezo's methods, with real runs of transformers' Trainer."""
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+    TrainingArguments,
+)
 
-from smezo_cli.integrations.trainer import ZeroOrderTrainer
+from smezo_cli.integrations.trainer import ZeroOrderMixin, ZeroOrderTrainer
 from smezo_cli.methods.addax import Addax
 from smezo_cli.methods.grzo import GRZO
 from smezo_cli.methods.lozo import LOZO
@@ -201,7 +211,6 @@ def test_the_log_has_the_projected_gradient_and_no_norm(tmp_path: Path) -> None:
         ({"method": SensZOQ}, "method=SensZOQ needs a mask"),
         ({"method": GRZO}, "method=GRZO needs the loss of each row"),
         ({"method": QZO}, "method=QZO makes integers of the weights"),
-        ({"activation_checkpointing": True}, "activation_checkpointing=True has no effect"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 has no effect"),
         ({"method": torch.optim.SGD}, "must be a class of smezo_cli.methods"),
         ({"method_arguments": {"eps": 1e-3, "lr": 1.0}}, r"TrainingArguments\(learning_rate"),
@@ -226,3 +235,34 @@ def test_an_optimizer_beside_the_method_is_refused(tmp_path: Path) -> None:
             method=MeZO,
             method_arguments={"eps": 1e-3},
         )
+
+
+def test_trl_trains_by_supervision_where_it_is_installed(tmp_path: Path) -> None:
+    """Its trainer reads the output layer's weight by itself, which probes reach, too."""
+    trl = pytest.importorskip("trl")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({str(i): i for i in range(64)}, unk_token="0")),
+        pad_token="0",
+        eos_token="1",
+    )
+
+    class Supervised(ZeroOrderMixin, trl.SFTTrainer):  # type: ignore[misc,name-defined]  # of a library that may be absent
+        pass
+
+    given = arguments(tmp_path).to_dict() | {"max_steps": 3, "bf16": False}
+    fields = {field.name for field in dataclasses.fields(trl.SFTConfig)}
+    args = trl.SFTConfig(**{k: v for k, v in given.items() if k in fields and v is not None})
+    rows = Dataset.from_list([{"input_ids": row["input_ids"]} for row in ROWS])
+    model = tiny()
+    before = model.lm_head.weight.detach().clone()
+    trainer = Supervised(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        method=MeZO,
+        method_arguments={"eps": 1e-3},
+    )
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert not torch.equal(model.lm_head.weight, before)

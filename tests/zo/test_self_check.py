@@ -5,6 +5,7 @@ import json
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -433,6 +434,23 @@ def test_a_weight_that_the_forward_around_its_owner_reads_is_moved_there(executo
     assert got == pytest.approx(wanted, rel=1e-4)
     assert all("forward" not in vars(module) for module in model.modules())
     assert all(isinstance(p, nn.Parameter) for p in model.parameters())
+
+
+@pytest.mark.parametrize("executor", ["sequential", "lockstep"])
+def test_a_weight_that_a_forward_put_in_place_reads_is_moved_there(executor: str) -> None:
+    """As TRL's SFTTrainer multiplies by the output layer's weight in a forward of its own."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 4)))
+
+    def put_in_place(self: nn.Sequential) -> Tensor:
+        loss: Tensor = (self[0](X) @ self[1].weight.T).square().mean()  # type: ignore[operator]  # of a layer
+        return loss
+
+    model.forward = MethodType(put_in_place, model)
+    wanted = textbook(model, lambda m: m, freeze=["1.bias"])
+    opt = mezo(model, executor=executor, freeze=["1.bias"])
+    opt.self_check(model)
+    (got,) = opt.step(model).projected_grad
+    assert got == pytest.approx(wanted, rel=1e-4)
 
 
 # ---------------------------------------------------------------------------- compiled models
