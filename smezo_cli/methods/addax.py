@@ -11,7 +11,7 @@ from smezo_cli.zo.backprop import Backprop
 from smezo_cli.zo.directions.dense import Dense
 from smezo_cli.zo.estimators.base import Ask
 from smezo_cli.zo.estimators.two_sided import TwoSided
-from smezo_cli.zo.move import Gradient
+from smezo_cli.zo.move import Gradient, keys
 from smezo_cli.zo.noise import stream_key
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
@@ -27,7 +27,7 @@ class OnLongRows(TwoSided):
 
     def measure(self, ask: Ask) -> list[float]:
         """See :class:`Estimator`."""
-        return ask.two_sided(self.keys(ask.step), objective="long")
+        return ask.two_sided(keys(ask.step, self.num_scalars), objective="long")
 
 
 class Scaled(Update):

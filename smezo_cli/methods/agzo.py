@@ -8,7 +8,7 @@ from smezo_cli.zo import dynamo
 from smezo_cli.zo.directions.input_space import InputSpace, both_sides, orthonormal_rows
 from smezo_cli.zo.estimators.base import Ask
 from smezo_cli.zo.estimators.one_sided import OneSided
-from smezo_cli.zo.move import Key, Move, Term
+from smezo_cli.zo.move import Key, Move, Term, keys
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
 from smezo_cli.zo.passes.low_rank import Factors
@@ -65,7 +65,7 @@ class Watched(OneSided):
         """See :class:`Estimator`."""
         with self._direction.watching():
             ((here,),) = ask.losses([(Move(()),)])
-        there = [(Move((Term(key, ask.eps),)),) for key in self._keys(ask.step)]
+        there = [(Move((Term(key, ask.eps),)),) for key in keys(ask.step, self.num_terms)]
         return [*((loss - here) / ask.eps for (loss,) in ask.losses(there)), here]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from smezo_cli.zo import dynamo
 from smezo_cli.zo.directions.input_space import InputSpace, both_sides, orthonormal_rows
 from smezo_cli.zo.estimators.base import Ask
-from smezo_cli.zo.move import Gradient, Key, Move, Term
+from smezo_cli.zo.move import Gradient, Key, Move, Term, keys
 from smezo_cli.zo.noise import stream_key, uniform_at
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
@@ -124,22 +124,19 @@ class LeaveOneOut:
         """See :class:`Estimator`."""
         return self.num_scalars + self._watches(step)
 
-    def _keys(self, step: int) -> list[Key]:
-        return [Key(step, query) for query in range(self.num_scalars)]
-
     def measure(self, ask: Ask) -> list[float]:
         """See :class:`Estimator`."""
         if self._watches(ask.step):
             with self._direction.watching():
                 ask.losses([(Move(()),)])
-        there = [(Move((Term(key, ask.eps),)),) for key in self._keys(ask.step)]
+        there = [(Move((Term(key, ask.eps),)),) for key in keys(ask.step, self.num_scalars)]
         found = [loss for (loss,) in ask.losses(there)]
         mean = sum(found) / len(found)
         return [(loss - mean) / ask.eps for loss in found]
 
     def read(self, scalars: Sequence[float], step: int) -> Gradient:
         """See :class:`Estimator`."""
-        return Gradient(tuple(map(Term, self._keys(step), scalars)), len(scalars) - 1)
+        return Gradient(tuple(map(Term, keys(step, self.num_scalars), scalars)), len(scalars) - 1)
 
 
 class KeepsBasis(SGD):

@@ -10,7 +10,7 @@ from torch import nn
 from smezo_cli.zo import dynamo
 from smezo_cli.zo.directions.signed_rows import SignedNoise
 from smezo_cli.zo.estimators.base import Ask
-from smezo_cli.zo.move import Gradient, Key, Move, Term
+from smezo_cli.zo.move import Gradient, Key, Move, Term, keys
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
 from smezo_cli.zo.probe import Mover
@@ -46,12 +46,9 @@ class GroupRelative:
         """See :class:`Estimator`."""
         return 2
 
-    def _keys(self, step: int) -> list[Key]:
-        return [Key(step, row) for row in range(self.num_scalars)]
-
     def measure(self, ask: Ask) -> list[float]:
         """See :class:`Estimator`."""
-        there = [Move((Term(key, ask.eps),)) for key in self._keys(ask.step)]
+        there = [Move((Term(key, ask.eps),)) for key in keys(ask.step, self.num_scalars)]
         pairs = ask.by_row([(move, move.negated()) for move in there])
         return [(plus - minus) / (2 * ask.eps) for plus, minus in pairs]
 
@@ -60,7 +57,7 @@ class GroupRelative:
         divisor = 1.0
         if (rows := len(scalars)) > 1:
             divisor = 2 * rows * (self._eps * statistics.stdev(scalars) + _LEAST)
-        return Gradient(tuple(map(Term, self._keys(step), scalars)), divisor)
+        return Gradient(tuple(map(Term, keys(step, self.num_scalars), scalars)), divisor)
 
 
 class GRZO(ZeroOrder):
