@@ -165,16 +165,6 @@ class InputSpace(Factored):
         """See :class:`Direction`."""
         return InputMover(self, step, move)
 
-    def apply(self, step: int, move: Move) -> None:
-        """See :class:`Direction`."""
-        mover, passes = self.mover(step, move), self.update_passes
-        for target in mover.moved:
-            if self.shape_of(target) is None:
-                mover.noise.write(self.dense.passes, target, target.flat)
-            else:
-                numbers = mover.read_by(passes, target)
-                passes.move(mover.noise.start(target), target.flat, mover.factors(target), numbers)
-
     def change(self, step: int, move: Move, of: Callable[[Target], Change]) -> None:
         """Refuse what is no sum of terms.
 
