@@ -23,7 +23,7 @@ from smezo_cli.zo.updates.base import Update, WeightWriter
 
 
 class OnLongRows(TwoSided):
-    """MeZO's estimate, of the loss over long rows."""
+    """Make MeZO's estimate, of the loss over long rows."""
 
     def measure(self, ask: Ask) -> list[float]:
         """See :class:`Estimator`."""
@@ -31,7 +31,7 @@ class OnLongRows(TwoSided):
 
 
 class Scaled(Update):
-    """theta <- theta - lr alpha g: the decay is that of the other half of the step.
+    """Move as theta <- theta - lr alpha g: the decay is that of the other half of the step.
 
     Args:
         alpha: share of the zeroth-order gradient.

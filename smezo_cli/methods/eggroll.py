@@ -18,10 +18,11 @@ from smezo_cli.zo.updates.sgd import SGD
 
 
 class Population:
-    """1/sqrt(N) sum_p (L_p+ - L_p-) / s E_p, s the standard deviation of the losses of N members.
+    """Estimate 1/sqrt(N) sum_p (L_p+ - L_p-) / s E_p, of the losses of N members.
 
-    Members come in pairs at theta + eps E_p and theta - eps E_p. With the fitness -L less its mean
-    and over s this is -sqrt(N) times the mean of fitness times E over all members.
+    s is the standard deviation of these losses. Members come in pairs at theta + eps E_p and
+    theta - eps E_p. With the fitness -L less its mean and over s this is -sqrt(N) times the mean of
+    fitness times E over all members.
 
     Args:
         num_pairs: N / 2.

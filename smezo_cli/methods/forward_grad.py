@@ -20,7 +20,7 @@ from smezo_cli.zo.updates.sgd import SGD
 
 
 class Derivatives:
-    """1/Q sum_q (grad L . z_q) z_q, each derivative exact.
+    """Estimate 1/Q sum_q (grad L . z_q) z_q, each derivative exact.
 
     Args:
         num_queries: Q.

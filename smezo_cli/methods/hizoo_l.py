@@ -85,7 +85,9 @@ class Sums:
 
 
 class ByFactors(Shaped):
-    """u(key) = z / sqrt(H), with H of a matrix as a product; of other tensors a number a weight.
+    """Perturb along u(key) = z / sqrt(H), with H of a matrix as a product.
+
+    Other tensors have a number a weight.
 
     Args:
         least: bounds r and c, and the H of a vector, from below.

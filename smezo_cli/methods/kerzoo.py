@@ -23,7 +23,7 @@ def kernel(r: float) -> float:
 
 
 class RandomRadii:
-    """1/Q sum_q d_q K(r_q) u_q, with a radius of its own for each query.
+    """Estimate 1/Q sum_q d_q K(r_q) u_q, with a radius of its own for each query.
 
         d_q = [L(theta + eps r_q u_q) - L(theta - eps r_q u_q)] / (2 eps),  r_q ~ U[-1, 1]
 

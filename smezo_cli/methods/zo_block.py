@@ -20,7 +20,7 @@ from smezo_cli.zo.updates.sgd import SGD
 
 
 class EachBlock:
-    """1/Q sum_q sum_b projected_grad_qb u_qb, where u_qb is zero outside of block b.
+    """Estimate 1/Q sum_q sum_b projected_grad_qb u_qb, where u_qb is zero outside of block b.
 
         projected_grad_qb = [L(theta + eps u_qb) - L(theta - eps u_qb)] / (2 eps)
 

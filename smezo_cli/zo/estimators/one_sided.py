@@ -8,7 +8,7 @@ from smezo_cli.zo.targets import check
 
 
 class OneSided:
-    """1/l sum_j projected_grad_j z_j, from losses on one side of the weights.
+    """Estimate 1/l sum_j projected_grad_j z_j, from losses on one side of the weights.
 
         projected_grad_j = [L(theta + eps z_j) - L(theta)] / eps
 

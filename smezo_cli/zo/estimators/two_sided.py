@@ -8,7 +8,7 @@ from smezo_cli.zo.targets import check
 
 
 class TwoSided:
-    """1/Q sum_q projected_grad_q u_q, with a key of its own for each query.
+    """Estimate 1/Q sum_q projected_grad_q u_q, with a key of its own for each query.
 
         projected_grad_q = [L(theta + eps u_q) - L(theta - eps u_q)] / (2 eps)
 
