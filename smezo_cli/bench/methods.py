@@ -20,7 +20,7 @@ from smezo_cli.zo.step import RowForward
 
 _LORA = ("lora", "lora_fa")
 
-#: Queries of a step that is timed, at most: what it costs over its forwards does not hang on more.
+#: Queries of a timed step, at most: what it costs over its forwards does not depend on more.
 MOST_QUERIES = 16
 
 

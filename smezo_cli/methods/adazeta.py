@@ -8,7 +8,7 @@ from torch import nn
 
 from smezo_cli.zo.directions.dense import Dense
 from smezo_cli.zo.estimators.base import Ask
-from smezo_cli.zo.move import Gradient, Key, Term
+from smezo_cli.zo.move import Gradient, Term, keys
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
 from smezo_cli.zo.ranges import Count, Epochs, Noise, Positive
@@ -134,19 +134,16 @@ class GrowingQueries:
         """See :class:`Estimator`."""
         return 2 * self.num_queries(step)
 
-    def _keys(self, step: int) -> list[Key]:
-        return [Key(step, query) for query in range(self.num_queries(step))]
-
     def measure(self, ask: Ask) -> list[float]:
         """See :class:`Estimator`."""
-        found = ask.two_sided(self._keys(ask.step))
+        found = ask.two_sided(keys(ask.step, self.num_queries(ask.step)))
         return [*found, *[0.0] * (self.num_scalars - len(found))]
 
     def read(self, scalars: Sequence[float], step: int) -> Gradient:
         """See :class:`Estimator`."""
-        keys = self._keys(step)
-        terms = tuple(map(Term, keys, scalars[: len(keys)]))
-        return Gradient(terms, divisor=len(keys))
+        count = self.num_queries(step)
+        terms = tuple(map(Term, keys(step, count), scalars[:count]))
+        return Gradient(terms, divisor=count)
 
     def identity(self) -> dict[str, Any]:
         """Return what says how many scalars of a step count, as plain JSON."""

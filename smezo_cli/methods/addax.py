@@ -11,7 +11,7 @@ from smezo_cli.zo.backprop import Backprop
 from smezo_cli.zo.directions.dense import Dense
 from smezo_cli.zo.estimators.base import Ask
 from smezo_cli.zo.estimators.two_sided import TwoSided
-from smezo_cli.zo.move import Gradient
+from smezo_cli.zo.move import Gradient, keys
 from smezo_cli.zo.noise import stream_key
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
@@ -23,15 +23,15 @@ from smezo_cli.zo.updates.base import Update, WeightWriter
 
 
 class OnLongRows(TwoSided):
-    """MeZO's estimate, of the loss over long rows."""
+    """Make MeZO's estimate, of the loss over long rows."""
 
     def measure(self, ask: Ask) -> list[float]:
         """See :class:`Estimator`."""
-        return ask.two_sided(self.keys(ask.step), objective="long")
+        return ask.two_sided(keys(ask.step, self.num_scalars), objective="long")
 
 
 class Scaled(Update):
-    """theta <- theta - lr alpha g: the decay is that of the other half of the step.
+    """Move as theta <- theta - lr alpha g: the decay is that of the other half of the step.
 
     Args:
         alpha: share of the zeroth-order gradient.

@@ -8,7 +8,7 @@ from smezo_cli.zo import dynamo
 from smezo_cli.zo.directions.input_space import InputSpace, both_sides, orthonormal_rows
 from smezo_cli.zo.estimators.base import Ask
 from smezo_cli.zo.estimators.one_sided import OneSided
-from smezo_cli.zo.move import Key, Move, Term
+from smezo_cli.zo.move import Key, Move, Term, keys
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
 from smezo_cli.zo.passes.low_rank import Factors
@@ -19,10 +19,11 @@ from smezo_cli.zo.updates.sgd import SGD
 
 
 class TopInputs(InputSpace):
-    """u(key) = R A^T, R (m, r) Gaussian and A (n, r) the top directions of the inputs watched last.
+    """Perturb along u(key) = R A^T, with R (m, r) Gaussian and A (n, r) of orthonormal columns.
 
-    A comes from power iterations on the inputs X (tokens, n): A <- qr(X^T X A), so many times, from
-    random ones; where they are given in several parts, on from part to part.
+    These are the top directions of the inputs watched last. A comes from power iterations on the
+    inputs X (tokens, n): A <- qr(X^T X A), so many times, from random ones; where they are given in
+    several parts, on from part to part.
     """
 
     def __init__(self, model: nn.Module, rank: int, iterations: int) -> None:
@@ -55,7 +56,7 @@ class TopInputs(InputSpace):
 
 
 class Watched(OneSided):
-    """The one-sided estimate; the forward at the weights is watched, and comes first."""
+    """Make the one-sided estimate; watch the forward at the weights, which comes first."""
 
     def __init__(self, num_queries: int, direction: InputSpace) -> None:
         super().__init__(num_queries)
@@ -65,7 +66,7 @@ class Watched(OneSided):
         """See :class:`Estimator`."""
         with self._direction.watching():
             ((here,),) = ask.losses([(Move(()),)])
-        there = [(Move((Term(key, ask.eps),)),) for key in self._keys(ask.step)]
+        there = [(Move((Term(key, ask.eps),)),) for key in keys(ask.step, self.num_terms)]
         return [*((loss - here) / ask.eps for (loss,) in ask.losses(there)), here]
 
 
@@ -83,7 +84,7 @@ class AGZO(ZeroOrder):
     is a sum of products with its inputs. Tensors that are no linear layer's weight have dense
     Gaussian directions (our choice). Q + 1 forwards a step; it keeps no state.
 
-    A hangs on the batch, so that steps cannot be made again from their scalars, and ranks, which
+    A depends on the batch, so that steps cannot be made again from their scalars, and ranks, which
     see different rows, do not share steps. No code could be read; lr, and what the notes on the
     paper do not say, are our choice: a first A that is drawn once for the run, tokens of padding
     that count as others, and of several micro-batches an A that goes on from one to the next.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from smezo_cli.zo import dynamo
 from smezo_cli.zo.directions.input_space import InputSpace, both_sides, orthonormal_rows
 from smezo_cli.zo.estimators.base import Ask
-from smezo_cli.zo.move import Gradient, Key, Move, Term
+from smezo_cli.zo.move import Gradient, Key, Move, Term, keys
 from smezo_cli.zo.noise import stream_key, uniform_at
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
@@ -30,11 +30,12 @@ class Seen(NamedTuple):
 
 
 class LearnedInputs(InputSpace):
-    """u(key) = c a (Q_S b)^T, with k of the K columns of Q; |u| is that of dense noise.
+    """Perturb along u(key) = c a (Q_S b)^T, with k of the K columns of Q; |u| as of dense noise.
 
-    a (m) and b (k) are Gaussian, of one stream, a first. The columns S are h that all directions of
-    a step have, and k - h of the others that each draws, both of each layer by itself. Q follows
-    the inputs by one step of Oja's rule each time that they are watched:
+    a (m) and b (k) are Gaussian, of one stream, a first. The columns S are the leading h, and k - h
+    of the others, which each direction draws for each layer. Q follows the inputs by one step of
+    Oja's rule each time that they are watched, so that its leading columns come nearest to the
+    directions of most variance:
 
         Q <- qr(Q + oja n C Q / trace(C)),  C = sum_x x x^T
     """
@@ -64,15 +65,11 @@ class LearnedInputs(InputSpace):
         """Return the numbers of the columns that a direction takes: int64 (k,)."""
         size = self.size_of(target)
         columns = min(self.columns, size)
-        order = self._shuffled(size, "columns", key.step, target.name)
-        shared, others = order.tensor_split([min(self.shared, columns)])
-        own = self._shuffled(len(others), "own columns", *key[:2], target.name)
-        found = torch.cat((shared, others[own[: columns - len(shared)]]))
+        shared, others = torch.arange(size).tensor_split([min(self.shared, columns)])
+        stream = torch.tensor(stream_key(self.dense._seed, "columns", *key[:2], target.name))
+        order = uniform_at(torch.arange(len(others)), len(others), stream).argsort(stable=True)
+        found = torch.cat((shared, others[order[: columns - len(shared)]]))
         return found.to(target.parameter.device)
-
-    def _shuffled(self, size: int, *parts: str | int) -> Tensor:
-        key = torch.tensor(stream_key(self.dense._seed, *parts))
-        return uniform_at(torch.arange(size), size, key).argsort(stable=True)
 
     def seen(self, target: Target, x: Tensor, found: Seen | None) -> Seen:
         """See :class:`InputSpace`."""
@@ -100,7 +97,7 @@ class LearnedInputs(InputSpace):
 
 
 class LeaveOneOut:
-    """1/(N - 1) sum_i [y_i - mean(y)] / eps Z_i, of losses y_i on one side of the weights.
+    """Estimate 1/(N - 1) sum_i [y_i - mean(y)] / eps Z_i, of losses y_i on one side of the weights.
 
     That is the mean over i of the slope of each loss against the mean of the others. The forward at
     the weights, where there is one, is for the inputs of the layers alone.
@@ -124,26 +121,23 @@ class LeaveOneOut:
         """See :class:`Estimator`."""
         return self.num_scalars + self._watches(step)
 
-    def _keys(self, step: int) -> list[Key]:
-        return [Key(step, query) for query in range(self.num_scalars)]
-
     def measure(self, ask: Ask) -> list[float]:
         """See :class:`Estimator`."""
         if self._watches(ask.step):
             with self._direction.watching():
                 ask.losses([(Move(()),)])
-        there = [(Move((Term(key, ask.eps),)),) for key in self._keys(ask.step)]
+        there = [(Move((Term(key, ask.eps),)),) for key in keys(ask.step, self.num_scalars)]
         found = [loss for (loss,) in ask.losses(there)]
         mean = sum(found) / len(found)
         return [(loss - mean) / ask.eps for loss in found]
 
     def read(self, scalars: Sequence[float], step: int) -> Gradient:
         """See :class:`Estimator`."""
-        return Gradient(tuple(map(Term, self._keys(step), scalars)), len(scalars) - 1)
+        return Gradient(tuple(map(Term, keys(step, self.num_scalars), scalars)), len(scalars) - 1)
 
 
 class KeepsBasis(SGD):
-    """theta <- theta - lr (g + weight_decay theta), and the bases of the step are kept."""
+    """Move as theta <- theta - lr (g + weight_decay theta), and keep the bases of the step."""
 
     slots = ("basis",)
 
@@ -170,16 +164,20 @@ class AIMZO(ZeroOrder):
         y_i = L(W + eps Z_i)
         W <- W - lr (1/((N - 1) eps) sum_i (y_i - mean(y)) Z_i + weight_decay W)
 
-    a_i (m) and b_i (k) are Gaussian. Q_i has k of the columns: h that all i have, k - h drawn for
-    each. Tensors that are no linear layer's weight have dense Gaussian Z_i (our choice).
-    Forwards a step: N, and one at W in every ``basis_every``-th. It keeps Q: 4 n K bytes a layer,
-    and as much again in a step.
+    a_i (m) and b_i (k) are Gaussian. Q_i has k of the columns: the leading h, which all i have, and
+    k - h of the others, drawn for each i and layer. A first Q is random. Tensors that are no linear
+    layer's weight have dense Gaussian Z_i. Forwards a step: N, and one at W in every
+    ``basis_every``-th. It keeps Q: 4 n K bytes a layer, and as much again in a step.
 
-    A new Q hangs on the batch, so that steps cannot be made again from their scalars, and ranks,
-    which see different rows, do not share steps. Our choice, where the notes on the paper say
-    nothing: the step of Oja's rule on the scale of the mean variance of an input, columns drawn of
-    each layer by itself, a first Q that is random, and that tokens of padding count as others.
-    A layer that its model does not call keeps its first Q.
+    A new Q depends on the batch, so that steps cannot be made again from their scalars, and ranks,
+    which see different rows, do not share steps. A layer that its model does not call keeps its
+    first Q.
+
+    Where this leaves the released code: its update is not divided by eps, so that its lr is worth
+    lr eps here, and as its eps decays to a quarter, by a cosine, so do its steps; here eps stays.
+    Its step of Oja's rule is oja C / T, of T tokens, the same as here where the mean square of
+    an input is 1, as after a norm; dividing by trace(C) lets no scale of the inputs matter (our
+    choice). It looks at the first 128 tokens of a layer, here all count, those of padding too.
 
     Args:
         model: any module; parameters with ``requires_grad`` are trained.
@@ -206,7 +204,7 @@ class AIMZO(ZeroOrder):
         columns: Count = 64,
         shared_columns: Rows = 48,
         basis_every: Count = 1,
-        oja: Positive = 1.0,
+        oja: Positive = 0.3,
         **common: Unpack[Common],
     ) -> None:
         plain = dynamo.original(model)

@@ -20,7 +20,7 @@ from smezo_cli.zo.updates.base import Update, WeightWriter
 
 
 class Cone(Shaped):
-    """u(key) = sqrt(d) cos(phi) m / |m| + sin(phi) z; as long as there is no m, z.
+    """Perturb along u(key) = sqrt(d) cos(phi) m / |m| + sin(phi) z; as long as there is no m, z.
 
     d weights are trained, and |m| is the norm of the m of all of them.
 

@@ -10,7 +10,7 @@ from torch import nn
 from smezo_cli.zo import dynamo
 from smezo_cli.zo.directions.dense import Dense
 from smezo_cli.zo.estimators.base import Ask
-from smezo_cli.zo.move import Gradient, Key, Move, Term
+from smezo_cli.zo.move import Gradient, Move, Term, keys
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
 from smezo_cli.zo.ranges import Frame, Noise, Positive
@@ -61,10 +61,11 @@ class SecondDifferences:
 
     def measure(self, ask: Ask) -> list[float]:
         """See :class:`Estimator`: k slopes, k curvatures, and those of pairs."""
-        k, h, keys = self.num_queries, ask.eps * self._root, self._keys(ask.step)
+        k, h = self.num_queries, ask.eps * self._root
+        axes = keys(ask.step, k)
 
         def at(*places: tuple[int, int]) -> Move:
-            return Move(tuple(Term(keys[i], sign * ask.eps) for i, sign in places))
+            return Move(tuple(Term(axes[i], sign * ask.eps) for i, sign in places))
 
         groups = [[Move(())], *([at((i, 1)), at((i, -1))] for i in range(k))]
         groups += [
@@ -86,10 +87,7 @@ class SecondDifferences:
         for (i, j), value in zip(self._pairs, scalars[2 * k :], strict=True):
             hessian[i][j] = hessian[j][i] = value
         s = cubic_step(scalars[:k], hessian, self.cubic)
-        return Gradient(tuple(map(Term, self._keys(step), (-x for x in s))), divisor=self._root)
-
-    def _keys(self, step: int) -> list[Key]:
-        return [Key(step, query) for query in range(self.num_queries)]
+        return Gradient(tuple(map(Term, keys(step, k), (-x for x in s))), divisor=self._root)
 
 
 def cubic_step(gradient: Sequence[float], hessian: Matrix, cubic: float) -> list[float]:

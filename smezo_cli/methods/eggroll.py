@@ -8,7 +8,7 @@ from torch import nn
 
 from smezo_cli.zo.directions.factored import Factored
 from smezo_cli.zo.estimators.base import Ask
-from smezo_cli.zo.move import Gradient, Key, Move, Term
+from smezo_cli.zo.move import Gradient, Move, Term, keys
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
 from smezo_cli.zo.ranges import Count, Epsilon
@@ -18,10 +18,11 @@ from smezo_cli.zo.updates.sgd import SGD
 
 
 class Population:
-    """1/sqrt(N) sum_p (L_p+ - L_p-) / s E_p, s the standard deviation of the losses of N members.
+    """Estimate 1/sqrt(N) sum_p (L_p+ - L_p-) / s E_p, of the losses of N members.
 
-    Members come in pairs at theta + eps E_p and theta - eps E_p. With the fitness -L less its mean
-    and over s this is -sqrt(N) times the mean of fitness times E over all members.
+    s is the standard deviation of these losses. Members come in pairs at theta + eps E_p and
+    theta - eps E_p. With the fitness -L less its mean and over s this is -sqrt(N) times the mean of
+    fitness times E over all members.
 
     Args:
         num_pairs: N / 2.
@@ -39,12 +40,9 @@ class Population:
         """See :class:`Estimator`."""
         return self.num_scalars
 
-    def _keys(self, step: int) -> list[Key]:
-        return [Key(step, pair) for pair in range(self.num_terms)]
-
     def measure(self, ask: Ask) -> list[float]:
         """See :class:`Estimator`; the scalars are the losses of the members, pair by pair."""
-        there = [Move((Term(key, ask.eps),)) for key in self._keys(ask.step)]
+        there = [Move((Term(key, ask.eps),)) for key in keys(ask.step, self.num_terms)]
         pairs = ask.losses([(move, move.negated()) for move in there])
         return [loss for pair in pairs for loss in pair]
 
@@ -55,7 +53,7 @@ class Population:
         spread = math.sqrt(math.fsum((loss - mean) ** 2 for loss in scalars) / size)
         pairs = zip(scalars[::2], scalars[1::2], strict=True)
         scores = [(plus - minus) / max(spread, self.floor) for plus, minus in pairs]
-        return Gradient(tuple(map(Term, self._keys(step), scores)), math.sqrt(size))
+        return Gradient(tuple(map(Term, keys(step, self.num_terms), scores)), math.sqrt(size))
 
 
 class EGGROLL(ZeroOrder):

@@ -8,7 +8,7 @@ from torch import nn
 
 from smezo_cli.zo.directions.dense import Dense
 from smezo_cli.zo.estimators.base import Ask
-from smezo_cli.zo.move import Gradient, Key, Term
+from smezo_cli.zo.move import Gradient, Key, Term, keys
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
 from smezo_cli.zo.ranges import Count, Noise
@@ -20,7 +20,7 @@ from smezo_cli.zo.updates.sgd import SGD
 
 
 class Derivatives:
-    """1/Q sum_q (grad L . z_q) z_q, each derivative exact.
+    """Estimate 1/Q sum_q (grad L . z_q) z_q, each derivative exact.
 
     Args:
         num_queries: Q.
@@ -37,16 +37,14 @@ class Derivatives:
         """See :class:`Estimator`."""
         return self.num_scalars
 
-    def _keys(self, step: int) -> list[Key]:
-        return [Key(step, query) for query in range(self.num_scalars)]
-
     def measure(self, ask: Ask) -> list[float]:
         """See :class:`Estimator`."""
-        return ask.derivatives(self._keys(ask.step))
+        return ask.derivatives(keys(ask.step, self.num_scalars))
 
     def read(self, scalars: Sequence[float], step: int) -> Gradient:
         """See :class:`Estimator`."""
-        return Gradient(tuple(map(Term, self._keys(step), scalars)), divisor=self.num_scalars)
+        terms = tuple(map(Term, keys(step, self.num_scalars), scalars))
+        return Gradient(terms, divisor=self.num_scalars)
 
 
 class ForwardGrad(ZeroOrder):

@@ -61,8 +61,8 @@ class FZOO(ZeroOrder):
         theta <- theta - lr [1/(N max(sigma, sigma_floor)) sum_i (l_i - l_0) u_i
                              + weight_decay theta]
 
-    As sigma is about eps |grad L|, the step has a length that hangs on lr alone, like that of
-    normalised SGD. Forwards a step: N + 1, in one batch where the model allows it
+    As sigma is about eps |grad L|, the step has a length that depends on lr alone, like that
+    of normalised SGD. Forwards a step: N + 1, in one batch where the model allows it
     (``executor="batched"``). Keeps no state. One-sided differences have a bias of O(eps) where the
     loss is no quadratic.
 

@@ -10,7 +10,7 @@ from torch import nn
 from smezo_cli.zo import dynamo
 from smezo_cli.zo.directions.signed_rows import SignedNoise
 from smezo_cli.zo.estimators.base import Ask
-from smezo_cli.zo.move import Gradient, Key, Move, Term
+from smezo_cli.zo.move import Gradient, Key, Move, Term, keys
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
 from smezo_cli.zo.probe import Mover
@@ -25,7 +25,7 @@ _LEAST = 1e-8  # added to the standard deviation
 
 
 class GroupRelative:
-    """1/(2 eps B) sum_i a_i Z_i, a_i = delta_i / (std(delta) + 1e-8), of rows i = 1..B.
+    """Estimate 1/(2 eps B) sum_i a_i Z_i, a_i = delta_i / (std(delta) + 1e-8), of rows i = 1..B.
 
         delta_i = [l_i(theta + eps Z_i) - l_i(theta - eps Z_i)] / 2
 
@@ -46,12 +46,9 @@ class GroupRelative:
         """See :class:`Estimator`."""
         return 2
 
-    def _keys(self, step: int) -> list[Key]:
-        return [Key(step, row) for row in range(self.num_scalars)]
-
     def measure(self, ask: Ask) -> list[float]:
         """See :class:`Estimator`."""
-        there = [Move((Term(key, ask.eps),)) for key in self._keys(ask.step)]
+        there = [Move((Term(key, ask.eps),)) for key in keys(ask.step, self.num_scalars)]
         pairs = ask.by_row([(move, move.negated()) for move in there])
         return [(plus - minus) / (2 * ask.eps) for plus, minus in pairs]
 
@@ -60,7 +57,7 @@ class GroupRelative:
         divisor = 1.0
         if (rows := len(scalars)) > 1:
             divisor = 2 * rows * (self._eps * statistics.stdev(scalars) + _LEAST)
-        return Gradient(tuple(map(Term, self._keys(step), scalars)), divisor)
+        return Gradient(tuple(map(Term, keys(step, self.num_scalars), scalars)), divisor)
 
 
 class GRZO(ZeroOrder):
@@ -79,13 +76,17 @@ class GRZO(ZeroOrder):
     step, B scalars; no state.
     :class:`smezo_cli.zo.directions.signed_rows.SignedNoise` says which tensors have signs.
 
-    Where this leaves the paper or the released code: its signs are the parity of row, column and
-    seed, a checkerboard that is the same, up to its sign, for all rows; here each is a hash of its
-    place. Both notes on the paper have the factor 1/(2 eps B), with the half in delta or without,
-    which a_i does not show. The standard deviation is that of a sample (our choice), and one row
-    has none: its step is MeZO's, along U under its signs. Tensors that are no linear layer's,
-    embedding's or norm's move along U, alike for all rows (our choice). Clipping cuts delta_i / eps
-    after the deviation is taken.
+    Where this leaves the paper or the released code: signs of norms and embeddings are the parity
+    of row, column and seed there, a checkerboard that is the same, up to its sign, for all rows
+    (those of linear layers are random). Here each sign is a hash of its place. There a norm moves
+    along a vector of signs alone, without U, and its bias along that of its weight, unprobed; an
+    embedding along one of signs for each token, with a sign for each row of the batch that has it,
+    so that of the table the batch's tokens alone move; and biases of linear layers rest. Here all
+    of these have a Gaussian U, and the whole table moves. Both notes on the paper have the factor
+    1/(2 eps B), with the half in delta or without, which a_i does not show. The standard deviation
+    is that of a sample, as there, and one row has none: its step is MeZO's, along U under its
+    signs. Tensors that are no linear layer's, embedding's or norm's move along U, alike for all
+    rows (our choice). Clipping cuts delta_i / eps after the deviation is taken.
 
     Args:
         model: any module; parameters with ``requires_grad`` are trained.

@@ -21,7 +21,7 @@ def curvature_of(excess: Tensor, least: float) -> Tensor:
 
 
 class ByCurvature(Shaped):
-    """u(key) = z / sqrt(H).
+    """Perturb along u(key) = z / sqrt(H).
 
     Args:
         least: bounds H from below.

@@ -7,7 +7,7 @@ from torch import nn
 
 from smezo_cli.zo.directions.dense import Dense
 from smezo_cli.zo.estimators.base import Ask
-from smezo_cli.zo.move import Gradient, Key, Move, Term
+from smezo_cli.zo.move import Gradient, Key, Move, Term, keys
 from smezo_cli.zo.noise import stream_key
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
@@ -23,7 +23,7 @@ def kernel(r: float) -> float:
 
 
 class RandomRadii:
-    """1/Q sum_q d_q K(r_q) u_q, with a radius of its own for each query.
+    """Estimate 1/Q sum_q d_q K(r_q) u_q, with a radius of its own for each query.
 
         d_q = [L(theta + eps r_q u_q) - L(theta - eps r_q u_q)] / (2 eps),  r_q ~ U[-1, 1]
 
@@ -46,24 +46,21 @@ class RandomRadii:
         """See :class:`Estimator`."""
         return 2 * self.num_scalars
 
-    def _keys(self, step: int) -> list[Key]:
-        return [Key(step, query) for query in range(self.num_scalars)]
-
     def radius(self, key: Key) -> float:
         """Return r of a direction."""
         return stream_key(self._seed, "radius", key.step, key.query)[0] / 2**63
 
     def measure(self, ask: Ask) -> list[float]:
         """See :class:`Estimator`."""
-        eps, keys = ask.eps, self._keys(ask.step)
-        there = [Move((Term(key, eps * self.radius(key)),)) for key in keys]
+        eps, own = ask.eps, keys(ask.step, self.num_scalars)
+        there = [Move((Term(key, eps * self.radius(key)),)) for key in own]
         pairs = ask.losses([(move, move.negated()) for move in there])
         return [(plus - minus) / (2 * eps) for plus, minus in pairs]
 
     def read(self, scalars: Sequence[float], step: int) -> Gradient:
         """See :class:`Estimator`."""
-        keys = self._keys(step)
-        terms = (Term(k, kernel(self.radius(k)) * d) for k, d in zip(keys, scalars, strict=True))
+        own = zip(keys(step, self.num_scalars), scalars, strict=True)
+        terms = (Term(key, kernel(self.radius(key)) * d) for key, d in own)
         return Gradient(tuple(terms), divisor=self.num_scalars)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from smezo_cli.zo.directions.dense import Dense
 from smezo_cli.zo.estimators.base import Ask
-from smezo_cli.zo.move import Gradient, Key, Move, Term
+from smezo_cli.zo.move import Gradient, Key, Move, Term, keys
 from smezo_cli.zo.noise import stream_key
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
@@ -41,7 +41,7 @@ class AnchorPairs:
     def measure(self, ask: Ask) -> list[float]:
         """See :class:`Estimator`; what a step does not need is recorded as 0."""
         if self.is_anchor(ask.step):
-            found = ask.two_sided(self._keys(ask.step), objective="full")
+            found = ask.two_sided(keys(ask.step, self.num_queries), objective="full")
         else:
             # The same direction at both points, or the noise would double.
             here, there = (Move((Term(Key(ask.step), ask.eps),), base=b) for b in ("", "anchor"))
@@ -52,12 +52,9 @@ class AnchorPairs:
     def read(self, scalars: Sequence[float], step: int) -> Gradient:
         """See :class:`Estimator`; between anchors without the anchor's own estimate."""
         if self.is_anchor(step):
-            terms = map(Term, self._keys(step), scalars[: self.num_queries])
+            terms = map(Term, keys(step, self.num_queries), scalars[: self.num_queries])
             return Gradient(tuple(terms), self.num_queries)
         return Gradient((Term(Key(step), scalars[0] - scalars[1]),))
-
-    def _keys(self, step: int) -> list[Key]:
-        return [Key(step, query) for query in range(self.num_queries)]
 
 
 class FromAnchor(Update):

@@ -60,7 +60,7 @@ class Phases:
 
 
 class AroundMomentum(Shaped):
-    """u(key) = beta1 z1 + (1 - beta1) z2, of noise z1 and of z2 = m + other noise.
+    """Perturb along u(key) = beta1 z1 + (1 - beta1) z2, of noise z1 and z2 = m + other noise.
 
     What is drawn for a term are beta1 z1 and (1 - beta1) (z2 - m).
 

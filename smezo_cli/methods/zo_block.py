@@ -9,7 +9,7 @@ from torch import nn
 from smezo_cli.zo import dynamo
 from smezo_cli.zo.directions.dense import Dense
 from smezo_cli.zo.estimators.base import Ask
-from smezo_cli.zo.move import Gradient, Key, Move, Term
+from smezo_cli.zo.move import Gradient, Move, Term, keys
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.parts import Common
 from smezo_cli.zo.ranges import Count, Noise
@@ -20,7 +20,7 @@ from smezo_cli.zo.updates.sgd import SGD
 
 
 class EachBlock:
-    """1/Q sum_q sum_b projected_grad_qb u_qb, where u_qb is zero outside of block b.
+    """Estimate 1/Q sum_q sum_b projected_grad_qb u_qb, where u_qb is zero outside of block b.
 
         projected_grad_qb = [L(theta + eps u_qb) - L(theta - eps u_qb)] / (2 eps)
 
@@ -46,8 +46,8 @@ class EachBlock:
         return 2 * self.num_scalars
 
     def _terms(self, step: int, coefficients: Sequence[float]) -> tuple[Term, ...]:
-        keys = [Key(step, query) for query in range(self.num_queries)]
-        whats = [(key, block) for key in keys for block in self.blocks]
+        own = keys(step, self.num_queries)
+        whats = [(key, block) for key in own for block in self.blocks]
         pairs = zip(whats, coefficients, strict=True)
         return tuple(Term(key, coefficient, block) for (key, block), coefficient in pairs)
 

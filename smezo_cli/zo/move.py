@@ -13,6 +13,11 @@ class Key(NamedTuple):
     purpose: str = "z"
 
 
+def keys(step: int, count: int) -> list[Key]:
+    """Return the keys of the first ``count`` directions of a step."""
+    return [Key(step, query) for query in range(count)]
+
+
 class Term(NamedTuple):
     """Hold c * u(key), on all targets or on those named in ``only``."""
 

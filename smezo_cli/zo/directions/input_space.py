@@ -16,11 +16,12 @@ from smezo_cli.zo.targets import Target
 
 
 class InputSpace(Factored):
-    """u(key) of a linear layer's weight W (m, n) is left right, the rows of right in a subspace.
+    """Perturb a linear layer's weight W (m, n) along a product, its right factor in a subspace.
 
-    The subspace has an orthonormal basis (K, n), which :meth:`watching` makes from the inputs of
-    the layer. A layer that is not called then keeps the basis that it has; the first is drawn from
-    (seed, "basis", 0, 0, name). All tensors but such weights are perturbed along dense noise.
+    u(key) is left right, and the rows of right lie in the subspace. This has an orthonormal basis
+    (K, n), which :meth:`watching` makes from the inputs of the layer. A layer that is not called
+    then keeps the basis that it has; the first is drawn from (seed, "basis", 0, 0, name). All
+    tensors but such weights are perturbed along dense noise.
 
     Args:
         model: whose linear layers these are; other classes that compute likewise are not known.
@@ -164,16 +165,6 @@ class InputSpace(Factored):
     def mover(self, step: int, move: Move) -> FactoredMover:
         """See :class:`Direction`."""
         return InputMover(self, step, move)
-
-    def apply(self, step: int, move: Move) -> None:
-        """See :class:`Direction`."""
-        mover, passes = self.mover(step, move), self.update_passes
-        for target in mover.moved:
-            if self.shape_of(target) is None:
-                mover.noise.write(self.dense.passes, target, target.flat)
-            else:
-                numbers = mover.read_by(passes, target)
-                passes.move(mover.noise.start(target), target.flat, mover.factors(target), numbers)
 
     def change(self, step: int, move: Move, of: Callable[[Target], Change]) -> None:
         """Refuse what is no sum of terms.

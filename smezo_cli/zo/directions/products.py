@@ -60,7 +60,7 @@ class Product(Protocol):
 
 
 class UV:
-    """U V^T: a Gaussian core U (m, r), and V Gaussian (LOZO, arXiv 2410.07698)."""
+    """Make U V^T of a Gaussian core U (m, r), and V Gaussian (LOZO, arXiv 2410.07698)."""
 
     core_streams: Mapping[str, str] = {"z": "u"}
     adds_cores, stays = True, False
@@ -101,7 +101,7 @@ class UV:
 
 
 class UZV:
-    """s U Z V^T: a Gaussian core Z (r, r), U and V orthonormal (SubZero, arXiv 2410.08989).
+    """Make s U Z V^T of a Gaussian core Z (r, r), U and V orthonormal (SubZero, arXiv 2410.08989).
 
     s = sqrt(m n) / r makes it as long as dense noise, on average.
     """
@@ -158,7 +158,7 @@ class UZV:
 
 
 class PZ:
-    """P Z: a Gaussian core Z (r, n), and P of orthonormal columns (ZO-Muon, arXiv 2602.17155)."""
+    """Make P Z of a Gaussian core Z (r, n), P orthonormal (ZO-Muon, arXiv 2602.17155)."""
 
     core_streams: Mapping[str, str] = {}
     adds_cores, stays = True, False
@@ -198,9 +198,9 @@ class PZ:
 
 
 class CP:
-    """U diag(tau) V^T / sqrt(r): a Gaussian core tau (1, r), U and V Gaussian (TeZO, 2501.19057).
+    """Make U diag(tau) V^T / sqrt(r) of a Gaussian core tau (1, r), U and V Gaussian (TeZO).
 
-    1 / sqrt(r) makes it as long as dense noise, on average.
+    arXiv 2501.19057. 1 / sqrt(r) makes it as long as dense noise, on average.
     """
 
     core_streams: Mapping[str, str] = {}
@@ -241,9 +241,9 @@ class CP:
 
 
 class AB:
-    """A B^T / sqrt(r): a Gaussian core, which is A (m, r) and B^T (r, n); nothing stays (EGGROLL).
+    """Make A B^T / sqrt(r) of a Gaussian core: A (m, r) and B^T (r, n) (EGGROLL, arXiv 2511.16652).
 
-    arXiv 2511.16652. It is as long as dense noise, on average.
+    Nothing stays. It is as long as dense noise, on average.
     """
 
     core_streams: Mapping[str, str] = {}

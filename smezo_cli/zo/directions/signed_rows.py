@@ -52,7 +52,7 @@ def _kind_of(module: nn.Module, own: Sequence[Tensor]) -> str:
 
 
 class SignedNoise:
-    """u(step, row i) is Z_i = U * (r_i s_i^T): one Gaussian U, under the signs of the row.
+    """Perturb row i of a batch along Z_i = U * (r_i s_i^T): one Gaussian U, under the row's signs.
 
     U is that of MeZO, of the stream (seed, "z", step, 0, name); signs are hashes of their places.
 

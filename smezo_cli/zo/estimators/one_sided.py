@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 from smezo_cli.zo.estimators.base import Ask
-from smezo_cli.zo.move import Gradient, Key, Move, Term
+from smezo_cli.zo.move import Gradient, Move, Term, keys
 from smezo_cli.zo.targets import check
 
 
 class OneSided:
-    """1/l sum_j projected_grad_j z_j, from losses on one side of the weights.
+    """Estimate 1/l sum_j projected_grad_j z_j, from losses on one side of the weights.
 
         projected_grad_j = [L(theta + eps z_j) - L(theta)] / eps
 
@@ -29,17 +29,14 @@ class OneSided:
         """See :class:`Estimator`."""
         return self.num_scalars
 
-    def _keys(self, step: int) -> list[Key]:
-        return [Key(step, query) for query in range(self.num_terms)]
-
     def measure(self, ask: Ask) -> list[float]:
         """See :class:`Estimator`."""
-        there = [Move((Term(key, ask.eps),)) for key in self._keys(ask.step)]
+        there = [Move((Term(key, ask.eps),)) for key in keys(ask.step, self.num_terms)]
         ((here, *losses),) = ask.losses([(Move(()), *there)])
         return [*((loss - here) / ask.eps for loss in losses), here]
 
     def read(self, scalars: Sequence[float], step: int) -> Gradient:
         """See :class:`Estimator`; ``also["loss"]`` is L(theta)."""
         *slopes, here = scalars
-        terms = tuple(map(Term, self._keys(step), slopes))
+        terms = tuple(map(Term, keys(step, self.num_terms), slopes))
         return Gradient(terms, self.num_terms, {"loss": here})

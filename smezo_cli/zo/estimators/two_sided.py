@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 from smezo_cli.zo.estimators.base import Ask
-from smezo_cli.zo.move import Gradient, Key, Term
+from smezo_cli.zo.move import Gradient, Term, keys
 from smezo_cli.zo.targets import check
 
 
 class TwoSided:
-    """1/Q sum_q projected_grad_q u_q, with a key of its own for each query.
+    """Estimate 1/Q sum_q projected_grad_q u_q, with a key of its own for each query.
 
         projected_grad_q = [L(theta + eps u_q) - L(theta - eps u_q)] / (2 eps)
 
@@ -27,15 +27,11 @@ class TwoSided:
         """See :class:`Estimator`."""
         return 2 * self.num_scalars
 
-    def keys(self, step: int) -> list[Key]:
-        """Return the key of each query."""
-        return [Key(step, query) for query in range(self.num_scalars)]
-
     def measure(self, ask: Ask) -> list[float]:
         """See :class:`Estimator`."""
-        return ask.two_sided(self.keys(ask.step))
+        return ask.two_sided(keys(ask.step, self.num_scalars))
 
     def read(self, scalars: Sequence[float], step: int) -> Gradient:
         """See :class:`Estimator`."""
-        terms = tuple(map(Term, self.keys(step), scalars))
+        terms = tuple(map(Term, keys(step, self.num_scalars), scalars))
         return Gradient(terms, divisor=self.num_scalars)
