@@ -69,10 +69,11 @@ class FZOO(ZeroOrder):
     sigma is the population's, 1/N, as in the released code; the paper has 1/(N - 1), which at N = 8
     takes 0.94 of the step. Neither has a floor. On a flat loss sigma is then rounding, or nothing
     beside differences that the curvature makes all alike, and a step destroys the weights. Under
-    the floor a step is one of SGD, at lr eps / sigma_floor. It is a loss, as sigma is. The default,
-    1e-4, is our choice: at eps 1e-3 a gradient of length 0.1 has that sigma, SmolLM2-135M has 0.01
-    to 0.03 (four steps on 8 rows of Rotten Tomatoes, float32), and a float32 loss is rounded to
-    some 1e-7. A floor of 1e-2 would bind in many such steps; with another eps it is to be scaled.
+    the floor a step is one of SGD, at lr eps / sigma_floor. The floor is a loss, as sigma is. Its
+    default, 1e-4, is our choice: at eps 1e-3 a gradient of length 0.1 has that sigma, SmolLM2-135M
+    has 0.01 to 0.03 (four steps on 8 rows of Rotten Tomatoes, float32), and a float32 loss is
+    rounded to some 1e-7. A floor of 1e-2 would bind in many such steps; with another eps it is to
+    be scaled.
 
     The released code also draws signs that its update cannot draw again, and normalises
     probabilities twice; its reuse of losses never begins.

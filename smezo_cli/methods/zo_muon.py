@@ -79,7 +79,8 @@ class ZOMuon(ZeroOrder):
         num_queries: Q.
         lr_1d: step size of tensors of one dimension.
         common: see :class:`smezo_cli.zo.parts.Common`; ``keep_noise`` is about dense noise. What
-            ``clip_projected_grad`` cuts changes the weights of queries in G, not its length.
+            ``clip_projected_grad`` cuts changes the weights of queries in G, not the
+            length of the step.
     """
 
     measures_pairs: ClassVar = False
