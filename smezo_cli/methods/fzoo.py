@@ -9,7 +9,7 @@ from smezo_cli.zo.directions.dense import Dense
 from smezo_cli.zo.estimators.one_sided import OneSided
 from smezo_cli.zo.move import Gradient
 from smezo_cli.zo.optimizer import ZeroOrder
-from smezo_cli.zo.parts import Common
+from smezo_cli.zo.parts import Common, check_common
 from smezo_cli.zo.ranges import Noise, Positive, Several, YesNo
 from smezo_cli.zo.selections.masked import Everything
 from smezo_cli.zo.targets import check
@@ -109,6 +109,7 @@ class FZOO(ZeroOrder):
         noise: Noise = "rademacher",
         **common: Unpack[Common],
     ) -> None:
+        check_common(type(self).__name__, common)
         check(num_queries >= 2, f"num_queries={num_queries}: one loss has no spread; 2 or more")
         check(
             not reuse_losses or (num_queries >= 4 and num_queries % 2 == 0),

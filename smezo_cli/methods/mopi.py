@@ -10,7 +10,7 @@ from smezo_cli.zo.directions.frames import UNIT, inner, orthonormal
 from smezo_cli.zo.estimators.one_sided import OneSided
 from smezo_cli.zo.move import Key
 from smezo_cli.zo.optimizer import ZeroOrder
-from smezo_cli.zo.parts import Common
+from smezo_cli.zo.parts import Common, check_common
 from smezo_cli.zo.ranges import Count, Fraction, StepSize
 from smezo_cli.zo.selections.masked import Everything
 from smezo_cli.zo.sums import sum_of_squares
@@ -145,6 +145,7 @@ class MOPI(ZeroOrder):
         lr_1d: StepSize = 1e-7,
         **common: Unpack[Common],
     ) -> None:
+        check_common(type(self).__name__, common)
         direction = Factored("pz", rank, refresh_every)
         super().__init__(
             model,
