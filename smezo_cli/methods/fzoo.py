@@ -62,7 +62,7 @@ class FZOO(ZeroOrder):
                              + weight_decay theta]
 
     As sigma is about eps |grad L|, the step has a length that hangs on lr alone, like that of
-    normalised SGD. Forwards a step: N + 1, in one batch where the model allows it
+    normalised SGD. Forwards a step: N + 1, as one batch where the model and the memory allow it
     (``executor="batched"``). Keeps no state. One-sided differences have a bias of O(eps) where the
     loss is no quadratic.
 
