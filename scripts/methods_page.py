@@ -66,14 +66,17 @@ FOOT = """
 
 ## Methods that are not built
 
-Their rule is not known to us in full, and a guess under a paper's name helps nobody:
+Their rule is not in full in what we read, and a guess under a paper's name helps nobody:
 
 * **BSZO** ([2601.01452](https://arxiv.org/abs/2601.01452)): a Kalman filter over the gradient in k
-  directions; how its noise follows the residuals is not known to us.
+  directions; how its noise follows the residuals is not in what we read. Public code exists
+  (<https://github.com/AeonianQuill/BSZO>) and was not read.
 * **LOREN** ([2511.07971](https://arxiv.org/abs/2511.07971)): a low-rank, block-diagonal curvature
-  as the covariance of the directions; how it is estimated is not known to us.
+  as the covariance of the directions; how it is estimated is not in what we read. Public code
+  exists (<https://github.com/hseung88/loren>) and was not read.
 * **CurvZO** ([2603.21725](https://arxiv.org/abs/2603.21725)): weights are sampled by scores of
-  curvature; the recursion of the scores and the budget rule are not known to us.
+  curvature; the recursion of the scores and the budget rule are not in what we read. Public code
+  exists, another team's (<https://github.com/EkkoXy/AIM-ZO>), and was not read.
 * **ZO-Act** ([2607.01125](https://arxiv.org/abs/2607.01125)): only its abstract was readable.
 
 This page is written by `scripts/methods_page.py`.

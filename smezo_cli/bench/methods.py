@@ -20,7 +20,8 @@ from smezo_cli.zo.step import RowForward
 
 _LORA = ("lora", "lora_fa")
 
-#: Queries of a timed step, at most: what it costs over its forwards does not depend on more.
+#: Queries of a step that is timed, at most: the step and the forwards that it is compared with have
+#: so many. A step of more would have another ratio, as what it does once weighs less there.
 MOST_QUERIES = 16
 
 

@@ -128,6 +128,7 @@ class StretchedMover(DenseMover):
     ) -> None:
         super().__init__(direction, step, move, numbers)
         self._from_start, self._there = direction, move
+        self.passes = direction.passes  # whose rounding the update has
 
     def whole(self, parameter: Tensor, out: Tensor) -> None:
         """See :class:`smezo_cli.zo.probe.Mover`."""
@@ -151,7 +152,7 @@ class StretchedMover(DenseMover):
     def _updated(self, parameter: Tensor, out: Tensor) -> Target:
         """Write what the update makes of a tensor, with its own rounding; return the target."""
         target = self._from_start.target_of(parameter)
-        self.write(self._from_start.passes, target, out)
+        self.write(self.passes, target, out)
         return target
 
     def _write(self, target: Target, moved: Tensor, there: Stretched, out: Tensor) -> None:
@@ -305,6 +306,7 @@ class Projection:
         return {
             "project": sorted(self._direction.names),
             "project_every": self.every,
+            "project_steps": self.num_scalars,
             "project_eps": self.eps,
             "project_lr": self.lr,
             "project_bound": self.bound,

@@ -10,7 +10,7 @@ from smezo_cli.zo.backprop import Backprop
 from smezo_cli.zo.directions.dense import Dense
 from smezo_cli.zo.estimators.two_sided import TwoSided
 from smezo_cli.zo.optimizer import ZeroOrder
-from smezo_cli.zo.parts import Common
+from smezo_cli.zo.parts import Common, check_common
 from smezo_cli.zo.ranges import Blocks, Count, Noise, StepSize
 from smezo_cli.zo.selections.layers import frozen, layer_of, layers_of, place_of
 from smezo_cli.zo.selections.masked import Everything
@@ -61,6 +61,7 @@ class ElasticZO(ZeroOrder):
         noise: Noise = "gaussian",
         **common: Unpack[Common],
     ) -> None:
+        check_common(type(self).__name__, common)
         plain = dynamo.original(model)
         freeze = frozen(model, common)
         targets = select(plain, freeze, [])

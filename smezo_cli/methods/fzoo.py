@@ -9,7 +9,7 @@ from smezo_cli.zo.directions.dense import Dense
 from smezo_cli.zo.estimators.one_sided import OneSided
 from smezo_cli.zo.move import Gradient
 from smezo_cli.zo.optimizer import ZeroOrder
-from smezo_cli.zo.parts import Common
+from smezo_cli.zo.parts import Common, check_common
 from smezo_cli.zo.ranges import Noise, Positive, Several, YesNo
 from smezo_cli.zo.selections.masked import Everything
 from smezo_cli.zo.targets import check
@@ -61,18 +61,19 @@ class FZOO(ZeroOrder):
         theta <- theta - lr [1/(N max(sigma, sigma_floor)) sum_i (l_i - l_0) u_i
                              + weight_decay theta]
 
-    As sigma is about eps |grad L|, the step has a length that depends on lr alone, like that
-    of normalised SGD. Forwards a step: N + 1, in one batch where the model allows it
+    As sigma is about eps |grad L|, the length of a step depends on lr alone, like that of
+    normalised SGD. Forwards a step: N + 1, as one batch where the model and the memory allow it
     (``executor="batched"``). Keeps no state. One-sided differences have a bias of O(eps) where the
     loss is no quadratic.
 
     sigma is the population's, 1/N, as in the released code; the paper has 1/(N - 1), which at N = 8
     takes 0.94 of the step. Neither has a floor. On a flat loss sigma is then rounding, or nothing
     beside differences that the curvature makes all alike, and a step destroys the weights. Under
-    the floor a step is one of SGD, at lr eps / sigma_floor. It is a loss, as sigma is. The default,
-    1e-4, is our choice: at eps 1e-3 a gradient of length 0.1 has that sigma, SmolLM2-135M has 0.01
-    to 0.03 (four steps on 8 rows of Rotten Tomatoes, float32), and a float32 loss is rounded to
-    some 1e-7. A floor of 1e-2 would bind in many such steps; with another eps it is to be scaled.
+    the floor a step is one of SGD, at lr eps / sigma_floor. The floor is a loss, as sigma is. Its
+    default, 1e-4, is our choice: at eps 1e-3 a gradient of length 0.1 has that sigma, SmolLM2-135M
+    has 0.01 to 0.03 (four steps on 8 rows of Rotten Tomatoes, float32), and a float32 loss is
+    rounded to some 1e-7. A floor of 1e-2 would bind in many such steps; with another eps it is to
+    be scaled.
 
     The released code also draws signs that its update cannot draw again, and normalises
     probabilities twice; its reuse of losses never begins.
@@ -108,6 +109,7 @@ class FZOO(ZeroOrder):
         noise: Noise = "rademacher",
         **common: Unpack[Common],
     ) -> None:
+        check_common(type(self).__name__, common)
         check(num_queries >= 2, f"num_queries={num_queries}: one loss has no spread; 2 or more")
         check(
             not reuse_losses or (num_queries >= 4 and num_queries % 2 == 0),

@@ -86,8 +86,9 @@ class MeZOGV(ZeroOrder):
 
     The released code probes candidates by one stream of noise over all tensors, but makes v of a
     stream that begins anew at each tensor, so that v is what was probed in the first tensor alone.
-    Here both are the same draws. It also keeps its best direction for the next step, whose first
-    one differs; that is not in the paper's rule as we know it, and is left out.
+    Here both are the same draws. It also keeps its best direction as a candidate of the next step,
+    so that its first step has other forwards than all later ones; that is not in the paper's rule
+    as we know it, and is left out.
 
     Args:
         model: any module; parameters with ``requires_grad`` are trained.

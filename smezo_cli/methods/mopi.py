@@ -10,7 +10,7 @@ from smezo_cli.zo.directions.frames import UNIT, inner, orthonormal
 from smezo_cli.zo.estimators.one_sided import OneSided
 from smezo_cli.zo.move import Key
 from smezo_cli.zo.optimizer import ZeroOrder
-from smezo_cli.zo.parts import Common
+from smezo_cli.zo.parts import Common, check_common
 from smezo_cli.zo.ranges import Count, Fraction, StepSize
 from smezo_cli.zo.selections.masked import Everything
 from smezo_cli.zo.sums import sum_of_squares
@@ -103,11 +103,11 @@ class MOPI(ZeroOrder):
         U from k Gaussian columns;  twice or so: V <- orth(M^T U), U <- orth(M V)
         W <- W - lr (P U V^T + weight_decay W)
 
-    so that a step is sqrt(k) lr long, whatever the losses. Where ZO-Muon takes Q + 1 forwards for
-    15 products of matrices of r rows, this takes 2 an iteration, with k rows. At each nu-th step,
-    where P is new, M <- P_new^T P_old M comes first. Tensors of one dimension have a mean of their
-    own size, and make steps of SGD along it with ``lr_1d``. Forwards a step: Q + 1. Kept are P and
-    M, 4 r (m + n) bytes a matrix.
+    so that a step is sqrt(k) lr long, whatever the losses. Where ZO-Muon's msign is 15 products of
+    matrices of r rows, these are 2 an iteration and one more, of matrices of k rows. At each nu-th
+    step, where P is new, M <- P_new^T P_old M comes first. Tensors of one dimension have a mean of
+    their own size, and make steps of SGD along it with ``lr_1d``. Forwards a step: Q + 1. Kept are
+    P and M, 4 r (m + n) bytes a matrix.
 
     What we know of the paper is Q, nu, the momentum, and power iteration of rank k in place of
     Newton-Schulz. All else is our choice: that M is a mean and is carried over to a new P, that it
@@ -125,7 +125,8 @@ class MOPI(ZeroOrder):
         iterations: of the two halves.
         lr_1d: step size of tensors of one dimension.
         common: see :class:`smezo_cli.zo.parts.Common`; ``keep_noise`` is about dense noise. What
-            ``clip_projected_grad`` cuts changes the weights of queries in G, not its length.
+            ``clip_projected_grad`` cuts changes the weights of queries in G, not the
+            length of the step.
     """
 
     measures_pairs: ClassVar = False
@@ -144,6 +145,7 @@ class MOPI(ZeroOrder):
         lr_1d: StepSize = 1e-7,
         **common: Unpack[Common],
     ) -> None:
+        check_common(type(self).__name__, common)
         direction = Factored("pz", rank, refresh_every)
         super().__init__(
             model,

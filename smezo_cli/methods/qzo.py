@@ -57,7 +57,8 @@ class QZO(ZeroOrder):
     rounded to nearest, symmetric, and of the layers that
     :func:`smezo_cli.zo.quantised.linear_layers` names; all other tensors (embeddings, norms,
     biases, the output layer) stay as they are, unless ``others`` says that they are trained by the
-    same steps; C, eps and lr. The released code was empty when it was read.
+    same steps; C, eps and lr. The first commit of the released code, which holds none, was read;
+    later code was not read.
 
     Args:
         model: any module; its linear layers are changed in place, see

@@ -118,8 +118,9 @@ class TeZOAdam(ZeroOrder):
         betas: decay of the moments, each in [0, 1).
         adam_eps: added to the root of the second moment; Adam's own epsilon, not the probe's.
         num_queries: directions of a step.
-        common: see :class:`smezo_cli.zo.parts.Common`; ``keep_noise`` is about dense noise, lr is
-            about the largest move of a weight in a step.
+        common: see :class:`smezo_cli.zo.parts.Common`; ``keep_noise`` is about dense noise. Of
+            the first step's moves of a matrix lr is about the root mean square; none is above
+            sqrt(r) lr.
     """
 
     def __init__(

@@ -166,10 +166,10 @@ class ZOAdaMU(ZeroOrder):
 
     The second number of N is a standard deviation. v is made of this step's noise alone, and is not
     kept; it divides the step, not the probe, so that the step is u weight by weight, but not its
-    direction: a weight moves by at most some lr |projected_grad|, as by Adam. The paper anneals
-    alpha, beta1 and beta2 in three phases: here each has a first value (before ``anneal_from``) and
-    a last one (from ``anneal_to`` on), and goes from one to the other on a straight line. Two
-    forwards a step; m takes 4 bytes a weight.
+    direction: a weight moves by at most some lr |projected_grad|, where Adam moves it by some lr
+    whatever the size of the gradient. The paper anneals alpha, beta1 and beta2 in three phases:
+    here each has a first value (before ``anneal_from``) and a last one (from ``anneal_to`` on), and
+    goes from one to the other on a straight line. Two forwards a step; m takes 4 bytes a weight.
 
     The released trainer cannot run: it calls a function without an argument that it needs. Its
     probe would mix z1 and z2 by 0.9 and 0.1 while its step mixes them by the annealed beta1, and

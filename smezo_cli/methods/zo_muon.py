@@ -9,7 +9,7 @@ from smezo_cli.zo.directions.factored import Factored
 from smezo_cli.zo.directions.frames import UNIT, inner
 from smezo_cli.zo.estimators.one_sided import OneSided
 from smezo_cli.zo.optimizer import ZeroOrder
-from smezo_cli.zo.parts import Common
+from smezo_cli.zo.parts import Common, check_common
 from smezo_cli.zo.ranges import Count, StepSize
 from smezo_cli.zo.selections.masked import Everything
 from smezo_cli.zo.sums import sum_of_squares
@@ -79,7 +79,8 @@ class ZOMuon(ZeroOrder):
         num_queries: Q.
         lr_1d: step size of tensors of one dimension.
         common: see :class:`smezo_cli.zo.parts.Common`; ``keep_noise`` is about dense noise. What
-            ``clip_projected_grad`` cuts changes the weights of queries in G, not its length.
+            ``clip_projected_grad`` cuts changes the weights of queries in G, not the
+            length of the step.
     """
 
     measures_pairs: ClassVar = False
@@ -95,6 +96,7 @@ class ZOMuon(ZeroOrder):
         lr_1d: StepSize = 1e-7,
         **common: Unpack[Common],
     ) -> None:
+        check_common(type(self).__name__, common)
         direction = Factored("pz", rank, refresh_every)
         super().__init__(
             model,

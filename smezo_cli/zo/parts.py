@@ -134,8 +134,8 @@ class Parts(torch.optim.Optimizer):
         phase: Phase | None = None,
         **common: Unpack[Common],
     ) -> None:
+        check_common(type(self).__name__, common)
         given: dict[str, Any] = {**DEFAULTS, **common}
-        _check_common(type(self).__name__, given)
         lr, eps, clip = given["lr"], given["eps"], given["clip_projected_grad"]
         model = dynamo.original(model)
         freeze = frozen(model, given, codes=self.moves_codes)
@@ -353,8 +353,16 @@ class Parts(torch.optim.Optimizer):
         self.restore(state_dict, state_dict.get("moments", {}))
 
 
-def _check_common(name: str, given: Mapping[str, Any]) -> None:
-    """Raise TypeError or ValueError for arguments of :class:`Common` that cannot be taken."""
+def check_common(name: str, common: Mapping[str, Any]) -> None:
+    """Raise TypeError or ValueError for arguments of :class:`Common` that cannot be taken.
+
+    A method that computes with some before it is put together asks this first.
+
+    Args:
+        name: of the method's class.
+        common: as given, without defaults.
+    """
+    given = {**DEFAULTS, **common}
     for key in ("lr", "eps"):
         if key not in given:
             raise TypeError(f"{name} needs {key}=")

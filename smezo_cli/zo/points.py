@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smezo_cli.zo.passes.low_rank import Factors
-from smezo_cli.zo.probe import FunctionalProbe, Mover
+from smezo_cli.zo.probe import FunctionalProbe, Mover, moves_nothing
 from smezo_cli.zo.turns import same_inputs, standing_in
 
 # Entries of the moved copies of a linear layer, of all points, up to which they are made together.
@@ -54,16 +54,18 @@ class Points:
         """Inside, each call of the model computes all points and returns what the first one gives.
 
         Args:
-            movers: of the points; all move the same parameters.
+            movers: of the points; all move the same parameters, but for those that move none.
 
         Raises:
             NotBatched: the model or its inputs do not allow it.
         """
         self._movers, self._calls = movers, []
+        # One that moves something says which modules have points of their own.
+        mover = next((mover for mover in movers if not moves_nothing(mover)), movers[0])
         self._is_running = len(movers) == 1  # whoever calls a module then, there is one point
         run_all = standing_in(self._model, self._run_all, lambda: self._is_running)
         try:
-            with self._named(), self._probe.at(movers[0]), self._split():
+            with self._named(), self._probe.at(mover), self._split():
                 if len(movers) == 1:
                     yield
                 else:
@@ -278,18 +280,24 @@ class Points:
     def _thin(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return right factors, (r, in) if all points share one, or (points, r, in); and left ones.
 
-        The latter are (points, out, r). None: at some point it is moved along no such product.
+        The latter are (points, out, r), zeros where nothing is moved. None: at some point it is
+        moved along no such product.
         """
         found: list[Factors] = []
         for mover in self._movers:
+            if moves_nothing(mover):
+                continue
             ask = getattr(mover, "thin", None)
             one = None if ask is None else ask(weight)
             if one is None or (found and one.right.shape != found[0].right.shape):
                 return None
             found.append(one)
-        rights = [one.right for one in found]
+        nothing = Factors(torch.zeros_like(found[0].left), found[0].right)
+        moved = iter(found)
+        of_points = [nothing if moves_nothing(mover) else next(moved) for mover in self._movers]
+        rights = [one.right for one in of_points]
         is_shared = all(right is rights[0] for right in rights)
-        left = torch.stack([one.left for one in found])
+        left = torch.stack([one.left for one in of_points])
         return rights[0] if is_shared else torch.stack(rights), left
 
     def _copies(self, parameter: Tensor) -> Tensor:

@@ -34,6 +34,11 @@ class PairMover(Mover, Protocol):
         """Write the parameter moved and moved back (both flat, of its dtype), from one draw."""
 
 
+def moves_nothing(mover: object) -> bool:
+    """Return whether a mover moves nothing: its point is the weights themselves."""
+    return getattr(mover, "only", None) == frozenset()
+
+
 @contextmanager
 def only_rows(module: nn.Module, rows: Tensor) -> Iterator[None]:
     """Let a linear layer compute only these output rows: the logits of the label words.
@@ -237,7 +242,7 @@ class FunctionalProbe:
             still = [
                 (slot, *place) for slot, place in enumerate(held) if place[0][place[1]] is place[2]
             ]
-            if not still and only_rows is None:
+            if (not still or moves_nothing(mover)) and only_rows is None:
                 return inner(*args, **kwargs)
             own = {name: p for _, where, name, p in still if where is parameters}
             # A mover may compute a layer by itself, such as one with other weights for each row.

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from smezo_cli.methods.dizo import DiZO, distance, stretched
+from smezo_cli.methods.dizo import DiZO, Stretched, distance, stretched
 from smezo_cli.methods.mezo import MeZO
+from smezo_cli.zo.move import Key, Move, Term
 from smezo_cli.zo.noise import draw, stream_key
 from smezo_cli.zo.step import NonFiniteLoss
 from tests.methods.reference import loss64, weights64, z_of
@@ -251,3 +252,33 @@ def test_the_default_takes_keys_and_values_of_a_transformer() -> None:
     model = nn.ModuleDict({"layers": nn.ModuleList([attention])})
     opt = DiZO(model, lr=1e-2, eps=1e-3)
     assert opt.identity()["project"] == ["layers.0.k_proj.weight", "layers.0.v_proj.weight"]
+
+
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_of_an_embedding_are_measured_as_the_update_then_writes_them(
+    dtype: torch.dtype, backend: str
+) -> None:
+    """Where the update rounds by chance, a projection begins at what chance has made of it."""
+    model = nn.Embedding(64, 8).to(dtype)
+    more = {"project": ["weight"], "freeze": [], "backend": backend}
+    opt: Any = made(model, rounding="stochastic", **more)
+    opt.state_of_update.copy_weights("start", opt.targets)
+    move, picked = Move((Term(Key(3), 1e-3),), decay=1e-3), torch.tensor([5, 0, 63])
+    stretch = [Stretched(move.terms, move.decay, middle={"weight": by}) for by in (0.0, 0.3)]
+    rows, further = (opt.direction.mover(3, m).rows(model.weight, picked) for m in stretch)
+    nearest = opt.direction.mover(3, move).rows(model.weight, picked)
+    whole = torch.empty_like(model.weight.view(-1))
+    opt.direction.mover(3, stretch[1]).whole(model.weight, whole)
+    opt.direction.apply(3, move)
+    assert torch.equal(bits(rows), bits(model.weight[picked]))
+    assert torch.equal(bits(further), bits(whole.view(64, 8)[picked]))
+    assert not torch.equal(bits(rows), bits(nearest))
+
+
+def test_the_identity_says_which_scalars_are_slopes_of_a_projection() -> None:
+    """(Q, project_steps) = (1, 10) and (2, 9) record as many scalars, which mean other steps."""
+    one = made(mlp(), num_queries=1, project_steps=10).identity()
+    two = made(mlp(), num_queries=2, project_steps=9).identity()
+    assert one["num_scalars"] == two["num_scalars"]
+    assert one != two

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from smezo_cli.cli.verbs import main
-from smezo_cli.config.build import build
+from smezo_cli.config.build import build, target_of
 from smezo_cli.config.compose import compose
 from smezo_cli.config.fixed import plain
 from smezo_cli.config.method_keys import describe, shared_by, trait
@@ -56,8 +56,8 @@ REPLAYING = [name for name in ZEROTH_ORDER if _can(name, "replays")]
 SHARING = [name for name in ZEROTH_ORDER if _can(name, "shares_steps")]
 
 
-def made(name: str, model: nn.Module, **values: Any) -> ZeroOrder:
-    """The method with its own YAML's values, but step sizes for a small network."""
+def arguments_of(name: str, **values: Any) -> dict[str, Any]:
+    """A method's node with its own YAML's values, but step sizes for a small network."""
     node = {key: value for key, value in node_of(name).items() if key not in ("adapter", "seed")}
     node |= {"lr": 1e-2, "eps": 1e-3, "executor": "sequential"}
     node |= {"sparsity": 0.5, "mask_refresh_every": 2} if "mask" in node else {}
@@ -66,6 +66,12 @@ def made(name: str, model: nn.Module, **values: Any) -> ZeroOrder:
     node |= {"project": ["*"], "project_every": 2} if "project" in node else {}
     node |= {"others": "trained"} if "others" in node else {}  # nothing here is held as codes
     node |= {key: value for key, value in values.items() if key in describe(node).keys}  # type: ignore[union-attr]  # one of ours
+    return node
+
+
+def made(name: str, model: nn.Module, **values: Any) -> ZeroOrder:
+    """The method with these arguments."""
+    node = arguments_of(name, **values)
     found: ZeroOrder = build(node, model=model, seed=0, backend="eager", check=False)
     return found
 
@@ -89,6 +95,19 @@ def closure_of(model: nn.Module) -> Losses:
 
 def state_of(opt: ZeroOrder) -> dict[str, Tensor]:
     return {name: bits(tensor) for name, tensor in opt.snapshot()[1].items()}
+
+
+@pytest.mark.parametrize("name", ZEROTH_ORDER)
+def test_a_step_size_or_a_radius_that_cannot_be_is_named(name: str) -> None:
+    """Also where a method computes with it before its parts are put together."""
+    node = arguments_of(name)
+    kind, keys = target_of(node, "method"), describe(node).keys  # type: ignore[union-attr]  # one of ours
+    given = {key: value for key, value in node.items() if key in keys}
+    for key in ("lr", "eps"):
+        with pytest.raises(TypeError, match=rf"^{kind.__name__} needs {key}=$"):
+            kind(mlp(), **{k: value for k, value in given.items() if k != key})
+        with pytest.raises(ValueError, match=rf"^{key}=0.0: must be above 0$"):
+            kind(mlp(), **given | {key: 0.0})
 
 
 @pytest.mark.parametrize("name", ZEROTH_ORDER)

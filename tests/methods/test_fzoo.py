@@ -170,14 +170,14 @@ def short(most: int) -> tuple[Short, Callable[[], Tensor]]:
 
 
 def test_a_batch_of_all_points_is_halved_where_memory_is_short() -> None:
-    """Eight points; those of half as many, and of a quarter; then as many as fitted."""
+    """The weights and eight points; then half as many, and so on; then as many as fitted."""
     found = []
-    for most, executor in ((8, "batched"), (3, "batched"), (8, "sequential")):
+    for most, executor in ((9, "batched"), (3, "batched"), (9, "sequential")):
         model, closure = short(most)
         opt = fzoo(model, executor=executor)
         found.append([opt.step(closure) for _ in range(2)])
         if most == 3:
-            assert [n for n in model.seen if n > 1] == [2, 8, 4, 2, 2, 2, 2, 2, 2, 2, 2]
+            assert [n for n in model.seen if n > 1] == [2, 9, 5, 3, 3, 3, 3, 3, 3]
     for batched in found[:2]:
         for a, b in zip(batched, found[2], strict=True):
             # To rounding of losses of some 1, over eps.

@@ -285,6 +285,8 @@ class DenseMover:
         self._step, self.move = step, move
         self._direction, self._numbers = direction, numbers
         self._draws: dict[int, Draw] | None = None
+        #: what writes its copies: rounded to nearest, but for those of an update
+        self.passes: Passes = direction.probe_passes
         #: the targets that it moves
         self.moved = [t for t in direction.targets if numbers[t.position] is not None]
         # From other weights than the present ones, every tensor is another.
@@ -340,11 +342,11 @@ class DenseMover:
 
     def whole(self, parameter: Tensor, out: Tensor) -> None:
         """See :class:`smezo_cli.zo.probe.Mover`."""
-        self.write(self._direction.probe_passes, self._direction.target_of(parameter), out)
+        self.write(self.passes, self._direction.target_of(parameter), out)
 
     def both(self, parameter: Tensor, plus: Tensor, minus: Tensor) -> None:
         """See :class:`smezo_cli.zo.probe.PairMover`."""
-        direction, passes = self._direction, self._direction.probe_passes
+        direction, passes = self._direction, self.passes
         target = direction.target_of(parameter)
         if self._numbers[target.position] is None or target.index is not None:
             self.write(passes, target, plus)
@@ -366,7 +368,7 @@ class DenseMover:
 
     def moved_rows(self, target: Target, rows: Tensor, picked: Tensor) -> Tensor:
         """Return some rows of a target moved: ``picked`` (r, ...) is what they move from."""
-        parameter, passes = target.parameter, self._direction.probe_passes
+        parameter, passes = target.parameter, self.passes
         numel, width = parameter.numel(), parameter.numel() // parameter.shape[0]
         if self._numbers[target.position] is None:
             return picked

@@ -1,16 +1,15 @@
 """Measure the losses of several points in one batch; or one by one, without copies of matrices."""
 
 import gc
-import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from smezo_cli.zo.directions.base import PointMover
 from smezo_cli.zo.points import Points
-from smezo_cli.zo.probe import FunctionalProbe
+from smezo_cli.zo.probe import FunctionalProbe, moves_nothing
 from smezo_cli.zo.step import Closure
 
 
@@ -40,8 +39,7 @@ class Batched:
             NotBatched: the closure or the model does not allow it.
         """
         found: list[Tensor] = []
-        for _, alike in itertools.groupby(movers, key=lambda mover: mover.only):
-            here = list(alike)
+        for here in _alike(movers):
             while here:
                 now = here[: int(min(self.most, len(here)))]
                 losses = self._at_once(closure, now)
@@ -67,6 +65,20 @@ class Batched:
         finally:
             self.points.forget()
         return found
+
+
+def _alike(movers: Sequence[PointMover]) -> Iterator[list[PointMover]]:
+    """Yield points next to each other that move the same parameters; the weights go with any."""
+    here: list[PointMover] = []
+    moving: PointMover | None = None
+    for mover in movers:
+        if not moves_nothing(mover):
+            if moving is not None and moving.only != mover.only:
+                yield here
+                here = []
+            moving = mover
+        here.append(mover)
+    yield here
 
 
 def _release() -> None:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from smezo_cli.methods.eggroll import EGGROLL
+from smezo_cli.methods.fzoo import FZOO
+from smezo_cli.methods.hizoo import HiZOO
 from smezo_cli.methods.lozo import LOZO
 from smezo_cli.methods.mezo import MeZO
 from smezo_cli.methods.sparse_mezo import SparseMeZO
@@ -16,6 +18,7 @@ from smezo_cli.methods.subzero import SubZero
 from smezo_cli.methods.zo_block import ZOBlock
 from smezo_cli.methods.zo_muon import ZOMuon
 from smezo_cli.models.onednn import use_onednn
+from smezo_cli.zo.move import Key, Move, Term
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.points import NotBatched, Points
 from smezo_cli.zo.probe import FunctionalProbe
@@ -29,6 +32,8 @@ METHODS: dict[str, tuple[type[ZeroOrder], dict[str, Any]]] = {
     "sparse": (SparseMeZO, {"sparsity": 0.5}),
     "lozo": (LOZO, {"rank": 2, "refresh_every": 2, "num_queries": 2}),
     "eggroll": (EGGROLL, {"rank": 2, "num_queries": 2}),
+    "fzoo": (FZOO, {"num_queries": 3}),
+    "hizoo": (HiZOO, {}),
     "zo_muon": (ZOMuon, {"rank": 2, "refresh_every": 2, "num_queries": 3}),
     "subzero": (SubZero, {"rank": 2, "refresh_every": 2, "num_queries": 2}),
     "block": (ZOBlock, {"num_blocks": 2}),
@@ -83,21 +88,44 @@ def test_losses_are_those_of_forwards_of_their_own(name: str, model: str, execut
     assert found[0][0].loss != found[0][-1].loss
 
 
-def test_a_batch_reads_the_model_once_for_all_points() -> None:
+@pytest.mark.parametrize(("name", "points"), [("mezo", 6), ("fzoo", 4), ("hizoo", 3)])
+def test_a_batch_reads_the_model_once_for_all_points(name: str, points: int) -> None:
+    """Also for the weights themselves, to which one-sided differences are taken."""
     model = mlp()
     rows: list[int] = []
     model.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
-    opt = made("mezo", model, "batched")
+    opt = made(name, model, "batched")
     opt.choose_executor(closure_of(model))
     rows.clear()
     opt.step(closure_of(model))
     # The model is called for each point, and computes in the first call alone.
-    assert rows == [16] * 6
+    assert rows == [16] * points
     inner: list[int] = []
     handle = model[1].register_forward_pre_hook(lambda _, args: inner.append(len(args[0])))
     opt.step(closure_of(model))
     handle.remove()
-    assert inner == [6 * 16]
+    assert inner == [points * 16]
+
+
+@pytest.mark.parametrize("name", ["fzoo", "zo_muon"])
+def test_the_weights_themselves_are_in_the_batch_of_any_points_beside_them(name: str) -> None:
+    """In the order asked for; points that move other tensors have a forward of their own."""
+    model = mlp()
+    opt, closure = made(name, model, "batched"), closure_of(model)
+    here = Move(())
+    some = Move((Term(Key(0), 1e-2, only=frozenset({"0.weight", "3.bias"})),))
+    there = [Move((Term(Key(0, query), 1e-2),)) for query in (1, 2)]
+    movers = [opt.direction.mover(0, move) for move in (here, some, here, *there, here)]
+    with torch.no_grad():
+        expected = opt.executors.by(opt.executors.sequential, closure, movers)
+    sizes: list[int] = []
+    model[1].register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    with torch.no_grad():
+        found = opt.executors.by(opt.executors.used, closure, movers)
+    assert sizes == [3 * 16, 3 * 16]
+    # Products in float32 add in another order.
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-6, atol=0)
+    assert len({round(float(x), 4) for x in expected}) == 4  # the weights, and three points
 
 
 @pytest.mark.parametrize("executor", INEXACT)
