@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -180,4 +181,5 @@ def test_it_passes_what_every_method_does(checkout: Path) -> None:
     words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     ended = python(checkout, *words, "-k", "added_sign or listed")
     assert ended.returncode == 0, ended.stdout[-3000:]
-    assert "17 passed" in ended.stdout
+    (passed,) = re.findall(r"(\d+) passed, \d+ deselected", ended.stdout)
+    assert int(passed) >= 18  # one of each claim, and that a rate is listed

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from smezo_cli.zo.directions.dense import Dense, DenseAlone
 from smezo_cli.zo.estimators.two_sided import TwoSided
-from smezo_cli.zo.move import Gradient, Key, Move, Term
+from smezo_cli.zo.move import Gradient, Key, Move, Term, keys
 from smezo_cli.zo.optimizer import ZeroOrder
 from smezo_cli.zo.selections.layers import SomeLayers, layer_of
 from smezo_cli.zo.selections.masked import Everything
@@ -137,13 +137,13 @@ class Blocks(TwoSided):
 
     def measure(self, ask: Any) -> list[float]:
         pairs = []
-        for key, only in zip(self.keys(ask.step), self.names, strict=True):
+        for key, only in zip(keys(ask.step, self.num_scalars), self.names, strict=True):
             there = Move((Term(key, ask.eps, only),))
             pairs.append((there, there.negated()))
         return [(plus - minus) / (2 * ask.eps) for plus, minus in ask.losses(pairs)]
 
     def read(self, scalars: Sequence[float], step: int) -> Gradient:
-        terms = zip(self.keys(step), scalars, self.names, strict=True)
+        terms = zip(keys(step, self.num_scalars), scalars, self.names, strict=True)
         return Gradient(tuple(Term(*term) for term in terms))
 
 
@@ -186,7 +186,7 @@ class AtAnchor(TwoSided):
     """Asks at the copy of the weights once there is one."""
 
     def measure(self, ask: Any) -> list[float]:
-        return ask.two_sided(self.keys(ask.step), base="anchor" if ask.step else "")  # type: ignore[no-any-return]
+        return ask.two_sided(keys(ask.step, self.num_scalars), base="anchor" if ask.step else "")  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("executor", ["sequential", "lockstep"])
