@@ -1,7 +1,7 @@
 """Write the README.md of an exported model: the model card that the hub reads."""
 
 import logging
-import shlex
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from smezo_cli.config.mixture import single_tasks
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import redacted
 
+#: An absolute path, alone or in a list; not the slashes of a URL, of a hub id or between words.
+_PATH = re.compile(r"(?<![\w:/~.}])~?/[^\s,\]\[\"']+")
 #: The hub's names of what is done, by kind of task.
 _TASKS = {
     "classification": ("text-classification", "Text classification"),
@@ -150,12 +152,7 @@ def _prompts(found: Any) -> Iterator[str]:
 
 def _without_paths(command: str) -> str:
     """Return a command with names of files in place of absolute paths of this machine."""
-    words = []
-    for word in shlex.split(command):
-        key, equals, value = word.rpartition("=")
-        is_path = value.startswith(("/", "~")) or "=/" in value
-        words.append(f"{key}{equals}{Path(value).name}" if is_path else word)
-    return shlex.join(words)
+    return _PATH.sub(lambda found: Path(found[0]).name, command)
 
 
 def _table(result: Mapping[str, Any]) -> Iterator[str]:

@@ -77,9 +77,15 @@ def test_a_mixture_has_the_prompt_of_each_part() -> None:
 
 
 def test_paths_of_this_machine_are_not_published(rte: Settings) -> None:
-    command = "smezo train --config-dir /home/me/conf task.data=/data/x.csv model.path=~/m steps=3"
+    command = (
+        "smezo train --config-dir /home/me/conf task.data=[/data/x.csv,/data/y.csv] model.path=~/m "
+        "steps=3 'task.prompt={a} and/or {b} / {c}?' model.token_url=https://host.org/x/y"
+    )
     text = card(rte, RESULT | {"command": command}).text
-    assert "smezo train --config-dir conf task.data=x.csv model.path=m steps=3" in text
+    assert (
+        "smezo train --config-dir conf task.data=[x.csv,y.csv] model.path=m "
+        "steps=3 'task.prompt={a} and/or {b} / {c}?' model.token_url=https://host.org/x/y"
+    ) in text
 
 
 def test_weights_of_another_step_have_no_result(rte: Settings) -> None:
