@@ -104,7 +104,10 @@ def _query(line: str, verbs: Sequence[str]) -> Iterator[str]:
     elif verb in ("eval", "predict", "export", "replay") and len(given) == 2:
         yield from (run for run in _runs() if run.startswith(last))
     elif verb in ("ls", "show") and len(given) == 2:
-        yield from (f"{group} " for group in GROUPS if group.startswith(last))
+        groups = (*GROUPS, "run") if verb == "show" else GROUPS
+        yield from (f"{group} " for group in groups if group.startswith(last))
+    elif verb == "show" and given[1] == "run":
+        yield from (run for run in _runs() if run.startswith(last))
     elif verb == "show" and len(given) == 3:
         folders = [root / given[1].removesuffix("s") for root in search.roots]
         stems = {file.stem for folder in folders for file in folder.glob("*.yaml")}
