@@ -1,9 +1,14 @@
-"""Compare generated answers with references, as SQuAD does; with the standard library alone."""
+"""Compare generated answers with references, as SQuAD does; with the standard library alone.
+
+`smezo export --lm-eval` writes this file beside the tasks of lm-evaluation-harness, which runs it
+where smezo is not installed.
+"""
 
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -39,3 +44,9 @@ def f1(prediction: str, references: Sequence[str]) -> float:
 def _f1(ours: Sequence[str], theirs: Sequence[str]) -> float:
     shared = (Counter(ours) & Counter(theirs)).total()
     return 2 * shared / (len(ours) + len(theirs)) if shared else 0.0
+
+
+def compare(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """Return F1 and exact match of a generated text, as a task of lm-eval asks for them."""
+    answer = results[0].partition("\n")[0].strip()
+    return {"f1": f1(answer, doc["answers"]), "exact_match": exact_match(answer, doc["answers"])}
