@@ -90,7 +90,7 @@ def task_files(
     is_generated = node["kind"] == "generation"
     docs = _answer_docs(rows, prompt) if is_generated else _docs(rows, encoded, prompt, tokenizer)
     form = _GENERATION if is_generated else _CHOICE
-    head = f"# Written by smezo export --lm-eval: {len(rows)} rows of task {node['name']}.\n"
+    head = f"# Written by smezo export --lm-eval: {len(rows)} rows.\n"
     head += f"task: {name}\ncustom_dataset: !function smezo_task.rows\n"
     head += f"dataset_kwargs: {{file: {name}.jsonl}}\ntest_split: test\n"
     tail = 'target_delimiter: ""\nnum_fewshot: 0\nmetadata: {version: 1.0}\n'
