@@ -46,7 +46,7 @@ _FLAGS = {
     "plot": ("--x", "--y", "--row", "--column", "--out", "--runs-dir", "--results", "--help"),
     "eval": ("--split", "--base", "--step", "--out", "--help"),
     "predict": ("--field", "--out", "--part", "--help"),
-    "export": ("--step", "--delta", "--help"),
+    "export": ("--step", "--delta", "--lm-eval", "--help"),
     "replay": ("--step", "--split", "--out", "--help"),
     "bench": ("--rounds", "--only", "--grow", "--json", "--config-dir", "--help"),
     "ls": ("--config-dir", "--help"),
