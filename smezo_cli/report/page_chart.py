@@ -152,7 +152,8 @@ def lines(panel: Panel, x_label: str, title: str, styles: dict[str, int]) -> Lin
         for s in panel.series
     )
     words = f"{panel.y} against {x_label}, from the first to the last evaluation. {ends}."
-    return LineChart(title, words, x_label, panel.y, x_axis.ticks(5), y_axis.ticks(5), lines=drawn)
+    x_ticks = x_axis.ticks(5, least=float(x_label == "steps"))  # there is no half a step
+    return LineChart(title, words, x_label, panel.y, x_ticks, y_axis.ticks(5), lines=drawn)
 
 
 def _line(series: Series, style: int, x_axis: "_Axis", y_axis: "_Axis") -> Line:
@@ -240,11 +241,12 @@ class _Axis:
         share = (value - self.low) / (self.high - self.low)
         return f"{self.start + share * (self.end - self.start):.2f}".rstrip("0").rstrip(".")
 
-    def ticks(self, most: int) -> tuple[Tick, ...]:
-        """Return at most so many and one more round values with their places."""
-        rough = (self.high - self.low) / most
+    def ticks(self, most: int, least: float = 0.0) -> tuple[Tick, ...]:
+        """Return at most so many and one more round values with their places, `least` apart."""
+        rough = max((self.high - self.low) / most, least)
         power = 10.0 ** math.floor(math.log10(rough))
-        step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough * (1 - 1e-9))
+        sizes = (1, 2, 5, 10) if least else (1, 2, 2.5, 5, 10)
+        step = next(power * m for m in sizes if power * m >= rough * (1 - 1e-9))
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
         digits = max(0, -math.floor(math.log10(step)) + (step / power == 2.5))

@@ -399,4 +399,5 @@ def test_a_tick_says_where_it_is() -> None:
     at = {tick.text: float(tick.at) for tick in chart.x_ticks}
     start, end = (float(point.split(",")[0]) for point in chart.lines[0].points.split())
     assert (at["0"], at["20"]) == (start, end)
+    assert all(text.isdecimal() for text in at), "there is no half a step"
     assert at["10"] == pytest.approx((start + end) / 2, abs=0.01)  # written to a hundredth
