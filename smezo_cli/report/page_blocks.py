@@ -218,7 +218,7 @@ def _step_seconds(group: Group) -> tuple[float, ...]:
 
 def _fill(block: Block) -> None:
     block.scores = _scores(block)
-    block.pairs = [[_pair(a, b, block) for b in block.entries] for a in block.entries]
+    block.pairs = _pairs(block.entries)
     block.curves = _curves(block)
     gib = [(e, [float(r.result["peak_memory_bytes"]) / 2**30 for r in e.group.runs])
            for e in block.entries]  # fmt: skip
@@ -272,12 +272,13 @@ def _scores(block: Block) -> RowChart:
     return page_chart.dots(values, f"test {block.metric} (%)", f"Test scores: {block.title}")
 
 
-def _pair(ours: Entry, theirs: Entry, block: Block) -> tuple[float, float] | None:
-    """Return ours less theirs, paired by test row, and the standard error; None of itself."""
-    known = ours.first.result.get("test_rows") is not None
-    if ours is theirs or not known:
-        return None
-    return paired(ours.group.mean(), theirs.group.mean(), ours.group.sizes)
+def _pairs(entries: Sequence[Entry]) -> list[list[tuple[float, float] | None]]:
+    """Return each entry less each, paired by test row, with the standard error; None of itself."""
+    if entries[0].first.result.get("test_rows") is None:  # nobody knows whether rows are the same
+        return [[None for _ in entries] for _ in entries]
+    means, sizes = [entry.group.mean() for entry in entries], entries[0].group.sizes
+    each = range(len(entries))
+    return [[None if a == b else paired(means[a], means[b], sizes) for b in each] for a in each]
 
 
 _CURVES = (("loss", "steps"), ("accuracy", "steps"), ("loss", "seconds"), ("accuracy", "seconds"))

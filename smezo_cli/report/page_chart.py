@@ -17,7 +17,7 @@ _ROW, _SIDE = 36, 18
 _MOST_MARKS = 40  # points of a line that are marked one by one
 _FLAT = 1e-3  # a range that is a smaller share of its values is drawn as next to nothing
 _FAR = 1e100  # of a value on an axis, whose range is to be a number
-_MOST_LETTERS = 54  # of a name above a row of dots or a bar
+_MOST_LETTERS = 44  # of a name above a row of dots or a bar
 
 DASHES = ("", "7 3", "8 3 2 3", "2 3", "12 3", "4 2 1 2 1 2", "1 2")
 _SHAPES = (

@@ -9,14 +9,17 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from smezo_cli.cli.verbs import main
 from smezo_cli.config.fixed import CONF_DIR
 from smezo_cli.report import page_chart
 from smezo_cli.report import table as table_module
 from smezo_cli.report.series import Panel, Series
+from tests.cli.test_verbs import imports
 from tests.report.test_runs import make
 
 TABLE = """\
@@ -144,8 +147,6 @@ def test_everything_about_a_run_is_there(trained: Path) -> None:
 
 
 def test_samples_are_the_rows_that_training_changed(trained: Path) -> None:
-    from safetensors.numpy import load_file
-
     folder = next(Path("runs").glob("*/*-mezo-s0-*"))
     scores = load_file(folder / "scores.safetensors")
     better = int((scores["outcome.test"] > scores["outcome.zero_shot"]).sum())
@@ -371,6 +372,93 @@ def test_a_mistake_is_one_sentence(
     assert says in said
     assert said.count("\n") == 1
     assert not (tmp_path / "report.html").exists()
+
+
+def retold(folder: Path, lines: list[dict[str, Any]], **result: Any) -> None:
+    """Give a run other keys of its result, and predictions."""
+    file = folder / "result.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | result))
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "predictions-test.jsonl").write_text(text)
+
+
+def answers(tree: Tree) -> list[str]:
+    """What stands beside each name of a sample, "name: words"."""
+    told = [(tag, words.strip()) for tag, words in tree.words if tag in ("dt", "dd", "span")]
+    found = list[str]()
+    for tag, words in told:
+        found = [*found, f"{words}:"] if tag == "dt" else [*found[:-1], f"{found[-1]} {words}"]
+    return found
+
+
+def test_samples_of_choice_name_options(tmp_path: Path) -> None:
+    folder = make(tmp_path, "a", [1, 0], zero=[0, 0])
+    scores = load_file(folder / "scores.safetensors")
+    scores["zero_shot"] = np.array([[-2, -1, -np.inf], [-1, -2, -3]], dtype=np.float32)
+    save_file(scores, folder / "scores.safetensors")
+    rows = [{"id": "r1", "prediction": 0, "word": "red", "label": [0], "fields": {"q": "which?"}}]
+    rows += [{"id": "r2", "prediction": 0, "word": "big", "label": [1, 2], "fields": {"q": "how?"}}]
+    retold(folder, rows, prompt={"template": "{q}", "labels": [], "option": "{option}"})
+    found = answers(written("--runs-dir", tmp_path, out=str(tmp_path / "a.html")))
+    told = ["right answer: option 1", "before: option 2 (wrong)", "after: option 1: red (right)"]
+    at = found.index("q: which?") + 1
+    assert found[at : at + 3] == told
+    told = ["right answer: option 2 or option 3", "before: option 1: big (wrong)"]
+    at = found.index("q: how?") + 1
+    assert found[at : at + 2] == told
+
+
+def test_samples_of_generation_have_what_was_answered(tmp_path: Path) -> None:
+    """The answers before training are those that smezo eval --base has written, if it has."""
+    folder = make(tmp_path, "a", [0.8, 0.0], zero=[0.2, 0.4])
+    rows = [{"id": "r1", "prediction": "a red car", "answers": ["red car", "car"], "f1": 0.8}]
+    rows += [{"id": "r2", "prediction": "", "answers": ["x"], "f1": 0.0}]
+    test = {"f1": 0.4, "standard_error": 0.2, "n": 2}
+    retold(folder, rows, metric="f1", test=test, zero_shot={"f1": 0.3})
+    page = "--runs-dir", tmp_path
+    found = answers(written(*page, out=str(tmp_path / "a.html")))
+    assert "after: a red car (F1 0.80)" in found
+    assert f"before: (smezo eval {folder} --base writes what it was) (F1 0.20)" in found
+    base = [rows[0] | {"prediction": "blue car"}, rows[1] | {"prediction": "y x"}]
+    text = "".join(json.dumps(line) + "\n" for line in base)
+    (folder / "predictions-test-base.jsonl").write_text(text)
+    tree = written(*page, out=str(tmp_path / "a.html"))
+    at = (found := answers(tree)).index("right answer: red car / car") + 1
+    assert found[at : at + 2] == ["before: blue car (F1 0.20)", "after: a red car (F1 0.80)"]
+    assert tree.values("score") == [0.4]
+
+
+def test_a_mixture_shows_its_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = [{"part": p, "template": f"{p} {{t}}", "labels": [f"{p}0", f"{p}1"]} for p in "uv"]
+    for k in range(2):
+        folder = make(tmp_path, f"a{k}", [1, 0, 1], zero=[0, 0, 1], seed=k)
+        parts = {"u": {"accuracy": 0.5, "n": 2}, "v": {"accuracy": 1.0, "n": 1}}
+        test = {"accuracy": 0.75, "n": 3, "parts": parts}
+        rows = [{"id": str(i), "prediction": 1, "label": i % 2, "part": "uuv"[i]} for i in range(3)]
+        retold(folder, rows, test=test, prompt=prompts)
+    tree = written("--runs-dir", tmp_path, out=str(tmp_path / "a.html"))
+    (record,) = means(capsys, "--runs-dir", str(tmp_path))
+    assert tree.values("part") == list(record["parts"].values()) == [0.5, 1.0]
+    assert tree.values("over_zero_shot") == [record["over_zero_shot"]]
+    assert {"prompt of u: u {t}", "prompt of v: v {t}", "right answer: u0"} <= set(answers(tree))
+
+
+def test_runs_on_other_rows_are_never_paired(tmp_path: Path) -> None:
+    make(tmp_path, "a", [1, 0, 1], test_rows="aa")
+    make(tmp_path, "b", [1, 1, 1], test_rows="bb", lr=1e-3)
+    tree = written("--runs-dir", tmp_path, out=str(tmp_path / "a.html"))
+    titles = [words for tag, words in tree.words if tag == "h3"]
+    assert titles.count("toy, tiny-llama (test rows bb)") == titles.count(titles[0]) == 6
+    assert tree.values("pair") == []
+
+
+def test_no_torch_is_loaded(tmp_path: Path) -> None:
+    make(tmp_path, "a")
+    out = str(tmp_path / "a.html")
+    code, modules = imports("report", "--runs-dir", str(tmp_path), "--out", out, cwd=tmp_path)
+    assert code == 0
+    assert "jinja2" in modules
+    assert not modules & {"torch", "transformers", "datasets", "matplotlib", "hydra"}
 
 
 # --- charts ----------------------------------------------------------------------------------
