@@ -44,6 +44,7 @@ _FLAGS = {
         *("--runs-dir", "--collect", "--results", "--help"),
     ),
     "plot": ("--x", "--y", "--row", "--column", "--out", "--runs-dir", "--results", "--help"),
+    "report": ("--out", "--runs-dir", "--help"),
     "eval": ("--split", "--base", "--step", "--out", "--help"),
     "predict": ("--field", "--out", "--part", "--help"),
     "export": ("--step", "--delta", "--lm-eval", "--help"),
@@ -97,7 +98,7 @@ def _query(line: str, verbs: Sequence[str]) -> Iterator[str]:
         from smezo_cli.cli.plot import KINDS
 
         yield from (f"{kind} " for kind in KINDS if kind.startswith(last))
-    elif (verb == "table" and len(given) == 2) or (verb == "plot" and len(given) == 3):
+    elif (verb in ("table", "report") and len(given) == 2) or (verb == "plot" and len(given) == 3):
         from smezo_cli.report.table import names
 
         yield from (f"{name} " for name in names() if name.startswith(last))
