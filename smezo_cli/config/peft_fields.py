@@ -18,14 +18,14 @@ from smezo_cli.zo.ranges import shown
 REFUSED = {
     "adalora": "moves ranks between layers by their gradients, which smezo does not keep",
     "adamss": "clusters weights by scikit-learn, which does not come with smezo",
-    "cartridge": "trains keys and values before the text, which method=mezo_prefix does",
+    "cartridge": "trains keys and values before the text: choose method=mezo_prefix or prefix",
     "cpt": "moves the tokens of one prompt with examples, and smezo has a prompt for each row",
     "lily": "reads weights of one layer in the forward of others, where no probe reaches them",
     "multitask_prompt_tuning": "needs the number of its task beside each row",
     "osf": "is a projection of gradients, and a zeroth-order step has none",
     "peanut": "reads weights of layers without calling them, where no probe reaches them",
     "poly": "needs the number of its task beside each row",
-    "prefix_tuning": "is smezo's own method=mezo_prefix, or method=prefix",
+    "prefix_tuning": "is smezo's own: choose method=mezo_prefix or method=prefix",
     "pvera": "draws noise in its forward, and a step compares losses of one function",
     "shadow": "carries a second model through the first one, which scores cannot be read from",
     "xlora": "mixes adapters that are trained already",
@@ -94,7 +94,8 @@ def checked_peft(node: Mapping[str, Any]) -> dict[str, Any]:
             f"kind{near(str(kind), [name for name in kinds() if name not in REFUSED])}."
         )
     if kind in REFUSED:
-        raise UserError(f"method.adapter.kind={kind} {REFUSED[kind]}: choose another kind.")
+        out = "" if "choose" in REFUSED[kind] else ": choose another kind"
+        raise UserError(f"method.adapter.kind={kind} {REFUSED[kind]}{out}.")
     if others := [name for name in node if name not in ("kind", "config")]:
         fields = "with fields of its config as method.adapter.config.FIELD=VALUE"
         raise UserError(

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from smezo_cli.errors import UserError, first_line
+from smezo_cli.models.peft_layers import loaded_by_peft
 from smezo_cli.zo.noise import stream_key, uniform_at
 
 
@@ -86,8 +87,7 @@ class Lora:
     def loaded_by(self) -> str:
         """Return a line that names a class of transformers, or peft where nothing is merged."""
         if not self.merges:
-            name = type(self._model).__name__
-            return f"peft loads it: PeftModel.from_pretrained({name}.from_pretrained(BASE), FOLDER)"
+            return f"peft loads it: {loaded_by_peft(self._model)}"
         return f"transformers loads it: {type(self._model).__name__}.from_pretrained(FOLDER)"
 
     @property

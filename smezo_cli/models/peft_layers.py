@@ -144,10 +144,9 @@ class PeftLayers:
 
 def loaded_by_peft(model: PreTrainedModel) -> str:
     """Return the call that puts an adapter of peft beside its base model, to the same numbers."""
-    family = "MaskedLM" if type(model).__name__.endswith("ForMaskedLM") else "CausalLM"
     # peft makes float32 of an adapter in half precision otherwise.
     cast = "" if model.dtype == torch.float32 else ", autocast_adapter_dtype=False"
-    return f"PeftModel.from_pretrained(AutoModelFor{family}.from_pretrained(BASE), FOLDER{cast})"
+    return f"PeftModel.from_pretrained({type(model).__name__}.from_pretrained(BASE), FOLDER{cast})"
 
 
 @contextmanager

@@ -71,9 +71,10 @@ class SoftPrompt:
     @property
     def loaded_by(self) -> str:
         """Return a line that names classes of peft and transformers."""
+        base = f"{type(self._model).__name__}.from_pretrained(BASE)"
         return (
-            "peft loads it: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "
-            "FOLDER), whose logits begin with those of the embeddings"
+            f"peft loads it: PeftModel.from_pretrained({base}, FOLDER), whose logits begin with "
+            "those of the embeddings"
         )
 
     @property

@@ -179,6 +179,23 @@ def test_a_kind_trains_and_peft_loads_it(
         assert all(p.device.type == "meta" for p in planned.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("kind", ["lora", "lora_fa"])
+def test_peft_loads_the_matrices_of_our_own_lora(kind: str, base: Any, tmp_path: Path) -> None:
+    model = copy.deepcopy(base)
+    node = {"kind": kind, "r": 2, "alpha": 4.0, "targets": ["q_proj", "v_proj"]}
+    adapter = attach(model, node, seed=0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.fill_(0.1)
+    adapter.merges = False
+    adapter.save(tmp_path / "alone")
+    theirs: Any = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "alone").eval()
+    assert not torch.equal(logits(model), logits(base))
+    assert torch.equal(logits(theirs), logits(model))
+
+
 @pytest.mark.parametrize("kind", UNPLANNED)
 def test_a_kind_that_is_made_of_weights_has_no_plan(kind: str, base: Any) -> None:
     with pytest.raises(UserError, match=f"kind={kind} is made of the weights of the model, which"):
