@@ -58,7 +58,7 @@ def attach_peft(
                 torch.manual_seed(stream_key(seed, "adapter", kind)[0] & (1 << 63) - 1)
                 peft: Any = get_peft_model(model, made, autocast_adapter_dtype=False)
     except _ERRORS as error:
-        if model.device.type == "meta":
+        if model.device.type == "meta" and isinstance(error, NotImplementedError):
             raise UserError(
                 f"method.adapter.kind={kind} is made of the weights of the model, which a plan has "
                 "none of: choose another kind, or try it by smezo train steps=1."

@@ -215,7 +215,9 @@ def _of_mixture(settings: Settings, capacity: int | None, tokens: int | None) ->
     known = [key for key in first.work if all(key in part.work for part in parts)]
     work = {key: sum(part.work[key] for part in parts) for key in known}
     for key in known:
-        if key in ("forwards of training", "evaluations on dev", TRAINED) or key.startswith("blocks"):
+        if key in ("forwards of training", "evaluations on dev", TRAINED) or key.startswith(
+            "blocks"
+        ):
             work[key] = first.work[key]
     # A loss has rows of all parts.
     run = dry_run(part_of(first_node), first.device, tokens, stages.num_demonstrations(settings))
