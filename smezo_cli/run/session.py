@@ -4,7 +4,7 @@ from typing import Any
 
 from smezo_cli.config.digest import is_extensible
 from smezo_cli.config.fixed import is_frozen
-from smezo_cli.errors import UserError
+from smezo_cli.errors import Diverged, UserError
 from smezo_cli.machine import allocator
 from smezo_cli.methods.frozen import InContext, LinearProbe
 from smezo_cli.run import (
@@ -49,7 +49,7 @@ def finish(run: Run) -> dict[str, Any]:
     except NonFiniteLoss as error:
         assert so_far.loaded is not None  # which loss could it be of?
         close(run, so_far, result.of(run, so_far, "diverged", error=str(error)))
-        raise UserError(diverged(run, so_far.loaded, error)) from error
+        raise Diverged(diverged(run, so_far.loaded, error)) from error
     except NotInLockstep as error:
         close(run, so_far, result.of(run, so_far, "failed", error=str(error)))
         raise UserError(f"method: {error}.") from error
