@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from smezo_cli.config import search, searchpath
 from smezo_cli.config.command_line import Request, read, searched
 from smezo_cli.config.composer import Composer, without_hydra
-from smezo_cli.config.fixed import INSTALL_TENSORBOARD
+from smezo_cli.config.fixed import INSTALL_LOGGER
 from smezo_cli.config.hydra_guard import check_hydra, is_of_launcher, launcher_of
 from smezo_cli.config.overrides import check_choice, check_deleted, check_keys, values_of
 from smezo_cli.config.settings import Settings, check, check_spelling
@@ -64,8 +64,8 @@ def prepare(argv: Sequence[str]) -> Request:
     with Composer(request.search) as composer:
         for run in every(composer, request):
             folders.add(Path(run.settings.runs_dir) / run.settings.name)
-            if request.starts_runs and run.settings.logger["name"] == "tensorboard":
-                _check_tensorboard()
+            if request.starts_runs:
+                _check_logger(run.settings.logger["name"])
             request = replace(
                 request, launcher=run.launcher, is_search=run.is_search, alone=run.alone
             )
@@ -275,7 +275,12 @@ def _asked_by_experiment(
     for override in asking:
         if override.key_or_group in ("experiment", "hydra/sweeper"):
             check_choice(composer, override)
-    node = composer.hydra_of([o.input_line for o in asking])
+    try:
+        node = composer.hydra_of([o.input_line for o in asking])
+    except UserError as error:
+        if "hydra/sweeper/sampler" in str(error):  # of an experiment that searches
+            search.check_installed("hydra/sweeper", search.NAME)
+        raise
     given = {o.key_or_group for o in overrides}
     try:
         swept = {k: v for k, v in (node.sweeper.params or {}).items() if k not in given}
@@ -291,11 +296,11 @@ def _asked_by_experiment(
         ) from error
 
 
-def _check_tensorboard() -> None:
-    if importlib.util.find_spec("tensorboard") is None:
+def _check_logger(name: str) -> None:
+    if name in INSTALL_LOGGER and importlib.util.find_spec(name) is None:
         raise UserError(
-            "logger=tensorboard writes with the package tensorboard, which is not installed: "
-            f"{INSTALL_TENSORBOARD}."
+            f"logger={name} writes with the package {name}, which is not installed: "
+            f"{INSTALL_LOGGER[name]}."
         )
 
 

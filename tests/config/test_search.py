@@ -5,6 +5,7 @@ import json
 import math
 import shlex
 import sqlite3
+import tomllib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from smezo_cli.cli.verbs import main
@@ -19,6 +21,7 @@ from smezo_cli.config import fork, search
 from smezo_cli.config.launch import launch
 from smezo_cli.config.sweep import Ended
 from smezo_cli.errors import Diverged, UserError
+from tests import ROOT
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is None,
@@ -295,8 +298,16 @@ def test_what_is_not_installed_is_named_with_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert searched(OPTUNA, distance)[0] == 2
-    assert "pip install 'hydra-optuna-sweeper>=1.3,<1.4'" in capsys.readouterr().err
+    """Also where an experiment asks for it: Hydra then finds no sampler."""
+    monkeypatch.delitem(ConfigStore.instance().repo["hydra"]["sweeper"], "sampler")
+    for words in (OPTUNA, f"experiment=search {SMALL}"):
+        assert searched(words, distance)[0] == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        assert f"are not installed: {search.INSTALL}" in err
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = " ".join(f"'{pin}'" for pin in project["optional-dependencies"]["optuna"])
+    assert search.INSTALL.endswith(f"pip install {pins}")
 
 
 def test_ranks_of_torchrun_do_not_search(
