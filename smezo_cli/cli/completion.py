@@ -38,7 +38,7 @@ _SCRIPTS = {
 _FLAGS = {
     "train": ("--multirun", "--cfg", "--info", "--config-dir", "--help"),
     "plan": ("--memory", "--tokens", "--bench", "--json", "--config-dir", "--help"),
-    "runs": ("--mean", "--compare", "--runs-dir", "--sort", "--json", "--help"),
+    "runs": ("--mean", "--best", "--by", "--compare", "--runs-dir", "--sort", "--json", "--help"),
     "table": (
         *("--run", "--commands", "--row", "--column", "--less", "--format"),
         *("--runs-dir", "--collect", "--results", "--help"),
@@ -94,6 +94,8 @@ def _query(line: str, verbs: Sequence[str]) -> Iterator[str]:
         yield from (f"{key}=" for key in KEYS if key.startswith(last))
         if last.partition("=")[0].partition(".")[0] in KEYS:
             yield from _settings([last], search)
+    elif verb == "runs" and given[-2] == "--by":
+        yield from (f"{word} " for word in ("loss", "metric") if word.startswith(last))
     elif verb == "plot" and len(given) == 2:
         from smezo_cli.cli.plot import KINDS
 

@@ -105,6 +105,11 @@ def _run(words: list[str]) -> int:
         return 0
     if verb in _LOAD_MODELS and "--help" not in rest and "-h" not in rest:
         _check_docstrings()
+        from smezo_cli.machine.waiting import waiting
+
+        with waiting("loading torch and transformers"):
+            run = _main_of(verb)
+        return run(rest)
     return _main_of(verb)(rest)
 
 

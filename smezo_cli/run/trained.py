@@ -19,6 +19,7 @@ from smezo_cli.config.method_keys import trait
 from smezo_cli.config.settings import Settings, check
 from smezo_cli.errors import UserError, near, redacted
 from smezo_cli.files.bounded import load_yaml
+from smezo_cli.machine.waiting import waiting
 from smezo_cli.methods.base import replays
 
 if TYPE_CHECKING:
@@ -51,8 +52,9 @@ def opened(
     run: str, overrides: Sequence[str] = ()
 ) -> Iterator[tuple["RunFolder", "State", Settings, DictConfig]]:
     """Give a trained run's folder (locked), state, and settings with the overrides."""
-    from smezo_cli.run.layers import resolved
-    from smezo_cli.store.folder import RunFolder
+    with waiting("loading torch and transformers"):
+        from smezo_cli.run.layers import resolved
+        from smezo_cli.store.folder import RunFolder
 
     path = Path(run)
     cfg, settings = read_config(path, overrides)
