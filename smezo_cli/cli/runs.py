@@ -1,8 +1,7 @@
 """`smezo runs`: list finished and unfinished runs, filtered, merged over seeds, compared."""
 
 import os
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ from rich.table import Table
 from smezo_cli.cli.flags import Flags, shows_help
 from smezo_cli.errors import UserError, near
 from smezo_cli.files import strict_json
-from smezo_cli.report.runs import Group, Run, find, groups, has, keys, load, paired, select
+from smezo_cli.report.compared import compared
+from smezo_cli.report.runs import Group, Run, find, groups, has, keys, load, select
 
 USAGE = """\
 smezo runs [KEY=VALUE ...]            the runs below runs/, filtered by results or settings
@@ -57,14 +57,14 @@ def main(words: Sequence[str]) -> int:
             raise UserError("--compare needs two runs or more: smezo runs --compare A B.")
         if given.sort:
             raise UserError("--sort has no effect with --compare: the order is the one given.")
-        records = list(_compared([Group((run,)) for run in chosen]))
+        records = list(compared([Group((run,)) for run in chosen]))
     else:
         runs = select(runs, given.words)
         if given.sort:
             runs = _sorted(runs, given.sort)
         if given.mean:
             done = [run for run in runs if run.result["status"] == "done"]
-            records = list(_compared(groups(done)))
+            records = list(compared(groups(done)))
         else:
             records = [_record(run) for run in runs]
             if given.json:  # forty digits are too wide for the table
@@ -126,51 +126,6 @@ def _record(run: Run) -> dict[str, Any]:
         "train_seconds": result.get("train_seconds"),
         "peak_GiB": (result.get("peak_memory_bytes") or 0) / 2**30,
     }
-
-
-def _compared(found: Sequence[Group]) -> Iterator[dict[str, Any]]:
-    base: Group | None = None
-    for group in found:
-        results = [run.result for run in group.runs]
-        scores = [run.score for run in group.runs]
-        values = [score for score in scores if score is not None]
-        kept = set.intersection(*(set(run.outcomes()) for run in group.runs))
-        ours = group.mean()
-        record: dict[str, Any] = {
-            "runs": group.name,
-            "seeds": len(group.runs),
-            "metric": group.runs[0].metric,
-            "score": statistics.mean(values),
-            "sd": statistics.stdev(values) if len(values) > 1 else None,
-            "n": len(ours),
-            "parts": _mean_of_parts(group),
-        }
-        for name in ("zero_shot", "calibrated"):
-            if name in kept:  # each run less its own: prompt and offsets depend on its dev rows
-                gain = paired(ours, group.mean(name), group.sizes)
-                record[f"over_{name}"], record[f"over_{name}_se"] = gain
-        aucs = [r["test"].get("auc") for r in results]
-        record["auc"] = statistics.mean(aucs) if all(a is not None for a in aucs) else None
-        record["train_seconds"] = statistics.mean(r["train_seconds"] for r in results)
-        record["peak_GiB"] = max(r["peak_memory_bytes"] for r in results) / 2**30
-        base = base or group
-        same = base is not group and _same_rows(base, group)
-        record["over_first"], record["over_first_se"] = (
-            paired(ours, base.mean(), group.sizes) if same else (None, None)
-        )
-        yield record
-
-
-def _mean_of_parts(group: Group) -> dict[str, float] | None:
-    """Return the mean score of each part of a mixture over the seeds; None of a single task."""
-    each = [run.scores_of_parts for run in group.runs]
-    return {name: statistics.mean(of[name] for of in each) for name in each[0]} or None
-
-
-def _same_rows(one: Group, other: Group) -> bool:
-    """Return whether both were tested on the same rows, so that these may be paired."""
-    a, b = (g.runs[0].result.get("test_rows") for g in (one, other))
-    return a is not None and a == b and len(one.mean()) == len(other.mean())
 
 
 def _print(records: Sequence[Mapping[str, Any]]) -> None:

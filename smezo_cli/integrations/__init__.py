@@ -1,1 +1,1 @@
-"""Use smezo's methods from the libraries that people train with already."""
+"""Use smezo with the libraries that people train and score with already."""

@@ -103,7 +103,7 @@ def _without_steps(run: Run, so_far: SoFar, loaded: Loaded, evaluate: Evaluator)
     asked = frozen.ask(run, evaluate, method, so_far.rows, dev, test)
     so_far.loggers = loggers_of(run)
     frozen.log_dev(run, asked.dev, so_far.loggers)
-    tested = best.report(run, asked.test, so_far.rows.dev, asked.dev.scores)
+    tested = best.report(run, asked.test, loaded.task.test, so_far.rows.dev, asked.dev.scores)
     return result.of(run, so_far, "done", test=tested)
 
 

@@ -6,6 +6,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -354,7 +355,12 @@ def check_model(state: "State", loaded: "Loaded", overrides: Sequence[str], run:
 
 
 def save_model(
-    loaded: "Loaded", target: Path, cfg: DictConfig, result: Mapping[str, Any], step: int
+    loaded: "Loaded",
+    target: Path,
+    cfg: DictConfig,
+    result: Mapping[str, Any],
+    step: int,
+    others: Mapping[str, str] = MappingProxyType({}),
 ) -> int:
     """Save model, tokenizer, settings and model card in a new folder, whole or not at all.
 
@@ -364,6 +370,7 @@ def save_model(
         cfg: settings of the run.
         result: its result.json; {} where there is none.
         step: whose weights are saved.
+        others: texts of further files by their paths in the folder.
 
     Returns:
         Bytes of the weights.
@@ -383,7 +390,9 @@ def save_model(
         card = model_card(
             *(loaded.settings, result, step), loaded_by=loaded.loaded_by, is_adapter=is_adapter
         )
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        for name, text in {"README.md": card, **others}.items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            (partial / name).write_text(text, encoding="utf-8")
         os.replace(partial, target)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}.") from error

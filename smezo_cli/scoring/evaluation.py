@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smezo_cli.kinds import METRICS
-from smezo_cli.scoring import metrics
+from smezo_cli.scoring import metrics, squad
 from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.scoring.objectives import check_scores, of_answers, outcomes
 
@@ -136,7 +136,7 @@ class Evaluation:
             sums = means + torch.stack([self.bases[i] for i, _, _ in gold])
         figures["loss"] = -float(sums.sum() / counts.sum())
         if self.kind == "generation":
-            exact = of_answers(self.rows, self.texts, metrics.exact_match)[labelled]
+            exact = of_answers(self.rows, self.texts, squad.exact_match)[labelled]
             figures["exact_match"] = float(exact.mean())
         return figures
 
@@ -149,7 +149,7 @@ class Evaluation:
         lines = []
         scores = self.scores if offsets is None else self.scores + offsets
         texts = self.texts
-        exact = of_answers(self.rows, texts, metrics.exact_match) if texts else None
+        exact = of_answers(self.rows, texts, squad.exact_match) if texts else None
         for i, (row, value) in enumerate(zip(self.rows, self.per_row(offsets), strict=True)):
             line: dict[str, Any] = {"id": row.id}
             if exact is not None:

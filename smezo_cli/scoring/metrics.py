@@ -1,19 +1,12 @@
-"""Compute accuracy, F1, AUC and their standard errors, and fit offsets on a labelled dev set.
+"""Compute accuracy, AUC and their standard errors, and fit offsets on a labelled dev set.
 
 A row's metric is 0 or 1 (right or not) or anything between (F1); a split's is their mean.
 """
 
 import math
-import re
-import string
-from collections import Counter
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def correct(scores: Tensor, right: Tensor) -> Tensor:
@@ -30,38 +23,6 @@ def correct(scores: Tensor, right: Tensor) -> Tensor:
 def accuracy(scores: Tensor, right: Tensor) -> float:
     """Return the fraction of the rows that are :func:`correct`."""
     return float(correct(scores, right).double().mean())
-
-
-def normalise(answer: str) -> str:
-    """Return an answer as SQuAD compares it: lower case, no ASCII punctuation, no articles.
-
-    Rajpurkar et al., 2016 (arXiv 1606.05250), the official evaluation script.
-    """
-    return " ".join(_ARTICLES.sub(" ", answer.lower().translate(_NO_PUNCTUATION)).split())
-
-
-def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """Return 1 if the prediction equals a reference, both normalised as SQuAD does, else 0."""
-    return float(normalise(prediction) in {normalise(reference) for reference in references})
-
-
-# References by which a data set says that a question has no answer.
-_NO_ANSWER = ("no answer", "CANNOTANSWER")
-
-
-def f1(prediction: str, references: Sequence[str]) -> float:
-    """Return the word F1 with the nearest reference, all normalised as SQuAD does.
-
-    As in MeZO: for a question without an answer (its first reference says so) the exact match.
-    """
-    if references[0] in _NO_ANSWER:
-        return exact_match(prediction, references[:1])
-    return max(_f1(normalise(prediction).split(), normalise(r).split()) for r in references)
-
-
-def _f1(ours: Sequence[str], theirs: Sequence[str]) -> float:
-    shared = (Counter(ours) & Counter(theirs)).total()
-    return 2 * shared / (len(ours) + len(theirs)) if shared else 0.0
 
 
 def standard_error(per_row: Tensor) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from smezo_cli.scoring import metrics
+from smezo_cli.scoring import metrics, squad
 from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.zo.step import NonFiniteLoss
 
@@ -36,7 +36,7 @@ def outcomes(
         texts: in generation the answers.
     """
     if rows[0].kind == "generation":
-        return of_answers(rows, texts, metrics.f1)
+        return of_answers(rows, texts, squad.f1)
     assert scores is not None
     right = torch.zeros(scores.shape, dtype=torch.bool)
     for i, row in enumerate(rows):

@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from smezo_cli.errors import UserError
-from smezo_cli.scoring import metrics
+from smezo_cli.scoring import squad
 from smezo_cli.tasks import Row, Task, hub, load_task
 from smezo_cli.tasks.paths import NotThereError, places_of, value_at
 from tests import ROOT
@@ -377,7 +377,7 @@ def test_drop_counts_the_answers_of_all_who_checked_a_dev_question(tmp_path: Pat
     tested = sorted(task.test, key=lambda row: row.id)
     of_all = ("4", "5", "five", "six", "May 1999", "a few")
     assert [row.answers for row in tested] == [of_all, ("7",), of_all]
-    assert metrics.f1("six", tested[0].answers) == 1
+    assert squad.f1("six", tested[0].answers) == 1
 
 
 def test_drop_rows_that_the_hub_lacks_take_no_number(tmp_path: Path) -> None:
