@@ -147,7 +147,7 @@ class Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in t
 
 
 class _Moving:
-    """Inside, what is read is read by the mover."""
+    """Count what is read inside as read by the mover."""
 
     def __init__(self, reads: Reads) -> None:
         self._reads = reads

@@ -375,7 +375,7 @@ def test_moves_are_those_of_all_weights_within_the_error_of_a_sample() -> None:
     assert both["moved_share"] == pytest.approx(0.3, abs=0.036)
     assert both["rms_move"] == pytest.approx(2 * math.sqrt(0.3), rel=0.06)
     assert notes["numerics"]["sampled"] == 4096 + 50
-    # The sample hangs on the seed and the name alone.
+    # The sample depends on the seed and the name alone.
     again = [Numerics(sparse(Big()), seed, {})._samples[0].index for seed in (0, 0, 1)]
     assert again[0] is not None
     assert again[1] is not None
