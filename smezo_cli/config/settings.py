@@ -127,7 +127,7 @@ def check(cfg: DictConfig) -> Settings:
         check_frozen(checked["task"], checked["model"], checked["method"])
         return Settings(**checked | {"eval_every": 1})
     if checked["eval_every"] is None:
-        checked["eval_every"] = min(checked["steps"], max(10, math.ceil(checked["steps"] / 10)))
+        checked["eval_every"] = min(checked["steps"], max(20, math.ceil(checked["steps"] / 10)))
     check_steps(checked)
     return Settings(**checked)
 

@@ -68,7 +68,7 @@ def attach_peft(
             f"({first_line(error)}): give other values of method.adapter.config, or another kind."
         ) from error
     if model.device.type == "meta":
-        model.to("meta")  # what peft has made elsewhere
+        nn.Module.to(model, "meta")  # what peft has made elsewhere
     if made.is_prompt_learning:
         return SoftPrompt(model, peft)
     _check_shared(model, owners, kind)

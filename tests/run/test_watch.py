@@ -299,7 +299,7 @@ def test_first_order_methods_can_run_out_of_patience(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["patience=9"], ["patience=9", "10 evaluations", "eval_every"]),
+        (["patience=9", "eval_every=4"], ["patience=9", "10 evaluations", "eval_every"]),
         (["patience=0"], ["patience=0", "at least 1", "or null", "patience=5"]),
         (["stop_if_diverged=1"], ["stop_if_diverged=1", "above 1", "or null"]),
         (["method.clip_projected_grad=0"], ["method.clip_projected_grad=0", "above 0", "or null"]),
