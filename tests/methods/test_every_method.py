@@ -61,7 +61,7 @@ def arguments_of(name: str, **values: Any) -> dict[str, Any]:
     node = {key: value for key, value in node_of(name).items() if key not in ("adapter", "seed")}
     node |= {"lr": 1e-2, "eps": 1e-3, "executor": "sequential"}
     node |= {"sparsity": 0.5, "mask_refresh_every": 2} if "mask" in node else {}
-    node |= {"num_queries": 4} if node.get("num_queries", 1) > 16 else {}  # 99 take long
+    node |= {"num_queries": 3} if node.get("num_queries", 1) > 3 else {}  # more take longer alone
     node |= {"num_rows": 1} if "num_rows" in node else {}  # of a loss that is of no rows
     node |= {"project": ["*"], "project_every": 2} if "project" in node else {}
     node |= {"others": "trained"} if "others" in node else {}  # nothing here is held as codes

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.methods.rates import DIMENSIONS, LR, RATES, SETTINGS, STEPS, bounds_of
-from tests.methods.test_every_method import ZEROTH_ORDER, Losses, made
+from tests.methods.rates import DIMENSIONS, FASTER, LR, RATES, SETTINGS, STEPS, bounds_of
+from tests.methods.test_every_method import ZEROTH_ORDER, Losses, made, node_of
 from tests.zo.test_optimizer import seeded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,11 +38,13 @@ def test_a_quadratic_is_descended(name: str) -> None:
             return first(target[: DIMENSIONS // 2]) + second(target[DIMENSIONS // 2 :])  # type: ignore[no-any-return]  # a module's
 
     model = Quadratic()
-    rates = dict.fromkeys(("lr", "lr_1d", "tail_lr"), LR)
-    given = {"sparsity": 0.0, "momentum": 0.5, "bound": 10.0, **rates, **SETTINGS.get(name, {})}
+    faster = FASTER.get(name, 1)
+    given = dict.fromkeys(("lr", "lr_1d", "tail_lr"), LR * faster)
+    given |= {"sparsity": 0.0, "momentum": 0.5, "bound": 10.0}
+    given |= {"num_queries": node_of(name).get("num_queries", 1)} | SETTINGS.get(name, {})
     opt = made(name, model, **given)
     first = model().item()
-    for _ in range(STEPS):
+    for _ in range(STEPS // faster):
         opt.step(Losses(model))
     low, high, why = bounds_of(name)
     assert low < model().item() / first < high, why
