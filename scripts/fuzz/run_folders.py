@@ -108,7 +108,7 @@ def spoil_file(case: Case, run: Path, file: Path) -> None:
         case _ if file.name == "config.yaml":
             import yaml
 
-            with contextlib.suppress(yaml.YAMLError, ValueError, UnicodeError):
+            with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):
                 file.write_bytes(as_yaml(spoil_tree(case, yaml.safe_load(file.read_text()))))
         case _:
             file.write_bytes(spoil_bytes(case, file.read_bytes()))

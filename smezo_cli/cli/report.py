@@ -1,6 +1,7 @@
 """`smezo report`: write runs as one HTML file to look at."""
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,7 +44,8 @@ def main(words: Sequence[str]) -> int:
     ids = [word for word in given.words if "=" not in word]
     if len(ids) > 1:
         raise UserError(f"{ids[1]!r} is neither KEY=VALUE nor the one table that may be given.")
-    line = " ".join(["report", *given.words])
+    of_dir = ["--runs-dir", given.runs_dir] if given.runs_dir != "runs" else []
+    line = shlex.join(["report", *given.words, *of_dir])
     found = _of_table(ids[0], line, given) if ids else _of_folders(line, given)
     streams.outlast()
     write_text(out, html(found))
@@ -89,7 +91,8 @@ def _of_table(name: str, line: str, given: argparse.Namespace) -> Page:
     of_dir = [f"runs_dir={given.runs_dir}"] if given.runs_dir != "runs" else []
     table = table_module.load(name, [*(w for w in given.words if "=" in w), *of_dir])
     folder = Path(given.runs_dir)
-    reader = cells.Reader(table, find(folder) if folder.is_dir() else [])
+    runs = find(folder) if folder.is_dir() else []
+    reader = cells.Reader(table, runs)
     found = reader.cells()
     taken: dict[Path, Run] = {}
     names: dict[Path, str] = {}
@@ -104,6 +107,6 @@ def _of_table(name: str, line: str, given: argparse.Namespace) -> Page:
             f"smezo report {name}: no cell of the table has runs in {folder}; smezo table {name} "
             "prints the commands that fill them."
         )
-    written = page(line, list(taken.values()), (), names)
+    written = page(line, list(taken.values()), unreadable(folder), names)
     written.table = filled(table, found, reader)
     return written

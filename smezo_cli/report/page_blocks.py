@@ -150,8 +150,12 @@ def blocks(runs: Sequence[Run], names: Mapping[Path, str]) -> tuple[list[Block],
     by_title: dict[tuple[str, str], list[Group]] = {}
     for group in groups(sound):
         first = group.runs[0].result
-        key = (f"{first['task']}, {first['model']}", str(first.get("test_rows")))
-        by_title.setdefault(key, []).append(group)
+        try:
+            rows = str(first.get("test_rows") or f"not recorded, {len(group.mean())}")
+        except UserError as error:
+            notes.append(str(error))
+            continue
+        by_title.setdefault((f"{first['task']}, {first['model']}", rows), []).append(group)
     found = []
     for (title, rows), members in sorted(by_title.items()):
         alone = sum(title == other for other, _ in by_title) == 1
@@ -168,7 +172,11 @@ def _sound(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
     """Return the runs whose outcomes can be read and paired, and a line for each other one."""
     sound, notes, alike = list[Run](), list[str](), dict[object, object]()
     for run in runs:
-        key = (run.result["task"], run.result["model"], str(run.result.get("test_rows")))
+        key = (
+            run.result["task"],
+            run.result["model"],
+            str(run.result.get("test_rows") or run.path),
+        )
         try:
             mine = (len(run.outcomes()["test"]), run.metric, Group((run,)).sizes)
             if _mean([run.score, run.result["train_seconds"]]) is None:
@@ -193,7 +201,8 @@ def _labels(members: Sequence[Group], names: Mapping[Path, str]) -> list[str]:
     found = []
     for mine, base in zip(settings, bases, strict=True):
         alike = [of for of, other in zip(settings, bases, strict=True) if other == base]
-        found.append(" ".join([base, *differing_settings(mine, alike)]))
+        words = [_cut(word) for word in differing_settings(mine, alike)]
+        found.append(" ".join([base, *words]))
     folders = [group.runs[0].path.parent.name for group in members]
     for words in (folders, [str(k + 1) for k in range(len(members))]):
         found = [
@@ -201,6 +210,13 @@ def _labels(members: Sequence[Group], names: Mapping[Path, str]) -> list[str]:
             for label, word in zip(found, words, strict=True)
         ]
     return found
+
+
+def _cut(word: str) -> str:
+    return word if len(word) <= _MOST_LETTERS else word[: _MOST_LETTERS - 1] + "…"
+
+
+_MOST_LETTERS = 40  # of a setting in the name of runs
 
 
 def _settings(run: Run) -> dict[str, str]:

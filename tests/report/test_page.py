@@ -16,9 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from smezo_cli.cli.verbs import main
 from smezo_cli.config.fixed import CONF_DIR
-from smezo_cli.report import page_chart
 from smezo_cli.report import table as table_module
-from smezo_cli.report.series import Panel, Series
 from tests.cli.test_verbs import imports
 from tests.report.test_runs import make
 
@@ -452,6 +450,17 @@ def test_runs_on_other_rows_are_never_paired(tmp_path: Path) -> None:
     assert tree.values("pair") == []
 
 
+def test_runs_of_before_that_do_not_name_their_rows_are_shown_apart(tmp_path: Path) -> None:
+    for name, rows in (("a", [1, 0, 1]), ("b", [1, 0]), ("c", [0, 0, 1])):
+        folder = make(tmp_path, name, [float(row) for row in rows], lr=ord(name) / 1e3)
+        retold(folder, [], test_rows=None)
+    tree = written("--runs-dir", tmp_path, out=str(tmp_path / "a.html"))
+    assert len(tree.values("score")) == 3
+    titles = [words for tag, words in tree.words if tag == "h3"]
+    assert titles[:2] == [f"toy, tiny-llama (test rows not recorded, {n})" for n in (2, 3)]
+    assert tree.values("pair") == []
+
+
 def test_no_torch_is_loaded(tmp_path: Path) -> None:
     make(tmp_path, "a")
     out = str(tmp_path / "a.html")
@@ -459,33 +468,3 @@ def test_no_torch_is_loaded(tmp_path: Path) -> None:
     assert code == 0
     assert "jinja2" in modules
     assert not modules & {"torch", "transformers", "datasets", "matplotlib", "hydra"}
-
-
-# --- charts ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("low", [-3.0, 0.0, 0.7, 1e-9, 12345.0])
-@pytest.mark.parametrize("wide", [0.0, 1e-7, 0.013, 1.0, 99.0, 1e7])
-def test_points_and_ticks_lie_within_a_chart(low: float, wide: float) -> None:
-    """Ticks that say different things stand at different places, in order."""
-    series = Series("a", (0.0, 5.0, 10.0), ((low, low + wide), (low,), (low + wide,)))
-    chart = page_chart.lines(Panel("t", "loss", [series]), "steps", "t", {})
-    (line,) = chart.lines
-    for x, y in [point.split(",") for text in (line.points, line.band) for point in text.split()]:
-        assert chart.left <= float(x) <= chart.right
-        assert chart.top <= float(y) <= chart.bottom
-    for ticks in (chart.x_ticks, chart.y_ticks):
-        assert 2 <= len(ticks) <= 7
-        assert len({tick.text for tick in ticks}) == len({tick.at for tick in ticks}) == len(ticks)
-    values = [float(tick.text) for tick in chart.y_ticks]
-    assert values == sorted(values)
-
-
-def test_a_tick_says_where_it_is() -> None:
-    series = Series("a", (0.0, 20.0), ((1.0,), (3.0,)))
-    chart = page_chart.lines(Panel("t", "loss", [series]), "steps", "t", {})
-    at = {tick.text: float(tick.at) for tick in chart.x_ticks}
-    start, end = (float(point.split(",")[0]) for point in chart.lines[0].points.split())
-    assert (at["0"], at["20"]) == (start, end)
-    assert all(text.isdecimal() for text in at), "there is no half a step"
-    assert at["10"] == pytest.approx((start + end) / 2, abs=0.01)  # written to a hundredth
