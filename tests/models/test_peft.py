@@ -234,6 +234,8 @@ def checked(kind: str = "lora", **config: Any) -> dict[str, Any]:
         ("lora", "bias", "all", "trains vectors of the model itself"),
         ("lora", "target_parameters", ["q_proj.weight"], "is computed where no probe reaches it"),
         ("lora", "eva_config", {}, "is an object of peft that no setting can write"),
+        ("lora", "megatron_core", "os", "has peft import a module by name: set megatron.core"),
+        ("prompt_tuning", "prompt_tuning_init", "TEXT", "set RANDOM or SAMPLE_VOCAB"),
         ("p_tuning", "encoder_reparameterization_type", "LSTM", "no probe reaches them: set MLP"),
         ("prompt_tuning", "tokenizer_kwargs", None, "num_virtual_tokens is needed by kind prompt"),
     ],
