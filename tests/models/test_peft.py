@@ -123,9 +123,8 @@ def test_every_kind_of_peft_is_trained_or_refused() -> None:
     assert not KINDS.keys() & REFUSED.keys()
 
 
-# peft 0.21 asks for a name that transformers 5 gives up; FRoD has sparse buffers.
+# peft 0.21 asks for a name that transformers 5 gives up.
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
 @pytest.mark.parametrize(("kind", "config"), CASES)
 def test_a_kind_trains_and_peft_loads_it(
     kind: str, config: dict[str, Any], base: Any, tmp_path: Path
