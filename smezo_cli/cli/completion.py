@@ -47,7 +47,7 @@ _FLAGS = {
     "report": ("--out", "--runs-dir", "--help"),
     "eval": ("--split", "--base", "--step", "--out", "--help"),
     "predict": ("--field", "--out", "--part", "--help"),
-    "export": ("--step", "--delta", "--lm-eval", "--help"),
+    "export": ("--step", "--delta", "--adapter", "--lm-eval", "--help"),
     "replay": ("--step", "--split", "--out", "--help"),
     "bench": ("--rounds", "--only", "--grow", "--json", "--config-dir", "--help"),
     "ls": ("--config-dir", "--help"),

@@ -51,9 +51,15 @@ _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
         f"needs data, or {_OF_BASE}",
     ),
     "layer_replication": ((None,), "changes the layers of the model, which must stay as they came"),
+    "megatron_config": ((None,), "has peft import a module by name"),
+    "megatron_core": (("megatron.core",), "has peft import a module by name"),
     "modules_to_save": (
         (None, []),
         "trains whole modules of the model; an adapter stands beside it",
+    ),
+    "prompt_tuning_init": (
+        ("RANDOM", "SAMPLE_VOCAB"),
+        "has peft load a tokenizer by name",
     ),
     "runtime_offload_base_weight": ((False,), "takes weights of the model away"),
     "save_only_topk_weights": ((False,), "saves less than is trained"),

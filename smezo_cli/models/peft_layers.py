@@ -42,6 +42,9 @@ def attach_peft(
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from peft.utils.peft_types import PeftType
 
+    # As it is by default: once that is said, torch does not warn of sparse buffers.
+    unchecked: Any = torch.sparse.check_sparse_tensor_invariants  # without types
+    unchecked.disable()
     is_masked = type(model).__name__.endswith("ForMaskedLM")
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     try:

@@ -123,9 +123,8 @@ def test_every_kind_of_peft_is_trained_or_refused() -> None:
     assert not KINDS.keys() & REFUSED.keys()
 
 
-# peft 0.21 asks for a name that transformers 5 gives up; FRoD has sparse buffers.
+# peft 0.21 asks for a name that transformers 5 gives up.
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
 @pytest.mark.parametrize(("kind", "config"), CASES)
 def test_a_kind_trains_and_peft_loads_it(
     kind: str, config: dict[str, Any], base: Any, tmp_path: Path
@@ -234,6 +233,8 @@ def checked(kind: str = "lora", **config: Any) -> dict[str, Any]:
         ("lora", "bias", "all", "trains vectors of the model itself"),
         ("lora", "target_parameters", ["q_proj.weight"], "is computed where no probe reaches it"),
         ("lora", "eva_config", {}, "is an object of peft that no setting can write"),
+        ("lora", "megatron_core", "os", "has peft import a module by name: set megatron.core"),
+        ("prompt_tuning", "prompt_tuning_init", "TEXT", "set RANDOM or SAMPLE_VOCAB"),
         ("p_tuning", "encoder_reparameterization_type", "LSTM", "no probe reaches them: set MLP"),
         ("prompt_tuning", "tokenizer_kwargs", None, "num_virtual_tokens is needed by kind prompt"),
     ],
