@@ -238,6 +238,15 @@ def test_an_experiment_names_the_space_and_the_line_wins_over_it() -> None:
     assert {run["lr"] for run in runs} <= {2e-4, 3e-4}
 
 
+def test_the_line_may_name_the_space_as_params_of_the_sweeper() -> None:
+    """As files do, and as it is checked: before the first run."""
+    words = f"-m {SMALL} hydra/sweeper=optuna hydra.sweeper.n_trials=2"
+    param = "'+hydra.sweeper.params.lr=\"tag(log, interval(1e-5, {}))\"'"
+    code, runs = searched(f"{words} {param.format(1e-1)}", distance)
+    assert (code, len({run["lr"] for run in runs})) == (0, 2)
+    assert searched(f"{words} {param.format(1e-6)}", distance) == (2, [])
+
+
 def test_a_word_that_takes_a_setting_out_reaches_every_run() -> None:
     assert searched(f"{OPTUNA} ~recipe", distance)[0] == 0
 
