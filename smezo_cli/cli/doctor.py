@@ -17,6 +17,7 @@ from smezo_cli.cli.flags import Flags, shows_help
 from smezo_cli.config.fixed import CONF_DIR
 from smezo_cli.files import fetch, strict_json
 from smezo_cli.files.bounded import sha256_of
+from smezo_cli.machine.waiting import beside_data, waiting
 
 USAGE = """\
 smezo doctor                 what a bug report needs: versions, devices, passes, caches, disk, hub
@@ -28,7 +29,10 @@ No token, key or path of your home is printed.
 """
 
 NEEDED = ("torch", "transformers", "datasets", "hydra-core", "omegaconf", "wandb", "safetensors")
-OPTIONAL = ("numba", "triton", "peft", "pydantic", "numpy", "bitsandbytes", "joblib", "submitit")
+OPTIONAL = (
+    *("numba", "triton", "peft", "pydantic", "numpy", "bitsandbytes", "joblib", "submitit"),
+    *("optuna", "trackio"),
+)
 #: Variables that change what a run does. Those of the second tuple hold secrets or may.
 SHOWN = (
     *("SMEZO_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES"),
@@ -78,7 +82,11 @@ def main(words: Sequence[str]) -> int:
         "hub": partial(_hub, is_asked=not given.no_hub),
         "environment": _environment,
     }
-    found = [finding for part, look in looks.items() for finding in _as_far(part, look)]
+    beside_data(given.json)
+    found = list[Finding]()
+    for part, look in looks.items():
+        with waiting(f"looking at {part}"):
+            found += _as_far(part, look)
     found = [Finding(f.part, f.what, _without_home(f.found), f.is_broken) for f in found]
     if given.json:
         print(strict_json.dumps([asdict(finding) for finding in found], indent=2))

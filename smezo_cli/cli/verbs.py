@@ -47,6 +47,7 @@ VERBS = (
 
 # They load a model by transformers, which reads its own docstrings.
 _LOAD_MODELS = ("train", "plan", "eval", "predict", "export", "replay", "bench")
+_PRINT_DATA = ("plan", "predict")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,8 +106,9 @@ def _run(words: list[str]) -> int:
         return 0
     if verb in _LOAD_MODELS and "--help" not in rest and "-h" not in rest:
         _check_docstrings()
-        from smezo_cli.machine.waiting import waiting
+        from smezo_cli.machine.waiting import beside_data, waiting
 
+        beside_data(verb in _PRINT_DATA)
         with waiting("loading torch and transformers"):
             run = _main_of(verb)
         return run(rest)

@@ -168,8 +168,7 @@ def _every(composer: Composer, request: Request) -> Iterator[Composed]:
     if is_search:
         if request.starts_runs and not multirun:
             raise UserError("hydra/sweeper=optuna searches over many runs: add -m.")
-        for override in overrides:
-            search.check_searched(override)
+        search.check_searched(overrides)
     choices = [values_of(override, multirun, is_search) for override in groups]
     values = [values_of(override, multirun, is_search) for override in keys]
     for line in itertools.chain(*values):

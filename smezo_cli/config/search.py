@@ -114,14 +114,23 @@ def ends_of(override: Any) -> list[str]:
     return [f"{key}={value.start}", f"{key}={value.end}"]
 
 
-def check_searched(override: Any) -> None:
-    """Raise UserError for several values of a key whose runs cannot be compared by their loss."""
-    top = override.key_or_group.partition(".")[0].partition("/")[0]
-    if override.is_sweep_override() and top in _OF_THE_ROWS:
+def check_searched(overrides: Sequence[Any]) -> None:
+    """Raise UserError for several values of a key whose runs cannot be compared by their loss.
+
+    Also if the line asks for a search, and there is nothing to choose from.
+    """
+    searched = [override for override in overrides if override.is_sweep_override()]
+    for override in searched:
+        if override.key_or_group.partition(".")[0].partition("/")[0] in _OF_THE_ROWS:
+            raise UserError(
+                f"{override.input_line}: a search compares the losses of runs, which must be of "
+                f"the same rows and seed: give {override.key_or_group} one value, or leave out "
+                "hydra/sweeper=optuna for a sweep over all of them."
+            )
+    if not searched and any(override.key_or_group == "hydra/sweeper" for override in overrides):
         raise UserError(
-            f"{override.input_line}: a search compares the losses of runs, which must be of the "
-            f"same rows and seed: give {override.key_or_group} one value, or leave out "
-            "hydra/sweeper=optuna for a sweep over all of them."
+            "hydra/sweeper=optuna: there is nothing to choose from: give a range, such as "
+            "'lr=tag(log, interval(1e-5, 1e-3))'."
         )
 
 
@@ -229,6 +238,9 @@ class Search:
             arguments: the words of the line, less those for Hydra.
         """
         space, fixed = self._space(arguments)
+        if not space:  # a run of a search, by its own command
+            self._launcher.launch([fixed], initial_job_idx=0)
+            return
         name = self._named(space, fixed)
         with self._locked(name):
             self._run(self._study(name), space, fixed)

@@ -1,7 +1,7 @@
 """Show that work goes on where it takes more than two seconds and prints nothing itself.
 
-On a terminal one moving line, which goes away again; elsewhere a line every ten seconds. Both are
-written to stderr, so that what a verb prints stays what it is.
+On a terminal one moving line, which goes away again; elsewhere a line every ten seconds. Both stand
+among the other lines of progress, on stdout; on stderr where a verb prints data.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TextIO
 
 from smezo_cli.machine import torchrun
 
@@ -36,6 +37,8 @@ class _Shown:
         self.lock = threading.RLock()
         self.is_drawn = False
         self.spoke = 0.0
+        self.beside_data = False
+        self.has_bar = False
 
 
 _shown = _Shown()
@@ -75,6 +78,18 @@ def waiting(what: str, total: int | None = None) -> Iterator[Tick]:
             watch.join()
 
 
+def beside_data(is_printed: bool) -> None:
+    """Say whether stdout is for data alone from now on, so that waits are shown on stderr."""
+    _shown.beside_data = is_printed
+
+
+def leave_terminal_to_bar(is_shown: bool) -> None:
+    """Say whether a progress bar has the terminal from now on: it shows that work goes on."""
+    with _shown.lock:
+        clear()
+        _shown.has_bar = is_shown
+
+
 def clear() -> None:
     """Take the moving line off the terminal: something else is printed now."""
     with _shown.lock:
@@ -94,12 +109,14 @@ def _watch(ended: threading.Event) -> None:
 def _show(work: _Work, now: float) -> None:
     """Draw a line if it is time to; the lock is held."""
     try:
-        is_terminal = sys.stderr.isatty()
+        is_terminal = _stream().isatty()
     except (AttributeError, ValueError):  # there is none, or it is closed
         return
     parts = "" if work.total is None else f" {work.done}/{work.total}"
     words = f"  {work.what}{parts}  {now - work.since:.0f} s"
     if is_terminal:
+        if _shown.has_bar:
+            return
         if now - max(work.since, _shown.spoke) >= AFTER_S or _shown.is_drawn:
             _shown.is_drawn = True
             _write(f"\r\x1b[K{words}")
@@ -110,5 +127,9 @@ def _show(work: _Work, now: float) -> None:
 
 def _write(text: str) -> None:
     with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody reads it any more
-        sys.stderr.write(text)
-        sys.stderr.flush()
+        _stream().write(text)
+        _stream().flush()
+
+
+def _stream() -> TextIO:
+    return sys.stderr if _shown.beside_data else sys.stdout

@@ -107,13 +107,13 @@ class Bar:
 
     def __enter__(self) -> "Bar":
         rich = self._console._rich
-        waiting.clear()
         if rich.is_terminal and self._console._progress is None:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
                 TextColumn("{task.completed}/{task.total}  {task.fields[note]}"),
             )
+            waiting.leave_terminal_to_bar(True)
             self._live = Progress(*columns, console=rich, transient=True)
             self._live.start()
             self._task = self._live.add_task(
@@ -125,6 +125,7 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         if self._live:
             self._live.stop()
+            waiting.leave_terminal_to_bar(False)
             self._console._progress = None
 
     def step(self, count: int, note: str = "") -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import pickle
 import shlex
 import sqlite3
 import tomllib
@@ -17,8 +18,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from smezo_cli.cli.verbs import main
-from smezo_cli.config import fork, search
-from smezo_cli.config.launch import launch
+from smezo_cli.config import fork, search, sweep
+from smezo_cli.config.launch import _job, launch
 from smezo_cli.config.sweep import Ended
 from smezo_cli.errors import Diverged, UserError
 from tests import ROOT
@@ -238,6 +239,27 @@ def test_an_experiment_names_the_space_and_the_line_wins_over_it() -> None:
     assert {run["lr"] for run in runs} <= {2e-4, 3e-4}
 
 
+def test_the_command_of_a_run_of_an_experiment_makes_that_run_alone(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As it is printed at the end of a search, and where a run is stopped."""
+    words = f"experiment=search {SMALL} steps=8 hydra.sweeper.n_trials=2"
+    assert searched(words, distance)[0] == 0
+    line = capsys.readouterr().out.splitlines()[-1].partition("train ")[2]
+    code, runs = searched(line, distance)
+    assert (code, runs) == (0, [results()["best_params"]])
+    assert "trial" not in capsys.readouterr().out
+
+
+def test_the_line_may_name_the_space_as_params_of_the_sweeper() -> None:
+    """As files do, and as it is checked: before the first run."""
+    words = f"-m {SMALL} hydra/sweeper=optuna hydra.sweeper.n_trials=2"
+    param = "'+hydra.sweeper.params.lr=\"tag(log, interval(1e-5, {}))\"'"
+    code, runs = searched(f"{words} {param.format(1e-1)}", distance)
+    assert (code, len({run["lr"] for run in runs})) == (0, 2)
+    assert searched(f"{words} {param.format(1e-6)}", distance) == (2, [])
+
+
 def test_a_word_that_takes_a_setting_out_reaches_every_run() -> None:
     assert searched(f"{OPTUNA} ~recipe", distance)[0] == 0
 
@@ -250,6 +272,7 @@ def test_a_word_that_takes_a_setting_out_reaches_every_run() -> None:
             ["an interval is what a search chooses from", "hydra/sweeper=optuna"],
         ),
         (f"{SMALL} hydra/sweeper=optuna lr=1e-3", ["add -m"]),
+        (f"-m {SMALL} hydra/sweeper=optuna lr=1e-3", ["nothing to choose from", "interval("]),
         ("-m hydra/sweeper=optuna 'lr=tag(log, interval(0, 1e-3))'", ["logarithmic", "above 0"]),
         ("-m hydra/sweeper=optuna 'lr=interval(1e-3, 1e-5)'", ["first is the smaller"]),
         ("-m hydra/sweeper=optuna 'lr=tag(ln, interval(1e-5, 1e-3))'", ["no tag ln"]),
@@ -330,6 +353,27 @@ def test_no_warning_of_optuna_or_sqlalchemy_is_shown(recwarn: pytest.WarningsRec
 def test_a_process_of_its_own_gives_back_the_number(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fork.in_own_process(lambda: (0, 0.1)) == (0, 0.1)
     assert fork.in_own_process(lambda: (2, None)) == (2, None)
+
+
+def test_a_process_of_a_launcher_gives_back_the_value_or_how_it_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As joblib and submitit take it: what a job returns is pickled there and read here."""
+    ended = {"lr": 1e-3}
+
+    def run(cfg: DictConfig) -> dict[str, Any]:
+        if cfg.lr == 0:
+            raise UserError("no room.")
+        best = {"loss": 0.25, "accuracy": 0.5}
+        return {"status": "done", "metric": "accuracy", "dev": {"best": best}}
+
+    monkeypatch.setattr(search, "direction_here", lambda: "minimize")
+    job = _job(run, codes := [])
+    monkeypatch.setattr(sweep, "here", lambda: ("another", 1))
+    assert pickle.loads(pickle.dumps(job(OmegaConf.create(ended)))) == 0.25
+    failed = pickle.loads(pickle.dumps(job(OmegaConf.create({"lr": 0}))))
+    assert (type(failed), failed.code, codes) == (Ended, 2, [])
+    assert [found.code for found in sweep.settle()] == [2]
 
 
 def test_finished_runs_are_skipped_and_their_dev_loss_is_taken(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
+from smezo_cli.cli.verbs import main
 from smezo_cli.machine import torchrun, waiting
 from smezo_cli.run.console import Console
 
@@ -45,7 +46,7 @@ def look(clock: Clock, seconds: float) -> None:
 def test_a_terminal_shows_one_line_from_two_seconds_on_and_takes_it_away(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stderr", shown := Terminal())
+    monkeypatch.setattr(sys, "stdout", shown := Terminal())
     with waiting.waiting("loading it", 4) as tick:
         look(clock, 1.9)
         assert shown.getvalue() == ""
@@ -60,7 +61,7 @@ def test_a_terminal_shows_one_line_from_two_seconds_on_and_takes_it_away(
 def test_elsewhere_a_line_every_ten_seconds_without_carriage_returns(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stderr", shown := io.StringIO())
+    monkeypatch.setattr(sys, "stdout", shown := io.StringIO())
     with waiting.waiting("loading it"):
         for _ in range(25):
             look(clock, 1)
@@ -68,9 +69,9 @@ def test_elsewhere_a_line_every_ten_seconds_without_carriage_returns(
 
 
 def test_the_innermost_is_shown_and_a_line_of_the_console_takes_the_place_of_the_moving_one(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stderr", shown := Terminal())
+    monkeypatch.setattr(sys, "stdout", shown := Terminal())
     with waiting.waiting("outer"):
         look(clock, 3)
         with waiting.waiting("inner"):
@@ -78,22 +79,43 @@ def test_the_innermost_is_shown_and_a_line_of_the_console_takes_the_place_of_the
             Console().say("a line")
             look(clock, 1)
         look(clock, 3)
-    assert capsys.readouterr().out == "a line\n"
     drawn = [part.strip() for part in shown.getvalue().split("\r\x1b[K")]
-    assert drawn == ["", "outer  3 s", "inner  3 s", "", "outer  10 s", ""]
+    assert drawn == ["", "outer  3 s", "inner  3 s", "a line", "outer  10 s", ""]
+
+
+@pytest.mark.parametrize(("verb", "has_lines"), [("plan", "err"), ("replay", "out")])
+def test_where_a_verb_prints_data_the_lines_stand_beside_it(
+    verb: str, has_lines: str, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([verb, "--no-such-flag"]) == 2
+    capsys.readouterr()
+    with waiting.waiting("loading it"):
+        look(clock, 11)
+    said = capsys.readouterr()
+    assert getattr(said, has_lines) == "  loading it  11 s\n"
+    assert (said.out == "") == (has_lines == "err")
+
+
+def test_a_bar_has_the_terminal_alone(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", shown := Terminal())
+    with waiting.waiting("hashing"):
+        with Console().bar("train", 2):
+            look(clock, 3)
+        look(clock, 3)
+    assert shown.getvalue().count("hashing") == 1
 
 
 def test_other_ranks_and_a_closed_stream_show_nothing(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stderr", shown := io.StringIO())
+    monkeypatch.setattr(sys, "stdout", shown := io.StringIO())
     monkeypatch.setattr(torchrun, "speaker", lambda: None)
     with waiting.waiting("loading it") as tick:
         tick(1)
         assert not waiting._shown.works
     monkeypatch.undo()
     shown.close()
-    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setattr(sys, "stdout", shown)
     with waiting.waiting("loading it"):
         waiting._show(waiting._shown.works[-1], 1e9)
 
