@@ -6,7 +6,7 @@
 
 From a checkout, without an installation, a network or weights: models are random, built from the
 numbers in conf/model. It needs torch, transformers, numba and, for fused passes, triton. A row for
-each finding; exit code 1 if one fails. docs/gpu.md says what is checked.
+each finding; exit code 1 if one fails. docs/guide/gpu.md says what is checked.
 """
 
 import argparse

@@ -58,7 +58,8 @@ FOOT = """
 * **SubZero for images** ([2502.19673](https://arxiv.org/abs/2502.19673)) shares only the name with
   `subzero`: it personalises pictures without training any weights.
 * **Tensor-train training of optical PINNs** ([2502.12384](https://arxiv.org/abs/2502.12384)) is a
-  script on the library, not a method for language models: [docs/pinn.md](../pinn.md).
+  script on the library, not a method for language models:
+  [docs/results/pinn.md](../results/pinn.md).
 * **ElasticZO-INT8** ([2501.04287](https://arxiv.org/abs/2501.04287)), the variant in integers, is
   a class of the library for small networks, not a method for language models:
   `smezo_cli.methods.elasticzo_int8.ElasticZOInt8`. Its weights take one byte each, and no float is

@@ -4,8 +4,8 @@
     .venv/bin/python scripts/pinn.py --problem heat --seeds 0 1 2 --svg heat.svg
 
 Derivatives of the network come from its values at points nearby, and its weights are trained by the
-library's zeroth-order steps (smezo_cli.zo). docs/pinn.md says what is solved and how well. Printed,
-as a Markdown table: the relative l2 error to the exact solution. One thread.
+library's zeroth-order steps (smezo_cli.zo). docs/results/pinn.md says what is solved and how
+well. Printed, as a Markdown table: the relative l2 error to the exact solution. One thread.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Writes docs/result-json.md from the keys and descriptions in smezo_cli/store/schema.py.
+"""Writes docs/guide/result-json.md from the keys and descriptions in smezo_cli/store/schema.py.
 
 .venv/bin/python scripts/result_page.py
 """
@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from smezo_cli.store import schema, values
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "result-json.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "guide" / "result-json.md"
 WORDS = {
     values.Text: "text",
     values.Count: "count",

@@ -21,6 +21,10 @@ class UserError(Exception):
         super().__init__(sentence(message))
 
 
+class Diverged(UserError):
+    """Say that the losses of a run are no numbers any more."""
+
+
 _SECRET_NAME = re.compile(
     r"TOKEN(?!IZER)|SECRET|PASSW(OR)?D|PASSPHRASE|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL",
     re.IGNORECASE,

@@ -20,6 +20,7 @@ from smezo_cli.config.launch import launch
 from smezo_cli.config.settings import check
 from smezo_cli.machine import torchrun
 from smezo_cli.machine.device import choose_device
+from smezo_cli.machine.waiting import waiting
 from smezo_cli.run import ranks
 
 
@@ -48,7 +49,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         device_map = settings.model["device_map"]
         device = choose_device(settings.device, device_map, torchrun.local_rank())
         # This imports torch, which takes seconds: every cheap check lies above.
-        from smezo_cli.run.start import make
+        with waiting("loading torch and transformers"):
+            from smezo_cli.run.start import make
 
         return make(settings, plain(cfg), device, team)
     finally:

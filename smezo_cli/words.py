@@ -13,6 +13,8 @@ from smezo_cli.errors import UserError
 
 # Settings whose mappings may be pairs; their keys are the user's own words.
 MAPPINGS = ("task.labels", "task.columns", "task.splits", "model.device_map")
+# Keys below this one are fields of peft, of which the YAML names none: Hydra adds them.
+_FREE = "method.adapter.config."
 _TEMPLATES = ("task.prompt", "task.option_template", "task.sfc_prompt")
 _QUOTED = re.compile(r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'""", re.DOTALL)
 _INTERPOLATION = re.compile(r"\$\{[^}]+\}")
@@ -56,6 +58,8 @@ def quoted(override: str) -> str:
     Raises:
         UserError: a mapping gives a key twice, of which Hydra would take the last.
     """
+    if override.startswith(_FREE):
+        override = f"++{override}"
     key, equals, value = override.partition("=")
     name = key.lstrip("+")
     if name in _TEMPLATES and "{" in value:

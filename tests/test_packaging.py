@@ -47,6 +47,8 @@ def test_wheel_carries_every_yaml_file_and_the_code_alone(wheel: Path) -> None:
         for file in (ROOT / "conf").rglob("*.yaml"):
             inside = f"smezo_cli/conf/{file.relative_to(ROOT / 'conf').as_posix()}"
             assert archive.read(inside) == file.read_bytes()
+        for file in (ROOT / "smezo_cli" / "report" / "templates").iterdir():
+            assert archive.read(f"smezo_cli/report/templates/{file.name}") == file.read_bytes()
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"smezo_cli"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

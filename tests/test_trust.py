@@ -138,7 +138,7 @@ def test_files_beside_a_known_architecture_are_not_executed_and_a_line_says_so(
     capsys: pytest.CaptureFixture[str],
     one_thread: None,
 ) -> None:
-    """As docs/security.md has it: transformers' own class computes the model."""
+    """As docs/explain/security.md has it: transformers' own class computes the model."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "m"
     save_tiny(folder)

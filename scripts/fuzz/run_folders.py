@@ -123,6 +123,7 @@ def read_run(case: Case, run: Path, which: str) -> None:
         case 12:
             sort = case.pick(("curve", "sparsity", "lr", "memory", "active"))
             case.smezo("plot", sort, "--out", "out.svg")
+            case.smezo("report", "--out", "out.html")
         case 2:
             shutil.copytree(case.fixtures / "run", case.folder / "runs" / "g" / "s")
             case.smezo("runs", "--compare", "runs/g/r", "runs/g/s", "--json")

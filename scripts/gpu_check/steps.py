@@ -202,7 +202,7 @@ def _planned(name: str, layers: int, rows: int, tokens: int, steps: Steps, place
     if place.device.type != "cuda":
         return skipped(what, "it plans for a CUDA device", planned_GB=planned / 1e9)
     peak = _peak(partial(steps.methods["mezo"].step, steps.loss), place)
-    # Plans of runs on a CPU were within 8% (docs/memory.md).
+    # Plans of runs on a CPU were within 8% (docs/guide/memory.md).
     is_right = 0.9 * planned <= peak <= 1.1 * planned
     note = "" if is_right else "more than 10% apart"
     return row(what, is_right, note, peak_GB=peak / 1e9, planned_GB=planned / 1e9)

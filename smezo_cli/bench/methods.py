@@ -52,7 +52,8 @@ def timed(name: str) -> bool:
     """Return whether steps of a method of conf/method/ can be timed on any model."""
     file = load_yaml(CONF_DIR / "method" / f"{name}.yaml")
     node = file.get("method", {})
-    if "optimizer" in node or node.get("adapter", {"kind": "lora"})["kind"] not in _LORA:
+    adapter = node.get("adapter", {"kind": "lora"})
+    if "optimizer" in node or adapter["kind"] not in _LORA or "config" in adapter:
         return False
     if "_target_" not in node:  # it has the class of the method that it begins with
         return any(timed(base) for base in file.get("defaults", ()) if base != "_self_")

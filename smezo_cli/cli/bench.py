@@ -24,6 +24,7 @@ from smezo_cli.files.atomic import write_text
 from smezo_cli.kinds import MIXTURE
 from smezo_cli.machine import streams
 from smezo_cli.machine.device import choose_device
+from smezo_cli.machine.waiting import waiting
 
 if TYPE_CHECKING:
     from smezo_cli.run.console import Console
@@ -159,7 +160,10 @@ def _measure(
     names = list(timing.NAMES) if only is None else _chosen(only, timing.ALL_NAMES)
     console = Console()
     started = versions.now()
-    scorer, ids, labels, source = _model_and_tokens(settings, length, device_name, grow, console)
+    with waiting(f"loading {settings.model['name']}"):
+        scorer, ids, labels, source = _model_and_tokens(
+            settings, length, device_name, grow, console
+        )
     assert settings.sparsity is not None
     total = sum(p.numel() for p in scorer.model.parameters())
     result: dict[str, Any] = {

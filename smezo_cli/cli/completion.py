@@ -38,12 +38,13 @@ _SCRIPTS = {
 _FLAGS = {
     "train": ("--multirun", "--cfg", "--info", "--config-dir", "--help"),
     "plan": ("--memory", "--tokens", "--bench", "--json", "--config-dir", "--help"),
-    "runs": ("--mean", "--compare", "--runs-dir", "--sort", "--json", "--help"),
+    "runs": ("--mean", "--best", "--by", "--compare", "--runs-dir", "--sort", "--json", "--help"),
     "table": (
         *("--run", "--commands", "--row", "--column", "--less", "--format"),
         *("--runs-dir", "--collect", "--results", "--help"),
     ),
     "plot": ("--x", "--y", "--row", "--column", "--out", "--runs-dir", "--results", "--help"),
+    "report": ("--out", "--runs-dir", "--help"),
     "eval": ("--split", "--base", "--step", "--out", "--help"),
     "predict": ("--field", "--out", "--part", "--help"),
     "export": ("--step", "--delta", "--lm-eval", "--help"),
@@ -93,18 +94,23 @@ def _query(line: str, verbs: Sequence[str]) -> Iterator[str]:
         yield from (f"{key}=" for key in KEYS if key.startswith(last))
         if last.partition("=")[0].partition(".")[0] in KEYS:
             yield from _settings([last], search)
+    elif verb == "runs" and given[-2] == "--by":
+        yield from (f"{word} " for word in ("loss", "metric") if word.startswith(last))
     elif verb == "plot" and len(given) == 2:
         from smezo_cli.cli.plot import KINDS
 
         yield from (f"{kind} " for kind in KINDS if kind.startswith(last))
-    elif (verb == "table" and len(given) == 2) or (verb == "plot" and len(given) == 3):
+    elif (verb in ("table", "report") and len(given) == 2) or (verb == "plot" and len(given) == 3):
         from smezo_cli.report.table import names
 
         yield from (f"{name} " for name in names() if name.startswith(last))
     elif verb in ("eval", "predict", "export", "replay") and len(given) == 2:
         yield from (run for run in _runs() if run.startswith(last))
     elif verb in ("ls", "show") and len(given) == 2:
-        yield from (f"{group} " for group in GROUPS if group.startswith(last))
+        groups = (*GROUPS, "run") if verb == "show" else GROUPS
+        yield from (f"{group} " for group in groups if group.startswith(last))
+    elif verb == "show" and given[1] == "run":
+        yield from (run for run in _runs() if run.startswith(last))
     elif verb == "show" and len(given) == 3:
         folders = [root / given[1].removesuffix("s") for root in search.roots]
         stems = {file.stem for folder in folders for file in folder.glob("*.yaml")}

@@ -33,9 +33,10 @@ if TYPE_CHECKING:
 
 USAGE = """\
 smezo export RUN FOLDER             the trained model and its tokenizer, as transformers loads them
-                                    (LoRA merged into the weights; of a prefix peft's adapter, of
-                                    tensor-train cores smezo's own)
+                                    (an adapter merged into the weights; of a prefix peft's
+                                    adapter, of tensor-train cores smezo's own)
                                     and a model card, README.md, as the hub reads it
+smezo export RUN FOLDER --adapter   the adapter alone, as peft loads it beside the base model
 smezo export RUN FILE --delta       one small file, from which smezo replay makes the weights again
 
     --step N          the weights of that step (default: the best), as for smezo eval
@@ -62,13 +63,16 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--step", type=int)
     parser.add_argument("--delta", action="store_true")
     parser.add_argument("--lm-eval", action="store_true")
+    parser.add_argument("--adapter", action="store_true")
     given = parser.parse_args(list(words))
     target = Path(given.folder)
     if target.exists():
         raise UserError(
             f"{target} is there already: name a new {'file' if given.delta else 'folder'}."
         )
-    _check_exported(given.run)
+    _check_exported(given.run, given.adapter)
+    if given.adapter and given.delta:
+        raise UserError("--adapter beside --delta: a delta makes the adapter again; leave one out.")
     if given.lm_eval:
         _check_lm_eval(given.run, is_delta=given.delta)
     streams.outlast()
@@ -81,6 +85,8 @@ def main(words: Sequence[str]) -> int:
         job = Loaded(*_copying(settings), lambda line: None, with_rows=given.lm_eval)
         check_model(state, job, [], given.run)
         step = trained(folder, state, job, given.step, print)
+        if job.adapter is not None and given.adapter:
+            job.adapter.merges = False
         tasks, lines = _lm_eval(job, state, target, given.run) if given.lm_eval else ({}, [])
         size = save_model(job, target, cfg, folder.result() or {}, step, tasks)
         print(f"{target}: {settings.model['name']} after {step} steps, {shown_bytes(size)}")
@@ -88,9 +94,14 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def _check_exported(run: str) -> None:
-    """Raise UserError if the method of the run leaves the model as it came."""
+def _check_exported(run: str, needs_adapter: bool) -> None:
+    """Raise UserError if the run leaves the model as it came, or has no adapter to export."""
     settings = read_config(Path(run), ())[1]
+    if needs_adapter and settings.method.get("adapter") is None:
+        raise UserError(
+            f"--adapter: method {settings.method['name']} of {run} trains the model itself, and "
+            "has no adapter: leave --adapter out."
+        )
     if is_frozen(settings.method):
         raise UserError(
             f"{run}: method {settings.method['name']} trains no weights of the model, so there is "

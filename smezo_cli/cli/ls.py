@@ -13,12 +13,14 @@ USAGE = """\
 smezo ls [GROUP]             the names in a group, or in every group, and what each of them is
 smezo show GROUP NAME        the file of one of them: what it is, its values, where they come from;
                              of a method its formula, cost and state, too, as comments
+smezo show run RUN           the settings of a run, and what came of it, as comments
 
     --config-dir DIR  your own files, which come before smezo's
 GROUP is tasks, models, methods, recipes, experiments, tables or loggers.
 Examples:
   smezo ls methods
   smezo show method sparse_mezo
+  smezo show run runs/default/rte-opt-125m-mezo-s0-1a2b3c4d
 """
 
 GROUPS = ("tasks", "models", "methods", "recipes", "experiments", "tables", "loggers")
@@ -71,6 +73,11 @@ def show(words: Sequence[str]) -> int:
     given, roots = _read("show", words)
     if len(given) != 2:
         raise UserError("smezo show takes a group and a name: smezo show method sparse_mezo.")
+    if given[0] in ("run", "runs"):
+        from smezo_cli.cli import show_run  # which reads results, and so numpy
+
+        print(show_run.text(given[1]), end="")
+        return 0
     group, name = _group(given[0]), given[1]
     files = _files(group, roots)
     if name not in files:

@@ -18,6 +18,7 @@ from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.files import strict_json
 from smezo_cli.files.bounded import read_json
+from smezo_cli.machine.waiting import waiting
 from smezo_cli.plan.planner import ROWS, plan
 
 USAGE = """\
@@ -55,7 +56,8 @@ def main(words: Sequence[str]) -> int:
     settings = checked_settings(given.overrides, given.config_dir, say)
     tokens = None if given.tokens is None else _parse_tokens(given.tokens, settings)
     bench = None if given.bench is None else _bench_of(Path(given.bench), settings)
-    found = plan(settings, capacity=capacity, tokens=tokens)
+    with waiting("building the model without its weights"):
+        found = plan(settings, capacity=capacity, tokens=tokens)
     if bench is not None:
         seconds = _seconds(Path(given.bench), bench, settings, found.work)
         found = dataclasses.replace(found, seconds=seconds)

@@ -14,6 +14,7 @@ from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.files.bounded import parse_yaml
 from smezo_cli.machine import streams
+from smezo_cli.machine.waiting import waiting
 from smezo_cli.run.trained import (
     SAME_BITS,
     as_prompt,
@@ -189,9 +190,10 @@ def _of_delta(name: str, overrides: Sequence[str]) -> _Source:
 
 
 def _of_run(name: str, overrides: Sequence[str]) -> _Source:
-    from smezo_cli.run.layers import resolved
-    from smezo_cli.store.folder import RunFolder
-    from smezo_cli.store.trajectory import read
+    with waiting("loading torch and transformers"):
+        from smezo_cli.run.layers import resolved
+        from smezo_cli.store.folder import RunFolder
+        from smezo_cli.store.trajectory import read
 
     path = Path(name)
     cfg, settings = read_config(path, overrides, SAME_BITS)

@@ -1,30 +1,31 @@
 """`smezo runs`: list finished and unfinished runs, filtered, merged over seeds, compared."""
 
-import os
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
-
+from smezo_cli.cli import fitted_table
 from smezo_cli.cli.flags import Flags, shows_help
 from smezo_cli.errors import UserError, near
 from smezo_cli.files import strict_json
-from smezo_cli.report.runs import Group, Run, find, groups, has, keys, load, paired, select
+from smezo_cli.report.best import best, mean_and_sd, on_dev
+from smezo_cli.report.compared import compared
+from smezo_cli.report.runs import Group, Run, find, groups, has, keys, load, select
 
 USAGE = """\
 smezo runs [KEY=VALUE ...]            the runs below runs/, filtered by results or settings
 smezo runs --mean [KEY=VALUE ...]     runs that differ in their seed (and the rows it draws) as one
+smezo runs --best [KEY=VALUE ...]     the best settings on dev, of each task, model and method
 smezo runs --compare A B [...]        run folders (or parts of their names) row by row
     --runs-dir DIR    where to look (runs)
+    --by WHAT         with --best: loss (the lowest dev loss) | metric (the highest dev metric)
     --sort KEY        order by a column or by any key of result.json, such as train_seconds
     --json            machine-readable
 Examples:
   smezo runs task=rte status=done --sort score
   smezo runs --mean task=rotten_tomatoes lr_schedule=linear
+  smezo runs --best task=rte name=search
   smezo runs --compare sparse_mezo-s0 -mezo-s0
 """
 
@@ -43,28 +44,37 @@ def main(words: Sequence[str]) -> int:
     parser = Flags("runs")
     parser.add_argument("words", nargs="*")
     parser.add_argument("--mean", action="store_true")
+    parser.add_argument("--best", action="store_true")
+    parser.add_argument("--by", choices=("loss", "metric"))
     parser.add_argument("--compare", action="store_true")
     parser.add_argument("--runs-dir", default="runs")
     parser.add_argument("--sort")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_intermixed_args(list(words))
-    if given.mean and given.compare:
-        raise UserError("--mean and --compare exclude each other: give one of them.")
+    chosen = [name for name in ("mean", "best", "compare") if getattr(given, name)]
+    if len(chosen) > 1:
+        raise UserError(f"--{chosen[0]} and --{chosen[1]} exclude each other: give one of them.")
+    if given.by and not given.best:
+        raise UserError(f"--by {given.by} goes with --best.")
+    if given.sort and given.best:
+        raise UserError("--sort has no effect with --best: --by says what is the best.")
     runs = find(Path(given.runs_dir))
     if given.compare:
-        chosen = [_named(word, runs) for word in given.words]
-        if len(chosen) < 2:
+        named = [_named(word, runs) for word in given.words]
+        if len(named) < 2:
             raise UserError("--compare needs two runs or more: smezo runs --compare A B.")
         if given.sort:
             raise UserError("--sort has no effect with --compare: the order is the one given.")
-        records = list(_compared([Group((run,)) for run in chosen]))
+        records = list(compared([Group((run,)) for run in named]))
     else:
         runs = select(runs, given.words)
         if given.sort:
             runs = _sorted(runs, given.sort)
+        done = [run for run in runs if run.result["status"] == "done"]
         if given.mean:
-            done = [run for run in runs if run.result["status"] == "done"]
-            records = list(_compared(groups(done)))
+            records = list(compared(groups(done)))
+        elif given.best:
+            records = list(_best(done, given.by or "loss"))
         else:
             records = [_record(run) for run in runs]
             if given.json:  # forty digits are too wide for the table
@@ -74,9 +84,11 @@ def main(words: Sequence[str]) -> int:
         print(strict_json.dumps(records, indent=2))
     elif not records:
         where = f" with {' '.join(given.words)}" if given.words else ""
-        print(f"no {'finished ' if given.mean else ''}runs in {given.runs_dir}{where}")
+        print(
+            f"no {'finished ' if given.mean or given.best else ''}runs in {given.runs_dir}{where}"
+        )
     else:
-        _print(records)
+        fitted_table.show(records, needed=given.sort)
     return 0
 
 
@@ -128,78 +140,21 @@ def _record(run: Run) -> dict[str, Any]:
     }
 
 
-def _compared(found: Sequence[Group]) -> Iterator[dict[str, Any]]:
-    base: Group | None = None
-    for group in found:
-        results = [run.result for run in group.runs]
-        scores = [run.score for run in group.runs]
-        values = [score for score in scores if score is not None]
-        kept = set.intersection(*(set(run.outcomes()) for run in group.runs))
-        ours = group.mean()
-        record: dict[str, Any] = {
-            "runs": group.name,
-            "seeds": len(group.runs),
-            "metric": group.runs[0].metric,
-            "score": statistics.mean(values),
-            "sd": statistics.stdev(values) if len(values) > 1 else None,
-            "n": len(ours),
-            "parts": _mean_of_parts(group),
+def _best(runs: Sequence[Run], by: str) -> Iterator[dict[str, Any]]:
+    for found in best(runs, by):
+        of, result = found.group.runs, found.group.runs[0].result
+        loss, loss_sd = mean_and_sd(on_dev(run, "loss") for run in of)
+        score, sd = mean_and_sd(run.score for run in of if run.score is not None)
+        yield {
+            "best": f"{result['task']}-{result['model']}-{result['method']}",
+            "settings": dict(found.settings),
+            "compared": found.compared,
+            "seeds": len(of),
+            "dev_loss": loss,
+            "dev_loss_sd": loss_sd,
+            "dev_metric": statistics.mean(on_dev(run, run.metric) for run in of),
+            "metric": of[0].metric,
+            "score": score,
+            "sd": sd,
+            "runs": [str(run.path) for run in of],
         }
-        for name in ("zero_shot", "calibrated"):
-            if name in kept:  # each run less its own: prompt and offsets depend on its dev rows
-                gain = paired(ours, group.mean(name), group.sizes)
-                record[f"over_{name}"], record[f"over_{name}_se"] = gain
-        aucs = [r["test"].get("auc") for r in results]
-        record["auc"] = statistics.mean(aucs) if all(a is not None for a in aucs) else None
-        record["train_seconds"] = statistics.mean(r["train_seconds"] for r in results)
-        record["peak_GiB"] = max(r["peak_memory_bytes"] for r in results) / 2**30
-        base = base or group
-        same = base is not group and _same_rows(base, group)
-        record["over_first"], record["over_first_se"] = (
-            paired(ours, base.mean(), group.sizes) if same else (None, None)
-        )
-        yield record
-
-
-def _mean_of_parts(group: Group) -> dict[str, float] | None:
-    """Return the mean score of each part of a mixture over the seeds; None of a single task."""
-    each = [run.scores_of_parts for run in group.runs]
-    return {name: statistics.mean(of[name] for of in each) for name in each[0]} or None
-
-
-def _same_rows(one: Group, other: Group) -> bool:
-    """Return whether both were tested on the same rows, so that these may be paired."""
-    a, b = (g.runs[0].result.get("test_rows") for g in (one, other))
-    return a is not None and a == b and len(one.mean()) == len(other.mean())
-
-
-def _print(records: Sequence[Mapping[str, Any]]) -> None:
-    """Print a table as wide as it must be; a gain and its standard error share a column."""
-    names = [key for key in records[0] if not key.endswith("_se")]
-    names = [key for key in names if any(r.get(key) is not None for r in records)]
-    table = Table(box=SIMPLE, pad_edge=False)
-    for name in names:
-        left = isinstance(records[0][name], str)
-        table.add_column(name, justify="left" if left else "right", no_wrap=True)
-    for record in records:
-        table.add_row(*(_cell(record, name) for name in names))
-    # A run is named by its folder, which must not be cut where the table is piped or narrow.
-    columns = max(os.get_terminal_size().columns if os.isatty(1) else 0, 400)
-    Console(width=columns, highlight=False).print(table)
-
-
-def _cell(record: Mapping[str, Any], name: str) -> str:
-    value = record.get(name)
-    if value is None:
-        return ""
-    if f"{name}_se" in record:
-        return f"{value:+.4f} +- {record[f'{name}_se']:.4f}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{part} {score:.4f}" for part, score in value.items())
-    if name in ("score", "sd", "zero_shot", "auc", "standard_error"):
-        return f"{value:.4f}"
-    if name == "train_seconds":
-        return f"{value:.0f}"
-    if name == "peak_GiB":
-        return f"{value:.2f}"
-    return f"{value:g}" if isinstance(value, float) else str(value)

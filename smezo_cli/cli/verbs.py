@@ -19,6 +19,7 @@ smezo: zeroth-order fine-tuning of language models
   smezo runs [KEY=VALUE ...]      the runs so far: list, filter, merge over seeds, compare
   smezo table [ID]                the papers' tables: ours beside theirs, and what fills them
   smezo plot KIND                 figures as the papers have them, from runs or from a table
+  smezo report [KEY=VALUE ...]    one HTML file to look at: results, curves, costs, commands
   smezo eval RUN                  score a trained run on a split, save every prediction
   smezo predict RUN FILE          predict rows of your own
   smezo export RUN FOLDER         the trained model, as transformers loads it
@@ -38,7 +39,7 @@ smezo VERB --help tells more. Examples:
 """
 
 VERBS = (
-    *("train", "plan", "runs", "table", "plot"),
+    *("train", "plan", "runs", "table", "plot", "report"),
     *("eval", "predict", "export", "replay", "bench"),
     *("ls", "show", "doctor", "completion"),
 )
@@ -104,6 +105,11 @@ def _run(words: list[str]) -> int:
         return 0
     if verb in _LOAD_MODELS and "--help" not in rest and "-h" not in rest:
         _check_docstrings()
+        from smezo_cli.machine.waiting import waiting
+
+        with waiting("loading torch and transformers"):
+            run = _main_of(verb)
+        return run(rest)
     return _main_of(verb)(rest)
 
 
@@ -130,6 +136,10 @@ def _main_of(verb: str) -> Callable[[list[str]], int]:
             from smezo_cli.cli import plot
 
             return plot.main
+        case "report":
+            from smezo_cli.cli import report
+
+            return report.main
         case "eval":
             from smezo_cli.cli import evaluate
 

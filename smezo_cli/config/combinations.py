@@ -84,8 +84,9 @@ def check_method(method: Mapping[str, Any], given: Mapping[str, float]) -> None:
         method: the node of the method.
         given: lr, eps and sparsity, where they are given at the top level.
     """
+    node = {key: value for key, value in method.items() if key != "adapter"}
     for key, value in given.items():
-        used = list(_values_of(method, key))
+        used = list(_values_of(node, key))
         if not used:
             raise UserError(lacks(key, method["name"], _methods_with(key)))
         for other in used:
@@ -117,7 +118,8 @@ def check_quantization(model: Mapping[str, Any], method: Mapping[str, Any], devi
     if model["quantization"] is None:
         return
     out = "or leave model.quantization out"
-    if (method.get("adapter") or {}).get("kind") not in ("lora", "lora_fa"):
+    adapter = method.get("adapter") or {}
+    if adapter.get("kind") not in ("lora", "lora_fa") or "config" in adapter:
         raise UserError(
             f"model.quantization=4bit is for a model that stays frozen beside LoRA, and method is "
             f"{method['name']}: choose method=lora, mezo_lora or sparse_mezo_lora, {out}."

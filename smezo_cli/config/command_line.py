@@ -34,6 +34,7 @@ class Request:
     starts_runs: bool = True  # not so with --help, --cfg and the like
     composes: bool = True  # not so with --version, a bare --help and the like
     launcher: str = "basic"  # what starts the jobs of a sweep; known once it is composed
+    is_search: bool = False  # optuna says which jobs there are; known then, too
     replaced: tuple[str, ...] = ()  # whose files are read; known then, too
     alone: DictConfig | None = None  # the settings, where Hydra has nothing more to do with them
 

@@ -11,15 +11,16 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from smezo_cli.config import searchpath
+from smezo_cli.config import search, searchpath
 from smezo_cli.config.command_line import Request, read, searched
 from smezo_cli.config.composer import Composer, without_hydra
-from smezo_cli.config.fixed import INSTALL_TENSORBOARD
+from smezo_cli.config.fixed import INSTALL_LOGGER
 from smezo_cli.config.hydra_guard import check_hydra, is_of_launcher, launcher_of
 from smezo_cli.config.overrides import check_choice, check_deleted, check_keys, values_of
 from smezo_cli.config.settings import Settings, check, check_spelling
 from smezo_cli.errors import UserError
 from smezo_cli.files.space import check_space
+from smezo_cli.machine import torchrun
 from smezo_cli.words import quoted
 
 _LEAST_FREE_BYTES = 250_000_000
@@ -33,6 +34,7 @@ class Composed:
         cfg: its settings as Hydra composed them.
         settings: the same, checked.
         launcher: what starts the jobs of the sweep.
+        is_search: optuna says which jobs there are.
         replaced: lines that say which files of the user are read in place of smezo's own.
         alone: `cfg` with Hydra's own node, for a single run that asks nothing of Hydra.
     """
@@ -40,6 +42,7 @@ class Composed:
     cfg: DictConfig
     settings: Settings
     launcher: str = "basic"
+    is_search: bool = False
     replaced: tuple[str, ...] = ()
     alone: DictConfig | None = None
 
@@ -61,9 +64,11 @@ def prepare(argv: Sequence[str]) -> Request:
     with Composer(request.search) as composer:
         for run in every(composer, request):
             folders.add(Path(run.settings.runs_dir) / run.settings.name)
-            if request.starts_runs and run.settings.logger["name"] == "tensorboard":
-                _check_tensorboard()
-            request = replace(request, launcher=run.launcher, alone=run.alone)
+            if request.starts_runs:
+                _check_logger(run.settings.logger["name"])
+            request = replace(
+                request, launcher=run.launcher, is_search=run.is_search, alone=run.alone
+            )
             replaced |= dict.fromkeys(run.replaced)
     if request.starts_runs:
         for folder in sorted(folders):
@@ -108,11 +113,11 @@ def grid(
         with Composer() as own:
             return grid(words, own)
     overrides = [composer.parse(quoted(word)) for word in words]
-    _, swept = _asked_by_experiment(composer, overrides)
+    _, swept, _ = _asked_by_experiment(composer, overrides)
     overrides += [composer.parse(line) for line in swept]
     first, values = [], {}
     for override in overrides:
-        lines = values_of(override, True)
+        lines = values_of(override, True, False)
         is_group = composer.is_group(override)
         if is_group:
             check_choice(composer, override)
@@ -146,7 +151,7 @@ def every(composer: Composer, request: Request) -> Iterator[Composed]:
 def _every(composer: Composer, request: Request) -> Iterator[Composed]:
     """Yield each run, without a word on whose train.yaml it is."""
     overrides = [composer.parse(text) for text in request.overrides]
-    multirun, swept = _asked_by_experiment(composer, overrides)
+    multirun, swept, is_search = _asked_by_experiment(composer, overrides)
     multirun = multirun or request.multirun
     if swept and not multirun:
         raise UserError(f"the experiment sweeps over {', '.join(swept)}: add -m to run it.")
@@ -160,8 +165,13 @@ def _every(composer: Composer, request: Request) -> Iterator[Composed]:
         raise UserError(
             f"{of_launcher[0].input_line}: a launcher starts the jobs of a sweep; add -m."
         )
-    choices = [values_of(override, multirun) for override in groups]
-    values = [values_of(override, multirun) for override in keys]
+    if is_search:
+        if request.starts_runs and not multirun:
+            raise UserError("hydra/sweeper=optuna searches over many runs: add -m.")
+        for override in overrides:
+            search.check_searched(override)
+    choices = [values_of(override, multirun, is_search) for override in groups]
+    values = [values_of(override, multirun, is_search) for override in keys]
     for line in itertools.chain(*values):
         override = composer.parse(line)
         if not override.is_delete():
@@ -170,13 +180,13 @@ def _every(composer: Composer, request: Request) -> Iterator[Composed]:
         override.key_or_group.startswith("hydra") for override in overrides
     )
     asked = _launcher_asked(composer, of_launcher) if touches_hydra else None
-    first = [lines[0] for lines in values if lines]
+    first = [lines[0] for lines in values]
     for chosen in itertools.product(*choices):
         run = _run_of(composer, keys, chosen, first, asked if touches_hydra else ...)
         if multirun or touches_hydra:
             run = replace(run, alone=None)
         yield run
-        for cfg in _others(composer, run.cfg, chosen, [lines for lines in values if lines]):
+        for cfg in _others(composer, run.cfg, chosen, values):
             yield replace(run, cfg=cfg, settings=check(cfg))
 
 
@@ -199,8 +209,6 @@ def _run_of(
         check_keys(composer, keys, chosen)  # says more of a key that is not there
         check_deleted(composer, keys, line)
         raise
-    if len(first) < len(keys):
-        check_keys(composer, keys, chosen)  # of an interval, no value was composed
     launcher, replaced = "basic", list[str]()
     if asked is not ...:
         check_hydra(whole)
@@ -212,9 +220,12 @@ def _run_of(
         made = whole.hydra.runtime.choices
         launcher = str(made["hydra/launcher"])
         replaced = searchpath.replaced(composer.search, made)
+    is_search = search.asked(whole.hydra)
+    if is_search:
+        search.check_node(whole.hydra.sweeper, torchrun.local_rank() is not None)
     cfg = without_hydra(whole)
     try:
-        return Composed(cfg, check(cfg), launcher, tuple(replaced), whole)
+        return Composed(cfg, check(cfg), launcher, is_search, tuple(replaced), whole)
     except UserError:
         check_deleted(composer, keys, line)
         raise
@@ -246,19 +257,36 @@ def _launcher_asked(composer: Composer, given: Sequence[Any]) -> Any:
             return None
 
 
-def _asked_by_experiment(composer: Composer, overrides: Sequence[Any]) -> tuple[bool, list[str]]:
-    """Return whether hydra.mode or an experiment asks for a sweep, and its KEY=VALUES."""
-    asking = [o for o in overrides if o.key_or_group in ("hydra.mode", "experiment")]
+def _asked_by_experiment(
+    composer: Composer, overrides: Sequence[Any]
+) -> tuple[bool, list[str], bool]:
+    """Return whether a sweep is asked for, its KEY=VALUES by an experiment, and whether to search.
+
+    hydra.mode asks for a sweep, or an experiment; the line asks for a search, too.
+    """
+    asking = [
+        o
+        for o in overrides
+        if o.key_or_group in ("hydra.mode", "experiment", "hydra/sweeper")
+        or o.key_or_group.startswith("hydra.sweeper.params")
+    ]
     if any(o.is_sweep_override() for o in asking) or not asking:
-        return False, []
+        return False, [], False
     for override in asking:
-        if override.key_or_group == "experiment":
+        if override.key_or_group in ("experiment", "hydra/sweeper"):
             check_choice(composer, override)
-    node = composer.hydra_of([o.input_line for o in asking])
+    try:
+        node = composer.hydra_of([o.input_line for o in asking])
+    except UserError as error:
+        if "hydra/sweeper/sampler" in str(error):  # of an experiment that searches
+            search.check_installed("hydra/sweeper", search.NAME)
+        raise
     given = {o.key_or_group for o in overrides}
     try:
         swept = {k: v for k, v in (node.sweeper.params or {}).items() if k not in given}
-        return str(node.mode).endswith("MULTIRUN"), [f"{k}={v}" for k, v in swept.items()]
+        is_search = search.asked(node)
+        lines = [f"{k}={v}" for k, v in swept.items()]
+        return str(node.mode).endswith("MULTIRUN"), lines, is_search
     except OmegaConfBaseException as error:
         asked = " ".join(o.input_line for o in asking)
         said = str(error).splitlines()[0]
@@ -268,11 +296,11 @@ def _asked_by_experiment(composer: Composer, overrides: Sequence[Any]) -> tuple[
         ) from error
 
 
-def _check_tensorboard() -> None:
-    if importlib.util.find_spec("tensorboard") is None:
+def _check_logger(name: str) -> None:
+    if name in INSTALL_LOGGER and importlib.util.find_spec(name) is None:
         raise UserError(
-            "logger=tensorboard writes with the package tensorboard, which is not installed: "
-            f"{INSTALL_TENSORBOARD}."
+            f"logger={name} writes with the package {name}, which is not installed: "
+            f"{INSTALL_LOGGER[name]}."
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from smezo_cli.config import search as optuna_search
 from smezo_cli.config.command_line import parsed
 from smezo_cli.config.fixed import sentence
 from smezo_cli.config.searchpath import SearchPath
@@ -26,6 +27,7 @@ class Composer:
 
         self._hydra = self.search.initialized()
         self._hydra.__enter__()
+        optuna_search.register()  # the plugin has registered its own by now
         self._loader = GlobalHydra.instance().config_loader()
         self._lists: dict[tuple[str, str], list[str]] = {}
         self._nodes: dict[tuple[str, ...], DictConfig] = {}

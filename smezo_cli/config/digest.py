@@ -12,7 +12,7 @@ from smezo_cli.config.method_keys import trait
 from smezo_cli.config.settings import SETTINGS
 
 # Cannot change a result, hence not part of a run's digest.
-_NOT_IN_DIGEST = (
+NOT_IN_DIGEST = (
     *("name", "runs_dir", "logger", "if_exists", "compile", "hydra", "full_save_every"),
     *("micro_batch_size", "query_ranks", "rank_backend", "cache_scores"),
 )
@@ -52,7 +52,7 @@ def digest(cfg: DictConfig | Mapping[str, Any]) -> str:
     A run that can be extended keeps its name when ``steps`` grows.
     """
     values = without_later_keys(
-        {key: value for key, value in plain(cfg).items() if key not in _NOT_IN_DIGEST}
+        {key: value for key, value in plain(cfg).items() if key not in NOT_IN_DIGEST}
     )
     if is_extensible(values.get("lr_schedule")):
         values.pop("steps", None)

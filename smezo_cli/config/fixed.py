@@ -18,7 +18,11 @@ _PACKAGED = Path(__file__).resolve().parent.parent / "conf"
 CONF_DIR = _PACKAGED if _PACKAGED.is_dir() else _PACKAGED.parent.parent / "conf"
 
 
-INSTALL_TENSORBOARD = "python -m pip install 'tensorboard>=2.18,<3'"  # as in pyproject.toml
+# Loggers that are packages of their own, and what installs them: as in pyproject.toml.
+INSTALL_LOGGER = {
+    "tensorboard": "python -m pip install 'tensorboard>=2.18,<3'",
+    "trackio": "python -m pip install 'trackio>=0.43,<1'",
+}
 
 # Top-level settings that a method has or has not.
 OPTIONAL_SETTINGS = ("lr", "eps", "sparsity")

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any
 
@@ -30,8 +31,12 @@ def can_fork() -> bool:
     return hasattr(os, "fork") and "torch" not in sys.modules and torchrun.local_rank() is None
 
 
-def in_own_process(work: Callable[[], int]) -> int:
-    """Run `work` in a copy of this process; return its exit code, or -N where signal N ended it.
+def in_own_process(
+    work: Callable[[], tuple[int, float | None]],
+) -> tuple[int, float | None]:
+    """Run `work` in a copy of this process; return its exit code, and the number that it gives.
+
+    The code is -N where signal N ended it; the number is then None.
 
     SIGINT and SIGTERM are passed on, and waited for until the job has saved what it has. If this
     process is killed, so is the copy (on Linux).
@@ -41,9 +46,9 @@ def in_own_process(work: Callable[[], int]) -> int:
     """
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
     old: dict[int, Any] = {number: signal.getsignal(number) for number in _PASSED_ON}
-    copy = multiprocessing.get_context("fork").Process(
-        target=_in_copy, args=(work, os.getpid(), old, blocked)
-    )
+    context = multiprocessing.get_context("fork")
+    given, found = context.Pipe(duplex=False)
+    copy = context.Process(target=_in_copy, args=(work, found, os.getpid(), old, blocked))
     asked: list[int] = []
 
     def pass_on(number: int, _: FrameType | None) -> None:
@@ -64,12 +69,20 @@ def in_own_process(work: Callable[[], int]) -> int:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     code = copy.exitcode
     assert code is not None
+    with given, found:
+        value = given.recv() if given.poll() else None
     if asked or code == 130:
         raise KeyboardInterrupt
-    return code
+    return code, value
 
 
-def _in_copy(work: Callable[[], int], parent: int, old: dict[int, Any], blocked: Any) -> None:
+def _in_copy(
+    work: Callable[[], tuple[int, float | None]],
+    found: Connection,
+    parent: int,
+    old: dict[int, Any],
+    blocked: Any,
+) -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
@@ -82,7 +95,8 @@ def _in_copy(work: Callable[[], int], parent: int, old: dict[int, Any], blocked:
     code = 130
     with contextlib.suppress(KeyboardInterrupt):
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        code = work()
+        code, value = work()
+        found.send(value)
     sys.exit(code)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from smezo_cli.config.peft_fields import checked_peft, kinds
 from smezo_cli.config.types import (
     COUNT,
     DTYPE,
@@ -129,7 +130,8 @@ DATA_EXAMPLES = {
     "options": "task.options=[a,b], the columns of the options or one that holds a list",
 }
 
-# What each kind of `method.adapter` takes, all of it needed.
+# What each kind of `method.adapter` of smezo's own takes, all of it needed; those of peft have a
+# config (peft_fields.py).
 _ADAPTER_KINDS = Choice("lora", "lora_fa", "prefix", "tensor_train")
 
 _LORA_KEYS: dict[str, SettingType] = {
@@ -202,6 +204,9 @@ def checked_adapter(node: object) -> dict[str, Any]:
             f"method.adapter={shown(node)}: it must be a mapping with a kind; a method without an "
             "adapter is chosen by its name, such as method=mezo."
         )
+    kind = node.get("kind")
+    if "config" in node or (kind not in (*_ADAPTER_KEYS,) and kind in (*kinds(),)):
+        return checked_peft(node)
     kind = checked_value("method.adapter.kind", node.get("kind"), _ADAPTER_KINDS)
     types = _ADAPTER_KEYS[kind]
     for name in node:

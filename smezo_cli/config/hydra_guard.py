@@ -58,7 +58,10 @@ def _check_hydra_node(node: object, key: str) -> None:
     if isinstance(node, dict):
         for name, value in node.items():
             at = f"{key}.{name}"
-            if name == "_target_":
+            if at == "hydra.sweeper.sampler._target_":
+                if not re.fullmatch(_SAMPLER, str(value)):
+                    raise UserError(f"{at}={value} is not allowed: it must be a sampler of optuna.")
+            elif name == "_target_":
                 _check_plugin(value, at)
             elif name == "()" or (name == "class" and value not in _LOG_HANDLERS):
                 raise UserError(
@@ -72,6 +75,7 @@ def _check_hydra_node(node: object, key: str) -> None:
         raise UserError(f"{key}={node} is not allowed: streams are {' and '.join(_LOG_STREAMS)}.")
 
 
+_SAMPLER = r"optuna\.samplers\.(TPE|Random|CmaEs|NSGAII|MOTPE)Sampler"
 _PLUGIN = r"hydra(\._internal\.core_plugins|_plugins)\.[\w.]+"
 
 

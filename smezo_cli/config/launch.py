@@ -9,13 +9,13 @@ import io
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from smezo_cli.config import fork, sweep
+from smezo_cli.config import fork, search, sweep
 from smezo_cli.config.command_line import Request
 from smezo_cli.config.compose import prepare
 from smezo_cli.config.composer import without_hydra
@@ -28,7 +28,7 @@ from smezo_cli.config.describe import (
 from smezo_cli.config.fixed import CONF_DIR, sentence
 from smezo_cli.config.help import help
 from smezo_cli.config.searchpath import VERSION_BASE
-from smezo_cli.errors import UserError, redacted
+from smezo_cli.errors import Diverged, UserError, redacted
 from smezo_cli.machine import process, streams, torchrun
 
 _SEVERITY = {0: 0, 2: 1, 1: 2}  # of an exit code: done, refused, crashed; any other is worse
@@ -97,12 +97,13 @@ def _by_hydra(request: Request, job: Callable[[DictConfig], object]) -> int:
     said = io.StringIO()
     quiet = contextlib.redirect_stderr(said) if request.package else contextlib.nullcontext()
     waiting = sweep.waiting(request.launcher)
+    searching = search.searching() if request.is_search else contextlib.nullcontext()
     line = [*request.flags, *request.overrides]
     try:
         start = hydra.main(
             config_path=str(CONF_DIR), config_name="train", version_base=VERSION_BASE
         )
-        with as_command_line(line), quiet, waiting, request.search.used():
+        with as_command_line(line), quiet, waiting, searching, request.search.used():
             start(job)()
     except UserError as error:
         _say(str(error))
@@ -138,42 +139,48 @@ def _job(run: Callable[[DictConfig], object], codes: list[int]) -> Callable[[Dic
     """
     parent, reader = sweep.here(), sweep.reader()
 
-    def job(cfg: DictConfig) -> sweep.Ended | None:
+    def job(cfg: DictConfig) -> sweep.Ended | float | None:
         if sweep.here() != parent:
             streams.guard()
             streams.outlast()
-            code, words = _attempt(run, cfg)
-            return sweep.Ended(code, "" if sweep.reader() == reader else words) if code else None
+            code, words, value = _attempt(run, cfg)
+            return sweep.Ended(code, "" if sweep.reader() == reader else words) if code else value
         if is_sweep() and fork.can_fork():
-            code = fork.in_own_process(lambda: _attempt(run, cfg)[0])
+            code, value = fork.in_own_process(lambda: _attempt(run, cfg)[::2])
             if code < 0:
                 name = signal.Signals(-code).name
                 memory = " (is there memory enough?)" if name == "SIGKILL" else ""
                 _say(f"{which_job()}ended by {name}{memory}; {sweep.GO_ON}")
                 code = 1
         else:
-            code, _ = _attempt(run, cfg)
+            code, _, value = _attempt(run, cfg)
         codes.append(code)
-        return None
+        return value
 
     return job
 
 
-def _attempt(run: Callable[[DictConfig], object], cfg: DictConfig) -> tuple[int, str]:
-    """Run a job; return its exit code, and what was said if it failed."""
+def _attempt(run: Callable[[DictConfig], object], cfg: DictConfig) -> tuple[int, str, float | None]:
+    """Run a job; return its exit code, what was said if it failed, and its value for a search.
+
+    To a search a run that diverged is an answer, no failure.
+    """
+    direction = search.direction_here()
     try:
         redact_sweep()
-        run(cfg)
+        result = run(cfg)
     except UserError as error:
         words = f"{which_job()}{error}"
         _say(words)
-        return 2, words
+        return 0 if direction and isinstance(error, Diverged) else 2, words, None
     except Exception as error:  # the boundary of a job: the other jobs of a sweep go on
         sys.stderr.write(traceback.format_exc())
         _say(f"{which_job()}crashed; the error is above.")
         name = type(error).__name__
-        return 1, f"{which_job()}crashed ({name}): see {sweep.log_file()}."
-    return 0, ""
+        return 1, f"{which_job()}crashed ({name}): see {sweep.log_file()}.", None
+    if direction is None or not isinstance(result, Mapping):
+        return 0, "", None
+    return 0, "", search.value_of(result, direction)
 
 
 def _say(text: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from smezo_cli.config import sweep
+from smezo_cli.config import search, sweep
 from smezo_cli.config.combinations import lacks
 from smezo_cli.config.composer import Composer
 from smezo_cli.config.fixed import OPTIONAL_SETTINGS, sentence, usual
@@ -27,8 +27,8 @@ _OF_A_PATH = {
 _MANY = 40  # names, from which a command that lists them is shown in their place
 
 
-def values_of(override: Any, multirun: bool) -> list[str]:
-    """Return an override as one line for each of its values; none for an interval."""
+def values_of(override: Any, multirun: bool, is_search: bool) -> list[str]:
+    """Return an override as one line for each of its values; of an interval, for both ends."""
     text = override.input_line
     if not override.is_sweep_override():
         return [text]
@@ -38,7 +38,12 @@ def values_of(override: Any, multirun: bool) -> list[str]:
             f"{override.get_key_element()}=[...] for a list."
         )
     if not override.is_discrete_sweep():
-        return []  # an interval: what it stands for is the sweeper's affair
+        if not is_search:
+            raise UserError(
+                f"{text}: an interval is what a search chooses from: add hydra/sweeper=optuna, or "
+                "name the values."
+            )
+        return search.ends_of(override)
     from hydra.errors import HydraException
 
     key = override.get_key_element()
@@ -76,6 +81,10 @@ def check_choice(composer: Composer, override: Any) -> None:
                 f"{group}={choice} needs a package that is not installed: "
                 f"python -m pip install {sweep.INSTALL[name]}."
             )
+        if (group == "hydra/sweeper" and name in (search.NAME, search.FILE)) or (
+            group == "hydra/sweeper/sampler"
+        ):
+            search.check_installed(group, name)
         if name not in options:
             known = near(name, options)
             if len(options) > _MANY:

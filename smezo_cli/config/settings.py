@@ -65,7 +65,7 @@ class Settings:
     data_seed: Annotated[int, SEED]
     steps: Annotated[int, Whole(1, example="150")]
     batch_size: Annotated[int, COUNT]
-    eval_every: Annotated[int, Whole(1, example="50")]  # null has become a tenth of the steps
+    eval_every: Annotated[int, Whole(1, example="50")]  # null has become a number
     stop_if_diverged: Annotated[float | None, Number(1, above=True, example="2.0")]
     patience: Annotated[int | None, Whole(1, example="5")]
     micro_batch_size: Annotated[int | None, COUNT]
@@ -127,7 +127,7 @@ def check(cfg: DictConfig) -> Settings:
         check_frozen(checked["task"], checked["model"], checked["method"])
         return Settings(**checked | {"eval_every": 1})
     if checked["eval_every"] is None:
-        checked["eval_every"] = math.ceil(checked["steps"] / 10)
+        checked["eval_every"] = min(checked["steps"], max(20, math.ceil(checked["steps"] / 10)))
     check_steps(checked)
     return Settings(**checked)
 

@@ -16,7 +16,7 @@ INSTALL = {
     "joblib": "'hydra-joblib-launcher>=1.2,<1.3'",
     "submitit_local": "'hydra-submitit-launcher>=1.2,<1.3' 'submitit>=1.5,<2'",
     "submitit_slurm": "'hydra-submitit-launcher>=1.2,<1.3' 'submitit>=1.5,<2'",
-    "ray": "'hydra-ray-launcher>=1.2.2,<1.3' (Python 3.11, see docs/sweeps.md)",
+    "ray": "'hydra-ray-launcher>=1.2.2,<1.3' (Python 3.11, see docs/guide/sweeps.md)",
 }
 
 GO_ON = (

@@ -225,6 +225,6 @@ def _check_arguments(args: TrainingArguments) -> None:
     if args.world_size > 1 or args.n_gpu > 1:
         raise ValueError(
             f"{max(args.world_size, args.n_gpu)} processes or GPUs: a zeroth-order step in a "
-            "Trainer takes one; torchrun with smezo train shares a step (docs/ranks.md), and "
+            "Trainer takes one; torchrun with smezo train shares a step (docs/guide/ranks.md), and "
             "CUDA_VISIBLE_DEVICES=0 leaves one GPU"
         )

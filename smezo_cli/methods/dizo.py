@@ -97,7 +97,7 @@ class FromStart(Dense):
         return found
 
     def stretch(self, target: Target, by: float, step: int) -> None:
-        """theta <- theta + by (theta - theta_0), rounded as updates are, by chance of its own."""
+        """Set theta <- theta + by (theta - theta_0), rounded as updates are, by its own chance."""
         flat, start = target.flat, self.start_of(target)
         rounding = ROUNDINGS.get(flat.dtype) if self._is_stochastic else None
         key = torch.tensor(stream_key(self.seed, "round stretch", step, target.name))

@@ -133,7 +133,7 @@ def num_weights(target: Target) -> int:
 
 
 class RoundedPair:
-    """u(key) is u_1 = Q_SR(z) in a probe and u_2 = Q_SR(z) in an update, z ~ N(0, I).
+    """Make u(key): u_1 = Q_SR(z) in a probe, u_2 = Q_SR(z) in an update, z ~ N(0, I).
 
     Args:
         perturb_bits: of u, which has 2^perturb_bits levels (k + 1/2) step in [-RANGE, RANGE].

@@ -153,7 +153,7 @@ def rounds_of(
 
 
 class SignsAndDecoded(Dense):
-    """u(key) is Rademacher noise; that of the one decoded gradient of a step is this vector."""
+    """Make u(key) of Rademacher noise; of the decoded gradient of a step it is that vector."""
 
     def __init__(self) -> None:
         super().__init__("rademacher")
@@ -337,7 +337,7 @@ class Rounds:
 
 
 class AcceptedRound(Update):
-    """theta <- theta - lr 2^-j (g + weight_decay theta) of the round j that was accepted, if any.
+    """Step by lr 2^-j (g + weight_decay theta) of the round j that was accepted, if any.
 
     Args:
         rounds: measures and decodes.

@@ -2,8 +2,9 @@
 
 LoRA (arXiv 2106.09685) and prefix tuning (arXiv 2101.00190) as MeZO has them (arXiv 2305.17333,
 appendix E), and LoRA-FA (arXiv 2308.03303), made of ``peft``'s modules, so that peft loads what was
-trained; and bottlenecks of tensor-train cores as AdaZeta has them (arXiv 2406.18060). The model
-stays the object that it was: its scores, its probes and its cache are those of any other.
+trained; bottlenecks of tensor-train cores as AdaZeta has them (arXiv 2406.18060); and the kinds
+that peft has beside these (``peft_layers.py``). The model stays the object that it was: its scores,
+its probes and its cache are those of any other.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from smezo_cli.models.lora import Lora
+from smezo_cli.models.peft_layers import attach_peft
 from smezo_cli.models.prefix import Prefix
 from smezo_cli.models.tensor_train import TensorTrain
 
@@ -26,6 +28,8 @@ class Adapter(Protocol):
 
     #: positions that it takes of the model's window
     num_places: int
+    #: :meth:`save` writes a whole model, the adapter added to its weights; may be set to False
+    merges: bool
 
     @property
     def loaded_by(self) -> str:
@@ -48,7 +52,7 @@ def attach(model: PreTrainedModel, node: Mapping[str, Any], seed: int) -> Adapte
     Args:
         model: changed in place; on the meta device the adapter is, too.
         node: ``method.adapter``: kind, and the arguments of :class:`Lora`, :class:`Prefix` or
-            :class:`TensorTrain`.
+            :class:`TensorTrain`; or a kind of peft and its config.
         seed: with a parameter's name, keys its first values; the global generator is left as it is.
 
     Raises:
@@ -61,7 +65,8 @@ def attach(model: PreTrainedModel, node: Mapping[str, Any], seed: int) -> Adapte
         "prefix": Prefix,
         "tensor_train": TensorTrain,
     }
+    make = partial(attach_peft, kind=node["kind"]) if "config" in node else kinds[node["kind"]]
     with torch.random.fork_rng(devices=[]):  # peft draws first values, which are replaced
-        made = kinds[node["kind"]](model, seed=seed, **arguments)
+        made = make(model, seed=seed, **arguments)
     nn.Module.eval(model)
     return made

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from smezo_cli.errors import UserError, first_line
+from smezo_cli.models.peft_layers import loaded_by_peft
 from smezo_cli.zo.noise import stream_key, uniform_at
 
 
@@ -61,6 +62,7 @@ class Lora:
         except ValueError as error:
             raise UserError(_unfit(model, targets, first_line(error))) from error
         self._model, self._config = model, config
+        self.merges = not self._is_packed
         self._layers: dict[str, Any] = {
             name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)
         }
@@ -83,18 +85,15 @@ class Lora:
 
     @property
     def loaded_by(self) -> str:
-        """Return a line that names a class of transformers, or peft for a model in 4 bits."""
-        if self._is_packed:
-            name = type(self._model).__name__
-            return f"peft loads it: PeftModel.from_pretrained({name}.from_pretrained(BASE), FOLDER)"
+        """Return a line that names a class of transformers, or peft where nothing is merged."""
+        if not self.merges:
+            return f"peft loads it: {loaded_by_peft(self._model)}"
         return f"transformers loads it: {type(self._model).__name__}.from_pretrained(FOLDER)"
 
     @property
     def saved_bytes(self) -> int:
-        """Return the bytes of the model without A and B; for a model in 4 bits those of A and B."""
-        if self._is_packed:
-            return self._bytes_of(is_adapter=True)
-        return self._bytes_of(is_adapter=False)
+        """Return the bytes of the model without A and B, or those of A and B."""
+        return self._bytes_of(is_adapter=not self.merges)
 
     def _bytes_of(self, *, is_adapter: bool) -> int:
         """Return the bytes of A and B, or of all other parameters."""
@@ -118,10 +117,10 @@ class Lora:
     def save(self, folder: Path) -> None:
         """Write the whole model with B A added to its weights, as transformers saves it.
 
-        The sums are rounded to the dtype of the weights, so that losses agree to its precision. Of
-        a model in 4 bits only A and B are written, as an adapter of peft.
+        The sums are rounded to the dtype of the weights, so that losses agree to its precision.
+        Where nothing is merged, as in a model in 4 bits, A and B are written as an adapter of peft.
         """
-        if self._is_packed:
+        if not self.merges:
             self._save_alone(folder)
             return
         merged: dict[str, Tensor] = {}

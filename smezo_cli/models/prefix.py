@@ -38,6 +38,8 @@ class Prefix:
             and eager.
     """
 
+    merges = False
+
     def __init__(self, model: PreTrainedModel, *, num_tokens: int, seed: int) -> None:
         from peft import PrefixEncoder, PrefixTuningConfig
 

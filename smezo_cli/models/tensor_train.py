@@ -169,6 +169,7 @@ class TensorTrain:
     """
 
     num_places = 0
+    merges = False
 
     def __init__(
         self, model: PreTrainedModel, *, bottleneck: int, rank: int, bias: bool, seed: int

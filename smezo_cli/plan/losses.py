@@ -18,7 +18,7 @@ class Rows:
     """Describe the rows that one loss of a step is over.
 
     Attributes:
-        number: how many; None: it hangs on the number of train rows, which is not known.
+        number: how many; None: it depends on the number of train rows, which is not known.
         tokens: of the longest that it may have.
     """
 
@@ -130,7 +130,7 @@ def rows_of(method: Any, objective: str, settings: Settings, longest: int) -> Ro
 def rows_and_tokens(method: Any, settings: Settings, longest: int) -> tuple[int, int] | None:
     """Return the rows in all forwards of the training, and their tokens at most.
 
-    None where that hangs on the number of train rows, which is not known.
+    None where that depends on the number of train rows, which is not known.
     """
     rows = tokens = 0
     for objective, forwards in forwards_by_loss(method, settings.steps).items():

@@ -18,6 +18,7 @@ from smezo_cli.plan.trace import bytes_of
 
 ROWS = "rows in them"  # in the forwards of training
 
+TRAINED = "weights trained, those of the adapter"
 KEPT = "inputs of the first trained block"
 
 _CUDA = "CUDA"
@@ -214,7 +215,9 @@ def _of_mixture(settings: Settings, capacity: int | None, tokens: int | None) ->
     known = [key for key in first.work if all(key in part.work for part in parts)]
     work = {key: sum(part.work[key] for part in parts) for key in known}
     for key in known:
-        if key in ("forwards of training", "evaluations on dev") or key.startswith("blocks"):
+        if key in ("forwards of training", "evaluations on dev", TRAINED) or key.startswith(
+            "blocks"
+        ):
             work[key] = first.work[key]
     # A loss has rows of all parts.
     run = dry_run(part_of(first_node), first.device, tokens, stages.num_demonstrations(settings))
@@ -361,6 +364,8 @@ def _work(run: DryRun, method: Any, kept: kept_inputs.Kept | None) -> dict[str, 
         **({f"blocks in each, of {kept.blocks}": kept.blocks - kept.first} if kept else {}),
         "evaluations on dev": evaluations,
     }
+    if s.method.get("adapter") is not None:
+        work[TRAINED] = sum(p.numel() for p in method.trained.values())
     if fits and s.task["num_train"]:
         work["rows whose hidden states are computed"] = s.task["num_train"]
     num_dev = s.task["num_dev"]

@@ -49,7 +49,7 @@ def _less(cell: Cell, table: Table) -> str:
     return "{:+.{digits}f} ± {:.{digits}f}".format(*cell.less, digits=_digits(table) + 1)
 
 
-def _grid(table: Table, cells: Sequence[Cell], less: str) -> tuple[list[str], list[list[str]]]:
+def grid(table: Table, cells: Sequence[Cell], less: str) -> tuple[list[str], list[list[str]]]:
     """Return the head, and for each row its lines: ours, paper, difference; no empty ones."""
     columns = list(dict.fromkeys(cell.column.name for cell in cells))
     lines = []
@@ -114,7 +114,7 @@ def shown(
         writer.writeheader()
         writer.writerows(records)
         return out.getvalue()
-    head, lines = _grid(table, cells, less)
+    head, lines = grid(table, cells, less)
     if form == "latex":
         rows = [head, *lines]
         body = [" & ".join(map(_latex, row)) + r" \\" for row in rows]

@@ -11,7 +11,7 @@ from smezo_cli.report.runs import Run, draw_their_rows
 
 MOST_BYTES = 1 << 28  # of metrics.jsonl; 20,000 steps have 3 MB
 
-_MOST_LINES = 7  # colours that can be told apart
+MOST_LINES = 7  # colours that can be told apart
 
 _MOST_PANELS = 6
 
@@ -92,11 +92,11 @@ class Figure:
         Raises:
             UserError: it has more lines than can be told apart.
         """
-        if len(panel.series) > _MOST_LINES and self.kind != "memory":
+        if len(panel.series) > MOST_LINES and self.kind != "memory":
             names = ", ".join(s.name for s in panel.series)
             raise UserError(
                 f"smezo plot {self.kind}: {panel.title} has {len(panel.series)} lines ({names}) "
-                f"and {_MOST_LINES} can be told apart; choose with KEY=VALUE, such as "
+                f"and {MOST_LINES} can be told apart; choose with KEY=VALUE, such as "
                 "sparsity=0.75 or method=mezo, or with --row."
             )
         if any(s.x or s.absent for s in panel.series):
@@ -124,7 +124,8 @@ def method_name(run: Run) -> str:
     return name + (" refreshed" if node.get("mask_refresh_every") else "")
 
 
-def _full_name(run: Run) -> str:
+def full_name(run: Run) -> str:
+    """Return the name of the method, with the sparsity that was asked for."""
     sparsity = requested_sparsity(run)
     return method_name(run) + (f" {sparsity:g}" if sparsity else "")
 
@@ -162,7 +163,7 @@ def merge_seeds(sources: Iterable[Source], free: Sequence[str]) -> list[Group]:
                 if key.rpartition(".")[2] not in ("seed", *free)
             }
             settings["train_rows"] = str(run.result.get("train_rows"))
-            name = source.name or _full_name(run)
+            name = source.name or full_name(run)
             rest = {k: v for k, v in settings.items() if k not in _OF_SPLIT}
             key = json.dumps([name, source.chosen, rest], sort_keys=True)
             buckets.setdefault(key, []).append((run, Group(name, (), settings, source.chosen)))

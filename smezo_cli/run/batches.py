@@ -56,7 +56,7 @@ class Batches:
         order: "shuffled"; or "stratified", which spreads the rows of each class evenly over the
             epoch: each batch holds them in proportion, within one row (of two classes; within
             more rows if there are many small classes). The mean over an epoch is the same; batches
-            differ less (docs/batches.md).
+            differ less (docs/guide/batches.md).
     """
 
     def __init__(

@@ -21,6 +21,7 @@ from smezo_cli.scoring.evaluation import Evaluation
 from smezo_cli.store.saved import tensors_digest
 from smezo_cli.store.trajectory import Recorder
 from smezo_cli.store.values import Metrics
+from smezo_cli.tasks import Row
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def test(
         dev = evaluate(rows.dev, "dev", step=best, made=made).scores
     if team is not None:
         dismissed = dismiss(run, team, measure)
-    return Tested(report(run, found, rows.dev, dev), dismissed)
+    texts = evaluate.loaded.task.test
+    return Tested(report(run, found, texts, rows.dev, dev), dismissed)
 
 
 def _put_best(
@@ -98,20 +100,29 @@ def _put_best(
 
 
 def report(
-    run: Run, found: Evaluation, dev_rows: Sequence[Candidates], dev_scores: Tensor
+    run: Run,
+    found: Evaluation,
+    test_rows: Sequence[Row],
+    dev_rows: Sequence[Candidates],
+    dev_scores: Tensor,
 ) -> Metrics:
     """Save scores and predictions of the test rows; return their metrics beside both zero-shots.
 
     Args:
         run: whose rows they are.
         found: what the tested weights made of the test rows.
+        test_rows: these rows with their texts, which are kept beside the predictions.
         dev_rows: on which label offsets are fitted.
         dev_scores: of the same weights.
     """
     scores = run.folder.scores_so_far() | {"dev": dev_scores}
     scores |= {"labels": found.labels, "test": found.scores, "outcome.test": found.per_row()}
     run.folder.save_scores(scores)
-    lines = [strict_json.dumps(line, ensure_ascii=False) + "\n" for line in found.predictions()]
+    lines = [
+        strict_json.dumps({"id": row.id, "fields": dict(row.fields)} | line, ensure_ascii=False)
+        + "\n"
+        for row, line in zip(test_rows, found.predictions(), strict=True)
+    ]
     atomic.write_text(run.folder.path / "predictions-test.jsonl", "".join(lines))
     tested = found.figures()
     if (offsets := found.with_scores(dev_rows, dev_scores).fit_offsets()) is not None:

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from smezo_cli.errors import UserError, redacted
 from smezo_cli.files import bounded
+from smezo_cli.machine import waiting
 from smezo_cli.run.loggers import open_log, removed
 
 LINE_EVERY_S = 10.0  # between plain progress lines
@@ -66,6 +67,7 @@ class Console:
     def say(self, text: str = "") -> None:
         """Write one line or more, without secrets."""
         text = redacted(text)
+        waiting.clear()
         if self._file:
             try:
                 if not bounded.is_at(self._file.fileno(), self._path):
@@ -105,6 +107,7 @@ class Bar:
 
     def __enter__(self) -> "Bar":
         rich = self._console._rich
+        waiting.clear()
         if rich.is_terminal and self._console._progress is None:
             columns = (
                 TextColumn("{task.description}"),

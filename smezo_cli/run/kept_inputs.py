@@ -9,6 +9,7 @@ import torch
 from smezo_cli.errors import UserError
 from smezo_cli.files.space import check_space
 from smezo_cli.machine.memory import available_bytes
+from smezo_cli.machine.waiting import waiting
 from smezo_cli.methods.base import Method
 from smezo_cli.models.blocks import Blocks, begin_at
 from smezo_cli.run.begin import Run
@@ -58,8 +59,9 @@ def settle(run: Run, loaded: Loaded, rows: Rows) -> None:
     """
     if (kept := loaded.scorer.forward.kept) is None:
         return
-    compute_together(loaded, rows.train)
-    _check(loaded, kept, of_one_part(rows.train)[:2])
+    with waiting("checking what is kept of two rows"):
+        compute_together(loaded, rows.train)
+        _check(loaded, kept, of_one_part(rows.train)[:2])
     # Test is kept by now if it will be; dev, if its prompt was chosen by its scores.
     to_come = [*rows.train, *([] if kept.has_batches("dev") else rows.dev)]
     size = kept.rows.held_bytes + kept.rows.file_bytes

@@ -17,6 +17,7 @@ from smezo_cli.errors import UserError
 from smezo_cli.files.fetch import cache_dir
 from smezo_cli.machine import process
 from smezo_cli.machine.allocator import keep_freed_memory
+from smezo_cli.machine.waiting import waiting
 from smezo_cli.models.adapter import Adapter, attach
 from smezo_cli.models.architecture import check_quantization, num_weights, quiet
 from smezo_cli.models.load import load_model
@@ -93,13 +94,14 @@ class Loaded:
         check_quantization(settings.model, self.device)
         if with_rows:
             self._load_task(say)
-        self.model, self.tokenizer = load_model(
-            settings.model,
-            dtype=self.dtype,
-            device=self.device,
-            cache=cache_dir(),
-            compute_dtype=compute,
-        )
+        with waiting(f"loading {settings.model['name']}"):
+            self.model, self.tokenizer = load_model(
+                settings.model,
+                dtype=self.dtype,
+                device=self.device,
+                cache=cache_dir(),
+                compute_dtype=compute,
+            )
         total = num_weights(self.model)
         self.of_base: str | None = None  # fingerprint of a model that an adapter changes
         self.adapter: Adapter | None = None
@@ -158,7 +160,8 @@ class Loaded:
 
     def _load_task(self, say: Callable[[str], None]) -> None:
         settings = self.settings
-        self.task = load_task(settings.task, data_seed=settings.data_seed, cache=cache_dir())
+        with waiting(f"reading the data of {settings.task['name']}"):
+            self.task = load_task(settings.task, data_seed=settings.data_seed, cache=cache_dir())
         say(
             f"  data    {self.task.source}: {len(self.task.train)} train, "
             f"{len(self.task.dev)} dev, {len(self.task.test)} test"
@@ -230,15 +233,16 @@ class Loaded:
         if rows is None:
             rows = [*self.task.train, *self.task.dev, *self.task.test]
         of_rows, found = by_part(rows), Found()
-        for part, of_part in by_part(prompts).items():
-            some, ways = _unlike(of_rows.get(part, rows)), set[bool]()
-            for prompt in of_part:
-                encoded = self.encode(some, prompt)
-                way = all(row.full != () and row.shares_prefix for row in encoded)
-                if way not in ways:
-                    ways.add(way)
-                    chosen = pick(encoded, self.scorer.most_tokens)
-                    found = found.stricter(measure(self.scorer, chosen))
+        with waiting("measuring which rows may share a forward"):
+            for part, of_part in by_part(prompts).items():
+                some, ways = _unlike(of_rows.get(part, rows)), set[bool]()
+                for prompt in of_part:
+                    encoded = self.encode(some, prompt)
+                    way = all(row.full != () and row.shares_prefix for row in encoded)
+                    if way not in ways:
+                        ways.add(way)
+                        chosen = pick(encoded, self.scorer.most_tokens)
+                        found = found.stricter(measure(self.scorer, chosen))
         return found
 
     def set_probe(self, saved: Mapping[str, Tensor], where: Path) -> None:
@@ -321,7 +325,7 @@ class Loaded:
         """Save the model, or its adapter, and the tokenizer in a new folder."""
         self.model.config.use_cache = True
         saved: Any = self.model  # without types
-        with quiet():
+        with quiet(), waiting(f"writing {folder}"):
             if self.adapter is not None:
                 self.adapter.save(folder)
             else:

@@ -1,12 +1,14 @@
-"""Write metrics: JSON lines, W&B, TensorBoard."""
+"""Write metrics: JSON lines, W&B, TensorBoard, Trackio."""
 
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import math
 import os
 import shlex
+import sqlite3
 import struct
 import sys
 import time
@@ -17,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from smezo_cli.config.fixed import INSTALL_TENSORBOARD
+from smezo_cli.config.fixed import INSTALL_LOGGER
 from smezo_cli.errors import UserError, redacted, redacted_tree
 from smezo_cli.files import bounded, strict_json
 
@@ -267,7 +269,8 @@ class TensorBoardLogger:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise UserError(f"logger=tensorboard: {error}: {INSTALL_TENSORBOARD}.") from error
+            install = INSTALL_LOGGER["tensorboard"]
+            raise UserError(f"logger=tensorboard: {error}: {install}.") from error
         self._folder = folder / "tensorboard"
         with self._saying():
             if self._folder.is_symlink():
@@ -297,11 +300,9 @@ class TensorBoardLogger:
 
     def close(self, summary: Mapping[str, Any], ok: bool) -> str:
         """See :class:`Logger`; each metric of the test rows is one last point."""
-        names = ("test", "zero_shot", "zero_shot_calibrated")
         with self._saying():
             if ok:
-                metrics = {name: summary[name] for name in names if summary.get(name)}
-                self._add(metrics, summary["step"], None)
+                self._add(_of_test(summary), summary["step"], None)
             self._writer.close()
         return ""
 
@@ -316,6 +317,76 @@ class TensorBoardLogger:
             yield
         except OSError as error:
             raise UserError(f"cannot write {self._folder}: {error.strerror or error}.") from error
+
+
+class TrackioLogger:
+    """Log to Trackio's database on this machine; nothing is sent anywhere.
+
+    The database lies in TRACKIO_DIR, the same for all runs, as its dashboard shows them together. A
+    resumed run is written anew from the lines that metrics.jsonl has kept: every step is there
+    once, also if the run began with another logger.
+
+    Args:
+        node: the settings of the logger.
+        folder: of the run; its metrics.jsonl is open, and cut to what is kept.
+        config: of the run.
+
+    Raises:
+        UserError: Trackio refuses the name of the project, or cannot write.
+    """
+
+    def __init__(self, node: Mapping[str, Any], folder: Path, config: Mapping[str, Any]) -> None:
+        self._project, name = redacted(node["project"]), f"{folder.parent.name}-{folder.name}"
+        try:
+            with _alone():
+                import trackio
+
+                with contextlib.suppress(ValueError):  # there is no such project yet
+                    for run in trackio.Api().runs(self._project):
+                        if run.name == name:
+                            run.delete()
+                self._trackio = trackio
+                self._run = trackio.init(
+                    self._project,
+                    name=name,
+                    group=folder.parent.name,
+                    config=redacted_tree(config),
+                    embed=False,
+                    auto_log_gpu=False,
+                    auto_log_cpu=False,
+                )
+        except (OSError, ValueError, sqlite3.Error, ImportError) as error:
+            raise UserError(f"logger=trackio logger.project={self._project}: {error}.") from error
+        for record in _records(folder / "metrics.jsonl"):
+            self.log(record)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """See :class:`Logger`; each number of a record is a series."""
+        numbers = {name: value for name, value in _numbers(record) if name != "step"}
+        self._run.log(numbers, step=record["step"])
+
+    def close(self, summary: Mapping[str, Any], ok: bool) -> str:
+        """See :class:`Logger`; the line is the command that shows the project."""
+        if ok:
+            self.log({**_of_test(summary), "step": summary["step"]})
+        with _alone():
+            self._trackio.finish()
+        return f"  trackio  look at it: trackio show --project {shlex.quote(self._project)}"
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Keep Trackio from printing, and from asking the hub who the user is or sending it the run."""
+    from huggingface_hub import constants
+
+    kept = {name: os.environ.pop(name, None) for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")}
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+        os.environ.update({name: value for name, value in kept.items() if value is not None})
 
 
 class Loggers:
@@ -382,6 +453,8 @@ def open_loggers(
             services = [WandbLogger(node, folder, config)]
         elif node["name"] == "tensorboard":
             services = [TensorBoardLogger(folder, config)]
+        elif node["name"] == "trackio":
+            services = [TrackioLogger(node, folder, config)]
         undo.pop_all()
     return Loggers(lines, *services)
 
@@ -393,6 +466,12 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
             record = json.loads(line)
             if isinstance(record, dict) and isinstance(record.get("step"), int):
                 yield record
+
+
+def _of_test(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metrics of the test rows in result.json."""
+    names = ("test", "zero_shot", "zero_shot_calibrated")
+    return {name: summary[name] for name in names if summary.get(name)}
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:

@@ -129,7 +129,7 @@ def _of_another(source: str, model: mask.Model) -> Any:
 def _rows(loaded: Loaded, count: int) -> dict[str, list[Candidates]]:
     """Return so many training rows, of each part of a mixture, under the first prompt.
 
-    Which ones hangs on the seed alone; those that are too long to be trained on are left out.
+    The seed alone decides which ones; those that are too long to be trained on are left out.
 
     Raises:
         UserError: all are too long.

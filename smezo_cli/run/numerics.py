@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from smezo_cli.machine.waiting import waiting
 from smezo_cli.methods.base import compares_losses
 from smezo_cli.run.batches import Batches
 from smezo_cli.run.begin import Run
@@ -204,7 +205,8 @@ def measured_noise(
         return {}
     try:
         batch = of_one_part(batches.rows(run.state.step))[: measure.size]
-        return loss_noise(method, measure.scorer, batch, run.objective, run.check_stop)
+        with waiting("measuring the noise of losses"):
+            return loss_noise(method, measure.scorer, batch, run.objective, run.check_stop)
     except (RuntimeError, MemoryError, NonFiniteLoss) as error:
         line = str(error).partition("\n")[0]
         run.say(f"  the loss noise of {s.dtype} was not measured: {line}")

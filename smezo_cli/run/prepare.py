@@ -3,6 +3,7 @@
 from functools import partial
 
 from smezo_cli.files.space import check_space
+from smezo_cli.machine.waiting import waiting
 from smezo_cli.methods.base import Method
 from smezo_cli.run.batches import Batches
 from smezo_cli.run.begin import Run
@@ -67,7 +68,7 @@ def _choose_executor(run: Run, method: Method, measure: Measure, batches: Batche
     choose = getattr(method, "choose_executor", None)
     if choose is None:
         return
-    with saying_why_not_batched():
+    with saying_why_not_batched(), waiting("trying how losses are measured fastest"):
         seconds = measure.until_it_fits(choose, batches.rows(run.state.step))
     words = ", ".join(f"{name} {spent:.3g} s" for name, spent in seconds.items())
     chosen: str = method.executor  # type: ignore[attr-defined]  # there, where choose_executor is

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from smezo_cli.errors import UserError
+from smezo_cli.machine.waiting import waiting
 from smezo_cli.run.begin import Run
 from smezo_cli.run.loaded import Loaded
 from smezo_cli.scoring.candidates import Candidates
@@ -39,7 +40,8 @@ def encode(run: Run, loaded: Loaded) -> Rows:
         UserError: no training row is short enough.
     """
     task, prompt = loaded.task, loaded.prompt(run.notes["prompt"])
-    train, dev, test = (loaded.encode(rows, prompt) for rows in (task.train, task.dev, task.test))
+    with waiting("reading rows as tokens"):
+        train, dev, test = (loaded.encode(of, prompt) for of in (task.train, task.dev, task.test))
     kept = [row for part, rows in by_part(train).items() for row in _kept(run, loaded, part, rows)]
     rows = Rows(kept, dev, test)
     count_cut(run, rows)

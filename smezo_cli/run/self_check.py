@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Sequence
 
 from smezo_cli.errors import UserError
+from smezo_cli.machine.waiting import waiting
 from smezo_cli.methods.base import Method
 from smezo_cli.run.begin import Run
 from smezo_cli.run.loaded import Loaded
@@ -48,7 +49,8 @@ def check(run: Run, loaded: Loaded, method: Method, rows: Sequence[Candidates]) 
     two = of_one_part(rows)[:2]
     loaded.scorer.model.eval()
     try:
-        checked = method.self_check(Batch(loaded.scorer, two, "loss", None))
+        with waiting("the self-check"):
+            checked = method.self_check(Batch(loaded.scorer, two, "loss", None))
     except ValueError as error:
         raise _unreached(run, error) from error
     if checked:

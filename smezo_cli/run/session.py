@@ -4,8 +4,9 @@ from typing import Any
 
 from smezo_cli.config.digest import is_extensible
 from smezo_cli.config.fixed import is_frozen
-from smezo_cli.errors import UserError
+from smezo_cli.errors import Diverged, UserError
 from smezo_cli.machine import allocator
+from smezo_cli.machine.waiting import waiting
 from smezo_cli.methods.frozen import InContext, LinearProbe
 from smezo_cli.run import (
     best,
@@ -49,7 +50,7 @@ def finish(run: Run) -> dict[str, Any]:
     except NonFiniteLoss as error:
         assert so_far.loaded is not None  # which loss could it be of?
         close(run, so_far, result.of(run, so_far, "diverged", error=str(error)))
-        raise UserError(diverged(run, so_far.loaded, error)) from error
+        raise Diverged(diverged(run, so_far.loaded, error)) from error
     except NotInLockstep as error:
         close(run, so_far, result.of(run, so_far, "failed", error=str(error)))
         raise UserError(f"method: {error}.") from error
@@ -103,7 +104,7 @@ def _without_steps(run: Run, so_far: SoFar, loaded: Loaded, evaluate: Evaluator)
     asked = frozen.ask(run, evaluate, method, so_far.rows, dev, test)
     so_far.loggers = loggers_of(run)
     frozen.log_dev(run, asked.dev, so_far.loggers)
-    tested = best.report(run, asked.test, so_far.rows.dev, asked.dev.scores)
+    tested = best.report(run, asked.test, loaded.task.test, so_far.rows.dev, asked.dev.scores)
     return result.of(run, so_far, "done", test=tested)
 
 
@@ -115,7 +116,8 @@ def _with_steps(run: Run, so_far: SoFar, loaded: Loaded, evaluate: Evaluator) ->
     if run.team is not None:
         leader.hand_layers(run, run.team)
         leader.hand_mask(run, run.team)
-    method = build_method(loaded)
+    with waiting("preparing the passes"):
+        method = build_method(loaded)
     kept_inputs.check(run, loaded, method)
     so_far.measure = measure = measure_for(run, loaded, method)
     so_far.keeps_state, so_far.passes = method.keeps_state, passes_of(run, method)

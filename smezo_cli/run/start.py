@@ -8,6 +8,7 @@ from smezo_cli.config.describe import command
 from smezo_cli.config.digest import digest
 from smezo_cli.config.settings import Settings
 from smezo_cli.machine.stop import Stopped, StopRequest
+from smezo_cli.machine.waiting import waiting
 from smezo_cli.run.console import Console
 from smezo_cli.run.finished import finished
 from smezo_cli.run.ranks import Ranks
@@ -38,9 +39,10 @@ def make(
         console.keep(folder.path / "console.log", folder.check_mine)
         with StopRequest(console.say, patient=False) as stop:
             # This takes seconds, which a finished run does not need.
-            from smezo_cli.run.begin import begin
-            from smezo_cli.run.closing import settle
-            from smezo_cli.run.session import finish
+            with waiting("loading torch and transformers"):
+                from smezo_cli.run.begin import begin
+                from smezo_cli.run.closing import settle
+                from smezo_cli.run.session import finish
 
             try:
                 run = begin(s, config, folder, console, stop, device, team)

@@ -19,6 +19,7 @@ from smezo_cli.config.method_keys import trait
 from smezo_cli.config.settings import Settings, check
 from smezo_cli.errors import UserError, near, redacted
 from smezo_cli.files.bounded import load_yaml
+from smezo_cli.machine.waiting import waiting
 
 if TYPE_CHECKING:
     from smezo_cli.run.console import Console
@@ -52,8 +53,9 @@ def opened(
     """Give a trained run's folder (locked), state, and settings with the overrides."""
     path = Path(run)
     cfg, settings = read_config(path, overrides)  # before torch is loaded: it finds most mistakes
-    from smezo_cli.run.layers import resolved
-    from smezo_cli.store.folder import RunFolder
+    with waiting("loading torch and transformers"):
+        from smezo_cli.run.layers import resolved
+        from smezo_cli.store.folder import RunFolder
 
     folder = RunFolder(path, to_read=True)
     try:

@@ -17,6 +17,7 @@ from smezo_cli.errors import UserError
 from smezo_cli.files import bounded, strict_json
 from smezo_cli.files.atomic import replacing
 from smezo_cli.files.space import check_space
+from smezo_cli.machine.waiting import waiting
 
 
 def save_tensors(
@@ -105,12 +106,14 @@ class Saved(Mapping[str, Tensor]):
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of names, dtypes, shapes and bytes, sorted by name; one copy at a time."""
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        dtype, shape, pieces = _in_pieces(tensors, name)
-        digest.update(f"{name} {dtype} {tuple(shape)}\n".encode())
-        for piece in pieces:
-            flat = piece.contiguous().view(-1).cpu()
-            digest.update(flat.view(torch.uint8).numpy().data)
+    with waiting("hashing the weights", len(tensors)) as tick:
+        for name in sorted(tensors):
+            dtype, shape, pieces = _in_pieces(tensors, name)
+            digest.update(f"{name} {dtype} {tuple(shape)}\n".encode())
+            for piece in pieces:
+                flat = piece.contiguous().view(-1).cpu()
+                digest.update(flat.view(torch.uint8).numpy().data)
+            tick(1)
     return digest.hexdigest()
 
 

@@ -4,8 +4,8 @@ A file may come from anywhere and be read long after it was written. So a key th
 is passed over (a newer version wrote it), a key may be missing (the file is older than the key),
 and a value that no run writes makes the whole file unsound: it is then treated as damaged.
 
-:class:`Result` is the one description of result.json; docs/result-json.md is made from it. The
-mappings are TypedDicts, so that what is written and what is read are plain dictionaries.
+:class:`Result` is the one description of result.json; docs/guide/result-json.md is made from it.
+The mappings are TypedDicts, so that what is written and what is read are plain dictionaries.
 """
 
 from collections.abc import Mapping, Sequence
@@ -205,7 +205,7 @@ class Result(TypedDict, total=False):
             "how much. underflow: the share of active weights that the last update left as they "
             "were. sampled: entries these follow from. In low precision also loss_error_rms, "
             "loss_error_mean, loss_noise, projected_grad_noise and noise_forwards; see "
-            "docs/precision.md."
+            "docs/guide/precision.md."
         ),
     ]
     peak_memory_bytes: Annotated[Count, says("Peak memory; of several GPUs the sum.")]

@@ -38,6 +38,7 @@ import numpy.typing as npt
 
 from smezo_cli.errors import UserError
 from smezo_cli.files import bounded, strict_json
+from smezo_cli.machine.waiting import waiting
 from smezo_cli.zo.step import StepRecord
 
 _RUN, DELTA, VERSION = b"SMEZOTRJ", b"SMEZODLT", 1
@@ -114,9 +115,11 @@ class Trajectory:
 
 def replay(method: Replayable, trajectory: Trajectory, step: int) -> None:
     """Apply the recorded steps from where the method is up to ``step``."""
-    while method.num_steps < step:
-        made = trajectory[method.num_steps]
-        method.replay(made.lr, made.scalars)
+    with waiting("applying steps", max(0, step - method.num_steps)) as tick:
+        while method.num_steps < step:
+            made = trajectory[method.num_steps]
+            method.replay(made.lr, made.scalars)
+            tick(1)
 
 
 def differences(header: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

@@ -75,7 +75,7 @@ Metrics = Annotated[dict[str, Any], by(dict[Text, Metric | Text | None])]
 
 
 def says(text: str) -> Any:
-    """Describe a key, for docs/result-json.md."""
+    """Describe a key, for docs/guide/result-json.md."""
     return Field(description=text)
 
 
@@ -198,7 +198,7 @@ class Together(TypedDict):
 
 
 class _Batching(TypedDict):
-    """Say which rows share a forward; see docs/batches.md."""
+    """Say which rows share a forward; see docs/guide/batches.md."""
 
     scores: Annotated[Together, no_others(Together), says("Where candidates are scored.")]
     answers: Annotated[Together, no_others(Together), says("Where answers are generated.")]

@@ -25,6 +25,8 @@ T = TypeVar("T")
 
 #: factors of the self-check's step at which a parameter is asked, until its effect can be seen
 SCALES = (1.0, 16.0, 256.0)
+#: modules that hold others, or parameters, and have no forward
+_LISTS = (nn.ParameterDict, nn.ParameterList, nn.ModuleDict, nn.ModuleList)
 _SAFETY = 8.0  # times the noise that was seen in a few losses
 _MANY = 5  # names; more are written as globs
 _ALWAYS_SAVED = 1_000_000  # weights; few beside a model that is worth training
@@ -145,7 +147,7 @@ class Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in t
 
 
 class _Moving:
-    """Inside, what is read is read by the mover."""
+    """Count what is read inside as read by the mover."""
 
     def __init__(self, reads: Reads) -> None:
         self._reads = reads
@@ -276,7 +278,8 @@ def enclosing(model: nn.Module, parameter: nn.Parameter) -> list[nn.Module]:
     """Return modules that contain all owners of one, the nearest first.
 
     They have parameters of their own, or a forward that was put in place of their class's (as TRL's
-    SFTTrainer does to a model): these forwards are those that may read it by themselves.
+    SFTTrainer does to a model): these forwards are those that may read it by themselves. Around a
+    ParameterDict or ParameterList, which has no forward, it is any module that has one.
     """
     paths = [
         name
@@ -284,6 +287,7 @@ def enclosing(model: nn.Module, parameter: nn.Parameter) -> list[nn.Module]:
         if any(p is parameter for p in module._parameters.values())
     ]
     owners = {model.get_submodule(path) for path in paths}
+    is_listed = all(isinstance(owner, _LISTS) for owner in owners)
     found = []
     first = paths[0]
     while first:
@@ -291,7 +295,9 @@ def enclosing(model: nn.Module, parameter: nn.Parameter) -> list[nn.Module]:
         module = model.get_submodule(first)
         is_around = all(not first or path.startswith(f"{first}.") for path in paths)
         owns = any(p is not None for p in module._parameters.values())
-        if is_around and (owns or "forward" in vars(module)) and module not in owners:
+        may_read = owns or "forward" in vars(module)
+        may_read = may_read or (is_listed and not isinstance(module, _LISTS))
+        if is_around and may_read and module not in owners:
             found.append(module)
     return found
 

@@ -36,6 +36,8 @@ def offers(line: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
         ("smezo plot sp", ["sparsity "]),
         ("smezo plot sparsity sm", ["small/1 "]),
         ("smezo plot curve --o", ["--out "]),
+        ("smezo report sm", ["small/1 "]),
+        ("smezo report --o", ["--out "]),
         ("smezo show meth", ["methods "]),
         ("smezo show methods sp", ["sparse_mezo", "sparse_mezo_lora"]),
         ("smezo nothing ", []),

@@ -212,8 +212,7 @@ def test_eval_repeats_the_test_of_the_training_bit_for_bit(
     out = capsys.readouterr().out
     found = lines(run / "predictions-test.jsonl")
     assert all("text" in line["fields"] for line in found)
-    stripped = [{k: v for k, v in line.items() if k != "fields"} for line in found]
-    assert stripped == lines("trained.jsonl")
+    assert found == lines("trained.jsonl")
     assert len(found) == 12
     result = result_of(run)
     test, metric, step = result["test"], result["metric"], result["dev"]["best"]["step"]
@@ -593,3 +592,20 @@ def test_a_folder_that_is_read_only_can_be_read(
     smezo("predict", sparse, "--field", "text=the film was warm")
     smezo("replay", sparse, "--split", "none")
     assert (sparse / ".lock").stat().st_mtime_ns == lock
+
+
+def test_show_prints_the_settings_of_a_run_and_what_came_of_it(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = result_of(run)
+    smezo("show", "run", run)
+    said = capsys.readouterr().out
+    assert OmegaConf.create(said) == OmegaConf.load(run / "config.yaml")  # the rest are comments
+    metric = result["metric"]
+    assert f"# test: {metric} {result['test'][metric]:.4f} +- " in said
+    assert "# status: done at step 6 of 6\n" in said
+    assert f"# command: {result['command']}\n" in said
+    smezo("show", "run", run.name)
+    assert capsys.readouterr().out.partition("\n")[2] == said.partition("\n")[2]
+    assert main(["show", "run", "rte-opt"]) == 2
+    assert "there is no run rte-opt" in capsys.readouterr().err

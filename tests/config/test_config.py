@@ -179,10 +179,11 @@ def test_a_shared_recipe_reaches_the_models_that_point_at_it(file: Path) -> None
     assert OmegaConf.merge(cfg, OmegaConf.load(file)) == cfg
 
 
-def test_eval_every_defaults_to_a_tenth_of_the_steps() -> None:
+def test_eval_every_defaults_to_a_tenth_of_the_steps_but_at_least_20() -> None:
     words = ["task=toy", "model=tiny-llama"]
-    assert check(compose([*words, "steps=150"])).eval_every == 15
-    assert check(compose([*words, "steps=3"])).eval_every == 1
+    assert check(compose([*words, "steps=1501"])).eval_every == 151
+    assert check(compose([*words, "steps=150"])).eval_every == 20
+    assert check(compose([*words, "steps=3"])).eval_every == 3
     assert check(compose([*words, "steps=150", "eval_every=40"])).eval_every == 40
 
 

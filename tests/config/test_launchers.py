@@ -1,4 +1,4 @@
-"""Launchers of sweeps: jobs that joblib and submitit start, and what docs/sweeps.md shows."""
+"""Launchers of sweeps: jobs that joblib and submitit start, and what docs/guide/sweeps.md shows."""
 
 import importlib.util
 import json
@@ -286,9 +286,10 @@ def test_a_launcher_of_a_file_is_refused(
     assert not Path("ran").exists()
 
 
-# --- what docs/sweeps.md shows ---------------------------------------------------------------
+# --- what docs/guide/sweeps.md shows ---------------------------------------------------------
 
-SHOWN = re.findall(r"^ {4}smezo (train .*)$", (ROOT / "docs" / "sweeps.md").read_text(), re.M)
+SWEEPS = ROOT / "docs" / "guide" / "sweeps.md"
+SHOWN = re.findall(r"^ {4}smezo (train .*)$", SWEEPS.read_text(), re.M)
 
 
 @pytest.mark.parametrize("line", SHOWN)

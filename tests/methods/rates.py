@@ -50,6 +50,7 @@ _CONTRAST = (1 - 2 * LR * 5.01 + LR**2 * 330) ** STEPS
 RATES = {
     "mezo": _MEZO,
     "mezo_lora": _MEZO,
+    "mezo_peft": _MEZO,
     "mezo_prefix": _MEZO,
     "sparse_mezo": _MEZO._replace(why="MeZO at sparsity 0"),
     "sparse_mezo_lora": _MEZO._replace(why="MeZO at sparsity 0"),

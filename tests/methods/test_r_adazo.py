@@ -26,7 +26,7 @@ def r_adazo(model: nn.Module, **more: Any) -> RAdaZO:
 def test_thirty_steps_are_those_of_the_rule(
     queries: int, betas: tuple[float, float], decay: float
 ) -> None:
-    """Within 1e-3, half of lr: where m is near 0 its sign hangs on rounding of 1e-5 in p."""
+    """Within 1e-3, half of lr: where m is near 0 its sign depends on rounding of 1e-5 in p."""
     model = mlp()
     opt = r_adazo(model, num_queries=queries, betas=betas, weight_decay=decay)
     theta, lr, eps, (b1, b2) = weights64(mlp()), 2e-3, 1e-2, betas

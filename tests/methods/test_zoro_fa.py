@@ -85,7 +85,7 @@ def test_thirty_steps_are_those_of_the_paper() -> None:
     """Within 2e-3 after moves of up to 25.
 
     Slopes are off by eps times half the curvature, 2e-3, and the entries that are recovered beside
-    the four true ones are of that size times lr; which ones these are hangs on float32.
+    the four true ones are of that size times lr; float32 decides which ones these are.
     """
     model = Sparse()
     opt = made(model, weight_decay=0.01)

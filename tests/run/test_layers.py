@@ -91,6 +91,7 @@ def test_the_dominant_layer_is_found_once_and_noted(
     told(["export", str(folder), delta, "--delta"], capsys)
     assert "the same as the run's" in told(["replay", delta, "--split", "none"], capsys)
     told(["export", str(folder), str(tmp_path / "model"), "--step", "1"], capsys)
+    assert "# dominant layer: block 1 of 2, " in told(["show", "run", str(folder)], capsys)
     told(["eval", str(folder), "--step", "1", "--out", str(tmp_path / "p.jsonl")], capsys)
 
 

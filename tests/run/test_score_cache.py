@@ -22,7 +22,8 @@ from tests.run.tiny_runs import METHODS, SMALL, assert_same_run, flip, result_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-WORDS = [*SMALL, "model=tiny-llama", "steps=2", "batch_size=4", "lr=1e-3", "cache_scores=true"]
+WORDS = [*SMALL, "model=tiny-llama", "steps=2", "eval_every=1", "batch_size=4", "lr=1e-3"]
+WORDS += ["cache_scores=true"]
 MEZO = [*WORDS, "method=mezo", "method.executor=sequential"]
 NUM_DEV, NUM_TEST = 16, 24
 WHOLE = [NUM_DEV, NUM_DEV, NUM_TEST]  # two prompts, and zero-shot

@@ -299,7 +299,7 @@ def test_first_order_methods_can_run_out_of_patience(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["patience=9"], ["patience=9", "10 evaluations", "eval_every"]),
+        (["patience=9", "eval_every=4"], ["patience=9", "10 evaluations", "eval_every"]),
         (["patience=0"], ["patience=0", "at least 1", "or null", "patience=5"]),
         (["stop_if_diverged=1"], ["stop_if_diverged=1", "above 1", "or null"]),
         (["method.clip_projected_grad=0"], ["method.clip_projected_grad=0", "above 0", "or null"]),
@@ -375,7 +375,7 @@ def test_moves_are_those_of_all_weights_within_the_error_of_a_sample() -> None:
     assert both["moved_share"] == pytest.approx(0.3, abs=0.036)
     assert both["rms_move"] == pytest.approx(2 * math.sqrt(0.3), rel=0.06)
     assert notes["numerics"]["sampled"] == 4096 + 50
-    # The sample hangs on the seed and the name alone.
+    # The sample depends on the seed and the name alone.
     again = [Numerics(sparse(Big()), seed, {})._samples[0].index for seed in (0, 0, 1)]
     assert again[0] is not None
     assert again[1] is not None

@@ -453,6 +453,52 @@ def test_a_weight_that_a_forward_put_in_place_reads_is_moved_there(executor: str
     assert got == pytest.approx(wanted, rel=1e-4)
 
 
+class Scaling(nn.Module):
+    """A layer that has its scales in a ParameterDict, as adapters of peft have."""
+
+    def __init__(self, scales: nn.ParameterDict) -> None:
+        super().__init__()
+        self.layer, self.scales = nn.Linear(12, 12), scales
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x) * self.scales["one"] + self.scales["other"]
+        return y
+
+
+@pytest.mark.parametrize("is_shared", [False, True], ids=["own", "shared"])
+@pytest.mark.parametrize("executor", ["sequential", "lockstep"])
+def test_a_weight_in_a_parameter_dict_is_moved_where_it_is_read(
+    executor: str, is_shared: bool
+) -> None:
+    """Also one that two layers share: then around both."""
+
+    def scales() -> nn.ParameterDict:
+        return nn.ParameterDict({"one": torch.ones(12), "other": torch.zeros(12)})
+
+    def layers() -> nn.ModuleDict:
+        first = scales()
+        both = nn.Sequential(Scaling(first), nn.Tanh(), Scaling(first if is_shared else scales()))
+        return nn.ModuleDict({"layers": both})
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = layers()
+
+        def forward(self) -> Tensor:
+            loss: Tensor = self.inner["layers"](X).square().mean()
+            return loss
+
+    model = seeded(Model)
+    wanted = textbook(model, lambda m: m)
+    opt = mezo(model, executor=executor)
+    opt.self_check(model)
+    (got,) = opt.step(model).projected_grad
+    # Losses of order 1 in float32, over 2 eps.
+    assert got == pytest.approx(wanted, rel=1e-4, abs=3e-5)
+    assert all(isinstance(p, nn.Parameter) for p in model.parameters())
+
+
 # ---------------------------------------------------------------------------- compiled models
 
 

@@ -22,7 +22,7 @@ WORTH_COMPILING = 100_000  # weights; fewer are moved some hundred times while N
 
 
 class Dense:
-    """u(key) is noise z as large as the tensor, drawn again in every pass or kept for a step.
+    """Make u(key) of noise z as large as the tensor, drawn again in every pass or kept for a step.
 
     Args:
         noise: "gaussian" or "rademacher".

@@ -27,7 +27,7 @@ from smezo_cli.zo.targets import Target, check, one_of
 
 
 class Factored:
-    """u(key) of a matrix W (m, n) is a small random core, lifted by factors that stay for a while.
+    """Make u(key) of a matrix W (m, n) by lifting a small random core by factors that stay a while.
 
     * "uv" (LOZO, arXiv 2410.07698): U V^T, both Gaussian. The core is U (m, r).
     * "uzv" (SubZero, arXiv 2410.08989): sqrt(m n) / r U Z V^T, U and V of orthonormal columns, Z

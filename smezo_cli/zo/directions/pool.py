@@ -39,7 +39,7 @@ def register_states(bits: int) -> list[int]:
 
 
 class Pool(Dense):
-    """u(key) is a pool of N = 2^bits - 1 numbers in (-1, 1), laid end to end over all weights.
+    """Make u(key) of a pool of N = 2^bits - 1 numbers in (-1, 1), laid end to end over all weights.
 
     The weights count as one vector, tensor after tensor by name. ``generators=0``: the pool is
     drawn once, and each direction begins where the one before ended: number t Q + q at place
@@ -137,7 +137,7 @@ class Pool(Dense):
         return self._streams[parts]
 
     def _offset(self, key: Key) -> int:
-        """Return where a direction begins in the pool; of generators, what places hang on."""
+        """Return where a direction begins in the pool; of generators, the key of all its places."""
         if self.generators:
             return stream_key(self._seed, "z", key.step, key.query)[0]
         stride = self._total % self.size

@@ -22,7 +22,7 @@ Shape = Callable[[slice | Tensor, Tensor], Tensor]
 
 
 class Shaped(Dense, ABC):
-    """u(key) = A + B z with noise z, where A and B of a weight follow from the state.
+    """Make u(key) = A + B z of noise z, where A and B of a weight follow from the state.
 
     A probe and the update of its step read the same state: an update writes to a part of the state
     after u was made of it, and to ``State.numbers`` after its pass.

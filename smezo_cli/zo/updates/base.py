@@ -37,7 +37,7 @@ class WeightWriter:
         self.step, self.weight_decay = step, weight_decay
 
     def move(self, gradient: Gradient, scale: float, decay: float = 0.0) -> None:
-        """theta <- theta + scale g - decay theta, in one pass, on what is selected."""
+        """Set theta <- theta + scale g - decay theta, in one pass, on what is selected."""
         self._direction.apply(self.step, gradient.move(scale, decay))
 
     def copy_weights(self, name: str) -> None:
@@ -47,7 +47,7 @@ class WeightWriter:
     def elementwise(
         self, gradient: Gradient, change: Callable[..., Tensor], decay: float = 0.0
     ) -> None:
-        """theta <- theta + change(g, *state) - decay theta, part by part, on what is selected.
+        """Set theta <- theta + change(g, *state) - decay theta, by parts, on what is selected.
 
         Along directions of low rank g, the state and the change are small: they are combined in
         the coordinates of the subspace, and what is added to the weights is lifted from there.

@@ -5,7 +5,7 @@ from smezo_cli.zo.updates.base import Update, WeightWriter
 
 
 class SGD(Update):
-    """theta <- theta - lr (g + weight_decay theta)."""
+    """Step against the gradient: theta <- theta - lr (g + weight_decay theta)."""
 
     def apply(self, weights: WeightWriter, gradient: Gradient, lr: float) -> None:
         """See :class:`Update`."""

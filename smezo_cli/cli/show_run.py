@@ -1,0 +1,75 @@
+"""`smezo show run RUN`: the settings of a run, and below them what came of it."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from smezo_cli.errors import UserError, near
+from smezo_cli.files import bounded
+from smezo_cli.report.runs import Run, find, load
+
+
+def text(word: str) -> str:
+    """Return config.yaml of a run, and what its result.json says, as comments.
+
+    Args:
+        word: its folder, or a part of the folder's name that no other run below runs/ has.
+
+    Raises:
+        UserError: no run, or several, are called so.
+    """
+    run = load(Path(word)) or _named(word)
+    settings = bounded.read_text(run.path / "config.yaml", 1 << 24)
+    said = "".join(f"# {line}".rstrip() + "\n" for line in _facts(run))
+    return f"# {run.path}\n{settings.rstrip()}\n\n{said}"
+
+
+def _named(word: str) -> Run:
+    runs = find(Path("runs")) if Path("runs").is_dir() else []
+    found = [run for run in runs if run.path.name == word]
+    found = found or [run for run in runs if word in str(run.path)]
+    if len(found) == 1:
+        return found[0]
+    names = [str(run.path) for run in found or runs]
+    if found:
+        raise UserError(f"{word} fits {len(found)} runs: {', '.join(names)[:300]}.")
+    raise UserError(f"there is no run {word}{near(word, names)} (smezo runs lists them).")
+
+
+def _facts(run: Run) -> Iterator[str]:
+    """Yield what came of a run, a line a fact; facts that it does not have are left out."""
+    result = run.result
+    steps = f" at step {result.get('step', 0)} of {result['steps']}" if "steps" in result else ""
+    yield f"status: {result['status']}{steps}"
+    if result["status"] in ("failed", "diverged") and result.get("error"):
+        yield f"error: {result['error']}"
+    for name in ("zero_shot", "zero_shot_calibrated", "test"):
+        if (scored := result.get(name)) and run.metric in scored:
+            yield f"{name.replace('_', ' ')}: {_score(scored, run.metric)}"
+    if best := (result.get("dev") or {}).get("best"):
+        yield f"best on dev: {_score(best, run.metric)}, step {best['step']}"
+    if prompt := result.get("prompt"):
+        yield f"prompt: {prompt.get('template')!r}"
+    if layer := result.get("dominant_layer"):
+        yield (
+            f"dominant layer: block {layer['block']} of {layer['num_blocks']}, the first whose "
+            f"output has an entry above {layer['factor']:g} times its median "
+            f"({layer['ratio']:.3g} times)"
+        )
+    if result.get("num_trained"):
+        yield f"trained: {result['num_trained']:,} weights"
+    if result.get("executor"):
+        yield f"executor: {result['executor']}"
+    if result.get("num_forwards") is not None and result.get("train_seconds") is not None:
+        yield f"training: {result['num_forwards']} forwards, {result['train_seconds']:.1f} s"
+    if result.get("peak_memory_bytes"):
+        yield f"peak memory: {result['peak_memory_bytes'] / 2**30:.2f} GiB on {result['device']}"
+    if result.get("command"):
+        yield f"command: {result['command']}"
+
+
+def _score(scored: Mapping[str, Any], metric: str) -> str:
+    """Return a metric with its standard error and the number of rows."""
+    error = scored.get("standard_error")
+    spread = "" if error is None else f" +- {error:.4f}"
+    return f"{metric} {scored[metric]:.4f}{spread} (n={scored['n']})"
