@@ -4,5 +4,5 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bash "$root/scripts/setup.sh" --dev
-NO_MKDOCS_2_WARNING=1 "$root/.venv/bin/python" -m mkdocs build --strict --quiet --config-file "$root/scripts/site/mkdocs.yml" "$@"
+NO_MKDOCS_2_WARNING=1 "$root/.venv/bin/python" -m mkdocs build --strict --config-file "$root/scripts/site/mkdocs.yml" "$@"
 echo "$root/build/site/index.html"

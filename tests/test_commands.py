@@ -33,7 +33,6 @@ INSTEAD = {
     "steps=20": "steps=2",
     "eval_every=10": "eval_every=1",
     "task.num_dev=40": "task.num_dev=4",
-    "task.num_test=40": "task.num_test=4",
 }
 # What a verb is given where the line does not say it, so that a run takes a second.
 SMALL = {

@@ -23,7 +23,7 @@ QUIET = (
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site, strictly built: a page that is in no menu and a broken link or anchor end it."""
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
     ended = subprocess.run(
         [*command, "--config-file", str(CONFIG), "--site-dir", str(folder)],
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)},
@@ -31,7 +31,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text=True,
     )
     assert ended.returncode == 0, ended.stderr
-    assert ended.stderr == ""
     return folder
 
 

@@ -72,7 +72,7 @@ def expected(folder: Path) -> list[tuple[int, dict[str, float]]]:
 def test_each_number_is_there_once_also_if_a_run_goes_on_and_nothing_is_sent(
     asked: list[object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a hub token, and a Space named in the environment; the first part was without Trackio."""
+    """With a hub token, and a Space named in the environment; the first part had no Trackio."""
     monkeypatch.setenv("HF_TOKEN", "hf_planted0123456789abcdefghij")
     monkeypatch.setenv("TRACKIO_SPACE_ID", "somebody/else")
     words = ["train", *shlex.split(SMALL)]
