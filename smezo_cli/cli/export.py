@@ -159,6 +159,8 @@ def _lm_eval(
         model = f"pretrained={base},peft={folder},tokenizer={folder}"
     if (computed := settings.compute_dtype or settings.dtype) != settings.dtype:
         model += f",mixed_precision_dtype={computed}"
+    if computed != "float32":  # as smezo adds up log-probabilities
+        model += ",softmax_dtype=float32"
     lines = [
         f"  lm-eval scores {len(job.task.test)} test rows: lm_eval --model hf --model_args {model} "
         f"--include_path {folder}/{FOLDER} --tasks {','.join(names)}"
