@@ -387,14 +387,15 @@ def test_the_files_hold_no_path_and_run_without_smezo(mixture: Path) -> None:
 def test_the_command_says_how_precision_and_long_rows_are_treated(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = "method=adamw steps=1 task=toy compute_dtype=bfloat16 model.max_length=12 name=cut"
+    words = "method=adamw steps=1 task=toy task.prompt=0 compute_dtype=bfloat16 name=cut"
+    words += " model.max_length=8"
     assert main(["train", *shlex.split(f"{TRAIN} {COUNTS} {words}")]) == 0
     (run,) = Path("runs/cut").iterdir()
     capsys.readouterr()
     assert main(["export", str(run), "cut", "--lm-eval"]) == 0
     out = capsys.readouterr().out
     assert "pretrained=cut,mixed_precision_dtype=bfloat16,softmax_dtype=float32 " in out
-    assert "of these rows are longer than model.max_length=12: lm-eval cuts them elsewhere" in out
+    assert "of these rows are longer than model.max_length=8: lm-eval cuts them elsewhere" in out
 
 
 # ---------------------------------------------------------------------------------------- refused
