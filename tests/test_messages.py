@@ -672,7 +672,7 @@ VERBS: list[Mistake] = [
         "predict another field",
         None,
         f"predict {RUN} --field txt=a",
-        ["no column 'text'", "did you mean txt"],
+        ["shows 'text', which is not given, did you mean txt", "add --field text=TEXT"],
     ),
     (
         "predict no file",

@@ -90,6 +90,8 @@ def main(words: Sequence[str]) -> int:
         tasks, lines = _lm_eval(job, state, target, given.run) if given.lm_eval else ({}, [])
         size = save_model(job, target, cfg, folder.result() or {}, step, tasks)
         print(f"{target}: {settings.model['name']} after {step} steps, {shown_bytes(size)}")
+        if "BASE" in job.loaded_by and (base := job.model.config.name_or_path):
+            lines = [f"  BASE is {base}", *lines]
         print("\n".join([f"  {job.loaded_by}", *lines]))
     return 0
 
@@ -153,10 +155,12 @@ def _lm_eval(
     settings, folder = job.settings, shlex.quote(str(target))
     model = f"pretrained={folder}"
     if job.adapter is not None and "peft loads" in job.loaded_by:
-        base = shlex.quote(str(settings.model.get("path") or "BASE"))
+        base = shlex.quote(str(job.model.config.name_or_path or "BASE"))
         model = f"pretrained={base},peft={folder},tokenizer={folder}"
     if (computed := settings.compute_dtype or settings.dtype) != settings.dtype:
         model += f",mixed_precision_dtype={computed}"
+    if computed != "float32":  # as smezo adds up log-probabilities
+        model += ",softmax_dtype=float32"
     lines = [
         f"  lm-eval scores {len(job.task.test)} test rows: lm_eval --model hf --model_args {model} "
         f"--include_path {folder}/{FOLDER} --tasks {','.join(names)}"

@@ -17,10 +17,12 @@ from smezo_cli.run.trained import (
     opened,
     prompt_of_run,
     prompts_in,
+    read_config,
     say_code,
     score_rows,
     trained,
 )
+from smezo_cli.tasks.own import existing
 
 if TYPE_CHECKING:
     from smezo_cli.tasks import Prompt
@@ -64,6 +66,9 @@ def main(words: Sequence[str]) -> int:
         fields[name] = text
     overrides = [word for word in given.words if "=" in word]
     check_out(given.out)
+    if files:  # before torch is loaded, and after the run that it is for
+        read_config(Path(given.run), overrides)
+        existing("FILE", files[0])
     if given.out:
         streams.outlast()
     with opened(given.run, overrides) as (folder, state, settings, _):

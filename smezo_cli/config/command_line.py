@@ -68,7 +68,10 @@ def read(argv: Sequence[str]) -> Request:
     known, unknown = parser.parse_known_intermixed_args(_with_info(argv))
     if unknown:
         usual = [*itertools.chain(*alone.values()), "--cfg", "--info", "--package", "--config-dir"]
-        raise UserError(f"unknown flag {unknown[0]}{near(unknown[0], usual)}.")
+        raise UserError(
+            f"unknown flag {unknown[0]}{near(unknown[0], usual)}; settings have no dashes, as in "
+            "steps=100."
+        )
     acts = ("run", "multirun", "cfg", "info", "shell_completion")
     asked = [name for name in acts if getattr(known, name)]
     if len(asked) > 1:

@@ -5,6 +5,7 @@ import re
 import shlex
 import typing
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -16,6 +17,12 @@ from smezo_cli.config.fixed import OPTIONAL_SETTINGS, sentence, usual
 from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError, meant, near
 from smezo_cli.zo.ranges import shown
+
+# What is said to somebody who gives a file, a folder or a hub id as the choice of a group.
+_OF_A_PATH = {
+    "task": "; for a file of your own: task=classification task.data=FILE (or choice, generation)",
+    "model": "; for a folder or an id of the hub: model=own model.path=PATH",
+}
 
 _MANY = 40  # names, from which a command that lists them is shown in their place
 
@@ -82,7 +89,8 @@ def check_choice(composer: Composer, override: Any) -> None:
             known = near(name, options)
             if len(options) > _MANY:
                 known = f"{meant(name, options)} (smezo ls {group}s lists all {len(options)})"
-            raise UserError(f"{group}={choice}: there is no such {group}{known}.")
+            own = _OF_A_PATH.get(group, "") if "/" in choice or Path(choice).exists() else ""
+            raise UserError(f"{group}={choice}: there is no such {group}{known}{own}.")
 
 
 def check_keys(composer: Composer, overrides: Sequence[Any], chosen: Sequence[str]) -> None:
@@ -119,6 +127,8 @@ def _check_key(composer: Composer, override: Any, base: DictConfig, chosen: Sequ
     word = key.rpartition(".")[2]
     same = [path for path in paths if path.rpartition(".")[2] == word]
     close = same[:3] or difflib.get_close_matches(key, paths, n=2, cutoff=0.65)
+    if not close and (far := _elsewhere(composer, key, chosen)):
+        close = [far]
     hint = f", did you mean {' or '.join(close)}?" if close else ""
     parent = key.rpartition(".")[0]
     inside = [p for p in paths if p.rpartition(".")[0] == parent] or [
@@ -131,6 +141,16 @@ def _check_key(composer: Composer, override: Any, base: DictConfig, chosen: Sequ
     owner = re.sub(r"^smezo_cli\..*\.", "", str(target))
     more = f"; another argument of {owner}: +{override.input_line}" if target else ""
     raise UserError(f"there is no setting {key}{hint} (there are: {', '.join(inside)}){more}.")
+
+
+def _elsewhere(composer: Composer, key: str, chosen: Sequence[str]) -> str:
+    """Return the key inside a group that other choices of it have, and these; "" if none has."""
+    for group in ("task", "model", "method") if "." not in key else ():
+        inside = f"{group}.{key}"
+        options = composer.options(group)
+        if found := [one for one in options if _offers(composer, group, one, inside, chosen)]:
+            return f"{inside} (with {group}={' or '.join(found[:3])})"
+    return ""
 
 
 def check_deleted(composer: Composer, keys: Sequence[Any], lines: Sequence[str]) -> None:

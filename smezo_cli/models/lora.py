@@ -138,6 +138,8 @@ class Lora:
     def _save_alone(self, folder: Path) -> None:
         folder.mkdir(parents=True)
         self._config.base_model_name_or_path = self._model.config.name_or_path
+        if type(self._model).__name__.endswith("ForCausalLM"):
+            self._config.task_type = "CAUSAL_LM"  # for AutoPeftModelForCausalLM
         self._config.inference_mode = True
         self._config.save_pretrained(str(folder))
         self._config.inference_mode = False

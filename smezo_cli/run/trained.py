@@ -20,7 +20,6 @@ from smezo_cli.config.settings import Settings, check
 from smezo_cli.errors import UserError, near, redacted
 from smezo_cli.files.bounded import load_yaml
 from smezo_cli.machine.waiting import waiting
-from smezo_cli.methods.base import replays
 
 if TYPE_CHECKING:
     from smezo_cli.run.console import Console
@@ -52,12 +51,12 @@ def opened(
     run: str, overrides: Sequence[str] = ()
 ) -> Iterator[tuple["RunFolder", "State", Settings, DictConfig]]:
     """Give a trained run's folder (locked), state, and settings with the overrides."""
+    path = Path(run)
+    cfg, settings = read_config(path, overrides)  # before torch is loaded: it finds most mistakes
     with waiting("loading torch and transformers"):
         from smezo_cli.run.layers import resolved
         from smezo_cli.store.folder import RunFolder
 
-    path = Path(run)
-    cfg, settings = read_config(path, overrides)
     folder = RunFolder(path, to_read=True)
     try:
         state = folder.load_state()
@@ -189,6 +188,7 @@ def replayed(loaded: "Loaded", records: "Trajectory", where: str) -> "ZeroOrder"
     Raises:
         UserError: the method or the model is another.
     """
+    from smezo_cli.methods.base import replays
     from smezo_cli.run.method import build_method
     from smezo_cli.store.trajectory import differences
 

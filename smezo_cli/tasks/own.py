@@ -5,6 +5,7 @@ generation.yaml say how); no Python, and nothing is written to the cache of the 
 """
 
 import contextlib
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -154,9 +155,9 @@ def _load(
                 f"task.{key} is for a data set of the hub, and task.data={data} is a file: leave "
                 f"task.{key} out."
             )
-    paths = [_path("task.data", data)]
+    paths = [existing("task.data", data)]
     if second is not None:
-        paths.append(_path("task.test_data", str(second)))
+        paths.append(existing("task.test_data", str(second)))
         if paths[0].samefile(paths[1]):
             raise UserError(
                 f"task.test_data={second} is the file of task.data too; leave it out, and test "
@@ -210,7 +211,11 @@ def _is_file(data: str) -> bool:
         raise UserError(f"task.data={data} can be no path ({error}).") from error
 
 
-def _path(key: str, data: str) -> Path:
+def existing(key: str, data: str) -> Path:
+    """Return the path of a file of rows; UserError, naming the key, if there is none.
+
+    It loads nothing heavy.
+    """
     try:
         path = Path(data).expanduser().absolute()
         is_folder, is_there = path.is_dir(), path.exists()
@@ -272,7 +277,7 @@ def unlabelled(
         UserError: naming file, line and column of what is missing or malformed.
     """
     if isinstance(data, str):
-        path = _path("FILE", data)
+        path = existing("FILE", data)
         templates = [prompt.template, prompt.option] if task["kind"] == "choice" else []
         asked = {"columns": task.get("columns"), "options": task.get("options")}
         wanted = _wanted(asked, templates or [prompt.template])
@@ -281,6 +286,12 @@ def unlabelled(
         _check_mappings(split)
     else:
         split = Split("predict", "--field", [Record("--field", 1, dict(data))], {})
+        for name in _wanted({"columns": task.get("columns")}, [prompt.template]):
+            if name not in data:
+                raise UserError(
+                    f"--field: the prompt {prompt.template!r} shows {name!r}, which is not given"
+                    f"{near(name, data)}: add --field {shlex.quote(name)}=TEXT."
+                )
     options = task.get("options") or (task.get("source") or {}).get("options") or "options"
     columns = Columns({"columns": task.get("columns"), "options": options}, split)
     choice = task["kind"] == "choice"

@@ -86,6 +86,16 @@ def test_train_answers_without_torch(words: list[str], code: int, tmp_path: Path
     assert not modules & HEAVY
 
 
+@pytest.mark.parametrize("verb", ["eval", "predict", "export"])
+def test_a_folder_that_is_no_run_is_refused_before_torch_is_loaded(
+    verb: str, tmp_path: Path
+) -> None:
+    more = {"eval": [], "predict": ["--field", "text=a"], "export": ["out"]}[verb]
+    code, modules = imports(verb, "runs", *more, cwd=tmp_path)
+    assert code == 2
+    assert not modules & HEAVY
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

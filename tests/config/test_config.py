@@ -201,6 +201,10 @@ MISTAKES = [
     # words of the command line, what the one sentence must say
     ("task=rotten_tomatos", ["task=rotten_tomatos", "did you mean rotten_tomatoes"]),
     ("model=smollm-135m", ["did you mean smollm2-135m", "tiny-opt"]),
+    ("data=a.csv", ["no setting data", "did you mean task.data (with task=choice or class"]),
+    ("model=./mine", ["model=./mine", "model=own model.path=PATH"]),
+    ("model=org/some-1b", ["no such model", "model=own model.path=PATH"]),
+    ("task=/tmp", ["no such task", "task=classification task.data=FILE"]),
     ("method=mzo", ["did you mean mezo", "smezo ls methods"]),
     ("recipe=none", ["no such recipe", f"{TASK}-{MODEL}-sparse_mezo"]),
     ("recipe=null", ["~recipe"]),
@@ -331,6 +335,7 @@ MISTAKES = [
     (TASK, ["not of the form KEY=VALUE", f"task={TASK}"]),
     ("lr", ["not of the form KEY=VALUE"]),
     ("name=[a", ["cannot read", "name=[a"]),
+    ("--steps 3", ["unknown flag --steps", "settings have no dashes, as in steps=100"]),
     ("--mutlirun", ["unknown flag --mutlirun", "did you mean --multirun"]),
     ("--cfg jbo", ["--cfg", "jbo", "job"]),
     ("--resolve", ["--cfg job"]),

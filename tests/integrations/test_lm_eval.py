@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -22,6 +23,7 @@ from smezo_cli.cli.verbs import main
 from smezo_cli.errors import UserError
 from smezo_cli.integrations import lm_eval_task
 from smezo_cli.integrations.lm_eval import check_prompts, task_files
+from smezo_cli.models.peft_layers import quiet_peft
 from smezo_cli.models.tiny import byte_tokenizer
 from smezo_cli.scoring import squad
 from smezo_cli.scoring.candidates import encode
@@ -117,10 +119,15 @@ def predictions(run: Path) -> list[dict[str, Any]]:
 
 
 def samples(
-    monkeypatch: pytest.MonkeyPatch, folder: str, tasks: Sequence[Any], **model: str
+    monkeypatch: pytest.MonkeyPatch,
+    folder: str,
+    tasks: Sequence[Any],
+    tasks_in: str = "",
+    **model: str,
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """What lm-eval says of tasks, and of each row by its id; its model on the CPU, no hub."""
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[lm-eval]'")
+    at = tasks_in or folder
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with warnings.catch_warnings(), torch.random.fork_rng():
@@ -132,7 +139,7 @@ def samples(
             model="hf",
             model_args={"pretrained": folder, **model},
             tasks=list(tasks),
-            task_manager=TaskManager(include_path=f"{folder}/lm_eval", include_defaults=False),
+            task_manager=TaskManager(include_path=f"{at}/lm_eval", include_defaults=False),
             device="cpu",
             batch_size=3,
             bootstrap_iters=0,
@@ -182,25 +189,30 @@ def test_lm_eval_generates_the_answers_of_the_run(
     assert results["smezo_own"]["f1,none"] == pytest.approx(tested["f1"], abs=1e-15)
 
 
-def test_lm_eval_takes_a_prefix_as_an_adapter_of_peft(
-    mixture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("method", "flags"), [("prefix", []), ("lora", ["--adapter"])])
+@pytest.mark.usefixtures("mixture")
+def test_lm_eval_takes_an_adapter_of_peft(
+    method: str,
+    flags: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Beside its base model, which is the export of the other run here."""
     base = "model=own model.path=mixed model.max_length=200"
-    words = f"task=sst2 task.data_dir=sst2 {COUNTS} method=prefix steps=3 {base}"
-    line = f"{words} {TRAIN.removeprefix('model=tiny-llama ')} name=prefix"
+    words = f"task=sst2 task.data_dir=sst2 {COUNTS} method={method} steps=3 {base}"
+    line = f"{words} {TRAIN.removeprefix('model=tiny-llama ')} name={method}"
     assert main(["train", *shlex.split(line)]) == 0
-    (run,) = Path("runs/prefix").iterdir()
+    (run,) = Path("runs", method).iterdir()
     capsys.readouterr()
-    assert main(["export", str(run), "prefix", "--lm-eval"]) == 0
-    assert "pretrained=mixed,peft=prefix,tokenizer=prefix " in capsys.readouterr().out
-    Path("mixed/lm_eval").rename("mixed/of the mixture")
-    Path("prefix/lm_eval").rename("mixed/lm_eval")
-    try:
-        _, found = samples(monkeypatch, "mixed", ["smezo_sst2"], peft="prefix", tokenizer="prefix")
-    finally:
-        Path("mixed/lm_eval").rename("prefix/lm_eval")
-        Path("mixed/of the mixture").rename("mixed/lm_eval")
+    assert main(["export", str(run), method, "--lm-eval", *flags]) == 0
+    said = f"pretrained=mixed,peft={method},tokenizer={method} "
+    out = capsys.readouterr().out
+    assert said in out
+    assert ("  BASE is mixed\n" in out) is (method == "lora")
+    with quiet_peft():
+        AutoPeftModelForCausalLM.from_pretrained(method)  # as its adapter_config.json says
+    asked = {"peft": method, "tokenizer": method, "tasks_in": method}
+    _, found = samples(monkeypatch, "mixed", ["smezo_sst2"], **asked)
     for prediction in predictions(run):
         row = found[prediction["id"]]
         scores = torch.tensor([log_p for ((log_p, _),) in row["resps"]]).double().log_softmax(0)
@@ -362,13 +374,28 @@ def test_an_answer_is_compared_as_squad_does() -> None:
 
 def test_the_files_hold_no_path_and_run_without_smezo(mixture: Path) -> None:
     """So that the folder can be moved, and sent to somebody who has lm-eval alone."""
-    for file in Path("mixed/lm_eval").iterdir():
+    files = [file for file in Path("mixed/lm_eval").iterdir() if file.is_file()]
+    assert len(files) == 2 * len(PARTS) + 1
+    for file in files:
         text = file.read_text()
         assert str(Path.cwd()) not in text
         assert "import smezo" not in text
         assert "from smezo" not in text
-    rows = lm_eval_task.rows.__code__.co_names  # finds its file beside itself
-    assert "__file__" in rows
+
+
+@pytest.mark.usefixtures("_folder")
+def test_the_command_says_how_precision_and_long_rows_are_treated(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = "method=adamw steps=1 task=toy task.prompt=0 compute_dtype=bfloat16 name=cut"
+    words += " model.max_length=8"
+    assert main(["train", *shlex.split(f"{TRAIN} {COUNTS} {words}")]) == 0
+    (run,) = Path("runs/cut").iterdir()
+    capsys.readouterr()
+    assert main(["export", str(run), "cut", "--lm-eval"]) == 0
+    out = capsys.readouterr().out
+    assert "pretrained=cut,mixed_precision_dtype=bfloat16,softmax_dtype=float32 " in out
+    assert "of these rows are longer than model.max_length=8: lm-eval cuts them elsewhere" in out
 
 
 # ---------------------------------------------------------------------------------------- refused

@@ -29,7 +29,9 @@ from smezo_cli.methods.mezo_adam import MeZOAdam
 from smezo_cli.methods.qzo import QZO
 from smezo_cli.methods.senszoq import SensZOQ
 from smezo_cli.methods.sparse_mezo import SparseMeZO
+from smezo_cli.models.tiny import byte_tokenizer
 from smezo_cli.zo.optimizer import ZeroOrder
+from tests import ROOT
 from tests.zo.test_optimizer import seeded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -266,3 +268,26 @@ def test_trl_trains_by_supervision_where_it_is_installed(tmp_path: Path) -> None
     trainer.train()
     assert trainer.state.global_step == 3
     assert not torch.equal(model.lm_head.weight, before)
+
+
+# A Trainer pins memory unless told not to, and torch says that there is nothing to pin it for.
+@pytest.mark.filterwarnings("ignore:'pin_memory':UserWarning")
+def test_the_example_of_the_guide_trains_and_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it stands there but for its steps: a folder, a table of texts of unequal length."""
+    monkeypatch.chdir(tmp_path)
+    sizes = tiny().config.to_dict() | {"vocab_size": 340, "max_position_embeddings": 64}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained("my-model")
+    byte_tokenizer(add_bos=False).save_pretrained("my-model")
+    lines = [f"a film of {10**i} hours,{('terrible', 'great')[i % 2]}" for i in range(8)]
+    Path("reviews.csv").write_text("\n".join(["text,label", *lines * 14]) + "\n")
+    guide = (ROOT / "docs/guide/trainer.md").read_text()
+    code = guide.partition("```python\n")[2].partition("```")[0]
+    assert "max_steps=1000" in code
+    code = code.replace("max_steps=1000", "max_steps=2, eval_steps=1, report_to=[]")
+    found: dict[str, Any] = {"__name__": "guide"}
+    exec(compile(code, "docs/guide/trainer.md", "exec"), found)
+    log = found["trainer"].state.log_history
+    assert [line["step"] for line in log if line.get("eval_loss", 0) > 0] == [1, 2]
+    assert Path("trained/model.safetensors").is_file()
