@@ -67,8 +67,7 @@ class Loaded:
         device: "cpu", "cuda" or "cuda:N"; one of the devices if the model is spread over several.
         say: receives a line about the data and lines about the model.
         with_rows: False loads no data; then there is no `task` and there are no `prompts`.
-        warn: receives a line if this machine has not the threads that torch takes it to have, or
-            if a part of torch cannot be used; by default `say`.
+        warn: receives a line on threads or parts of torch that are missing; by default `say`.
 
     Raises:
         UserError: data or model cannot be found, read, or fitted together.
