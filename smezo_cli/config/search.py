@@ -103,14 +103,24 @@ def ends_of(override: Any) -> list[str]:
     Raises:
         UserError: nothing lies between them, or no logarithm.
     """
-    text, value = override.input_line, override.value()
-    if not (math.isfinite(value.start) and math.isfinite(value.end) and value.start < value.end):
-        raise UserError(f"{text}: an interval has two numbers, and the first is the smaller one.")
-    if "log" in value.tags and value.start <= 0:
-        raise UserError(f"{text}: a logarithmic interval begins above 0.")
+    text, value, key = override.input_line, override.value(), override.get_key_element()
+    low, high = value.start, value.end
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        example = f"{high}, {low}" if high < low else "1e-5, 1e-3"
+        raise UserError(
+            f"{text}: an interval has two numbers, and the first is the smaller one: write "
+            f"'{key}=interval({example})'."
+        )
+    if "log" in value.tags and low <= 0:
+        raise UserError(
+            f"{text}: a logarithmic interval begins above 0: write "
+            f"'{key}=tag(log, interval({abs(high) / 100:g}, {abs(high):g}))'."
+        )
     if unknown := sorted(set(value.tags) - {"log"}):
-        raise UserError(f"{text}: there is no tag {unknown[0]}; write tag(log, interval(...)).")
-    key = override.get_key_element()
+        raise UserError(
+            f"{text}: there is no tag {unknown[0]}: write "
+            f"'{key}=tag(log, interval({low}, {high}))'."
+        )
     return [f"{key}={value.start}", f"{key}={value.end}"]
 
 

@@ -5,6 +5,7 @@ among the other lines of progress, on stdout; on stderr where a verb prints data
 """
 
 import contextlib
+import shutil
 import sys
 import threading
 import time
@@ -119,7 +120,8 @@ def _show(work: _Work, now: float) -> None:
             return
         if now - max(work.since, _shown.spoke) >= AFTER_S or _shown.is_drawn:
             _shown.is_drawn = True
-            _write(f"\r\x1b[K{words}")
+            # A line that is folded could not be taken away again.
+            _write(f"\r\x1b[K{words[: shutil.get_terminal_size().columns - 1]}")
     elif now - max(work.since, _shown.spoke) >= LINE_EVERY_S:
         _shown.spoke = now
         _write(f"{words}\n")

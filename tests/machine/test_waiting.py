@@ -58,6 +58,16 @@ def test_a_terminal_shows_one_line_from_two_seconds_on_and_takes_it_away(
     assert "\n" not in shown.getvalue()
 
 
+def test_a_line_is_no_wider_than_its_terminal(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "12")
+    monkeypatch.setattr(sys, "stdout", shown := Terminal())
+    with waiting.waiting("loading it"):
+        look(clock, 3)
+    assert shown.getvalue() == "\r\x1b[K  loading i\r\x1b[K"
+
+
 def test_elsewhere_a_line_every_ten_seconds_without_carriage_returns(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
