@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from smezo_cli.report.series import MOST_LINES, Panel, Series
 
 WIDTH = 360  # as wide as a phone shows it, so that text of 12 units is readable there
+_LETTER = 8  # most of the width of a digit beside an axis
 _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 240, 50, 12, 12, 44
 _ROW, _SIDE = 36, 18
 _MOST_MARKS = 40  # points of a line that are marked one by one
@@ -143,8 +144,10 @@ def lines(panel: Panel, x_label: str, title: str, styles: dict[str, int]) -> Lin
         for mean, sd in zip(series.mean, series.sd, strict=True)
         for value in (mean - (sd or 0.0), mean + (sd or 0.0))
     ]
-    x_axis = _Axis.of(xs, _LEFT, WIDTH - _RIGHT)
     y_axis = _Axis.of(ys, _HEIGHT - _BOTTOM, _TOP, margin=0.05)
+    y_ticks = y_axis.ticks(5)
+    left = max(_LEFT, 10 + _LETTER * max(len(tick.text) for tick in y_ticks))
+    x_axis = _Axis.of(xs, left, WIDTH - _RIGHT)
     drawn = tuple(_line(series, styles[series.name], x_axis, y_axis) for series in panel.series)
     ends = "; ".join(
         f"{s.label}: {number(s.mean[0])} at {number(s.x[0])}, {number(s.mean[-1])} at "
@@ -153,7 +156,7 @@ def lines(panel: Panel, x_label: str, title: str, styles: dict[str, int]) -> Lin
     )
     words = f"{panel.y} against {x_label}, from the first to the last evaluation. {ends}."
     x_ticks = x_axis.ticks(5, least=float(x_label == "steps"))  # there is no half a step
-    return LineChart(title, words, x_label, panel.y, x_ticks, y_axis.ticks(5), lines=drawn)
+    return LineChart(title, words, x_label, panel.y, x_ticks, y_ticks, lines=drawn, left=left)
 
 
 def _line(series: Series, style: int, x_axis: "_Axis", y_axis: "_Axis") -> Line:

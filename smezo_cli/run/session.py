@@ -59,7 +59,7 @@ def finish(run: Run) -> dict[str, Any]:
         try:
             keep_scores(run, so_far.partial)
         finally:  # whatever becomes of the scores, the run is closed
-            why = f"{type(error).__name__}: {error}"
+            why = f"{type(error).__name__}: {error}".removesuffix(": ")
             close(run, so_far, result.of(run, so_far, status, error=why))
         raise
     # A run with a trajectory needs the best weights alone, to go on too; unless its method has

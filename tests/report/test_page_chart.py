@@ -19,6 +19,7 @@ def test_points_and_ticks_lie_within_a_chart(low: float, wide: float) -> None:
     for ticks in (chart.x_ticks, chart.y_ticks):
         assert 2 <= len(ticks) <= 7
         assert len({tick.text for tick in ticks}) == len({tick.at for tick in ticks}) == len(ticks)
+    assert chart.left - 6 >= 7.5 * max(len(tick.text) for tick in chart.y_ticks)  # 12 units high
     values = [float(tick.text) for tick in chart.y_ticks]
     assert values == sorted(values)
 
