@@ -326,10 +326,11 @@ def test_a_mistake_is_one_sentence_before_the_first_run(
 def test_what_is_not_installed_is_named_with_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     """Also where an experiment asks for it: Hydra then finds no sampler."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    Path("own").mkdir()  # with a folder of its own nothing is taken that was composed before
     monkeypatch.delitem(ConfigStore.instance().repo["hydra"]["sweeper"], "sampler")
-    for words in (OPTUNA, f"experiment=search {SMALL}"):
+    for words in (OPTUNA, f"experiment=search {SMALL} --config-dir own"):
         assert searched(words, distance)[0] == 2
         err = capsys.readouterr().err
         assert err.count("\n") == 1
