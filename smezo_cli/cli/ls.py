@@ -74,6 +74,8 @@ def show(words: Sequence[str]) -> int:
     if len(given) != 2:
         raise UserError("smezo show takes a group and a name: smezo show method sparse_mezo.")
     if given[0] in ("run", "runs"):
+        if roots != of_line(None, ()).roots:
+            raise UserError("smezo show run reads the run alone: leave out --config-dir.")
         from smezo_cli.cli import show_run  # which reads results, and so numpy
 
         print(show_run.text(given[1]), end="")

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from smezo_cli.errors import UserError, near
+from smezo_cli.errors import UserError, meant
 from smezo_cli.files import bounded
 from smezo_cli.report.runs import Run, find, load
 
@@ -20,7 +20,8 @@ def text(word: str) -> str:
     """
     run = load(Path(word)) or _named(word)
     settings = bounded.read_text(run.path / "config.yaml", 1 << 24)
-    said = "".join(f"# {line}".rstrip() + "\n" for line in _facts(run))
+    facts = "\n".join(_facts(run)).splitlines()  # a prompt or an error may be of several lines
+    said = "".join(f"# {line}".rstrip() + "\n" for line in facts)
     return f"# {run.path}\n{settings.rstrip()}\n\n{said}"
 
 
@@ -32,8 +33,9 @@ def _named(word: str) -> Run:
         return found[0]
     names = [str(run.path) for run in found or runs]
     if found:
-        raise UserError(f"{word} fits {len(found)} runs: {', '.join(names)[:300]}.")
-    raise UserError(f"there is no run {word}{near(word, names)} (smezo runs lists them).")
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise UserError(f"{word} fits {len(found)} runs: {', '.join(names[:3])}{more}.")
+    raise UserError(f"there is no run {word}{meant(word, names)} (smezo runs lists all).")
 
 
 def _facts(run: Run) -> Iterator[str]:
@@ -46,10 +48,13 @@ def _facts(run: Run) -> Iterator[str]:
     for name in ("zero_shot", "zero_shot_calibrated", "test"):
         if (scored := result.get(name)) and run.metric in scored:
             yield f"{name.replace('_', ' ')}: {_score(scored, run.metric)}"
-    if best := (result.get("dev") or {}).get("best"):
+    best = (result.get("dev") or {}).get("best") or {}
+    if run.metric in best:
         yield f"best on dev: {_score(best, run.metric)}, step {best['step']}"
-    if prompt := result.get("prompt"):
-        yield f"prompt: {prompt.get('template')!r}"
+    prompts = result.get("prompt") or []
+    for prompt in prompts if isinstance(prompts, list) else [prompts]:  # of a mixture, several
+        part = f" of {prompt['part']}" if "part" in prompt else ""
+        yield f"prompt{part}: {prompt.get('template')!r}"
     if layer := result.get("dominant_layer"):
         yield (
             f"dominant layer: block {layer['block']} of {layer['num_blocks']}, the first whose "
@@ -63,7 +68,9 @@ def _facts(run: Run) -> Iterator[str]:
     if result.get("num_forwards") is not None and result.get("train_seconds") is not None:
         yield f"training: {result['num_forwards']} forwards, {result['train_seconds']:.1f} s"
     if result.get("peak_memory_bytes"):
-        yield f"peak memory: {result['peak_memory_bytes'] / 2**30:.2f} GiB on {result['device']}"
+        yield f"peak memory: {result['peak_memory_bytes'] / 2**30:.2f} GiB"
+    if result.get("device"):
+        yield f"device: {result['device']}"
     if result.get("command"):
         yield f"command: {result['command']}"
 
@@ -72,4 +79,5 @@ def _score(scored: Mapping[str, Any], metric: str) -> str:
     """Return a metric with its standard error and the number of rows."""
     error = scored.get("standard_error")
     spread = "" if error is None else f" +- {error:.4f}"
-    return f"{metric} {scored[metric]:.4f}{spread} (n={scored['n']})"
+    rows = f" (n={scored['n']})" if "n" in scored else ""
+    return f"{metric} {scored[metric]:.4f}{spread}{rows}"

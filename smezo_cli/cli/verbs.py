@@ -109,9 +109,10 @@ def _run(words: list[str]) -> int:
         from smezo_cli.machine.waiting import beside_data, waiting
 
         beside_data(verb in _PRINT_DATA)
-        with waiting("loading torch and transformers"):
-            run = _main_of(verb)
-        return run(rest)
+        if verb != "train":  # it loads them when a run begins, and may print settings alone
+            with waiting("loading torch and transformers"):
+                run = _main_of(verb)
+            return run(rest)
     return _main_of(verb)(rest)
 
 

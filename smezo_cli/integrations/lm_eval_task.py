@@ -13,8 +13,9 @@ def rows(file: str, **_: Any) -> dict[str, Any]:
     """Return the rows of a JSONL file beside this one, as lm-eval reads a data set: split test."""
     from datasets import Dataset  # type: ignore[import-untyped]  # the library ships no types
 
-    lines = Path(__file__).with_name(file).read_text(encoding="utf-8").splitlines()
-    return {"test": Dataset.from_list([json.loads(line) for line in lines])}
+    # Texts may hold other ends of a line, such as U+2028, as they are.
+    lines = Path(__file__).with_name(file).read_text(encoding="utf-8").split("\n")
+    return {"test": Dataset.from_list([json.loads(line) for line in lines if line])}
 
 
 def decide(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:

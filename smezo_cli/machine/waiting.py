@@ -64,19 +64,30 @@ def waiting(what: str, total: int | None = None) -> Iterator[Tick]:
     with _shown.lock:
         _shown.works.append(work)
         is_first = len(_shown.works) == 1
-    ended = threading.Event()
-    watch = threading.Thread(target=_watch, args=(ended,), daemon=True)
-    if is_first:
-        watch.start()
     try:
-        yield tick
+        with _watched() if is_first else contextlib.nullcontext():
+            yield tick
     finally:
         with _shown.lock:
             _shown.works.remove(work)
             clear()
-        if is_first:
-            ended.set()
-            watch.join()
+
+
+@contextlib.contextmanager
+def _watched() -> Iterator[None]:
+    """Look at what is waited for now and then; not at all where no thread can be had."""
+    ended = threading.Event()
+    watch = threading.Thread(target=_watch, args=(ended,), daemon=True)
+    try:
+        watch.start()
+    except RuntimeError:  # there are as many as this process may have
+        yield
+        return
+    try:
+        yield
+    finally:
+        ended.set()
+        watch.join()
 
 
 def beside_data(is_printed: bool) -> None:

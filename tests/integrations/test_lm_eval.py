@@ -65,7 +65,8 @@ ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
         "label": ("entailment", "not_entailment")[i % 2],
     },
     "boolq": lambda i: {
-        "passage": f"Caf\u00e9 {i} -- it opened {'long ' * i}ago.",
+        # U+2028 ends a line for Python, and none of a JSONL file.
+        "passage": f"Caf\u00e9\u2028{i} -- it opened {'long ' * i}ago.",
         "question": f"is caf\u00e9 {i} new",
         "label": i % 3 == 0,
     },
@@ -114,7 +115,7 @@ def answers(_folder: None) -> Path:
 
 
 def predictions(run: Path) -> list[dict[str, Any]]:
-    lines = (run / "predictions-test.jsonl").read_text().splitlines()
+    lines = (run / "predictions-test.jsonl").read_text().rstrip("\n").split("\n")
     return [json.loads(line) for line in lines]
 
 
@@ -253,7 +254,9 @@ def test_under_the_prompt_of_its_own_task_lm_eval_finds_what_smezo_does(
     rows = {
         row["id"]: row
         for task in ITS_OWN
-        for row in map(json.loads, Path(f"own/lm_eval/smezo_{task}.jsonl").read_text().splitlines())
+        for row in map(
+            json.loads, Path(f"own/lm_eval/smezo_{task}.jsonl").read_text().split("\n")[:-1]
+        )
     }
     docs = {task: [its_row(task, id) for id in rows if id.startswith(task)] for task in ITS_OWN}
     made = [its_task(path, docs[task]) for task, (path, *_) in ITS_OWN.items()]

@@ -143,3 +143,17 @@ def test_it_is_the_thread_that_looks_and_it_ends_with_the_context(
         raise KeyboardInterrupt
     assert threading.active_count() == before
     assert not waiting._shown.works
+
+
+def test_work_goes_on_where_no_thread_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    done = False
+    with waiting.waiting("loading it"):
+        done = True
+    assert done
+    assert not waiting._shown.works
+    with pytest.raises(KeyError), waiting.waiting("loading it"):
+        raise KeyError("of the work")
