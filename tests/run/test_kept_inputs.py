@@ -167,9 +167,7 @@ def test_test_rows_are_scored_from_the_block_on_as_by_the_whole_model(
     before = (kept / "predictions-test.jsonl").read_bytes()
     with contextlib.redirect_stdout(io.StringIO()):
         assert evaluate.main([str(kept), "--out", str(tmp_path / "again.jsonl")]) == 0
-    again = (tmp_path / "again.jsonl").read_text(encoding="utf-8").splitlines()
-    mine = [json.loads(line) for line in before.decode().splitlines()]
-    assert [{k: v for k, v in json.loads(line).items() if k != "fields"} for line in again] == mine
+    assert (tmp_path / "again.jsonl").read_bytes() == before
 
 
 def test_blocks_below_elasticzo_s_tail_may_be_frozen(tmp_path: Path) -> None:

@@ -359,7 +359,7 @@ def test_rows_by_class_are_in_the_digest_only_where_they_are_asked_for() -> None
 
 
 def test_the_plan_counts_dev_rows_by_class() -> None:
-    words = ["task=sst5", "model=tiny-roberta", "steps=10", "device=cpu"]
+    words = ["task=sst5", "model=tiny-roberta", "steps=10", "eval_every=1", "device=cpu"]
     found = plan(check(compose(words)), capacity=10**9, tokens=64)
     assert found.work["rows in evaluations, at most"] == (10 + 1) * 16 * 5 + 2 * 1000
 
