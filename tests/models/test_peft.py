@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smezo_cli import train
 from smezo_cli.cli import export, main
@@ -317,6 +317,42 @@ def test_a_soft_prompt_is_seen_through_padding_and_caches(kind: str) -> None:
     assert float((both - before).abs().max()) > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("kind", SOFT)
+def test_a_soft_prompt_stands_before_labels_of_one_token(
+    kind: str, tmp_path: Path, base: Any
+) -> None:
+    """Scores are log-probabilities that peft's own model gives, also behind what all rows share."""
+    model = copy.deepcopy(base)
+    adapter: Any = attach(model, {"kind": kind, "config": KINDS[kind]}, seed=0)
+    with torch.no_grad():
+        for p in model.get_submodule("prompt_encoder").parameters():
+            p.mul_(20)
+    adapter.save(tmp_path / "alone")
+    theirs: Any = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "alone").eval()
+    labels = (30, 31, 29)
+    texts = [(*range(10, 19), *range(2, n)) for n in (5, 12, 8)]
+    rows = [Candidates(tuple((*t, label) for label in labels), (1, 1, 1), 0, False) for t in texts]
+    job = Loaded(settings_of(*SMALL, "model=tiny-llama", "method=mezo"), "cpu", lambda _: None)
+    scorer = Scorer(model, job.tokenizer, places_before=adapter.num_places)
+    scorer.holds_common = True
+    with torch.no_grad():
+        last = [theirs(input_ids=torch.tensor([t])).logits[0, -1, list(labels)] for t in texts]
+        found = scorer.scores(rows)
+        with scorer.holding(rows):
+            assert scorer._held is not None
+            held = scorer.scores(rows)
+        counted = model(input_ids=torch.tensor(texts[:1]), logits_to_keep=2).logits
+        every = model(input_ids=torch.tensor(texts[:1]), logits_to_keep=99).logits
+        whole = theirs(input_ids=torch.tensor(texts[:1])).logits[:, adapter.num_places :]
+    want = torch.stack(last).log_softmax(-1)
+    # Sums of some ten float32 numbers of order 1, in another order.
+    torch.testing.assert_close(found.log_softmax(-1), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(held.log_softmax(-1), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(counted, whole[:, -2:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(every, whole, atol=1e-5, rtol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Finished runs of four steps: ia3 by MeZO, DoRA by backpropagation."""
@@ -352,6 +388,39 @@ def test_a_run_is_scored_exported_and_made_again(
         assert "NOT" not in capsys.readouterr().out
         again, whole = (load_file(tmp_path / f / "model.safetensors") for f in ("again", "whole"))
         assert all(torch.equal(again[key], tensor) for key, tensor in whole.items())
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("kind", ["adaption_prompt", *SOFT])
+def test_peft_scores_what_was_exported_as_the_run_does(kind: str, tmp_path: Path) -> None:
+    """From `smezo train` by `smezo export --adapter` to peft, on labels of one token."""
+    fields = [f"method.adapter.config.{name}={value}" for name, value in KINDS[kind].items()]
+    words = [*SMALL, "model=tiny-llama", "method=mezo_peft", f"method.adapter.kind={kind}", *fields]
+    more = ["lr=0.5", "steps=2", "batch_size=4", "method.executor=sequential"]
+    assert train.main([*words, *more, f"runs_dir={tmp_path}", "name=one"]) == 0
+    (run,) = (tmp_path / "one").iterdir()
+    assert main(["eval", str(run), "--step", "2", "--out", str(tmp_path / "rows.jsonl")]) == 0
+    alone = tmp_path / "alone"
+    assert main(["export", str(run), str(alone), "--step", "2", "--adapter"]) == 0
+
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(alone)
+    texts = [f"{row['fields']['text']}. It was" for row in rows]
+    labels = [tokenizer(f"{texts[0]} {word}")["input_ids"][-1] for word in ("terrible", "great")]
+    raw: Any = Loaded(settings_of(*SMALL, "model=tiny-llama", "method=mezo"), "cpu", print).model
+
+    def scores(model: Any) -> torch.Tensor:
+        ids = [torch.tensor([tokenizer(text)["input_ids"]]) for text in texts]
+        with torch.no_grad():
+            logits = [model(input_ids=one, use_cache=False).logits[0, -1, labels] for one in ids]
+        return torch.stack(logits).log_softmax(-1)
+
+    before = scores(raw)
+    found = torch.tensor([row["scores"] for row in rows])
+    # Sums of some ten float32 numbers of order 1, in another order.
+    theirs = scores(PeftModel.from_pretrained(raw, alone).eval())
+    torch.testing.assert_close(theirs, found, atol=1e-5, rtol=1e-5)
+    assert float((found - before).abs().max()) > 1e-3
 
 
 def test_only_an_adapter_is_exported_as_one(runs: Path, tmp_path: Path) -> None:
