@@ -237,6 +237,14 @@ def checked(kind: str = "lora", **config: Any) -> dict[str, Any]:
         ("prompt_tuning", "prompt_tuning_init", "TEXT", "set RANDOM or SAMPLE_VOCAB"),
         ("p_tuning", "encoder_reparameterization_type", "LSTM", "no probe reaches them: set MLP"),
         ("prompt_tuning", "tokenizer_kwargs", None, "num_virtual_tokens is needed by kind prompt"),
+        ("prompt_tuning", "num_virtual_tokens", 0, "tokens=0: it must be a whole number from 1"),
+        ("adaption_prompt", "adapter_layers", -1, "layers=-1: it must be a whole number from 1"),
+        ("lora", "target_modules", [3], r"modules=\[3\]: 3 must be a word"),
+        ("lora", "layers_to_transform", ["q"], "'q'.: q must be a whole number"),
+        ("lora", "trainable_token_indices", [-5], "must be a list of tokens as whole numbers from"),
+        ("lora", "trainable_token_indices", {"e": [5, 5]}, "each once"),
+        ("trainable_tokens", "token_indices", [3, -5], "must be a list of tokens as whole numbers"),
+        ("prompt_tuning", "prompt_tuning_init_text", "x", "read by prompt_tuning_init=TEXT alone"),
     ],
 )
 def test_mistakes_in_a_config_are_one_sentence(
@@ -253,6 +261,19 @@ def test_mistakes_in_a_config_are_one_sentence(
         ("method=mezo_lora method.adapter.kind=ia3", "choose method=mezo_peft method.adapter.kind"),
         ("method=mezo_lora method.adapter.config.use_dora=true", "choose method=mezo_peft"),
         ("method=mezo_peft method.adapter.config=3", "must be a mapping of fields"),
+        (
+            "method=mezo_peft method.adapter.kind=null",
+            "kind=null: a config is of a kind of peft: add",
+        ),
+        (
+            "method=mezo_peft method.adapter.kind=p_tuning "
+            "method.adapter.config.num_virtual_tokens=100000",
+            "num_virtual_tokens=100000 stand before each row .* give [0-9]+ or fewer",
+        ),
+        (
+            "method=mezo_prefix method.adapter.num_tokens=5000",
+            "num_tokens=5000 stand before each row",
+        ),
     ],
 )
 def test_mistakes_on_the_line_are_one_sentence(words: str, said: str) -> None:
@@ -280,11 +301,59 @@ def test_fields_are_those_that_peft_has() -> None:
         assert fields_of(kind).keys() == vars(config)["__dataclass_fields__"].keys()
 
 
+def test_a_kind_is_known_in_any_letters() -> None:
+    words = ["method=mezo_peft", "method.adapter.kind=IA3"]
+    adapter = settings_of(*SMALL, "model=tiny-llama", *words).method["adapter"]
+    assert adapter == {"kind": "ia3", "config": {}}
+    assert checked("LORA", target_modules=["q_proj"])["kind"] == "lora"
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "said"),
+    [
+        ("lora", {"loftq_config": {"loftq_bits": 4}}, ["`loftq_config` specified but will be ign"]),
+        (
+            "p_tuning",
+            {"num_virtual_tokens": 3, "encoder_num_layers": 5},
+            ["for MLP, the argument `enc"],
+        ),
+        (
+            "lora",
+            {"rank_pattern": {"nothing": 3}},
+            ["The following rank_pattern keys did not match"],
+        ),
+        ("beft", LAYERS, []),  # peft warns of things that no field is the reason of
+    ],
+)
+def test_what_peft_says_of_a_field_is_said_once(
+    kind: str, config: dict[str, Any], said: list[str], base: Any
+) -> None:
+    lines: list[str] = []
+    attach(copy.deepcopy(base), {"kind": kind, "config": config}, 0, lines.append)
+    assert len(lines) == len(said)
+    assert all(
+        line.startswith(f"  adapter  peft says: {s}") for line, s in zip(lines, said, strict=True)
+    )
+
+
 def test_a_model_that_an_adapter_does_not_fit_is_one_sentence() -> None:
     tied = causal("llama", **WIDE, tie_word_embeddings=True)
     for model, kind, config, said in [
         (causal("llama", **WIDE), "lora", {"target_modules": ["nothing"]}, "does not fit Llama"),
         (causal("llama", **WIDE), "c3a", {"block_size": 7}, "kind=c3a does not fit LlamaForCausal"),
+        (
+            causal("llama", **WIDE),
+            "lora",
+            {"target_modules": "("},
+            "fit .* unterminated subpattern",
+        ),
+        (causal("llama", **WIDE), "vera", LAYERS | {"r": 0}, "does not fit .*division by zero"),
+        (
+            causal("llama", **WIDE),
+            "prompt_tuning",
+            {"num_virtual_tokens": 0},
+            "no weights to train",
+        ),
         (masked("bert"), "prompt_tuning", {"num_virtual_tokens": 3}, "are for causal models"),
         (tied, "lora", {"target_modules": ["lm_head"]}, "the weight of lm_head is that of another"),
     ]:
