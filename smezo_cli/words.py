@@ -77,6 +77,11 @@ def quoted(override: str) -> str:
     return f"{key}={written}" if reader.has_changed else override
 
 
+def typed(override: str) -> str:
+    """Return KEY=VALUE, or KEY, without the plus signs that :func:`quoted` puts before it."""
+    return override.removeprefix("++") if override.startswith(f"++{_FREE}") else override
+
+
 def mapping_of(value: Any, key: str) -> Any:
     """Return a list of pairs as the mapping that it stands for, and any other value as it is.
 

@@ -37,6 +37,7 @@ smezo export RUN FOLDER             the trained model and its tokenizer, as tran
                                     adapter, of tensor-train cores smezo's own)
                                     and a model card, README.md, as the hub reads it
 smezo export RUN FOLDER --adapter   the adapter alone, as peft loads it beside the base model
+                                    (not of tensor-train cores, which peft has not)
 smezo export RUN FILE --delta       one small file, from which smezo replay makes the weights again
 
     --step N          the weights of that step (default: the best), as for smezo eval
@@ -103,6 +104,12 @@ def _check_exported(run: str, needs_adapter: bool) -> None:
         raise UserError(
             f"--adapter: method {settings.method['name']} of {run} trains the model itself, and "
             "has no adapter: leave --adapter out."
+        )
+    if needs_adapter and settings.method["adapter"]["kind"] == "tensor_train":
+        raise UserError(
+            "--adapter: peft has no adapters of tensor-train cores, as method "
+            f"{settings.method['name']} of {run} trains: leave --adapter out, which writes them in "
+            "smezo's own form."
         )
     if is_frozen(settings.method):
         raise UserError(

@@ -15,6 +15,8 @@ from smezo_cli.errors import UserError
 from smezo_cli.kinds import METRICS
 from smezo_cli.zo.ranges import shown
 
+_LEAST_TOKENS = 8  # of a row, as of model.max_length
+
 _FEW = 8  # names of methods, from which only the first are shown
 
 
@@ -134,6 +136,21 @@ def check_quantization(model: Mapping[str, Any], method: Mapping[str, Any], devi
             f"{model['name']} is {'random' if model['tiny'] is not None else 'a GGUF file'}: give "
             f"model.path=FOLDER, {out}."
         )
+
+
+def check_places(model: Mapping[str, Any], method: Mapping[str, Any]) -> None:
+    """Refuse an adapter that takes so many positions that no row fits behind them."""
+    adapter = method.get("adapter") or {}
+    config = adapter.get("config") or {}
+    for key, places in (
+        ("method.adapter.num_tokens", adapter.get("num_tokens", 0)),
+        ("method.adapter.config.num_virtual_tokens", config.get("num_virtual_tokens", 0)),
+    ):
+        if (most := model["max_length"] - _LEAST_TOKENS) < places:
+            raise UserError(
+                f"{key}={places} stand before each row within model.max_length="
+                f"{model['max_length']}, which leaves no room for a row: give {most} or fewer."
+            )
 
 
 def check_codes(model: Mapping[str, Any], method: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from smezo_cli.config import searchpath
 from smezo_cli.errors import redacted
+from smezo_cli.words import typed
 
 
 def is_sweep() -> bool:
@@ -58,7 +59,7 @@ def which_job() -> str:
     if not is_sweep():
         return ""
     node = HydraConfig.get()
-    return f"job {node.job.num} ({' '.join(node.overrides.task)}): "
+    return f"job {node.job.num} ({' '.join(map(typed, node.overrides.task))}): "
 
 
 def command() -> str:
@@ -69,7 +70,7 @@ def command() -> str:
         return ""
     node = HydraConfig.get()
     search = searchpath.of_run(node.runtime.config_sources)
-    return shlex.join(["smezo", "train", *search.as_typed, *node.overrides.task])
+    return shlex.join(["smezo", "train", *search.as_typed, *map(typed, node.overrides.task)])
 
 
 def replaced() -> list[str]:

@@ -205,9 +205,11 @@ def checked_adapter(node: object) -> dict[str, Any]:
             "adapter is chosen by its name, such as method=mezo."
         )
     kind = node.get("kind")
+    if isinstance(kind, str):
+        kind = kind.lower()
     if "config" in node or (kind not in (*_ADAPTER_KEYS,) and kind in (*kinds(),)):
         return checked_peft(node)
-    kind = checked_value("method.adapter.kind", node.get("kind"), _ADAPTER_KINDS)
+    kind = checked_value("method.adapter.kind", kind, _ADAPTER_KINDS)
     types = _ADAPTER_KEYS[kind]
     for name in node:
         if name != "kind" and name not in types:

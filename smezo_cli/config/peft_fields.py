@@ -7,7 +7,7 @@ that is installed.
 import ast
 import functools
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ _BY_SMEZO = (
     *("revision", "task_type"),
 )
 
+_OF_TEXT = "is read by prompt_tuning_init=TEXT alone, which has peft load a tokenizer by name"
+
 _OF_BASE = "writes to the weights of the model, which must stay as they came"
 
 #: fields that leave a kind unfit at any other values than these, and why
@@ -61,6 +63,10 @@ _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
         ("RANDOM", "SAMPLE_VOCAB"),
         "has peft load a tokenizer by name",
     ),
+    **dict.fromkeys(
+        ("prompt_tuning_init_text", "tokenizer_kwargs", "tokenizer_name_or_path"),
+        ((None,), _OF_TEXT),
+    ),
     "runtime_offload_base_weight": ((False,), "takes weights of the model away"),
     "save_only_topk_weights": ((False,), "saves less than is trained"),
     "target_parameters": ((None, []), "is computed where no probe reaches it"),
@@ -74,6 +80,12 @@ _NEEDED = {
     "prompt_tuning": {"num_virtual_tokens": "20"},
     "trainable_tokens": {"token_indices": "[5,6]"},
 }
+
+#: fields that count what is trained, of which peft takes none or a negative number
+_FROM_ONE = ("adapter_layers", "adapter_len", "num_vectors", "num_virtual_tokens")
+
+#: fields that list tokens of the vocabulary, as a list or by the layer
+_TOKENS = ("token_indices", "trainable_token_indices")
 
 _PLAIN: dict[str, tuple[type, ...]] = {
     **{"int": (int,), "float": (float, int), "bool": (bool,), "str": (str,)},
@@ -94,6 +106,13 @@ def checked_peft(node: Mapping[str, Any]) -> dict[str, Any]:
             kind has not, that smezo sets, or whose value is of another type or unfit.
     """
     kind, config = node.get("kind"), node.get("config", {})
+    if isinstance(kind, str):
+        kind = kind.lower()
+    if kind is None:
+        raise UserError(
+            "method.adapter.kind=null: a config is of a kind of peft: add method.adapter.kind=lora "
+            "or ia3, for example."
+        )
     if not isinstance(kind, str) or kind not in kinds():
         raise UserError(
             f"method.adapter.kind={shown(kind)} with method.adapter.config: peft has no such "
@@ -147,6 +166,38 @@ def _check_field(
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         words = [_WORDS[type_] for type_ in types if type_ is not int or float not in types]
         raise UserError(f"{key}={shown(value)}: it must be {' or '.join(words)}.")
+    if name in _FROM_ONE and isinstance(value, int) and value < 1:
+        raise UserError(f"{key}={shown(value)}: it must be a whole number from 1.")
+    if isinstance(value, list):
+        _check_entries(key, value, _entry_types(kind, name))
+    if name in _TOKENS and isinstance(value, list | dict):
+        for tokens in value.values() if isinstance(value, dict) else [value]:
+            _check_tokens(key, tokens)
+
+
+def _check_entries(key: str, entries: Sequence[object], types: tuple[type, ...]) -> None:
+    for entry in entries if types else ():
+        if not isinstance(entry, types) or (isinstance(entry, bool) and bool not in types):
+            words = [_WORDS[type_] for type_ in types if type_ is not int or float not in types]
+            raise UserError(
+                f"{key}={shown(list(entries))}: {shown(entry)} must be {' or '.join(words)}."
+            )
+
+
+def _check_tokens(key: str, tokens: object) -> None:
+    """Refuse what are no numbers of different tokens; those beyond the vocabulary peft refuses."""
+    if (
+        not isinstance(tokens, list)
+        or not tokens
+        or any(
+            not isinstance(token, int) or isinstance(token, bool) or token < 0 for token in tokens
+        )
+        or len(set(tokens)) < len(tokens)
+    ):
+        raise UserError(
+            f"{key}: {shown(tokens)} must be a list of tokens as whole numbers from 0, each once, "
+            "such as [5,6]."
+        )
 
 
 @functools.cache
@@ -166,11 +217,29 @@ def kinds() -> dict[str, tuple[Path, str]]:
 @functools.cache
 def fields_of(kind: str) -> dict[str, tuple[type, ...]]:
     """Return the fields of a kind's config, with the plain types that each one takes."""
+    return {
+        field: tuple(dict.fromkeys(_types(annotation)))
+        for field, annotation in _annotations(kind).items()
+    }
+
+
+def _entry_types(kind: str, field: str) -> tuple[type, ...]:
+    """Return the plain types of the entries of a field's list; none where peft names none."""
+    found = dict[type, None]()
+    for node in ast.walk(_annotations(kind)[field]):
+        if isinstance(node, ast.Subscript) and list in _types(node.value):
+            found |= dict.fromkeys(_types(node.slice))
+    return tuple(found)
+
+
+@functools.cache
+def _annotations(kind: str) -> dict[str, ast.expr]:
+    """Return the fields of a kind's config, with their annotations."""
     folder, name = kinds()[kind]
-    return {field: tuple(dict.fromkeys(types)) for field, types in _fields(folder, name)}
+    return dict(_fields(folder, name))
 
 
-def _fields(folder: Path, name: str) -> Iterator[tuple[str, list[type]]]:
+def _fields(folder: Path, name: str) -> Iterator[tuple[str, ast.expr]]:
     """Yield the fields of a config class, those of its bases first."""
     root = _root()
     places = (folder / "config.py", root / "config.py", root / "tuners/lycoris_utils.py")
@@ -180,7 +249,7 @@ def _fields(folder: Path, name: str) -> Iterator[tuple[str, list[type]]]:
                 yield from _fields(folder, ast.unparse(base))
             for line in node.body:
                 if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
-                    yield line.target.id, list(_types(line.annotation))
+                    yield line.target.id, line.annotation
             return
 
 

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from smezo_cli.config.fixed import sentence
 from smezo_cli.errors import UserError, redacted
 from smezo_cli.files.atomic import write_text
+from smezo_cli.words import typed
 
 NAME = "optuna"
 FILE = "search"  # in conf/hydra/sweeper, where a file named as the plugin's node could not stand
@@ -352,10 +353,11 @@ class Search:
         if not math.isfinite(best.value):
             print(f"search: none of {self._num} trials came to a {self._what}", flush=True)
             return
-        found = {"name": NAME, "best_params": _proposed(best), "best_value": best.value}
+        proposed = {typed(key): value for key, value in _proposed(best).items()}
+        found = {"name": NAME, "best_params": proposed, "best_value": best.value}
         text = OmegaConf.to_yaml(OmegaConf.create(found))
         write_text(self._folder / "optimization_results.yaml", redacted(text))
-        line = redacted(shlex.join(["smezo", "train", *fixed, *_words(best)]))
+        line = redacted(shlex.join(["smezo", "train", *map(typed, [*fixed, *_words(best)])]))
         print(
             f"search: the best of {self._num} trials is {best.number + 1}, {self._what} "
             f"{best.value:.4f}\n  {line}",

@@ -22,6 +22,7 @@ from smezo_cli.config.combinations import (
     check_frozen,
     check_method,
     check_objective,
+    check_places,
     check_quantization,
     check_sfc,
     check_steps,
@@ -121,6 +122,7 @@ def check(cfg: DictConfig) -> Settings:
     check_objective(method.get("objective", "loss"), checked["task"], method)
     check_quantization(checked["model"], checked["method"], checked["device"])
     check_codes(checked["model"], checked["method"])
+    check_places(checked["model"], checked["method"])
     check_device_map(checked["model"], checked["device"])
     check_dtypes(checked["dtype"], checked["compute_dtype"])
     if is_frozen(checked["method"]):

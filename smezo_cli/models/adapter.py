@@ -46,7 +46,12 @@ class Adapter(Protocol):
         """Write what was trained to a new folder, in a form that :attr:`loaded_by` names."""
 
 
-def attach(model: PreTrainedModel, node: Mapping[str, Any], seed: int) -> Adapter:
+def attach(
+    model: PreTrainedModel,
+    node: Mapping[str, Any],
+    seed: int,
+    warn: Callable[[str], object] = lambda _: None,
+) -> Adapter:
     """Freeze the model and put an adapter into it; only its parameters require gradients then.
 
     Args:
@@ -54,6 +59,7 @@ def attach(model: PreTrainedModel, node: Mapping[str, Any], seed: int) -> Adapte
         node: ``method.adapter``: kind, and the arguments of :class:`Lora`, :class:`Prefix` or
             :class:`TensorTrain`; or a kind of peft and its config.
         seed: with a parameter's name, keys its first values; the global generator is left as it is.
+        warn: receives lines on fields that peft ignores or changes.
 
     Raises:
         UserError: the adapter does not fit the model.
@@ -65,7 +71,8 @@ def attach(model: PreTrainedModel, node: Mapping[str, Any], seed: int) -> Adapte
         "prefix": Prefix,
         "tensor_train": TensorTrain,
     }
-    make = partial(attach_peft, kind=node["kind"]) if "config" in node else kinds[node["kind"]]
+    of_peft = partial(attach_peft, kind=node["kind"], warn=warn)
+    make = of_peft if "config" in node else kinds[node["kind"]]
     with torch.random.fork_rng(devices=[]):  # peft draws first values, which are replaced
         made = make(model, seed=seed, **arguments)
     nn.Module.eval(model)

@@ -1,9 +1,10 @@
 """Put an adapter of any kind of peft into a model, made and saved by peft itself."""
 
 import copy
+import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,20 @@ from smezo_cli.zo.noise import stream_key
 
 #: kinds that stand beside layers in a way that no weight can take in
 _NEVER_MERGED = ("adaption_prompt", "beft")
-#: what peft and torch raise at a config that does not fit a model
-_ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, ImportError)
+#: what peft, torch and re raise at a config that does not fit a model
+_ERRORS = (
+    *(ValueError, TypeError, RuntimeError, AttributeError, LookupError, ImportError),
+    *(ArithmeticError, re.error),
+)
 
 
 def attach_peft(
-    model: PreTrainedModel, *, kind: str, config: Mapping[str, Any], seed: int
+    model: PreTrainedModel,
+    *,
+    kind: str,
+    config: Mapping[str, Any],
+    seed: int,
+    warn: Callable[[str], object] = lambda _: None,
 ) -> "PeftLayers | SoftPrompt":
     """Freeze a model and put an adapter of peft into it.
 
@@ -34,9 +43,11 @@ def attach_peft(
         kind: as peft registers it.
         config: fields of its config; what is left out is peft's default for this kind and model.
         seed: keys the first values.
+        warn: receives a line for what peft says of a field that was given, as that it is ignored.
 
     Raises:
-        UserError: peft cannot make it for this model, or it changes what other layers share.
+        UserError: peft cannot make it for this model, it changes what other layers share, or
+            something of it is empty.
     """
     from peft import get_peft_model
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -48,7 +59,8 @@ def attach_peft(
     is_masked = type(model).__name__.endswith("ForMaskedLM")
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     try:
-        with quiet_peft():
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
             made: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind.upper())](
                 **config, task_type="FEATURE_EXTRACTION" if is_masked else "CAUSAL_LM"
             )
@@ -72,6 +84,13 @@ def attach_peft(
         ) from error
     if model.device.type == "meta":
         nn.Module.to(model, "meta")  # what peft has made elsewhere
+    if empty := [n for n, p in peft.named_parameters() if p.requires_grad and not p.numel()]:
+        raise UserError(
+            f"method.adapter.kind={kind}: {empty[0]} of this config has no weights to train: give "
+            "larger numbers in method.adapter.config."
+        )
+    for line in _of_fields(said, config):
+        warn(line)
     if made.is_prompt_learning:
         return SoftPrompt(model, peft)
     _check_shared(model, owners, kind)
@@ -158,6 +177,18 @@ def quiet_peft() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def _of_fields(said: Sequence[warnings.WarningMessage], fields: Mapping[str, Any]) -> list[str]:
+    """Return lines on what peft says of these fields, each once; of all else it warns of, none."""
+    texts = dict.fromkeys(
+        first_line(one.message) for one in said if isinstance(one.message, Warning)
+    )
+    return [
+        f"  adapter  peft says: {text}"
+        for text in texts
+        if any(re.search(rf"\b{re.escape(name)}\b", text) for name in fields)
+    ]
 
 
 def _check_shared(model: PreTrainedModel, owners: Mapping[int, int], kind: str) -> None:

@@ -41,6 +41,8 @@ class SoftPrompt:
         cache = inputs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
             return inner(input_ids=input_ids, **inputs)
+        if (kept := inputs.get("logits_to_keep")) is not None:
+            inputs["logits_to_keep"] = self._kept(kept, length)
         if positions is not None:
             before = torch.arange(self.num_places, device=positions.device)
             before = before.expand(len(positions), -1)
@@ -67,6 +69,15 @@ class SoftPrompt:
                 handle.remove()
         output.logits = of_text(output.logits)  # of a model whose head is no module
         return output
+
+    def _kept(self, kept: Tensor | int, length: int) -> Tensor | int:
+        """Return which logits of the whole sequence are those asked for of its text.
+
+        Args:
+            kept: positions in the text, or how many of its last ones; 0: all.
+            length: of the text.
+        """
+        return kept + self.num_places if isinstance(kept, Tensor) else min(kept, length)
 
     @property
     def loaded_by(self) -> str:

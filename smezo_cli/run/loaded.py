@@ -106,7 +106,7 @@ class Loaded:
         self.adapter: Adapter | None = None
         if (node := settings.method.get("adapter")) is not None:
             self.of_base = self.fingerprint()
-            self.adapter = attach(self.model, node, settings.seed)
+            self.adapter = attach(self.model, node, settings.seed, warn)
         casts = torch.autocast(
             self.device.type, compute, enabled=compute != self.dtype, cache_enabled=False
         )

@@ -728,6 +728,23 @@ def test_a_task_on_ones_own_data_is_named_by_its_file() -> None:
     assert check(compose([*words, "task.name=mine"])).task["name"] == "mine"
 
 
+def test_a_command_has_fields_of_an_adapter_as_they_are_typed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Without the signs by which Hydra adds what no YAML names; also where a job is named."""
+    words = ["-m", "method=mezo_peft", "method.adapter.kind=lora", "method.adapter.config.r=2,4"]
+    seen: list[str] = []
+
+    def run(_: DictConfig) -> None:
+        seen.append(command())
+        raise UserError("said")
+
+    launch(words, run)
+    start = "smezo train method=mezo_peft method.adapter.kind=lora method.adapter.config.r="
+    assert seen == [f"{start}2", f"{start}4"]
+    assert "method.adapter.kind=lora method.adapter.config.r=4): said" in capsys.readouterr().err
+
+
 def test_nothing_of_a_launch_is_left_for_a_later_run() -> None:
     """A run that a program starts by itself has no command line and no recipes."""
     seen: list[list[str]] = []

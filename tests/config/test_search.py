@@ -89,6 +89,19 @@ def test_the_best_is_the_lowest_loss_and_its_command_makes_it(
     assert (again, alone["lr"]) == (0, runs[best]["lr"])
 
 
+def test_the_best_names_fields_of_an_adapter_as_they_are_typed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = OPTUNA.replace(LOG_LR, "method=mezo_peft 'method.adapter.config.r=choice(2,4)'")
+    assert searched(words, lambda cfg: 1 / cfg.method.adapter.config.r)[0] == 0
+    assert results()["best_params"].keys() == {"method.adapter.config.r"}
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert " method.adapter.config.r=" in line
+    assert (
+        searched(line.partition("train ")[2], lambda cfg: 1 / cfg.method.adapter.config.r)[0] == 0
+    )
+
+
 def test_maximize_takes_the_dev_metric() -> None:
     _, runs = searched(f"{OPTUNA} hydra.sweeper.direction=maximize", distance)
     losses = [abs(math.log10(run["lr"]) + 3) for run in runs]

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smezo_cli import train
 from smezo_cli.cli import export, main
@@ -237,6 +237,14 @@ def checked(kind: str = "lora", **config: Any) -> dict[str, Any]:
         ("prompt_tuning", "prompt_tuning_init", "TEXT", "set RANDOM or SAMPLE_VOCAB"),
         ("p_tuning", "encoder_reparameterization_type", "LSTM", "no probe reaches them: set MLP"),
         ("prompt_tuning", "tokenizer_kwargs", None, "num_virtual_tokens is needed by kind prompt"),
+        ("prompt_tuning", "num_virtual_tokens", 0, "tokens=0: it must be a whole number from 1"),
+        ("adaption_prompt", "adapter_layers", -1, "layers=-1: it must be a whole number from 1"),
+        ("lora", "target_modules", [3], r"modules=\[3\]: 3 must be a word"),
+        ("lora", "layers_to_transform", ["q"], "'q'.: q must be a whole number"),
+        ("lora", "trainable_token_indices", [-5], "must be a list of tokens as whole numbers from"),
+        ("lora", "trainable_token_indices", {"e": [5, 5]}, "each once"),
+        ("trainable_tokens", "token_indices", [3, -5], "must be a list of tokens as whole numbers"),
+        ("prompt_tuning", "prompt_tuning_init_text", "x", "read by prompt_tuning_init=TEXT alone"),
     ],
 )
 def test_mistakes_in_a_config_are_one_sentence(
@@ -253,6 +261,19 @@ def test_mistakes_in_a_config_are_one_sentence(
         ("method=mezo_lora method.adapter.kind=ia3", "choose method=mezo_peft method.adapter.kind"),
         ("method=mezo_lora method.adapter.config.use_dora=true", "choose method=mezo_peft"),
         ("method=mezo_peft method.adapter.config=3", "must be a mapping of fields"),
+        (
+            "method=mezo_peft method.adapter.kind=null",
+            "kind=null: a config is of a kind of peft: add",
+        ),
+        (
+            "method=mezo_peft method.adapter.kind=p_tuning "
+            "method.adapter.config.num_virtual_tokens=100000",
+            "num_virtual_tokens=100000 stand before each row .* give [0-9]+ or fewer",
+        ),
+        (
+            "method=mezo_prefix method.adapter.num_tokens=5000",
+            "num_tokens=5000 stand before each row",
+        ),
     ],
 )
 def test_mistakes_on_the_line_are_one_sentence(words: str, said: str) -> None:
@@ -280,11 +301,59 @@ def test_fields_are_those_that_peft_has() -> None:
         assert fields_of(kind).keys() == vars(config)["__dataclass_fields__"].keys()
 
 
+def test_a_kind_is_known_in_any_letters() -> None:
+    words = ["method=mezo_peft", "method.adapter.kind=IA3"]
+    adapter = settings_of(*SMALL, "model=tiny-llama", *words).method["adapter"]
+    assert adapter == {"kind": "ia3", "config": {}}
+    assert checked("LORA", target_modules=["q_proj"])["kind"] == "lora"
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "said"),
+    [
+        ("lora", {"loftq_config": {"loftq_bits": 4}}, ["`loftq_config` specified but will be ign"]),
+        (
+            "p_tuning",
+            {"num_virtual_tokens": 3, "encoder_num_layers": 5},
+            ["for MLP, the argument `enc"],
+        ),
+        (
+            "lora",
+            {"rank_pattern": {"nothing": 3}},
+            ["The following rank_pattern keys did not match"],
+        ),
+        ("beft", LAYERS, []),  # peft warns of things that no field is the reason of
+    ],
+)
+def test_what_peft_says_of_a_field_is_said_once(
+    kind: str, config: dict[str, Any], said: list[str], base: Any
+) -> None:
+    lines: list[str] = []
+    attach(copy.deepcopy(base), {"kind": kind, "config": config}, 0, lines.append)
+    assert len(lines) == len(said)
+    assert all(
+        line.startswith(f"  adapter  peft says: {s}") for line, s in zip(lines, said, strict=True)
+    )
+
+
 def test_a_model_that_an_adapter_does_not_fit_is_one_sentence() -> None:
     tied = causal("llama", **WIDE, tie_word_embeddings=True)
     for model, kind, config, said in [
         (causal("llama", **WIDE), "lora", {"target_modules": ["nothing"]}, "does not fit Llama"),
         (causal("llama", **WIDE), "c3a", {"block_size": 7}, "kind=c3a does not fit LlamaForCausal"),
+        (
+            causal("llama", **WIDE),
+            "lora",
+            {"target_modules": "("},
+            "fit .* unterminated subpattern",
+        ),
+        (causal("llama", **WIDE), "vera", LAYERS | {"r": 0}, "does not fit .*division by zero"),
+        (
+            causal("llama", **WIDE),
+            "prompt_tuning",
+            {"num_virtual_tokens": 0},
+            "no weights to train",
+        ),
         (masked("bert"), "prompt_tuning", {"num_virtual_tokens": 3}, "are for causal models"),
         (tied, "lora", {"target_modules": ["lm_head"]}, "the weight of lm_head is that of another"),
     ]:
@@ -315,6 +384,42 @@ def test_a_soft_prompt_is_seen_through_padding_and_caches(kind: str) -> None:
     torch.testing.assert_close(both.view(-1), alone.view(-1), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(cached, both, atol=1e-5, rtol=1e-5)
     assert float((both - before).abs().max()) > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("kind", SOFT)
+def test_a_soft_prompt_stands_before_labels_of_one_token(
+    kind: str, tmp_path: Path, base: Any
+) -> None:
+    """Scores are log-probabilities that peft's own model gives, also behind what all rows share."""
+    model = copy.deepcopy(base)
+    adapter: Any = attach(model, {"kind": kind, "config": KINDS[kind]}, seed=0)
+    with torch.no_grad():
+        for p in model.get_submodule("prompt_encoder").parameters():
+            p.mul_(20)
+    adapter.save(tmp_path / "alone")
+    theirs: Any = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "alone").eval()
+    labels = (30, 31, 29)
+    texts = [(*range(10, 19), *range(2, n)) for n in (5, 12, 8)]
+    rows = [Candidates(tuple((*t, label) for label in labels), (1, 1, 1), 0, False) for t in texts]
+    job = Loaded(settings_of(*SMALL, "model=tiny-llama", "method=mezo"), "cpu", lambda _: None)
+    scorer = Scorer(model, job.tokenizer, places_before=adapter.num_places)
+    scorer.holds_common = True
+    with torch.no_grad():
+        last = [theirs(input_ids=torch.tensor([t])).logits[0, -1, list(labels)] for t in texts]
+        found = scorer.scores(rows)
+        with scorer.holding(rows):
+            assert scorer._held is not None
+            held = scorer.scores(rows)
+        counted = model(input_ids=torch.tensor(texts[:1]), logits_to_keep=2).logits
+        every = model(input_ids=torch.tensor(texts[:1]), logits_to_keep=99).logits
+        whole = theirs(input_ids=torch.tensor(texts[:1])).logits[:, adapter.num_places :]
+    want = torch.stack(last).log_softmax(-1)
+    # Sums of some ten float32 numbers of order 1, in another order.
+    torch.testing.assert_close(found.log_softmax(-1), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(held.log_softmax(-1), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(counted, whole[:, -2:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(every, whole, atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -352,6 +457,39 @@ def test_a_run_is_scored_exported_and_made_again(
         assert "NOT" not in capsys.readouterr().out
         again, whole = (load_file(tmp_path / f / "model.safetensors") for f in ("again", "whole"))
         assert all(torch.equal(again[key], tensor) for key, tensor in whole.items())
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("kind", ["adaption_prompt", *SOFT])
+def test_peft_scores_what_was_exported_as_the_run_does(kind: str, tmp_path: Path) -> None:
+    """From `smezo train` by `smezo export --adapter` to peft, on labels of one token."""
+    fields = [f"method.adapter.config.{name}={value}" for name, value in KINDS[kind].items()]
+    words = [*SMALL, "model=tiny-llama", "method=mezo_peft", f"method.adapter.kind={kind}", *fields]
+    more = ["lr=0.5", "steps=2", "batch_size=4", "method.executor=sequential"]
+    assert train.main([*words, *more, f"runs_dir={tmp_path}", "name=one"]) == 0
+    (run,) = (tmp_path / "one").iterdir()
+    assert main(["eval", str(run), "--step", "2", "--out", str(tmp_path / "rows.jsonl")]) == 0
+    alone = tmp_path / "alone"
+    assert main(["export", str(run), str(alone), "--step", "2", "--adapter"]) == 0
+
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(alone)
+    texts = [f"{row['fields']['text']}. It was" for row in rows]
+    labels = [tokenizer(f"{texts[0]} {word}")["input_ids"][-1] for word in ("terrible", "great")]
+    raw: Any = Loaded(settings_of(*SMALL, "model=tiny-llama", "method=mezo"), "cpu", print).model
+
+    def scores(model: Any) -> torch.Tensor:
+        ids = [torch.tensor([tokenizer(text)["input_ids"]]) for text in texts]
+        with torch.no_grad():
+            logits = [model(input_ids=one, use_cache=False).logits[0, -1, labels] for one in ids]
+        return torch.stack(logits).log_softmax(-1)
+
+    before = scores(raw)
+    found = torch.tensor([row["scores"] for row in rows])
+    # Sums of some ten float32 numbers of order 1, in another order.
+    theirs = scores(PeftModel.from_pretrained(raw, alone).eval())
+    torch.testing.assert_close(theirs, found, atol=1e-5, rtol=1e-5)
+    assert float((found - before).abs().max()) > 1e-3
 
 
 def test_only_an_adapter_is_exported_as_one(runs: Path, tmp_path: Path) -> None:

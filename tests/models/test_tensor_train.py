@@ -334,3 +334,6 @@ def test_a_run_is_kept_scored_resumed_and_replayed(
     assert main(["replay", "my.delta", "--split", "none"]) == 0
     assert main(["export", str(run), "exported"]) == 0
     assert "a bottleneck has a nonlinearity and cannot be merged" in capsys.readouterr().out
+    assert main(["export", str(run), "alone", "--adapter"]) == 2
+    assert "peft has no adapters of tensor-train cores" in capsys.readouterr().err
+    assert not Path("alone").exists()
