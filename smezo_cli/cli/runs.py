@@ -177,7 +177,7 @@ def _note(found: Best) -> str | None:
     """Say what makes a mean doubtful: seeds that it lacks, or rivals with more or fewer of them."""
     done = len(found.group.runs)
     lacking = [f"seed {seed} diverged" for seed in found.diverged]
-    lacking += [f"seed {seed} is not finished" for seed in found.missing]
+    lacking += [f"seed {seed} has no result" for seed in found.missing]
     notes = [f"{done} of {done + len(lacking)} seeds: {', '.join(lacking)}"] if lacking else []
     fewest, most = found.num_seeds
     if fewest != most:

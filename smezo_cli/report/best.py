@@ -15,7 +15,7 @@ from smezo_cli.report.runs import Group, Run, draw_their_rows, groups
 _DRAWN_BY = ("num_train", "num_dev", "num_test", "num_per_class", "data_dir", "data")
 
 # The seed, and values that stand in the settings a second time.
-_NOT_SHOWN = ("seed", "method.lr", "method.eps", "method.sparsity")
+_NOT_SHOWN = ("seed", "method.lr", "method.eps", "method.sparsity", "method.optimizer.lr")
 
 _TOLD_ALONE = ("lr", "eps", "sparsity", "steps")
 

@@ -64,7 +64,7 @@ def test_settings_with_a_seed_that_diverged_come_last_and_seeds_without_a_result
         (row,) = table(capsys, root, "--best")
         assert (row["settings"], row["compared"], row["seeds"]) == ({"lr": 1e-4}, 3, 1)
         assert (row["diverged"], row["missing"]) == ([], [1])
-        assert "1 of 2 seeds: seed 1 is not finished" in row["note"]
+        assert "1 of 2 seeds: seed 1 has no result" in row["note"]
         assert "the settings compared have 1 to 2 seeds" in row["note"]
         (row,) = table(capsys, root, "--best", "lr=1e-3")
         assert (row["seeds"], row["diverged"]) == (1, [1])
