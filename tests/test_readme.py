@@ -58,6 +58,19 @@ def test_every_link_leads_to_a_file(page: Path) -> None:
     assert not broken
 
 
+def test_every_page_that_settings_and_messages_name_is_there() -> None:
+    """Comments of YAML, the text of --help, errors and docstrings."""
+    files = [file for top in ("conf", "smezo_cli") for file in (ROOT / top).rglob("*.*")]
+    named = [
+        (file, page)
+        for file in files
+        if file.suffix in (".py", ".yaml", ".html", ".json")
+        for page in re.findall(r"(?<!ggml's )\bdocs/[\w./-]+\.md", file.read_text(encoding="utf-8"))
+    ]
+    assert len(named) > 20
+    assert [(str(file), page) for file, page in named if not (ROOT / page).is_file()] == []
+
+
 def test_every_page_of_the_docs_is_reached_from_the_readme() -> None:
     reached, new = set(), {ROOT / "README.md"}
     while new:

@@ -1,5 +1,6 @@
 """`smezo runs`: list finished and unfinished runs, filtered, merged over seeds, compared."""
 
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from smezo_cli.cli import fitted_table
 from smezo_cli.cli.flags import Flags, shows_help
 from smezo_cli.errors import UserError, near
 from smezo_cli.files import strict_json
-from smezo_cli.report.best import best, mean_and_sd, on_dev
+from smezo_cli.report.best import Best, best, mean_and_sd, on_dev
 from smezo_cli.report.compared import compared
 from smezo_cli.report.runs import Group, Run, find, groups, has, keys, load, select
 
@@ -74,7 +75,7 @@ def main(words: Sequence[str]) -> int:
         if given.mean:
             records = list(compared(groups(done)))
         elif given.best:
-            records = list(_best(done, given.by or "loss"))
+            records = list(_best(runs, given.by or "loss", for_people=not given.json))
         else:
             records = [_record(run) for run in runs]
             if given.json:  # forty digits are too wide for the table
@@ -140,21 +141,45 @@ def _record(run: Run) -> dict[str, Any]:
     }
 
 
-def _best(runs: Sequence[Run], by: str) -> Iterator[dict[str, Any]]:
+def _best(runs: Sequence[Run], by: str, *, for_people: bool) -> Iterator[dict[str, Any]]:
     for found in best(runs, by):
         of, result = found.group.runs, found.group.runs[0].result
         loss, loss_sd = mean_and_sd(on_dev(run, "loss") for run in of)
         score, sd = mean_and_sd(run.score for run in of if run.score is not None)
-        yield {
+        metric = statistics.mean(on_dev(run, run.metric) for run in of)
+        record: dict[str, Any] = {
             "best": f"{result['task']}-{result['model']}-{result['method']}",
             "settings": dict(found.settings),
             "compared": found.compared,
             "seeds": len(of),
-            "dev_loss": loss,
-            "dev_loss_sd": loss_sd,
-            "dev_metric": statistics.mean(on_dev(run, run.metric) for run in of),
+            "diverged": list(found.diverged),
+            "missing": list(found.missing),
+            "note": _note(found),
+            "dev_loss": _number(loss),
+            "dev_loss_sd": _number(loss_sd),
+            "dev_metric": _number(metric),
             "metric": of[0].metric,
             "score": score,
             "sd": sd,
             "runs": [str(run.path) for run in of],
         }
+        if for_people:  # the note says these
+            del record["diverged"], record["missing"]
+        yield record
+
+
+def _number(value: float | None) -> float | None:
+    """Return a mean, or None where a run had no such number."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _note(found: Best) -> str | None:
+    """Say what makes a mean doubtful: seeds that it lacks, or rivals with more or fewer of them."""
+    done = len(found.group.runs)
+    lacking = [f"seed {seed} diverged" for seed in found.diverged]
+    lacking += [f"seed {seed} has no result" for seed in found.missing]
+    notes = [f"{done} of {done + len(lacking)} seeds: {', '.join(lacking)}"] if lacking else []
+    fewest, most = found.num_seeds
+    if fewest != most:
+        notes.append(f"the settings compared have {fewest} to {most} seeds")
+    return "; ".join(notes) or None

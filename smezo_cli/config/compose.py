@@ -16,7 +16,13 @@ from smezo_cli.config.command_line import Request, read, searched
 from smezo_cli.config.composer import Composer, without_hydra
 from smezo_cli.config.fixed import INSTALL_LOGGER
 from smezo_cli.config.hydra_guard import check_hydra, is_of_launcher, launcher_of
-from smezo_cli.config.overrides import check_choice, check_deleted, check_keys, values_of
+from smezo_cli.config.overrides import (
+    check_choice,
+    check_deleted,
+    check_keys,
+    check_params,
+    values_of,
+)
 from smezo_cli.config.settings import Settings, check, check_spelling
 from smezo_cli.errors import UserError
 from smezo_cli.files.space import check_space
@@ -269,6 +275,8 @@ def _asked_by_experiment(
         if o.key_or_group in ("hydra.mode", "experiment", "hydra/sweeper")
         or o.key_or_group.startswith("hydra.sweeper.params")
     ]
+    for override in asking:
+        check_params(override)
     if any(o.is_sweep_override() for o in asking) or not asking:
         return False, [], False
     for override in asking:
@@ -282,9 +290,9 @@ def _asked_by_experiment(
         raise
     given = {o.key_or_group for o in overrides}
     try:
-        swept = {k: v for k, v in (node.sweeper.params or {}).items() if k not in given}
+        params = node.sweeper.params or {}
+        lines = [quoted(f"{k}={v}") for k, v in params.items() if k.lstrip("+") not in given]
         is_search = search.asked(node)
-        lines = [f"{k}={v}" for k, v in swept.items()]
         return str(node.mode).endswith("MULTIRUN"), lines, is_search
     except OmegaConfBaseException as error:
         asked = " ".join(o.input_line for o in asking)

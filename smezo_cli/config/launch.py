@@ -103,7 +103,8 @@ def _by_hydra(request: Request, job: Callable[[DictConfig], object]) -> int:
         start = hydra.main(
             config_path=str(CONF_DIR), config_name="train", version_base=VERSION_BASE
         )
-        with as_command_line(line), quiet, waiting, searching, request.search.used():
+        used = request.search.used()
+        with as_command_line(line), quiet, waiting, searching, used, sweep.params_as_words():
             start(job)()
     except UserError as error:
         _say(str(error))
@@ -163,7 +164,7 @@ def _job(run: Callable[[DictConfig], object], codes: list[int]) -> Callable[[Dic
 def _attempt(run: Callable[[DictConfig], object], cfg: DictConfig) -> tuple[int, str, float | None]:
     """Run a job; return its exit code, what was said if it failed, and its value for a search.
 
-    To a search a run that diverged is an answer, no failure.
+    To a search a run that diverged is an answer, the worst; one that failed has no value.
     """
     direction = search.direction_here()
     try:
@@ -172,7 +173,9 @@ def _attempt(run: Callable[[DictConfig], object], cfg: DictConfig) -> tuple[int,
     except UserError as error:
         words = f"{which_job()}{error}"
         _say(words)
-        return 0 if direction and isinstance(error, Diverged) else 2, words, None
+        if direction and isinstance(error, Diverged):
+            return 0, words, search.worst(direction)
+        return 2, words, None
     except Exception as error:  # the boundary of a job: the other jobs of a sweep go on
         sys.stderr.write(traceback.format_exc())
         _say(f"{which_job()}crashed; the error is above.")

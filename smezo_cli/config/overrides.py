@@ -24,6 +24,8 @@ _OF_A_PATH = {
     "model": "; for a folder or an id of the hub: model=own model.path=PATH",
 }
 
+_PARAMS = "hydra.sweeper.params."  # the ranges of a file
+
 _MANY = 40  # names, from which a command that lists them is shown in their place
 
 
@@ -54,6 +56,15 @@ def values_of(override: Any, multirun: bool, is_search: bool) -> list[str]:
     if not lines:
         raise UserError(f"{text} names no value at all.")
     return lines
+
+
+def check_params(override: Any) -> None:
+    """Refuse hydra.sweeper.params.KEY=RANGE: Hydra reads it as a sweep of its own key."""
+    key = override.key_or_group.removeprefix(_PARAMS)
+    if override.is_sweep_override() and key != override.key_or_group:
+        text = override.input_line
+        word = shlex.quote(f"{key}={text.partition('=')[2]}")
+        raise UserError(f"{text}: on the line the range of {key} is given to {key}: write {word}.")
 
 
 def check_choice(composer: Composer, override: Any) -> None:

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from smezo_cli.config.fixed import sentence
 from smezo_cli.errors import UserError, redacted
 from smezo_cli.files.atomic import write_text
-from smezo_cli.words import typed
+from smezo_cli.words import quoted, typed
 
 NAME = "optuna"
 FILE = "search"  # in conf/hydra/sweeper, where a file named as the plugin's node could not stand
@@ -148,22 +148,24 @@ def check_searched(overrides: Sequence[Any]) -> None:
 # --- what a run came to ----------------------------------------------------------------------
 
 
-def value_of(result: Mapping[str, Any], direction: str) -> float:
+def value_of(result: Mapping[str, Any], direction: str) -> float | None:
     """Return what a search compares: the dev loss, or the dev metric, of the weights tested.
+
+    None of a run that is not finished; the worst where the number is not finite.
 
     Args:
         result: content of result.json.
         direction: "minimize" takes the loss, "maximize" the metric.
     """
+    if result.get("status") != "done":
+        return None
     best = (result.get("dev") or {}).get("best") or {}
     value = best.get("loss" if direction == "minimize" else result.get("metric"))
-    if result.get("status") != "done" or value is None or not math.isfinite(value):
-        return worst(direction)
-    return float(value)
+    return worst(direction) if value is None or not math.isfinite(value) else float(value)
 
 
 def worst(direction: str) -> float:
-    """Return the value of a run that diverged or failed."""
+    """Return the value of a run that diverged."""
     return math.inf if direction == "minimize" else -math.inf
 
 
@@ -243,7 +245,7 @@ class Search:
         )
 
     def sweep(self, arguments: Sequence[str]) -> None:
-        """Run the trials; a run that diverged or failed counts as the worst.
+        """Run the trials; one that diverged counts as the worst, one that failed says nothing.
 
         Args:
             arguments: the words of the line, less those for Hydra.
@@ -257,16 +259,21 @@ class Search:
             self._run(self._study(name), space, fixed)
 
     def _run(self, study: Any, space: Mapping[str, Any], fixed: Sequence[str]) -> None:
+        from optuna.trial import TrialState
+
         for first in range(0, self._num, self._at_once):
             numbers = range(first, min(first + self._at_once, self._num))
             trials = [study.ask(space) for _ in numbers]
             lines = [[*fixed, *_words(trial)] for trial in trials]
             jobs = self._launcher.launch(lines, initial_job_idx=first)
             for number, trial, job in zip(numbers, trials, jobs, strict=True):
-                value = job.return_value  # an Ended, if it failed in another process
-                value = value if isinstance(value, float) else worst(self._direction)
-                study.tell(trial, value)
-                self._say(number, value, study)
+                value = job.return_value  # if it failed None, or an Ended of another process
+                if isinstance(value, float):
+                    study.tell(trial, value)
+                    self._say(number, value, study)
+                else:
+                    study.tell(trial, state=TrialState.FAIL)
+                    self._say(number, None, study)
         self._close(study, fixed)
 
     def _space(self, arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -275,7 +282,11 @@ class Search:
 
         given = OverridesParser.create().parse_overrides(list(arguments))
         typed = {override.key_or_group for override in given}
-        more = [f"{key}={value}" for key, value in self._params.items() if key not in typed]
+        more = [
+            quoted(f"{key}={value}")
+            for key, value in self._params.items()
+            if key.lstrip("+") not in typed
+        ]
         given += OverridesParser.create().parse_overrides(more)
         space = {o.get_key_element(): distribution(o) for o in given if o.is_sweep_override()}
         return space, [str(o.input_line) for o in given if not o.is_sweep_override()]
@@ -333,15 +344,13 @@ class Search:
                 f"({sentence(error)}): choose another file, or null."
             ) from error
 
-    def _say(self, number: int, value: float, study: Any) -> None:
-        best = study.best_trial
-        found = f"{self._what} {value:.4f}" if math.isfinite(value) else f"no {self._what}"
-        record = f" (the best so far: {best.value:.4f}, trial {best.number + 1})"
-        print(
-            f"trial {number + 1} of {self._num}: {found}"
-            f"{record if math.isfinite(best.value) else ''}",
-            flush=True,
-        )
+    def _say(self, number: int, value: float | None, study: Any) -> None:
+        found = "it failed"
+        if value is not None:
+            found = f"{self._what} {value:.4f}" if math.isfinite(value) else f"no {self._what}"
+        best = _best(study)
+        record = f" (the best so far: {best.value:.4f}, trial {best.number + 1})" if best else ""
+        print(f"trial {number + 1} of {self._num}: {found}{record}", flush=True)
 
     @property
     def _what(self) -> str:
@@ -349,8 +358,8 @@ class Search:
 
     def _close(self, study: Any, fixed: Sequence[str]) -> None:
         """Say which trial was the best, and write it to optimization_results.yaml as others do."""
-        best = study.best_trial
-        if not math.isfinite(best.value):
+        best = _best(study)
+        if best is None:
             print(f"search: none of {self._num} trials came to a {self._what}", flush=True)
             return
         proposed = {typed(key): value for key, value in _proposed(best).items()}
@@ -363,6 +372,14 @@ class Search:
             f"{best.value:.4f}\n  {line}",
             flush=True,
         )
+
+
+def _best(study: Any) -> Any:
+    """Return the best trial; None if none came to a finite value."""
+    has_value = any(
+        trial.value is not None and math.isfinite(trial.value) for trial in study.trials
+    )
+    return study.best_trial if has_value else None
 
 
 def distribution(override: Any) -> Any:

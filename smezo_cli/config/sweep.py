@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from smezo_cli.words import quoted
+
 # Launchers that are packages of their own, and what installs them (pyproject.toml has the extras).
 INSTALL = {
     "joblib": "'hydra-joblib-launcher>=1.2,<1.3'",
@@ -91,6 +93,20 @@ def _quiet_tracker() -> Iterator[None]:
             del os.environ["PYTHONWARNINGS"]
         else:
             os.environ["PYTHONWARNINGS"] = before
+
+
+@contextlib.contextmanager
+def params_as_words() -> Iterator[None]:
+    """Have Hydra read hydra.sweeper.params of a file as the same words on the line."""
+    from hydra._internal.core_plugins import basic_sweeper
+
+    sweeper: Any = basic_sweeper.BasicSweeper
+    real = sweeper._parse_config
+    sweeper._parse_config = lambda self: list(map(quoted, real(self)))
+    try:
+        yield
+    finally:
+        sweeper._parse_config = real
 
 
 @contextlib.contextmanager

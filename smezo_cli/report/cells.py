@@ -10,10 +10,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from smezo_cli.config.digest import NOT_IN_DIGEST
 from smezo_cli.config.fixed import plain
 from smezo_cli.errors import UserError
 from smezo_cli.report import collected
-from smezo_cli.report.identity import NOT_ASKED, differences, flat, identity, stripped, version
+from smezo_cli.report.identity import differences, flat, identity, stripped, version
 from smezo_cli.report.runs import Group, Run, paired
 from smezo_cli.report.table import Line, Printed, Table, last
 
@@ -204,7 +205,7 @@ class Reader:
         """
         new = 0
         for run, words in self.taken.values():
-            settings = {k: v for k, v in stripped(run.config).items() if k not in NOT_ASKED}
+            settings = {k: v for k, v in stripped(run.config).items() if k not in NOT_IN_DIGEST}
             what = "-".join(str(run.result[key]) for key in _NAMES)
             name = f"{what}-s{run.result['seed']}-{identity(settings).replace(' ', '-')}"
             new += collected.write(folder, name, run, settings, words)

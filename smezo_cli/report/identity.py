@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from smezo_cli.config.digest import ADDED_LATER, digest, without_later_keys
+from smezo_cli.config.digest import ADDED_LATER, NOT_IN_DIGEST, digest, without_later_keys
 from smezo_cli.report.runs import Run
 
 # Where weights and data lie, and what computes, does not change what is asked; rows and the model's
@@ -13,12 +13,6 @@ _PLACES = {
     "model": ("path", "revision", "device_map"),
     "method": ("keep_noise",),
 }
-
-# Not in a digest either.
-NOT_ASKED = (
-    *("name", "runs_dir", "logger", "if_exists", "compile", "full_save_every"),
-    *("micro_batch_size", "query_ranks", "rank_backend"),
-)
 
 
 def identity(values: Mapping[str, Any]) -> str:
@@ -48,13 +42,20 @@ def stripped(values: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yield the dotted keys and values that :func:`identity` compares."""
-    for key, value in (node if prefix else without_later_keys(stripped(node))).items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
-        elif prefix or key not in NOT_ASKED:
+def dotted(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each setting by its dotted key; an empty mapping is a value."""
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from dotted(value, f"{prefix}{key}.")
+        else:
             yield f"{prefix}{key}", value
+
+
+def flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the dotted keys and values that :func:`identity` compares."""
+    for key, value in dotted(without_later_keys(stripped(values))):
+        if key.partition(".")[0] not in NOT_IN_DIGEST and value != {}:
+            yield key, value
 
 
 def differences(its: Mapping[str, object], ours: Mapping[str, object]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Write runs as one HTML page that needs nothing else: no network, no script, no other file."""
+"""Write runs as one HTML page that needs nothing else: no network, no other file."""
 
 import base64
 import hashlib

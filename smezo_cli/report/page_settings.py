@@ -1,11 +1,11 @@
 """Compare the settings and the environment of runs for a report: what they share, what differs."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from smezo_cli.errors import redacted_tree
+from smezo_cli.report.identity import dotted
 from smezo_cli.report.runs import Run
 
 _MOST_NAMES = 4
@@ -22,7 +22,7 @@ class Compared:
 
 def settings(columns: Sequence[tuple[str, Sequence[Run]]]) -> Compared:
     """Compare the settings of groups of runs, each with a name; "" where a group lacks a key."""
-    found = [[dict(_flat(redacted_tree(dict(run.config)))) for run in runs] for _, runs in columns]
+    found = [[_texts(run) for run in runs] for _, runs in columns]
     keys = sorted({key for group in found for of in group for key in of})
     keys.sort(key=lambda key: (key.count("."), key))
     shared, differing = [], []
@@ -48,12 +48,8 @@ def _repeats(key: str, found: Sequence[Sequence[Mapping[str, str]]]) -> bool:
     return all(of.get(key, of.get(last)) == of.get(last) for runs in found for of in runs)
 
 
-def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in node.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", text(value)
+def _texts(run: Run) -> dict[str, str]:
+    return {key: text(value) for key, value in dotted(redacted_tree(dict(run.config)))}
 
 
 def text(value: object) -> str:

@@ -236,18 +236,23 @@ class Group:
         return mean
 
 
-def groups(runs: Sequence[Run]) -> list[Group]:
+def groups(runs: Sequence[Run], *, across_folders: bool = False) -> list[Group]:
     """Group runs that differ in their seed alone, in the order of their first runs.
 
     Where each seed draws its training rows, too (data_seed=${seed}), these are no difference of
     their own; the test rows have to be the same.
+
+    Args:
+        runs: finished.
+        across_folders: equal settings under several name= are one group.
     """
     buckets: dict[str, list[Run]] = {}
     for run in runs:
         # Runs that can be extended keep their digest; data files may change behind a name.
         rows = [run.result.get(key) for key in ("steps", "test_rows")]
         rest = digest(dict(run.config) | {"seed": 0, "data_seed": 0})
-        buckets.setdefault(f"{run.path.parent} {rest} {rows}", []).append(run)
+        folder = "" if across_folders else run.path.parent
+        buckets.setdefault(f"{folder} {rest} {rows}", []).append(run)
     found: dict[tuple[str, str], list[Run]] = {}
     for key, members in buckets.items():
         follows = draw_their_rows(members)

@@ -182,19 +182,38 @@ def test_the_study_is_a_file_in_which_each_trial_is_there_once() -> None:
 
 
 @pytest.mark.parametrize("sampler", search.SAMPLERS)
-def test_a_run_that_diverged_or_failed_is_the_worst_and_the_search_goes_on(
+def test_a_search_goes_on_behind_a_run_that_diverged_or_failed(
     sampler: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Under every sampler, also where it models what it was told."""
 
-    def fails(lr: float) -> float | Ended | None:
-        if lr > 2e-3:
+    def fails(lr: float) -> float | Ended:
+        if lr < 5e-4:
             return Ended(1, "it was killed")
-        return None if lr < 5e-4 else far(lr)
+        return math.inf if lr > 2e-3 else far(lr)
 
     looped(fails, 25, sampler=sampler, at_once=2)
-    assert 0 < capsys.readouterr().out.count("no dev loss") < 25
+    out = capsys.readouterr().out
+    assert 0 < out.count("no dev loss") < 25 - out.count("it failed")
     assert 5e-4 <= results()["best_params"]["lr"] <= 2e-3
+
+
+def test_a_failure_is_told_as_one_and_a_repeated_search_proposes_the_same_again() -> None:
+    """A full disk says nothing of the settings: the proposals are not those of the worst value."""
+    Path("runs/default").mkdir(parents=True)
+    file = "sqlite:///runs/default/optuna.db"
+
+    def ends(value: Any) -> Callable[[float], Any]:
+        return lambda lr: value if lr > 1e-3 else far(lr)
+
+    failed, again, diverged = (
+        looped(ends(value), 12, n_startup_trials=2, storage=storage)
+        for value, storage in ((None, file), (Ended(1), None), (math.inf, None))
+    )
+    assert failed == again != diverged
+    with sqlite3.connect("runs/default/optuna.db") as db:
+        states = [state for (state,) in db.execute("select state from trials")]
+    assert [state == "FAIL" for state in states] == [float(r["lr"]) > 1e-3 for r in failed]
 
 
 def test_several_at_once_are_proposed_before_any_is_run() -> None:
@@ -229,16 +248,21 @@ def test_a_run_that_diverged_is_an_answer_and_one_that_failed_is_told_by_the_exi
         return loss
 
     assert searched(OPTUNA, fails(Diverged("train loss is not finite.")))[0] == 0
+    out, err = capsys.readouterr()
+    assert out.count("no dev loss") == err.count("not finite") > 0
     assert searched(OPTUNA, fails(UserError("no room.")))[0] == 2
     out, err = capsys.readouterr()
-    assert out.count("no dev loss") == err.count("not finite") + err.count("no room") > 0
+    assert out.count("it failed") == err.count("no room") > 0
 
 
-def test_where_every_run_diverges_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("code", [0, 2])
+def test_where_every_run_diverges_or_fails_that_is_said(
+    code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fails(cfg: DictConfig) -> float:
-        raise Diverged("train loss is not finite.")
+        raise UserError("no room.") if code else Diverged("train loss is not finite.")
 
-    assert searched(OPTUNA, fails)[0] == 0
+    assert searched(OPTUNA, fails)[0] == code
     assert "none of 3 trials came to a dev loss" in capsys.readouterr().out
 
 
@@ -262,6 +286,29 @@ def test_the_command_of_a_run_of_an_experiment_makes_that_run_alone(
     code, runs = searched(line, distance)
     assert (code, runs) == (0, [results()["best_params"]])
     assert "trial" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sweeper", ["optuna", "basic"])
+def test_a_file_may_name_fields_of_an_adapter(sweeper: str) -> None:
+    """They are no settings of the YAML; on the line they need no sign either, which wins."""
+    folder = Path("own/experiment")
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text(
+        f"# @package _global_\ndefaults: [override /hydra/sweeper: {sweeper}]\n"
+        "hydra: {mode: MULTIRUN, sweeper: {params: {method.adapter.config.r: 'choice(2,4)'}}}\n"
+    )
+    ranks = set()
+
+    def loss(cfg: DictConfig) -> float:
+        ranks.add(cfg.method.adapter.config.r)
+        return 1 / cfg.method.adapter.config.r
+
+    words = f"{SMALL} method=mezo_peft experiment=mine --config-dir own"
+    assert searched(words, loss)[0] == 0
+    assert ranks == {2, 4}
+    ranks.clear()
+    assert searched(f"{words} 'method.adapter.config.r=choice(6,8)' name=typed", loss)[0] == 0
+    assert ranks == {6, 8}
 
 
 def test_the_line_may_name_the_space_as_params_of_the_sweeper() -> None:
@@ -320,6 +367,11 @@ def test_a_word_that_takes_a_setting_out_reaches_every_run() -> None:
             f"{OPTUNA} hydra.sweeper.sampler._target_=os.system",
             ["_target_=os.system", "sampler of optuna"],
         ),
+        (
+            "-m hydra/sweeper=optuna 'hydra.sweeper.params.lr=interval(1e-5,1e-3)'",
+            ["write 'lr=interval(1e-5,1e-3)'"],
+        ),
+        (f"{OPTUNA} hydra.sweeper.params.eps=1e-4,1e-3", ["write eps=1e-4,1e-3"]),
         (f"{OPTUNA} hydra.sweeper.n_trails=3", ["n_trails"]),
         (f"-m hydra/sweeper=optunaa {LOG_LR}", ["did you mean optuna"]),
     ],

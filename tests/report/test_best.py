@@ -48,6 +48,55 @@ def test_the_best_is_the_lowest_mean_dev_loss_over_seeds_whatever_the_test_says(
     assert [Path(run).name for run in row["runs"]] == ["a0", "a1"]
 
 
+def test_settings_with_a_seed_that_diverged_come_last_and_seeds_without_a_result_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where each seed draws its rows; the seeds that are left out would have won."""
+    for own in (False, True):
+        root = tmp_path / str(own)
+        one = {"seed": 1, "data_seed": int(own)}
+        ended(root, "a0", 0.2, GOOD, lr=1e-3, data_seed=0)
+        make(root, "a1", GOOD, lr=1e-3, status="diverged", **one)
+        ended(root, "b0", 0.5, GOOD, lr=1e-4, data_seed=0)
+        make(root, "b1", GOOD, lr=1e-4, status="failed", **one)
+        ended(root, "c0", 0.6, GOOD, lr=1e-5, data_seed=0)
+        ended(root, "c1", 0.6, GOOD, lr=1e-5, **one)
+        (row,) = table(capsys, root, "--best")
+        assert (row["settings"], row["compared"], row["seeds"]) == ({"lr": 1e-4}, 3, 1)
+        assert (row["diverged"], row["missing"]) == ([], [1])
+        assert "1 of 2 seeds: seed 1 has no result" in row["note"]
+        assert "the settings compared have 1 to 2 seeds" in row["note"]
+        (row,) = table(capsys, root, "--best", "lr=1e-3")
+        assert (row["seeds"], row["diverged"]) == (1, [1])
+        assert row["note"] == "1 of 2 seeds: seed 1 diverged"
+        assert main(["runs", "--runs-dir", str(root), "--best"]) == 0
+        assert "1 of 2 seeds" in capsys.readouterr().out
+        (row,) = table(capsys, root, "--best", "lr=1e-5")
+        assert (row["seeds"], row["note"]) == (2, None)
+
+
+def test_equal_settings_under_two_names_are_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each seed counts once, in whichever folders it is."""
+    ended(tmp_path / "search", "a0", 0.5, GOOD)
+    ended(tmp_path / "again", "a0", 0.5, GOOD)
+    ended(tmp_path / "again", "a1", 0.7, GOOD, seed=1)
+    (row,) = table(capsys, tmp_path, "--best")
+    assert (row["compared"], row["seeds"], row["dev_loss"]) == (1, 2, pytest.approx(0.6))
+
+
+def test_a_dev_metric_that_is_not_there_is_null(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = ended(tmp_path, "a0", 0.5, GOOD) / "result.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dev": {"best": {"loss": 0.5}}}))
+    (row,) = table(capsys, tmp_path, "--best")
+    assert (row["dev_loss"], row["dev_metric"]) == (0.5, None)
+    assert main(["runs", "--runs-dir", str(tmp_path), "--best"]) == 0
+    assert "nan" not in capsys.readouterr().out
+
+
 def test_by_metric_takes_the_highest_of_dev(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
