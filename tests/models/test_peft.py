@@ -301,13 +301,6 @@ def test_fields_are_those_that_peft_has() -> None:
         assert fields_of(kind).keys() == vars(config)["__dataclass_fields__"].keys()
 
 
-def test_a_kind_is_known_in_any_letters() -> None:
-    words = ["method=mezo_peft", "method.adapter.kind=IA3"]
-    adapter = settings_of(*SMALL, "model=tiny-llama", *words).method["adapter"]
-    assert adapter == {"kind": "ia3", "config": {}}
-    assert checked("LORA", target_modules=["q_proj"])["kind"] == "lora"
-
-
 @pytest.mark.parametrize(
     ("kind", "config", "said"),
     [
