@@ -205,9 +205,8 @@ def checked_adapter(node: object) -> dict[str, Any]:
             "adapter is chosen by its name, such as method=mezo."
         )
     kind = node.get("kind")
-    if isinstance(kind, str):
-        kind = kind.lower()
-    if "config" in node or (kind not in (*_ADAPTER_KEYS,) and kind in (*kinds(),)):
+    small = kind.lower() if isinstance(kind, str) else kind  # other letters are told of there
+    if "config" in node or (small not in (*_ADAPTER_KEYS,) and small in (*kinds(),)):
         return checked_peft(node)
     kind = checked_value("method.adapter.kind", kind, _ADAPTER_KINDS)
     types = _ADAPTER_KEYS[kind]

@@ -106,12 +106,15 @@ def checked_peft(node: Mapping[str, Any]) -> dict[str, Any]:
             kind has not, that smezo sets, or whose value is of another type or unfit.
     """
     kind, config = node.get("kind"), node.get("config", {})
-    if isinstance(kind, str):
-        kind = kind.lower()
     if kind is None:
         raise UserError(
             "method.adapter.kind=null: a config is of a kind of peft: add method.adapter.kind=lora "
             "or ia3, for example."
+        )
+    if isinstance(kind, str) and kind not in kinds() and kind.lower() in kinds():
+        raise UserError(
+            f"method.adapter.kind={kind}: kinds of peft are written in small letters here: write "
+            f"method.adapter.kind={kind.lower()}."
         )
     if not isinstance(kind, str) or kind not in kinds():
         raise UserError(
