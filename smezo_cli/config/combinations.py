@@ -292,7 +292,8 @@ def check_steps(checked: Mapping[str, Any]) -> None:
     if checked["patience"] is not None and checked["patience"] + 1 >= evaluations:
         raise UserError(
             f"patience={checked['patience']} cannot end a run of {evaluations} evaluations "
-            "early (the first is always the best so far): lower patience or eval_every."
+            "early (the first is always the best so far): lower patience or eval_every, or "
+            "set patience=null."
         )
 
 

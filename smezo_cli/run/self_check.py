@@ -54,7 +54,8 @@ def check(run: Run, loaded: Loaded, method: Method, rows: Sequence[Candidates]) 
     except ValueError as error:
         raise _unreached(run, error) from error
     if checked:
-        run.say(f"  self-check: {checked} kinds of parameters probed exactly")
+        kinds = "kind" if checked == 1 else "kinds"
+        run.say(f"  self-check: {checked} {kinds} of parameters probed exactly")
 
 
 def check_reads(run: Run, method: Method, loaded: Loaded, rows: Sequence[Candidates]) -> None:

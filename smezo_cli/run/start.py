@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from smezo_cli.config.describe import command
+from smezo_cli.config.describe import command, is_sweep
 from smezo_cli.config.digest import digest
 from smezo_cli.config.settings import Settings
 from smezo_cli.machine.stop import Stopped, StopRequest
@@ -47,9 +47,12 @@ def make(
             try:
                 run = begin(s, config, folder, console, stop, device, team)
                 return finish(run) if done is None else settle(run, done)
-            except Stopped:
+            except (Stopped, KeyboardInterrupt):  # the latter where nothing was to be saved
                 words = [w for w in shlex.split(command()) if not w.startswith("if_exists=")]
-                console.say(f"stopped; the same command goes on from here:\n  {shlex.join(words)}")
+                same = "the same command goes on from here"
+                if is_sweep():
+                    same = "the same sweep goes on from here; this run alone is"
+                console.say(f"stopped; {same}:\n  {shlex.join(words)}")
                 raise KeyboardInterrupt from None
 
     try:
