@@ -645,7 +645,9 @@ class LoRA(nn.Module):
         self.base = nn.Linear(6, 3).requires_grad_(False)
         self.A = nn.Linear(6, 4, bias=False)
         self.B = nn.Linear(4, 3, bias=False)
-        with torch.no_grad():
+        with torch.no_grad():  # not by torch's own generator, which other tests have drawn from
+            self.base.weight.normal_(std=0.4, generator=seeded(1))
+            self.base.bias.zero_()
             self.A.weight.normal_(generator=seeded())
         nn.init.zeros_(self.B.weight)
 
