@@ -237,6 +237,11 @@ def _caches() -> Iterator[Finding]:
         if ".part-" not in folder.name:
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
             yield Finding("cache", folder.name, f"converted, {size / 1e6:.0f} MB")
+    for kept, what in (("scores", "of untouched models"), ("inputs", "of frozen blocks")):
+        sizes = [file.stat().st_size for file in (cache / kept).rglob("*") if file.is_file()]
+        if sizes:
+            words = f"{what}, for later runs: {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB"
+            yield Finding("cache", kept, words)
     if left := sorted(cache.glob("*/*.part-*")):
         words = f"{len(left)} left by killed runs; the next run that needs such a file removes it"
         yield Finding("cache", "half-made", words)

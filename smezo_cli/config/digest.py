@@ -15,6 +15,7 @@ from smezo_cli.config.settings import SETTINGS
 NOT_IN_DIGEST = (
     *("name", "runs_dir", "logger", "if_exists", "compile", "hydra", "full_save_every"),
     *("micro_batch_size", "query_ranks", "rank_backend", "cache_scores"),
+    "cache_inputs",
 )
 
 _NOT_IN_DIGEST_OF_MODEL = ("device_map",)
@@ -37,6 +38,7 @@ ADDED_LATER = {
 
 _ADDED_LATER_OF_MACHINES = {
     **{"micro_batch_size": None, "query_ranks": 1, "rank_backend": "gloo", "cache_scores": False},
+    "cache_inputs": False,
     "full_save_every": FULL_SAVE_EVERY,
 }
 

@@ -79,6 +79,7 @@ class Settings:
     keep: Annotated[str, Choice("best", "last", "all")]
     zero_shot: Annotated[bool, Choice(True, False)]
     cache_scores: Annotated[bool, Choice(True, False)]
+    cache_inputs: Annotated[bool, Choice(True, False)]
     prompt_rows: Annotated[int | None, Whole(2, example="100")]
     full_save_every: Annotated[int, Whole(1, example="500")]
     device: Annotated[str, DEVICE]

@@ -1,6 +1,6 @@
 """Keep what enters the first trained block, where a run asks for it (``keep_inputs``)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from smezo_cli.machine.memory import available_bytes
 from smezo_cli.machine.waiting import waiting
 from smezo_cli.methods.base import Method
 from smezo_cli.models.blocks import Blocks, begin_at
+from smezo_cli.run import input_cache
 from smezo_cli.run.begin import Run
 from smezo_cli.run.loaded import Loaded
 from smezo_cli.run.rows import Rows
@@ -41,9 +42,11 @@ def start(run: Run, loaded: Loaded, method: Method) -> None:
     Evaluations of the untouched model compute all blocks, and keep what enters that one for later.
     """
     if run.settings.keep_inputs is False:
+        if run.settings.cache_inputs:
+            run.say("  kept    nothing in the cache: keep_inputs=false")
         return
     try:
-        begin(loaded, method, run.folder.path, 1 if run.team is None else run.team.size)
+        begin(loaded, method, run.folder.path, 1 if run.team is None else run.team.size, run.say)
     except UserError as error:  # of keep_inputs=auto
         run.say(f"  kept    nothing: {error}")
         return
@@ -72,9 +75,10 @@ def settle(run: Run, loaded: Loaded, rows: Rows) -> None:
         left = size - held - kept.rows.file_bytes
         check_space(run.folder.path, max(0, left), "what keep_inputs keeps", _OUT)
         where += f", {(size - held) / 1e6:.1f} MB in the run folder"
+    cached = ", and in the cache for other runs" if kept.cache is not None else ""
     run.say(
         f"  kept    what enters block {kept.first} of {kept.num_blocks}, once a row (at most "
-        f"{where}): steps begin there"
+        f"{where}{cached}): steps begin there"
     )
 
 
@@ -105,7 +109,13 @@ def forget(loaded: Loaded, name: str) -> None:
         kept.forget(name)
 
 
-def begin(loaded: Loaded, method: Method, folder: Path, ranks: int) -> KeptInputs:
+def begin(
+    loaded: Loaded,
+    method: Method,
+    folder: Path,
+    ranks: int,
+    say: Callable[[str], None] = lambda _: None,
+) -> KeptInputs:
     """Let the model's forwards begin at the first block that the method trains.
 
     Args:
@@ -113,6 +123,7 @@ def begin(loaded: Loaded, method: Method, folder: Path, ranks: int) -> KeptInput
         method: trains it.
         folder: takes what is too much for the memory.
         ranks: that take memory; they may all be on this machine.
+        say: receives lines about the cache.
 
     Raises:
         UserError: that cannot be.
@@ -122,7 +133,8 @@ def begin(loaded: Loaded, method: Method, folder: Path, ranks: int) -> KeptInput
         folder = Path.cwd()
     looks_ahead = loaded.settings.model["family"] == "masked"
     rows = KeptRows(available_bytes() // (BUDGET * ranks), folder)
-    kept = KeptInputs(blocks.body, blocks.modules, first, looks_ahead, rows)
+    cache = input_cache.of(loaded, blocks, first, say)
+    kept = KeptInputs(blocks.body, blocks.modules, first, looks_ahead, rows, cache)
     loaded.scorer.forward.kept = kept
     return kept
 

@@ -77,14 +77,19 @@ class Forward:
         """
         return nullcontext() if self.kept is None else self.kept.giving(sequences, starts)
 
-    def evaluating(self, name: str, keeps: bool) -> AbstractContextManager[None]:
+    def evaluating(
+        self, name: str, keeps: bool, is_cached: bool = True
+    ) -> AbstractContextManager[None]:
         """Inside, forwards are those of an evaluation: what is kept of its batches is used, if any.
 
         Args:
             name: under which batches are kept.
             keeps: keep what enters the block of batches that are not kept yet.
+            is_cached: the cache is of the model as it computes now.
         """
-        return nullcontext() if self.kept is None else self.kept.evaluating(name, keeps)
+        if self.kept is None:
+            return nullcontext()
+        return self.kept.evaluating(name, keeps, is_cached)
 
     @contextmanager
     def whole(self) -> Iterator[None]:

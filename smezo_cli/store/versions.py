@@ -14,13 +14,19 @@ from smezo_cli import __version__
 from smezo_cli.zo.step import NUMERICS
 
 
-def versions() -> dict[str, Any]:
-    """Return versions, commit and machine, for result.json."""
+def libraries() -> dict[str, Any]:
+    """Return the versions of what computes."""
     found: dict[str, Any] = {"smezo": __version__, "numerics": NUMERICS}
     found["python"] = platform.python_version()
     for package in ("torch", "transformers", "datasets", "safetensors"):
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
+    return found
+
+
+def versions() -> dict[str, Any]:
+    """Return versions, commit and machine, for result.json."""
+    found = libraries()
     found |= {"commit": _commit(), "machine": platform.machine(), "system": platform.system()}
     found["threads"] = torch.get_num_threads()
     return found

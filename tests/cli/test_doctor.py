@@ -69,6 +69,20 @@ def test_a_damaged_file_of_the_cache_is_named(
     assert found["cache half-made"]["found"].startswith("1 left")
 
 
+def test_what_is_kept_for_later_runs_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SMEZO_CACHE", str(tmp_path))
+    for name in ("scores/a.json", "inputs/d/1.safetensors", "inputs/e/2.safetensors"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(1_500_000))
+    doctor.main([])
+    shown = capsys.readouterr().out
+    assert "of untouched models, for later runs: 1 files, 1.5 MB" in shown
+    assert "of frozen blocks, for later runs: 2 files, 3.0 MB" in shown
+
+
 def test_what_is_broken_is_exit_code_2(
     monkeypatch: pytest.MonkeyPatch, apart: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
