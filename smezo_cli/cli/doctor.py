@@ -258,12 +258,16 @@ def _writable(folder: Path) -> tuple[str, bool]:
 
 
 def _packages() -> Iterator[Mapping[str, Any]]:
-    """Yield what the YAML files of models and tasks say of files of the package registry."""
+    """Yield what the YAML files of models and tasks say of files of the registry, each once."""
+    seen = set[str]()
     for group in ("model", "task"):
         for file in sorted((CONF_DIR / group).glob("*.yaml")):
             text = file.read_text(encoding="utf-8")
             if "sha256:" in text:
-                yield from _with_hashes(yaml.safe_load(text))
+                for node in _with_hashes(yaml.safe_load(text)):
+                    if node["file"] not in seen:
+                        seen.add(node["file"])
+                        yield node
 
 
 def _with_hashes(node: Any) -> Iterator[Mapping[str, Any]]:

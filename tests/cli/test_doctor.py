@@ -69,6 +69,12 @@ def test_a_damaged_file_of_the_cache_is_named(
     assert found["cache half-made"]["found"].startswith("1 left")
 
 
+def test_a_file_that_two_tasks_read_is_told_once() -> None:
+    files = [package["file"] for package in doctor._packages()]
+    assert "vaderSentiment-3.3.2.tar.gz" in files
+    assert len(set(files)) == len(files)
+
+
 def test_what_is_kept_for_later_runs_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
