@@ -1,7 +1,8 @@
 """`smezo table`: print the papers' tables, ours beside theirs, and run what fills them.
 
 A table is data (conf/table/): what a cell runs is the command of its row, table and column. The
-first seed searches the grid, dev chooses, the other seeds run the choice. No torch here.
+first seed searches the grid, dev chooses, the other seeds run the choice; or a search of its own,
+shorter and of another seed, goes before all of them. No torch here.
 """
 
 import shlex
@@ -134,8 +135,7 @@ def _run(read: Any) -> int:
             flush=True,
         )
         tried.add(todo[0])
-        sweep = () if any(word.startswith("experiment=") for word in todo[0]) else ("-m",)
-        code = train([*sweep, *todo[0]])
+        code = train(["-m", *todo[0]])
         if code == 130:
             return code
         worst = max(worst, code)

@@ -99,9 +99,9 @@ class Reader:
             what = cell.row.awaits if cell.row.command is None else cell.column.awaits
             cell.why = f"{what} is not in smezo yet"
             return cell
-        each = t.seeds[:1] if cell.row.one_seed else t.seeds
+        each = t.seeds_of(cell.row)
         seeds = ",".join(map(str, each))
-        first = (*words, f"seed={each[0]}")
+        first = t.searched(cell.row, words)
         if not self._could_have(words):
             cell.missing = first
             return cell
@@ -111,21 +111,24 @@ class Reader:
         scored, gap = [], False
         for values in itertools.product(*swept.values()):
             setting = dict(zip(swept, values, strict=True))
-            run = self._find(cell, words, cfg, setting, each[0])
+            run = self._find(cell, first, cfg, setting, int(cfg.seed))
             gap = gap or run is None
             if run is not None and run.result["status"] == "done":
                 best = run.result["dev"]["best"]
                 cell.searched.append(run)
-                scored.append((best.get(run.metric, 0.0), -best.get("loss", 0.0), setting, run))
+                ranks = best.get(run.metric, 0.0), -best.get("loss", 0.0)
+                scored.append((ranks[::-1] if t.search_by == "loss" else ranks, setting))
         if gap:
             cell.missing = first if swept else (*words, f"seed={seeds}")
             return cell
         if not scored:
             cell.why = "every run of its grid diverged"
             return cell
-        *_, setting, run = max(scored, key=lambda item: item[:2])
+        _, setting = max(scored, key=lambda item: item[0])
         cell.setting = " ".join(f"{key}={value}" for key, value in setting.items())
-        chosen = [run, *(self._find(cell, words, cfg, setting, seed) for seed in each[1:])]
+        if cell.row.search:
+            cfg, _ = grid(last((*words, *cell.setting.split(), f"seed={each[0]}")))
+        chosen = [self._find(cell, words, cfg, setting, seed) for seed in each]
         lacking = [str(s) for s, one in zip(each, chosen, strict=True) if one is None]
         for one in chosen:
             if one is not None and one.result["status"] == "done":

@@ -31,7 +31,9 @@ class Line:
     of: str = ""
     also: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     paper: tuple[Printed | None, ...] = ()
+    search: tuple[str, ...] = ()  # what the runs of its search have besides, such as fewer steps
     without: Mapping[str, str] = field(default_factory=dict)  # why it has no value, by column
+    seeds: tuple[int, ...] = ()  # of this row, where they are not those of the table
     one_seed: bool = False  # no value of it depends on the seed
     no_steps: bool = False  # the table's settings of steps do not hold for it
     by: str = ""  # whose run the printed values are; `sources` of the table says where they stand
@@ -49,6 +51,8 @@ class Table:
     common: tuple[str, ...]
     extra: tuple[str, ...]
     seeds: tuple[int, ...]
+    search_seed: int | None  # of the searches of rows; None: the first of the seeds
+    search_by: str  # what a search chooses by on dev: metric, then loss; or loss
     marks: Mapping[str, str]
     sources: Mapping[str, str]
     columns: tuple[Line, ...]
@@ -65,6 +69,16 @@ class Table:
         if row.no_steps:
             return tuple(word for word in words if word.partition("=")[0] not in WITHOUT_STEPS)
         return words
+
+    def seeds_of(self, row: Line) -> tuple[int, ...]:
+        """Return the seeds whose runs a row is the mean of."""
+        seeds = row.seeds or self.seeds
+        return seeds[:1] if row.one_seed else seeds
+
+    def searched(self, row: Line, words: Sequence[str]) -> tuple[str, ...]:
+        """Return what follows `smezo train` for the runs that choose the settings of a cell."""
+        seed = self.seeds_of(row)[0] if self.search_seed is None else self.search_seed
+        return last((*words, *row.search, f"seed={seed}"))
 
 
 def last(words: Sequence[str]) -> tuple[str, ...]:
@@ -97,6 +111,7 @@ def load(name: str, extra: Sequence[str] = ()) -> Table:
             own[column] = (*own.get(column, ()), rest)
     common = [word for word in extra if ":" not in word.partition("=")[0]]
     seeds = [word for word in common if word.startswith("seed=")]
+    given = tuple(map(int, seeds[-1][5:].split(","))) if seeds else ()
     mark = str(node.get("mark", ""))
     return Table(
         id=name,
@@ -106,13 +121,18 @@ def load(name: str, extra: Sequence[str] = ()) -> Table:
         level=float(node.get("level", 0)),
         common=_split(node["command"]),
         extra=tuple(word for word in common if word not in seeds),
-        seeds=tuple(map(int, seeds[-1][5:].split(",")) if seeds else node["seeds"]),
+        seeds=given or tuple(node["seeds"]),
+        search_seed=node.get("search_seed"),
+        search_by=node.get("search_by", "metric"),
         marks=node.get("marks", {}),
         sources=node.get("sources", {}),
         columns=tuple(
             _line(str(k), v, mark, own.get(str(k), ())) for k, v in node["columns"].items()
         ),
-        rows=tuple(_line(str(k), v, mark, ()) for k, v in node["rows"].items()),
+        rows=tuple(
+            _line(str(k), v | {"seeds": given or v.get("seeds", ())}, mark, ())
+            for k, v in node["rows"].items()
+        ),
     )
 
 
@@ -143,6 +163,8 @@ def _line(name: str, node: Mapping[str, Any], mark: str, extra: tuple[str, ...])
         of=node.get("of", ""),
         also={str(key): _split(words) for key, words in node.get("also", {}).items()},
         paper=tuple(_printed(value, mark) for value in node.get("paper", ())),
+        search=_split(node.get("search")),
+        seeds=tuple(node.get("seeds", ())),
         without=node.get("without", {}),
         one_seed=bool(node.get("one_seed")),
         no_steps=bool(node.get("no_steps")),

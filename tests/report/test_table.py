@@ -87,6 +87,8 @@ def test_a_line_of_a_table_has_no_key_that_is_not_read(name: str) -> None:
         "no_steps",
         "without",
         "by",
+        "search",
+        "seeds",
     }
     node: Any = OmegaConf.load(CONF_DIR / "table" / f"{name}.yaml")
     for line in (*node["columns"].items(), *node["rows"].items()):
@@ -311,6 +313,52 @@ def test_a_table_is_filled_run_by_run_and_dev_chooses(tiny: Any) -> None:
         assert cells["MeZO"]["command"].endswith("seed=1")
         assert any(str(file.parent) in note and says in note for note in notes)
         file.write_text(text)
+
+
+SEARCHED = """\
+title: searched
+source: no paper
+command: >-
+  model=tiny-llama device=cpu batch_size=4 eval_every=1 task.prompt=0 zero_shot=false
+  task.num_train=16 task.num_dev=8 task.num_test=8
+seeds: [1, 2]
+search_seed: 0
+search_by: loss
+columns: { toy: { command: task=toy } }
+rows:
+  MeZO: { command: method=mezo steps=4, search: "steps=2 lr=1e-3,3e-2" }
+  Adam: { command: method=mezo_adam steps=4, search: "steps=1 lr=1e-3,1e-2", seeds: [1, 2, 3] }
+"""
+
+
+def test_a_search_of_its_own_goes_before_the_seeds(tiny: Any) -> None:
+    """Fewer steps, a seed that is not among those of the cell, the choice by the dev loss."""
+    Path("conf/table/tiny.yaml").write_text(SEARCHED)
+    cells, _ = tiny("--run")
+    results = [json.loads(p.read_text()) for p in Path("runs").rglob("result.json")]
+    for row, method, steps, seeds in (
+        ("MeZO", "mezo", 2, [1, 2]),
+        ("Adam", "mezo_adam", 1, [1, 2, 3]),
+    ):
+        searched = [r for r in results if r["method"] == method and r["seed"] == 0]
+        assert [r["steps"] for r in searched] == [steps] * 2
+        best = min(searched, key=lambda r: r["dev"]["best"]["loss"])
+        finals = [r for r in results if r["method"] == method and r["seed"] != 0]
+        assert sorted(r["seed"] for r in finals) == seeds
+        assert {(r["steps"], r["lr"]) for r in finals} == {(4, best["lr"])}
+        assert cells[row]["setting"] == f"lr={best['lr']}"
+        mean = statistics.mean(100 * r["test"]["accuracy"] for r in finals)
+        assert cells[row]["ours"] == pytest.approx(mean)
+        assert cells[row]["command"] is None
+    ours = {row: cell["ours"] for row, cell in cells.items()}
+    # Seeds on the line are those of every row, and the search stays as it was.
+    cells, _ = tiny("seed=1,2,3,4")
+    assert [cells[row]["command"].split()[-1] for row in ("MeZO", "Adam")] == ["seed=3,4", "seed=4"]
+    # What is collected has the runs of the search, too.
+    assert main(["table", "tiny", "--collect", "kept"]) == 0
+    assert len(list(Path("kept").glob("*.json"))) == len(results)
+    again, _ = tiny("--results", "kept")
+    assert {row: cell["ours"] for row, cell in again.items()} == ours
 
 
 def test_collected_results_fill_the_table_without_their_runs(
