@@ -101,7 +101,7 @@ def test_a_folder_that_is_no_run_is_refused_before_torch_is_loaded(
     [
         ("--info defaults", "recipe/rotten_tomatoes-smollm2-135m-sparse_mezo"),
         ("--info steps=3", "steps: 3"),
-        ("--hydra-help", "Hydra"),
+        ("-m lr=1e-3,1e-4 --hydra-help", "Hydra"),
     ],
 )
 def test_hydra_tells_about_itself(words: str, says: str, tmp_path: Path) -> None:
