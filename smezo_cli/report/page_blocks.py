@@ -230,7 +230,7 @@ _TOLD_BY_FULL_NAME = ("sparsity=", "mask=")
 
 
 def _settings(run: Run) -> dict[str, str]:
-    kept = ((key, page_settings.text(value)) for key, value in flat(run.config))
+    kept = ((key, page_settings.text(value)) for key, value in flat(run.settings))
     return {key: value for key, value in kept if key.rpartition(".")[2] not in _OF_SEED}
 
 

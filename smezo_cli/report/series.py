@@ -161,7 +161,7 @@ def merge_seeds(sources: Iterable[Source], free: Sequence[str]) -> list[Group]:
         for run in source.runs:
             settings = {
                 key: json.dumps(value)
-                for key, value in flat(run.config)
+                for key, value in flat(run.settings)
                 if key.rpartition(".")[2] not in ("seed", *free)
             }
             settings["train_rows"] = str(run.result.get("train_rows"))
