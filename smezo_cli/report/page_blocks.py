@@ -208,6 +208,7 @@ def _labels(members: Sequence[Group], names: Mapping[Path, str]) -> list[str]:
     for mine, base, row, kind in zip(settings, bases, rows, kinds, strict=True):
         alike = [of for of, other in zip(settings, kinds, strict=True) if other == kind]
         words = [_cut(word) for word in differing_settings(mine, alike)]
+        words.sort(key=lambda word: not word.startswith(_TOLD_FIRST))
         if row is None:
             words = [word for word in words if not word.startswith(_TOLD_BY_FULL_NAME)]
         found.append(" ".join([base, *words]))
@@ -227,6 +228,7 @@ def _cut(word: str) -> str:
 _MOST_LETTERS = 40  # of a setting in the name of runs
 
 _TOLD_BY_FULL_NAME = ("sparsity=", "mask=")
+_TOLD_FIRST = ("lr=", "eps=")  # where a chart cuts a long name, these still tell runs apart
 
 
 def _settings(run: Run) -> dict[str, str]:

@@ -198,14 +198,16 @@ def test_runs_of_one_method_have_names_that_tell_what_differs(tmp_path: Path) ->
         ((0.75, 1e-3, 0.1), (0.5, 1e-4, 0.1), (0.5, 1e-4, 0.2))
     ):
         method = {"name": "sparse_mezo", "mask": "small", "sparsity": sparsity}
-        folder = make(tmp_path, f"r{k}", [1, 0], lr=lr, eps=eps, sparsity=sparsity, method=method)
+        own = {"lr": lr, "eps": eps, "sparsity": sparsity, "batch_size": 8 + k}
+        folder = make(tmp_path, f"r{k}", [1, 0], method=method, **own)
         file = folder / "result.json"
         result = json.loads(file.read_text()) | {"method": "sparse_mezo"}
         file.write_text(json.dumps(result | {"sparsity": {"requested": sparsity}}))
         evaluated(folder)
     names = [
-        *("S-MeZO 0.75 eps=0.1 lr=0.001", "S-MeZO 0.5 eps=0.1 lr=0.0001"),
-        "S-MeZO 0.5 eps=0.2 lr=0.0001",
+        "S-MeZO 0.75 eps=0.1 lr=0.001 batch_size=8",
+        "S-MeZO 0.5 eps=0.1 lr=0.0001 batch_size=9",
+        "S-MeZO 0.5 eps=0.2 lr=0.0001 batch_size=10",
     ]
     tree = written("--runs-dir", tmp_path, out=str(tmp_path / "a.html"))
     assert legend(tree) == names  # the papers have S-MeZO 0.5 before S-MeZO 0.75
