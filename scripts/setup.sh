@@ -60,15 +60,24 @@ if ! runs_supported "$venv/bin/python" || ! "$venv/bin/python" -m pip --version 
     fail "$root has $free_gb GB free and PyTorch with its CUDA libraries takes up to $need_gb GB; make room, or, where \
 pip finds a build of PyTorch for the CPU alone (3 GB), set SMEZO_NEED_GB=3."
   fi
-  echo "setup: making $venv with $("$python" --version)"
+  echo "setup: making $venv (seconds) with $("$python" --version)"
   rm -rf "$venv"
   "$python" -m venv "$venv" || fail "$python could not make $venv; its message is above."
 fi
 
-echo "setup: installing the packages of constraints.txt (some minutes the first time)"
 rm -f "$stamp-run" "$stamp-dev"
 log=$venv/pip.log
-run_pip() { PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip "$@" >>"$log" 2>&1; }
+say() { echo "setup: $1"; }
+# On a terminal pip shows its progress and keeps the log itself; elsewhere there is the log alone.
+run_pip() {
+  local verb=$1
+  shift
+  if [ -t 1 ]; then
+    PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip "$verb" --log "$log" "$@"
+  else
+    PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip "$verb" "$@" >>"$log" 2>&1
+  fi
+}
 
 has_torch='
 import sys
@@ -82,20 +91,28 @@ sys.exit(not any(re.match("[A-Za-z0-9_-]+", need)[0] in locked for need in requi
 
 # Nothing is built with what the lock does not name: build.txt comes before what is built, and pip fetches no builders itself.
 install_locked() {
-  local torch part words=()
+  local torch part count=0 words=()
   torch=$(grep -o '^torch==[0-9.]*' "$lock/torch.txt")
   if ! "$venv/bin/python" -c "$has_torch" "$torch" 2>/dev/null; then
     # Which build of PyTorch it is stays the choice of pip's own settings, which hashes would change (pip prefers files whose
     # hash an index tells beforehand): so it is fetched first, and installed if it is a listed one.
     rm -rf "$venv/torch"
+    say "fetching $torch (200 MB for CPUs, 900 MB for CUDA: seconds to minutes, as the network is)"
     run_pip download --no-deps --only-binary :all: --dest "$venv/torch" "$torch" || return
+    say "installing $torch (up to a minute)"
     run_pip install --require-hashes --no-deps --no-index --find-links "$venv/torch" --requirement "$lock/torch.txt" || return
     rm -rf "$venv/torch"
   fi
   if "$venv/bin/python" -c "$needs_cuda" "$lock/cuda.txt"; then parts="${parts% triton} cuda triton"; fi
+  say "installing what builds packages (seconds)"
   run_pip install --require-hashes --no-deps --requirement "$lock/build.txt" || return
-  for part in $parts; do words+=(--requirement "$lock/$part.txt"); done
+  for part in $parts; do
+    words+=(--requirement "$lock/$part.txt")
+    count=$((count + $(grep -c '^[a-z0-9-]*==' "$lock/$part.txt")))
+  done
+  say "installing the $count packages of scripts/lock (one to two minutes the first time)"
   run_pip install --require-hashes --no-build-isolation "${words[@]}" || return
+  say "installing smezo itself (seconds)"
   run_pip install --no-deps --no-build-isolation --editable "$root"
 }
 
@@ -104,10 +121,13 @@ install() {
   if [ "${SMEZO_LOCK:-1}" = 1 ]; then
     install_locked
   else
-    echo "setup: SMEZO_LOCK=0: what is downloaded is not compared with scripts/lock"
+    say "SMEZO_LOCK=0: what is downloaded is not compared with scripts/lock"
+    say "installing the packages of constraints.txt (one to three minutes the first time)"
     run_pip install --constraint "$root/constraints.txt" --editable "$root$extras"
   fi
 }
+
+last_lines() { [ -t 1 ] || tail -n 5 "$log" >&2; }  # on a terminal they are there already
 
 if ! install; then
   if grep -qiE 'no space left' "$log"; then
@@ -115,12 +135,12 @@ if ! install; then
   elif grep -qiE 'name resolution|connection (refused|reset|timed|broken)|max retries|unreachable|newconnectionerror|proxyerror' "$log"; then
     fail "the package registry cannot be reached; check the network and run this again (all of pip's messages: $log)."
   elif grep -qiE 'do not match the hashes|requirements must have their versions pinned|hashes are required' "$log"; then
-    tail -n 5 "$log" >&2
+    last_lines
     fail "a download is not the file whose sha256 scripts/lock lists (pip's last lines are above); where it is a build of \
 PyTorch that you chose and trust, run this again with SMEZO_LOCK=0, which compares nothing."
   fi
-  tail -n 5 "$log" >&2
+  last_lines
   fail "pip could not install the packages; its last lines are above, all of them in $log."
 fi
 echo "$wanted $root" >"$stamp-$kind"
-echo "setup: done"
+say "done"

@@ -15,6 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from smezo_cli.config.digest import folder_of
 from smezo_cli.config.fixed import plain
 from smezo_cli.config.launch import launch
 from smezo_cli.config.settings import check
@@ -22,6 +23,7 @@ from smezo_cli.machine import torchrun
 from smezo_cli.machine.device import choose_device
 from smezo_cli.machine.waiting import waiting
 from smezo_cli.run import ranks
+from smezo_cli.tasks.load import check_own
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,7 +40,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         UserError: anything that the user can mend.
         KeyboardInterrupt: stopped by a signal; the state is saved.
     """
-    settings = check(cfg)
+    settings, config = check(cfg), plain(cfg)
+    if not (folder_of(settings, config) / "result.json").exists():  # it is that of these rows
+        check_own(settings.task)
     team = ranks.join(settings)
     if team is not None and team.rank > 0:
         from smezo_cli.run.follower import follow
@@ -52,7 +56,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         with waiting("loading torch and transformers"):
             from smezo_cli.run.start import make
 
-        return make(settings, plain(cfg), device, team)
+        return make(settings, config, device, team)
     finally:
         if team is not None:
             team.leave()

@@ -151,21 +151,26 @@ def test_repeating_does_nothing_until_the_pins_change(
         assert len(calls_of_pip(machine)) > before
 
 
+def with_torch(machine: Path, version: str, needs: str = "") -> str:
+    """A PYTHONPATH by which this version of PyTorch is installed."""
+    site = machine / "site" / "torch-2.13.0.dist-info"
+    site.mkdir(parents=True)
+    (site / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\nRequires-Dist: filelock\n{needs}"
+    )
+    return str(site.parent)
+
+
 @pytest.mark.parametrize("build", ["cpu", "cuda", "none"])
 def test_nothing_is_installed_whose_hash_is_not_locked(
     build: str, setup: Setup, machine: Path, fake_venv: Path
 ) -> None:
     """PyTorch's own build decides on cuda.txt; without a PyTorch its build is pip's choice."""
-    site = machine / "site" / "torch-2.13.0.dist-info"
-    site.mkdir(parents=True)
     version = {"cpu": "2.13.0+cpu", "cuda": "2.13.0", "none": "1.0"}[build]
     needs = "Requires-Dist: nvidia-nccl-cu13==2.29.7; platform_system == 'Linux'\n"
-    (site / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\nRequires-Dist: filelock\n"
-        + needs * (build == "cuda")
-    )
     fake_venv.write_text(f'[ "$1" = --version ] || echo "$@" >>{machine}/calls')
-    assert setup(PYTHONPATH=str(site.parent)).returncode == 0
+    site = with_torch(machine, version, needs * (build == "cuda"))
+    assert setup(PYTHONPATH=site).returncode == 0
     calls = calls_of_pip(machine)
     assert any("lock/cuda.txt" in call for call in calls) == (build == "cuda")
     assert [call.split()[0] for call in calls].count("download") == (build == "none")
@@ -175,6 +180,36 @@ def test_nothing_is_installed_whose_hash_is_not_locked(
         *("install", "--no-deps", "--no-build-isolation", "--editable"),
         str(machine),
     ]
+
+
+PHASES = ["fetching torch==", "installing torch==", "what builds packages", "packages of", "itself"]
+
+
+def test_each_phase_is_said_with_its_time(setup: Setup, machine: Path, fake_venv: Path) -> None:
+    fake_venv.write_text("echo progress")
+    lines = setup(PYTHONPATH=with_torch(machine, "1.0")).stdout.splitlines()
+    assert lines.pop() == "setup: done"
+    for line, phase in zip(lines, PHASES, strict=True):
+        assert phase in line
+        assert "second" in line or "minute" in line
+    assert setup().stdout == ""
+
+
+def test_pip_shows_its_progress_on_a_terminal(machine: Path, fake_venv: Path) -> None:
+    """And keeps the log by itself, by which a failure is told apart."""
+    fake_venv.write_text(
+        '[ "$1" = --version ] || { echo "progress of $1"; [ "$1" = download ] || exit 0; '
+        'echo "name resolution" >"$3"; exit 1; }'
+    )
+    ours, theirs = os.openpty()
+    words = [str(machine / "bin" / "bash"), str(machine / "scripts" / "setup.sh")]
+    env = {"PATH": str(machine / "bin"), "PYTHONPATH": with_torch(machine, "1.0")}
+    run = subprocess.run(words, env=env, stdout=theirs, stderr=subprocess.PIPE, text=True)
+    os.close(theirs)
+    assert "progress of download" in os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert run.returncode == 1
+    assert "the package registry cannot be reached" in run.stderr
 
 
 def test_lock_can_be_left_aside(setup: Setup, machine: Path, fake_venv: Path) -> None:

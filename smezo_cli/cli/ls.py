@@ -13,7 +13,7 @@ USAGE = """\
 smezo ls [GROUP]             the names in a group, or in every group, and what each of them is
 smezo show GROUP NAME        the file of one of them: what it is, its values, where they come from;
                              of a method its formula, cost and state, too, as comments
-smezo show run RUN           the settings of a run, and what came of it, as comments
+smezo show run RUN           what came of a run, as comments, and its settings
 
     --config-dir DIR  your own files, which come before smezo's
 GROUP is tasks, models, methods, recipes, experiments, tables or loggers.

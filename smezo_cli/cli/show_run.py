@@ -1,4 +1,4 @@
-"""`smezo show run RUN`: the settings of a run, and below them what came of it."""
+"""`smezo show run RUN`: what came of a run, and below it the settings."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ from smezo_cli.report.runs import Run, find, load
 
 
 def text(word: str) -> str:
-    """Return config.yaml of a run, and what its result.json says, as comments.
+    """Return what result.json of a run says, as comments, and its config.yaml.
 
     Args:
         word: its folder, or a part of the folder's name that no other run below runs/ has.
@@ -22,7 +22,7 @@ def text(word: str) -> str:
     settings = bounded.read_text(run.path / "config.yaml", 1 << 24)
     facts = "\n".join(_facts(run)).splitlines()  # a prompt or an error may be of several lines
     said = "".join(f"# {line}".rstrip() + "\n" for line in facts)
-    return f"# {run.path}\n{settings.rstrip()}\n\n{said}"
+    return f"# {run.path}\n{said}\n{settings.rstrip()}\n"
 
 
 def _named(word: str) -> Run:

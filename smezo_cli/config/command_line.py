@@ -74,6 +74,8 @@ def read(argv: Sequence[str]) -> Request:
         )
     acts = ("run", "multirun", "cfg", "info", "shell_completion")
     asked = [name for name in acts if getattr(known, name)]
+    if len(asked) > 1 and "multirun" in asked and (known.cfg or known.info):
+        _refuse_to_show_many(known)
     if len(asked) > 1:
         raise UserError(f"--{asked[0]} and --{asked[1]} exclude each other: give one of them.")
     if known.resolve and not (known.cfg or known.help):
@@ -88,6 +90,8 @@ def read(argv: Sequence[str]) -> Request:
     # --help alone: nothing to check, and Hydra composes once more anyway.
     silent = silent or (known.help and len(argv) == 1)
     search, overrides = searched(known.overrides, known.config_dir)
+    if known.hydra_help:  # Hydra composes its own node alone, which no setting belongs to
+        overrides = [word for word in overrides if word.startswith("hydra")]
     return Request(
         flags=tuple(flags),
         overrides=tuple(overrides),
@@ -97,6 +101,34 @@ def read(argv: Sequence[str]) -> Request:
         starts_runs=not (silent or known.help or known.cfg or known.info),
         composes=not (silent or (known.help and not known.overrides)),
     )
+
+
+def _refuse_to_show_many(known: argparse.Namespace) -> NoReturn:
+    """Refuse --cfg and --info of a sweep, which Hydra does not show either.
+
+    Raises:
+        UserError: it has the line that shows the first run.
+    """
+    flag = f"--cfg {known.cfg}" if known.cfg else f"--info {known.info}"
+    more = [] if known.package is None else ["--package", known.package]
+    more += ["--resolve"] * known.resolve
+    more += [] if known.config_dir is None else ["--config-dir", known.config_dir]
+    first = shlex.join([*map(_first_of, known.overrides), *flag.split(), *more])
+    raise UserError(
+        f"{flag} shows a single run, and -m asks for several: leave out -m and give each setting "
+        f"one value, as in smezo train {first}."
+    )
+
+
+def _first_of(word: str) -> str:
+    """Return KEY=VALUE with the first of its values, or as it is where that is not to be told."""
+    try:
+        override = parsed(quoted(word))
+        if not (override.is_sweep_override() and override.is_discrete_sweep()):
+            return word
+        return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
+    except Exception:  # Hydra's, and what its parser lets through: said when the line is composed
+        return word
 
 
 def searched(words: Sequence[str], config_dir: str | None) -> tuple[SearchPath, list[str]]:

@@ -3,13 +3,14 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from smezo_cli.config.fixed import FULL_SAVE_EVERY, plain
 from smezo_cli.config.method_keys import trait
-from smezo_cli.config.settings import SETTINGS
+from smezo_cli.config.settings import SETTINGS, Settings
 
 # Cannot change a result, hence not part of a run's digest.
 NOT_IN_DIGEST = (
@@ -68,6 +69,13 @@ def digest(cfg: DictConfig | Mapping[str, Any]) -> str:
         values["keep"] = "best"  # the test is on the same weights
     text = json.dumps(_canonical(values), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def folder_of(settings: Settings, config: Mapping[str, Any]) -> Path:
+    """Return the folder of a run, from its checked settings and the same in plain values."""
+    s = settings
+    name = f"{s.task['name']}-{s.model['name']}-{s.method['name']}-s{s.seed}-{digest(config)}"
+    return Path(s.runs_dir) / s.name / name
 
 
 def without_later_keys(values: Mapping[str, Any]) -> dict[str, Any]:

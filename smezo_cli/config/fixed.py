@@ -1,5 +1,6 @@
 """Find the folder of YAML files, read its nodes, and name the settings that the code knows."""
 
+import math
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,6 +45,11 @@ WITHOUT_STEPS: dict[str, object] = {
 def is_frozen(method: object) -> bool:
     """Return whether this is the node of a method that takes no steps."""
     return not trait(method, "takes_steps", default=True)
+
+
+def usual_eval_every(steps: int) -> int:
+    """Return the number that eval_every=null is: a tenth of the run, at least 20 (or all)."""
+    return min(steps, max(20, math.ceil(steps / 10)))
 
 
 def usual(group: str) -> str | None:

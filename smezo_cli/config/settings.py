@@ -4,7 +4,6 @@ Types and ranges live here, values and their meaning in conf/. No Hydra and no t
 """
 
 import itertools
-import math
 import re
 import typing
 from collections.abc import Mapping
@@ -27,7 +26,13 @@ from smezo_cli.config.combinations import (
     check_sfc,
     check_steps,
 )
-from smezo_cli.config.fixed import OPTIONAL_SETTINGS, WITHOUT_STEPS, is_frozen, plain
+from smezo_cli.config.fixed import (
+    OPTIONAL_SETTINGS,
+    WITHOUT_STEPS,
+    is_frozen,
+    plain,
+    usual_eval_every,
+)
 from smezo_cli.config.groups import (
     GROUP_KEYS,
     GROUP_TYPES,
@@ -130,7 +135,7 @@ def check(cfg: DictConfig) -> Settings:
         check_frozen(checked["task"], checked["model"], checked["method"])
         return Settings(**checked | {"eval_every": 1})
     if checked["eval_every"] is None:
-        checked["eval_every"] = min(checked["steps"], max(20, math.ceil(checked["steps"] / 10)))
+        checked["eval_every"] = usual_eval_every(checked["steps"])
     check_steps(checked)
     return Settings(**checked)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from smezo_cli.machine.out_of_memory import detecting_out_of_memory
 from smezo_cli.zo.noise import stream_key
 from smezo_cli.zo.ranges import Globs, Positive
-from smezo_cli.zo.step import Closure, InParts, NonFiniteLoss, StepRecord
+from smezo_cli.zo.step import Closure, InParts, NonFiniteLoss, StepRecord, updating
 
 
 class FirstOrder:
@@ -82,7 +82,8 @@ class FirstOrder:
 
         Raises:
             NonFiniteLoss: before anything was written.
-            OutOfMemory: likewise.
+            UpdateOverflow: some of the weights may be moved.
+            OutOfMemory: before anything was written.
         """
         devices = {p.device for p in self.trained.values() if p.device.type != "cpu"}
         self._optimizer.zero_grad(set_to_none=True)
@@ -110,7 +111,8 @@ class FirstOrder:
             raise NonFiniteLoss(f"gradient norm {float(norm)} at step {self.num_steps}")
         if self.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(self.trained.values(), self.max_grad_norm, norm)
-        self._optimizer.step()
+        with updating(self.num_steps, self._optimizer.param_groups[0]["lr"]):
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.num_steps += 1
         return StepRecord(value, (), 1)

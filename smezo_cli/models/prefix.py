@@ -1,8 +1,6 @@
 """Train keys and values before the text in every layer: prefix tuning (arXiv 2101.00190)."""
 
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,11 @@ from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_bidirectional_mask
 
 from smezo_cli.errors import UserError
+from smezo_cli.models.before_text import BeforeText
 from smezo_cli.zo.noise import hash64, stream_key
 
 
-class Prefix:
+class Prefix(BeforeText):
     """Put keys and values before the first token of every layer, which are trained.
 
     They begin as those of random tokens of the vocabulary at the first positions, as in MeZO; the
@@ -37,8 +36,6 @@ class Prefix:
         UserError: a model without such layers, or a masked one with another attention than sdpa
             and eager.
     """
-
-    merges = False
 
     def __init__(self, model: PreTrainedModel, *, num_tokens: int, seed: int) -> None:
         from peft import PrefixEncoder, PrefixTuningConfig
@@ -72,9 +69,7 @@ class Prefix:
         self._devices = devices if len(set(devices)) > 1 else None
         encoder.embedding.weight = nn.Parameter(values.clone())
         model.requires_grad_(False)
-        self._encoder, self._model = encoder, model
-        model.add_module("prefix_encoder", encoder)
-        model.__dict__["forward"] = functools.partial(self._forward, model.forward)
+        super().__init__(model, "prefix_encoder", encoder)
 
     def _forward(self, inner: Callable[..., Any], input_ids: Tensor, **inputs: Any) -> Any:
         """Run the model's forward behind the prefix."""
@@ -87,10 +82,11 @@ class Prefix:
             ones = mask.new_ones(len(mask), self.num_places)
             mask = inputs["attention_mask"] = torch.cat([ones, mask], dim=1)
         if self._is_masked:
-            weight = self._encoder.embedding.weight
             inputs["attention_mask"] = create_bidirectional_mask(
                 config=self._model.config,
-                inputs_embeds=weight.new_empty(*input_ids.shape, 0),  # for its shape and dtype
+                inputs_embeds=self._weight.new_empty(
+                    *input_ids.shape, 0
+                ),  # for its shape and dtype
                 attention_mask=mask,
                 past_key_values=cache,
             )
@@ -101,7 +97,7 @@ class Prefix:
     def _fill(self, cache: DynamicCache, batch_size: int) -> None:
         """Put the prefix into an empty cache."""
         heads, layers = self._config.num_attention_heads, self._config.num_layers
-        places = torch.arange(self.num_places, device=self._encoder.embedding.weight.device)
+        places = torch.arange(self.num_places, device=self._weight.device)
         flat = self._encoder(places)
         # (layers * 2, heads, tokens, size)
         values = flat.view(self.num_places, layers * 2, heads, -1).permute(1, 2, 0, 3)
@@ -123,21 +119,6 @@ class Prefix:
             )
         return "peft loads it: AutoPeftModelForCausalLM.from_pretrained(FOLDER)"
 
-    @property
-    def saved_bytes(self) -> int:
-        """Return the bytes of the prefix alone."""
-        weight: Tensor = self._encoder.embedding.weight
-        return weight.numel() * weight.element_size()
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """Take the prefix away within the context."""
-        wrapped = self._model.__dict__.pop("forward")
-        try:
-            yield
-        finally:
-            self._model.__dict__["forward"] = wrapped
-
     def save(self, folder: Path) -> None:
         """Write the prefix as an adapter of peft: it cannot be merged into weights."""
         folder.mkdir(parents=True)
@@ -145,8 +126,8 @@ class Prefix:
         self._config.inference_mode = True
         self._config.save_pretrained(str(folder))
         self._config.inference_mode = False
-        weight = self._encoder.embedding.weight.detach()
-        save_file({"prompt_embeddings": weight.cpu()}, folder / "adapter_model.safetensors")
+        weight = self._weight.detach().cpu()
+        save_file({"prompt_embeddings": weight}, folder / "adapter_model.safetensors")
 
 
 def _activations(

@@ -1,8 +1,6 @@
 """Train embeddings before the text: prompt tuning (arXiv 2104.08691), p-tuning (2103.10385)."""
 
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from smezo_cli.models.before_text import BeforeText
 
-class SoftPrompt:
+
+class SoftPrompt(BeforeText):
     """Put trained embeddings before those of the text; logits are those of the text alone.
 
     Args:
@@ -19,15 +19,11 @@ class SoftPrompt:
         peft: peft's view of it, which holds the encoder of the embeddings.
     """
 
-    merges = False
-
     def __init__(self, model: PreTrainedModel, peft: Any) -> None:
-        self._model, self._peft = model, peft
+        self._peft = peft
         self.num_places = int(peft.peft_config["default"].num_virtual_tokens)
         # peft makes it in float32, whatever the model is in.
-        self._encoder: Any = peft.prompt_encoder["default"].to(model.dtype)
-        model.add_module("prompt_encoder", self._encoder)
-        model.__dict__["forward"] = functools.partial(self._forward, model.forward)
+        super().__init__(model, "prompt_encoder", peft.prompt_encoder["default"].to(model.dtype))
 
     def _forward(self, inner: Callable[..., Any], input_ids: Tensor, **inputs: Any) -> Any:
         """Run the model's forward behind the embeddings, which a cache may hold already."""
@@ -47,7 +43,7 @@ class SoftPrompt:
             before = torch.arange(self.num_places, device=positions.device)
             before = before.expand(len(positions), -1)
             inputs["position_ids"] = torch.cat([before, inputs["position_ids"]], dim=1)
-        places = torch.arange(self.num_places, device=self._encoder.embedding.weight.device)
+        places = torch.arange(self.num_places, device=self._weight.device)
         words = loose.get_input_embeddings()(input_ids)
         prompt = self._encoder(places.expand(rows, -1)).to(words)
         whole = self.num_places + length
@@ -87,21 +83,6 @@ class SoftPrompt:
             f"peft loads it: PeftModel.from_pretrained({base}, FOLDER), whose logits begin with "
             "those of the embeddings"
         )
-
-    @property
-    def saved_bytes(self) -> int:
-        """Return the bytes of the embeddings."""
-        weight: Tensor = self._encoder.embedding.weight
-        return weight.numel() * weight.element_size()
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """Take the embeddings away within the context."""
-        wrapped = self._model.__dict__.pop("forward")
-        try:
-            yield
-        finally:
-            self._model.__dict__["forward"] = wrapped
 
     def save(self, folder: Path) -> None:
         """Write the embeddings as an adapter of peft, which no weights can take in."""

@@ -105,7 +105,7 @@ def _tried(runs: Sequence[Run], by: str) -> Iterator[_Tried]:
 
 def _asked(run: Run) -> str:
     """Return what runs that differ in their seed alone have in common, finished or not."""
-    return f"{digest(dict(run.config) | {'seed': 0, 'data_seed': 0})} {run.config.get('steps')}"
+    return f"{digest(dict(run.settings) | {'seed': 0, 'data_seed': 0})} {run.config.get('steps')}"
 
 
 def _has_diverged(run: Run) -> bool:
@@ -124,7 +124,7 @@ def _draws_as(run: Run, group: Group) -> bool:
 
 def _best_of(members: Sequence[_Tried], by: str) -> Iterator[Best]:
     """Yield the best of the settings of one task, model and method; one for each rows of dev."""
-    settings = [_that_count(tried.group.runs[0].config) for tried in members]
+    settings = [_that_count(tried.group.runs[0].settings) for tried in members]
     keys = dict.fromkeys(key for each in settings for key in each)
     told = [key for key in keys if _differ(key, settings)] if len(members) > 1 else _TOLD_ALONE
     rows = [_rows_of_dev(tried) for tried in members]

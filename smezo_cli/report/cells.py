@@ -69,7 +69,7 @@ class Reader:
     def __init__(self, table: Table, runs: Sequence[Run]) -> None:
         self.table, self.notes = table, list[str]()
         done = [run for run in runs if run.result["status"] in ("done", "diverged")]
-        self._runs = [(run, identity(run.config)) for run in done if run.config]
+        self._runs = [(run, identity(run.settings)) for run in done if run.config]
         finished = [run for run, _ in self._runs if run.result["status"] == "done"]
         newest = max(finished, key=lambda run: str(run.result.get("ended")), default=None)
         self._version = None if newest is None else version(newest)
@@ -208,7 +208,7 @@ class Reader:
         """
         new = 0
         for run, words in self.taken.values():
-            settings = {k: v for k, v in stripped(run.config).items() if k not in NOT_IN_DIGEST}
+            settings = {k: v for k, v in stripped(run.settings).items() if k not in NOT_IN_DIGEST}
             what = "-".join(str(run.result[key]) for key in _NAMES)
             name = f"{what}-s{run.result['seed']}-{identity(settings).replace(' ', '-')}"
             new += collected.write(folder, name, run, settings, words)
@@ -225,7 +225,7 @@ class Reader:
             near_by: list[tuple[list[str], str]] = []
             for where, asked in self._asked:
                 keys = [f"{g}.name" for g in _NAMES] + ["seed", "lr", "sparsity", "method.mask"]
-                ours, its = dict(flat(asked)), dict(flat(run.config))
+                ours, its = dict(flat(asked)), dict(flat(run.settings))
                 if all(ours.get(key) == its.get(key) for key in keys):
                     near_by.append((differences(its, ours), where))
             if near_by:

@@ -1,23 +1,26 @@
 """Compute mean, spread and paired gains of groups of runs: a record a group."""
 
+import json
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from smezo_cli.report.identity import flat
 from smezo_cli.report.runs import Group, paired
+from smezo_cli.report.series import differing_settings
 
 
 def compared(found: Sequence[Group]) -> Iterator[dict[str, Any]]:
     """Yield what `smezo runs --mean` says of each group, compared with the first of them."""
     base: Group | None = None
-    for group in found:
+    for group, name in zip(found, _names(found), strict=True):
         results = [run.result for run in group.runs]
         scores = [run.score for run in group.runs]
         values = [score for score in scores if score is not None]
         kept = set.intersection(*(set(run.outcomes()) for run in group.runs))
         ours = group.mean()
         record: dict[str, Any] = {
-            "runs": group.name,
+            "runs": name,
             "seeds": len(group.runs),
             "metric": group.runs[0].metric,
             "score": statistics.mean(values),
@@ -39,6 +42,23 @@ def compared(found: Sequence[Group]) -> Iterator[dict[str, Any]]:
             paired(ours, base.mean(), group.sizes) if same else (None, None)
         )
         yield record
+
+
+def _names(found: Sequence[Group]) -> list[str]:
+    """Return the names of groups; of those of one name, with the settings that differ."""
+    settings = [
+        {
+            key: json.dumps(value, default=str)
+            for key, value in flat(group.runs[0].settings)
+            if key.rpartition(".")[2] not in ("seed", "data_seed")
+        }
+        for group in found
+    ]
+    names = []
+    for mine, group in zip(settings, found, strict=True):
+        alike = [of for of, other in zip(settings, found, strict=True) if other.name == group.name]
+        names.append(" ".join([group.name, *differing_settings(mine, alike)]))
+    return names
 
 
 def _mean_of_parts(group: Group) -> dict[str, float] | None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from smezo_cli.config.digest import ADDED_LATER, NOT_IN_DIGEST, digest, without_later_keys
+from smezo_cli.config.fixed import usual_eval_every
 from smezo_cli.report.runs import Run
 
 # Where weights and data lie, and what computes, does not change what is asked; rows and the model's
@@ -21,8 +22,10 @@ def identity(values: Mapping[str, Any]) -> str:
 
 
 def stripped(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings without what may differ between equal experiments."""
+    """Return settings without what may differ between equal experiments; eval_every a number."""
     kept = {key: value for key, value in values.items() if key != "device"}
+    if isinstance(steps := kept.get("steps"), int) and steps and not kept.get("eval_every", ...):
+        kept["eval_every"] = usual_eval_every(steps)
     for group, dropped in _PLACES.items():
         given = kept.get(group)
         if not isinstance(given, Mapping):

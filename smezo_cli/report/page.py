@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from smezo_cli import __version__
-from smezo_cli.report import page_settings
+from smezo_cli.report import page_settings, page_tables
 from smezo_cli.report.cells import Cell, Reader
 from smezo_cli.report.layout import command, grid
 from smezo_cli.report.page_blocks import Block, blocks
@@ -157,9 +157,14 @@ def html(content: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters |= {"percent": _percent, "gain": _gain, "plain": page_settings.text}
+    env.filters |= {
+        "percent": page_tables.percent,
+        "gain": page_tables.gain,
+        "plain": page_settings.text,
+    }
     return env.get_template("page.html").render(
         page=content,
+        tables=page_tables,
         version=__version__,
         style=Markup((_TEMPLATES / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
@@ -176,11 +181,3 @@ def _readable(value: Any) -> Any:
     if isinstance(value, str) and not isinstance(value, Markup):
         return _NOT_OF_HTML.sub("\ufffd", value)
     return value
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.2f}"
-
-
-def _gain(value: float) -> str:
-    return f"{100 * value:+.2f}".replace("-", "\u2212")

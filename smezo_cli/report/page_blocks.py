@@ -195,13 +195,22 @@ def _sound(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
 
 
 def _labels(members: Sequence[Group], names: Mapping[Path, str]) -> list[str]:
-    """Return a name for each group, unlike those of the others: the method and what differs."""
+    """Return a name for each group, unlike those of the others: the method and what differs.
+
+    What differs from any other runs of the same method is told, though the sparsity, which stands
+    in the name of the method, may tell them apart already.
+    """
     settings = [_settings(group.runs[0]) for group in members]
-    bases = [names.get(g.runs[0].path) or full_name(g.runs[0]) for g in members]
+    rows = [names.get(group.runs[0].path) for group in members]
+    bases = [row or full_name(g.runs[0]) for row, g in zip(rows, members, strict=True)]
+    kinds = [row or str(g.runs[0].result["method"]) for row, g in zip(rows, members, strict=True)]
     found = []
-    for mine, base in zip(settings, bases, strict=True):
-        alike = [of for of, other in zip(settings, bases, strict=True) if other == base]
+    for mine, base, row, kind in zip(settings, bases, rows, kinds, strict=True):
+        alike = [of for of, other in zip(settings, kinds, strict=True) if other == kind]
         words = [_cut(word) for word in differing_settings(mine, alike)]
+        words.sort(key=lambda word: not word.startswith(_TOLD_FIRST))
+        if row is None:
+            words = [word for word in words if not word.startswith(_TOLD_BY_FULL_NAME)]
         found.append(" ".join([base, *words]))
     folders = [group.runs[0].path.parent.name for group in members]
     for words in (folders, [str(k + 1) for k in range(len(members))]):
@@ -218,9 +227,12 @@ def _cut(word: str) -> str:
 
 _MOST_LETTERS = 40  # of a setting in the name of runs
 
+_TOLD_BY_FULL_NAME = ("sparsity=", "mask=")
+_TOLD_FIRST = ("lr=", "eps=")  # where a chart cuts a long name, these still tell runs apart
+
 
 def _settings(run: Run) -> dict[str, str]:
-    kept = ((key, page_settings.text(value)) for key, value in flat(run.config))
+    kept = ((key, page_settings.text(value)) for key, value in flat(run.settings))
     return {key: value for key, value in kept if key.rpartition(".")[2] not in _OF_SEED}
 
 
@@ -327,8 +339,8 @@ def _curves(block: Block) -> list[Curves]:
     found = []
     for start in range(0, len(lines), MOST_LINES):
         chosen = lines[start : start + MOST_LINES]
-        sources = [Source(entry.group.runs, entry.label) for entry in chosen]
-        styles = dict[str, int]()
+        sources = [Source(e.group.runs, e.label, place=k) for k, e in enumerate(chosen)]
+        styles = {entry.label: k for k, entry in enumerate(chosen)}
         charts = []
         for y, x in _CURVES:
             try:

@@ -149,14 +149,16 @@ def lines(panel: Panel, x_label: str, title: str, styles: dict[str, int]) -> Lin
     left = max(_LEFT, 10 + _LETTER * max(len(tick.text) for tick in y_ticks))
     x_axis = _Axis.of(xs, left, WIDTH - _RIGHT)
     drawn = tuple(_line(series, styles[series.name], x_axis, y_axis) for series in panel.series)
-    ends = "; ".join(
-        f"{s.label}: {number(s.mean[0])} at {number(s.x[0])}, {number(s.mean[-1])} at "
-        f"{number(s.x[-1])}"
-        for s in panel.series
-    )
+    ends = "; ".join(f"{s.label}: {', '.join(_ends(s))}" for s in panel.series)
     words = f"{panel.y} against {x_label}, from the first to the last evaluation. {ends}."
     x_ticks = x_axis.ticks(5, least=float(x_label == "steps"))  # there is no half a step
     return LineChart(title, words, x_label, panel.y, x_ticks, y_ticks, lines=drawn, left=left)
+
+
+def _ends(series: Series) -> list[str]:
+    """Return the first and the last point of a line in words; one of a line that has one."""
+    places = sorted({0, len(series.x) - 1})
+    return [f"{number(series.mean[k])} at {number(series.x[k])}" for k in places]
 
 
 def _line(series: Series, style: int, x_axis: "_Axis", y_axis: "_Axis") -> Line:

@@ -49,7 +49,7 @@ def _repeats(key: str, found: Sequence[Sequence[Mapping[str, str]]]) -> bool:
 
 
 def _texts(run: Run) -> dict[str, str]:
-    return {key: text(value) for key, value in dotted(redacted_tree(dict(run.config)))}
+    return {key: text(value) for key, value in dotted(redacted_tree(dict(run.settings)))}
 
 
 def text(value: object) -> str:

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from smezo_cli.config.digest import digest
-from smezo_cli.config.fixed import plain
+from smezo_cli.config.fixed import plain, usual_eval_every
 from smezo_cli.errors import UserError, near
 from smezo_cli.files import bounded
 from smezo_cli.store import schema
@@ -53,6 +54,23 @@ class Run:
         parts = (self.result.get("test") or {}).get("parts") or {}
         return {name: of[self.metric] for name, of in parts.items() if self.metric in of}
 
+    @cached_property
+    def settings(self) -> Mapping[str, Any]:
+        """Return the settings as the run resolved them: eval_every is a number, if it takes steps.
+
+        What null stands for may be another number in another version.
+        """
+        steps = self.config.get("steps")
+        if not isinstance(steps, int) or not steps or self.config.get("eval_every", ...):
+            return self.config
+        every = self.result.get("eval_every")
+        if not isinstance(every, int):  # a run of before it was recorded
+            try:
+                every = next(step for step, _ in self.evaluations() if step)
+            except (UserError, StopIteration):
+                every = usual_eval_every(steps)
+        return {**self.config, "eval_every": every}
+
     def evaluations(self) -> list[tuple[int, float]]:
         """Return step and metric (0 to 1) of every evaluation on dev, in order.
 
@@ -63,9 +81,11 @@ class Run:
             return list(self.collected)
         path = self.path / "metrics.jsonl"
         try:
+            key = f"dev.{self.metric}"
             lines = bounded.read_text(path, 1 << 30).splitlines()
-            found = [line for line in map(json.loads, lines) if f"dev.{self.metric}" in line]
-            return [(int(line["step"]), float(line[f"dev.{self.metric}"])) for line in found]
+            # Of thousands of lines a few are evaluations: the others are not parsed.
+            found = [json.loads(line) for line in lines if f'"{key}"' in line]
+            return [(int(line["step"]), float(line[key])) for line in found]
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} cannot be read: it is damaged.") from error
 
@@ -249,8 +269,9 @@ def groups(runs: Sequence[Run], *, across_folders: bool = False) -> list[Group]:
     buckets: dict[str, list[Run]] = {}
     for run in runs:
         # Runs that can be extended keep their digest; data files may change behind a name.
-        rows = [run.result.get(key) for key in ("steps", "test_rows")]
-        rest = digest(dict(run.config) | {"seed": 0, "data_seed": 0})
+        # So may weights behind the id of a model.
+        rows = [run.result.get(key) for key in ("steps", "test_rows", "model_fingerprint")]
+        rest = digest(dict(run.settings) | {"seed": 0, "data_seed": 0})
         folder = "" if across_folders else run.path.parent
         buckets.setdefault(f"{folder} {rest} {rows}", []).append(run)
     found: dict[tuple[str, str], list[Run]] = {}

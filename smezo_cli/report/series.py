@@ -110,6 +110,7 @@ class Source:
     runs: tuple[Run, ...]
     name: str = ""
     chosen: bool = False  # a table has chosen its settings on dev
+    place: int = 0  # among those of a figure; those of one place are in the order of the papers
 
 
 def method_name(run: Run) -> str:
@@ -144,6 +145,7 @@ class Group:
     runs: tuple[Run, ...]
     settings: Mapping[str, str]
     chosen: bool
+    place: int
 
     def by_seed(self) -> dict[int, Run]:
         return {int(run.result["seed"]): run for run in self.runs}
@@ -159,14 +161,15 @@ def merge_seeds(sources: Iterable[Source], free: Sequence[str]) -> list[Group]:
         for run in source.runs:
             settings = {
                 key: json.dumps(value)
-                for key, value in flat(run.config)
+                for key, value in flat(run.settings)
                 if key.rpartition(".")[2] not in ("seed", *free)
             }
             settings["train_rows"] = str(run.result.get("train_rows"))
             name = source.name or full_name(run)
             rest = {k: v for k, v in settings.items() if k not in _OF_SPLIT}
             key = json.dumps([name, source.chosen, rest], sort_keys=True)
-            buckets.setdefault(key, []).append((run, Group(name, (), settings, source.chosen)))
+            group = Group(name, (), settings, source.chosen, source.place)
+            buckets.setdefault(key, []).append((run, group))
     found: dict[str, Group] = {}
     for key, members in buckets.items():
         follows = draw_their_rows([run for run, _ in members])
@@ -181,7 +184,7 @@ def merge_seeds(sources: Iterable[Source], free: Sequence[str]) -> list[Group]:
         alike = [g.settings for g in groups if g.name == group.name]
         words = differing_settings(group.settings, alike)
         named.append(replace(group, name=" ".join([group.name, *words])))
-    return sorted(named, key=lambda g: natural(g.name))
+    return sorted(named, key=lambda g: (g.place, natural(g.name)))
 
 
 _OF_SPLIT = ("data_seed", "train_rows")

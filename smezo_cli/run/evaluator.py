@@ -124,7 +124,7 @@ class Evaluator:
                 answered=sorted(part.answered),
             )
         done = len(part.answered if self.loaded.task.kind == "generation" else part.scored)
-        what = f"{split} {of_part}".strip()
+        what = self._in_words(split, of_part, prompt)
         if is_known:
             run.say(f"  {what}: scores of an earlier run (cache_scores=false computes them anew)")
         elif done:
@@ -141,6 +141,14 @@ class Evaluator:
             except UserError as error:
                 run.say(f"  {what}: scores are not kept for other runs: {error}")
         return found
+
+    def _in_words(self, split: str, part: str, prompt: int | None) -> str:
+        """Return the name of a split or of a part's, with the prompt if it is one of several."""
+        name = f"{split} {part}".strip()
+        tried = [k for k, of in enumerate(self.loaded.prompts) if of.part == part]
+        if prompt is None or len(tried) == 1:
+            return name
+        return f"{name} (prompt {tried.index(prompt) + 1} of {len(tried)})"
 
     @cached_property
     def _cache(self) -> ScoreCache | None:

@@ -6,7 +6,7 @@ from smezo_cli.run.begin import Run
 from smezo_cli.run.evaluator import SplitNotFinite
 from smezo_cli.run.loaded import Loaded
 from smezo_cli.scoring.objectives import NonFiniteScore
-from smezo_cli.zo.step import NonFiniteLoss
+from smezo_cli.zo.step import NonFiniteLoss, UpdateOverflow
 
 
 def spoilt_weight(loaded: Loaded) -> str:
@@ -42,13 +42,17 @@ def diverged(run: Run, loaded: Loaded, error: NonFiniteLoss) -> str:
     # Of the tested weights the dev scores were finite: it is the row that is another.
     if isinstance(error, NonFiniteScore) and (not step or split == "test"):
         return f"{what}; {why_not_finite(loaded)}."
-    if not step and (why := spoilt_weight(loaded)):
+    came_spoilt = not step and not isinstance(error, UpdateOverflow)
+    if came_spoilt and (why := spoilt_weight(loaded)):
         return f"{what}; {why}."
     good = "no checkpoint was good"
     if best is not None:
         good = f"the last good checkpoint is step {best}"
-    lr = run.settings.lr
+    lr, eps = run.settings.lr, run.settings.eps
+    if isinstance(error.__cause__, ZeroDivisionError) and eps is not None:
+        return f"{what}; {good} in {run.folder.path}; eps={eps:g} is too small here: raise it."
     advice = f"lr={lr:g} is too large here: lower it, e.g. lr={lr / 3:.1g}" if lr else "lower lr"
     if best is None:
-        advice += ", or eps, or use dtype=float32"
+        advice += ", or eps" if eps is not None else ""
+        advice += ", or use dtype=float32" if run.settings.dtype != "float32" else ""
     return f"{what}; {good} in {run.folder.path}; {advice}."

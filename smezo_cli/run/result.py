@@ -168,6 +168,7 @@ def _of_training(run: Run, so_far: SoFar, notes: Notes) -> dict[str, Any]:
         "warmup_steps": s.warmup_steps,
         "keep": s.keep,
         "eps": s.eps,
+        **_resolved(run),
         "batch_size": s.batch_size,
         "batch_order": s.batch_order,
         "micro_batch_size": s.micro_batch_size if measure is None else measure.size,
@@ -185,6 +186,12 @@ def _of_training(run: Run, so_far: SoFar, notes: Notes) -> dict[str, Any]:
         "numerics": dict(notes.get("numerics", {})),
         "peak_memory_bytes": max(state.peak_memory_bytes, run.memory.read()),
     }
+
+
+def _resolved(run: Run) -> dict[str, int]:
+    """Return the number that eval_every=null stands for: nothing where the setting is one."""
+    is_open = run.config.get("eval_every") is None and not is_frozen(run.settings.method)
+    return {"eval_every": run.settings.eval_every} if is_open else {}
 
 
 def _of_machine(run: Run, so_far: SoFar, notes: Notes) -> dict[str, Any]:

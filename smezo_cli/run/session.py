@@ -1,11 +1,14 @@
 """Make one run: its stages in order, and what becomes of it where one of them fails."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from smezo_cli.config.digest import is_extensible
 from smezo_cli.config.fixed import is_frozen
 from smezo_cli.errors import Diverged, UserError
 from smezo_cli.machine import allocator
+from smezo_cli.machine.stop import Stopped
 from smezo_cli.machine.waiting import waiting
 from smezo_cli.methods.frozen import InContext, LinearProbe
 from smezo_cli.run import (
@@ -89,11 +92,27 @@ def _stages(run: Run, so_far: SoFar) -> dict[str, Any]:
     return stages(run, so_far, loaded, evaluate)
 
 
+@contextmanager
+def _stoppable(run: Run, loaded: Loaded) -> Iterator[None]:
+    """Raise Stopped between two forwards within the context; a prompt that was chosen is saved.
+
+    Only for forwards that no other rank takes part in.
+    """
+    try:
+        with loaded.scorer.forward.calling(run.check_stop):
+            yield
+    except Stopped:
+        if "prompt" in run.notes:
+            run.folder.save_state(run.state)
+        raise
+
+
 def _without_steps(run: Run, so_far: SoFar, loaded: Loaded, evaluate: Evaluator) -> dict[str, Any]:
     """Evaluate dev and test by a method that takes no steps."""
     method = build_frozen(loaded)
     run.stop.patient = True
-    zero_shot.choose_batching(run, loaded)
+    with _stoppable(run, loaded):
+        zero_shot.choose_batching(run, loaded)
     dev = zero_shot.choose_prompt(run, evaluate)
     so_far.rows = rows.encode(run, loaded)
     test = zero_shot.measure(run, evaluate, so_far.rows)
@@ -121,11 +140,13 @@ def _with_steps(run: Run, so_far: SoFar, loaded: Loaded, evaluate: Evaluator) ->
     kept_inputs.check(run, loaded, method)
     so_far.measure = measure = measure_for(run, loaded, method)
     so_far.keeps_state, so_far.passes = method.keeps_state, passes_of(run, method)
-    is_checked = self_check.check_early(run, loaded, method)
+    with _stoppable(run, loaded):
+        is_checked = self_check.check_early(run, loaded, method)
     allocator.give_back()
     moved = numerics.Numerics(method, s.seed, run.notes)  # from the base model on
     run.stop.patient = True  # from here on there is a state to save
-    zero_shot.choose_batching(run, loaded)
+    with _stoppable(run, loaded):
+        zero_shot.choose_batching(run, loaded)
     kept_inputs.start(run, loaded, method)
     with loaded.as_it_came():
         as_it_came = evaluate.without_adapter()
@@ -136,11 +157,12 @@ def _with_steps(run: Run, so_far: SoFar, loaded: Loaded, evaluate: Evaluator) ->
     if run.team is not None:
         leader.teach(run, run.team, so_far.recorder)
     allocator.give_back()  # what reading and encoding the data has freed
-    if not is_checked:
-        self_check.check(run, loaded, method, so_far.rows.train)
     batches = batches_of(so_far.rows.train, s.batch_size, s.seed, s.batch_order)
-    kept_inputs.settle(run, loaded, so_far.rows)
-    prepare(run, method, measure, batches)
+    with _stoppable(run, loaded):
+        if not is_checked:
+            self_check.check(run, loaded, method, so_far.rows.train)
+        kept_inputs.settle(run, loaded, so_far.rows)
+        prepare(run, method, measure, batches)
     allocator.give_back()
     so_far.loggers = loggers_of(run)
     watch, bar = watch_for(run, moved), run.console.bar("train", s.steps, state.step)

@@ -1,11 +1,10 @@
 """Open the folder of a run, and start what is left of it."""
 
 import shlex
-from pathlib import Path
 from typing import Any
 
 from smezo_cli.config.describe import command, is_sweep
-from smezo_cli.config.digest import digest
+from smezo_cli.config.digest import folder_of
 from smezo_cli.config.settings import Settings
 from smezo_cli.machine.stop import Stopped, StopRequest
 from smezo_cli.machine.waiting import waiting
@@ -31,8 +30,7 @@ def make(
         KeyboardInterrupt: stopped by a signal; the state is saved.
     """
     s = settings
-    name = f"{s.task['name']}-{s.model['name']}-{s.method['name']}-s{s.seed}-{digest(config)}"
-    folder, console = RunFolder(Path(s.runs_dir) / s.name / name), Console()
+    folder, console = RunFolder(folder_of(s, config)), Console()
 
     def work(done: dict[str, Any] | None = None) -> dict[str, Any]:
         """Do what is left of the run, or of a run that was killed behind its result `done`."""

@@ -1,6 +1,6 @@
 """Run a language model so that its output layer computes only the logits that are read."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -37,6 +37,7 @@ class Forward:
         self.keeps_rows = False
         #: what enters the first trained block, where that is kept: see :meth:`giving`
         self.kept: KeptInputs | None = None
+        self._before: Callable[[], None] = lambda: None
 
     @property
     def device(self) -> torch.device:
@@ -49,11 +50,21 @@ class Forward:
         return self.model.get_output_embeddings()  # type: ignore[operator]  # transformers' own
 
     def computing(self) -> AbstractContextManager[Any]:
-        """Compute matrix products in the compute dtype within the context."""
+        """Compute matrix products in the compute dtype within the context: that of a forward."""
+        self._before()
         if self.compute_dtype is None:
             return nullcontext()
         # Its cache of cast weights would outlive a probe's scratch.
         return torch.autocast(self.device.type, self.compute_dtype, cache_enabled=False)
+
+    @contextmanager
+    def calling(self, before: Callable[[], None]) -> Iterator[None]:
+        """Call a function before each forward within the context; it may raise, to end them."""
+        self._before, outer = before, self._before
+        try:
+            yield
+        finally:
+            self._before = outer
 
     def tensor(self, values: Any) -> Tensor:
         """Return numbers as int64 on the model's device."""

@@ -168,6 +168,9 @@ class Result(TypedDict, total=False):
     warmup_steps: Annotated[Any, says("Steps over which the learning rate rises.")]
     keep: Annotated[Text, says("Which weights are tested and kept: best, last or all.")]
     eps: Annotated[Number | None, says("Size of the perturbation. null where there is none.")]
+    eval_every: Annotated[
+        Any, Any, says("Of eval_every=null: the number that it stood for. Absent otherwise.")
+    ]
     batch_size: Annotated[Any, says("Rows of a step.")]
     batch_order: Annotated[Any, says("shuffled or stratified.")]
     micro_batch_size: Annotated[Any, says("Rows of a forward. null: all rows of a step.")]

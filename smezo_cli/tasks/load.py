@@ -101,6 +101,34 @@ def load_task(
     )
 
 
+_FIRST = 100  # rows by which a file is known to fit
+
+
+def check_own(cfg: Mapping[str, Any]) -> None:
+    """Refuse a task node that the first rows of the user's own files do not fit.
+
+    They are read as :func:`load_task` reads all of them, and nothing heavy is loaded. Where they do
+    not fit, all rows decide, since a column or a label may come later.
+
+    Raises:
+        UserError: as :func:`load_task` has it.
+    """
+    if cfg["kind"] == MIXTURE:
+        for node in cfg["nodes"].values():
+            check_own(node)
+    elif "source" not in cfg and own.is_file(str(cfg["data"])):
+        try:
+            _check_rows(cfg, _FIRST)
+        except UserError:
+            _check_rows(cfg, None)
+
+
+@_uncollected()
+def _check_rows(cfg: Mapping[str, Any], most: int | None) -> None:
+    tables, filled = own.read(cfg, most=most)
+    prompts_of(filled, tables)
+
+
 def _missing_classes(tables: Tables, splits: Mapping[str, Sequence[Row]]) -> list[str]:
     """Return lines on classes that no row has, and on splits with rows of one class alone."""
     if len(tables.classes) < 2:

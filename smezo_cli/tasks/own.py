@@ -8,6 +8,7 @@ import contextlib
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,16 @@ TEST_SHARE, MOST_TEST = 5, 1000
 DEV_SHARE, MOST_DEV = 10, 500
 
 
-def read(cfg: Mapping[str, Any], *, by_line: bool = False) -> tuple[Tables, dict[str, Any]]:
+def read(
+    cfg: Mapping[str, Any], *, by_line: bool = False, most: int | None = None
+) -> tuple[Tables, dict[str, Any]]:
     """Return all rows, and the task node with its label words by class and its counts filled in.
 
     Args:
         cfg: the task node.
         by_line: number rows by the lines of their file, as versions of smezo did whose runs are
             still to be evaluated; ids decide which rows are train, dev and test.
+        most: of a file, the first so many rows are read; None: all.
 
     Raises:
         UserError: naming file, line and column of what is missing or malformed.
@@ -49,7 +53,7 @@ def read(cfg: Mapping[str, Any], *, by_line: bool = False) -> tuple[Tables, dict
     templates = [str(cfg["prompt"])]
     if cfg["kind"] == "choice" and cfg.get("option_template") is not None:
         templates.append(str(cfg["option_template"]))
-    splits, fingerprint = _load(cfg, templates, notes)
+    splits, fingerprint = _load(cfg, templates, notes, most)
     columns = Columns(cfg, splits[0])
     fields = columns.fields(templates)
     if cfg.get("sfc_prompt") is not None:
@@ -131,7 +135,7 @@ _QUOTES = {None: None, "minimal": True, "none": False}
 
 
 def _load(
-    cfg: Mapping[str, Any], templates: Sequence[str], notes: list[str]
+    cfg: Mapping[str, Any], templates: Sequence[str], notes: list[str], most: int | None
 ) -> tuple[list[Split], str]:
     data, second = str(cfg["data"]), cfg.get("test_data")
     quoting = cfg.get("quoting")
@@ -142,7 +146,7 @@ def _load(
             f"task.quoting={quoting} is for .csv and .tsv files, and task.data={data}: leave "
             "task.quoting out."
         )
-    if not _is_file(data):
+    if not is_file(data):
         if second is not None:
             raise UserError(
                 f"task.test_data={second} goes with a file; of the data set {data} choose the test "
@@ -165,7 +169,7 @@ def _load(
             )
     wanted = _wanted(cfg, templates)
     splits = [
-        Split(name, str(path), _records(path, quoting, wanted, notes), {})
+        Split(name, str(path), _records(path, quoting, wanted, notes, most), {})
         for name, path in zip(("train", "test"), paths, strict=False)
     ]
     for split in splits:
@@ -174,10 +178,15 @@ def _load(
 
 
 def _records(
-    path: Path, quoting: str | None, wanted: Sequence[str], notes: list[str] | None = None
+    path: Path,
+    quoting: str | None,
+    wanted: Sequence[str],
+    notes: list[str] | None = None,
+    most: int | None = None,
 ) -> list[Record]:
     """Return the records of a file; of JSON also those of a data frame or a wrapped list."""
-    found = list(read_file(path, quotes=_QUOTES[quoting], notes=notes, unique_keys=True))
+    every = read_file(path, quotes=_QUOTES[quoting], notes=notes, unique_keys=True)
+    found = list(islice(every, most))
     if len(found) == 1 and path.suffix.lower() in (".json", ".jsonl"):
         rows = rows_of(found[0].value, wanted, str(path))
         if rows is not None:
@@ -202,7 +211,8 @@ def _wanted(cfg: Mapping[str, Any], templates: Sequence[str]) -> list[str]:
 _OF_AN_OPTION = (OPTION, NUMBER, LETTER)
 
 
-def _is_file(data: str) -> bool:
+def is_file(data: str) -> bool:
+    """Say whether task.data names a file, and not a data set of the hub."""
     try:
         path = Path(data).expanduser()
         return path.exists() or path.suffix.lower() in SUFFIXES or data.count("/") > 1

@@ -16,7 +16,14 @@ from smezo_cli.zo.loss_meter import LossMeter
 from smezo_cli.zo.move import Gradient
 from smezo_cli.zo.parts import Parts
 from smezo_cli.zo.self_check import SelfCheck
-from smezo_cli.zo.step import Closure, NonFiniteLoss, StepRecord, TakesNote
+from smezo_cli.zo.step import (
+    Closure,
+    NonFiniteLoss,
+    StepRecord,
+    TakesNote,
+    measuring,
+    updating,
+)
 from smezo_cli.zo.targets import check, number
 from smezo_cli.zo.updates.base import WeightWriter
 
@@ -58,7 +65,8 @@ class ZeroOrder(Parts):
 
         Raises:
             NonFiniteLoss: before anything was written.
-            OutOfMemory: likewise.
+            UpdateOverflow: some of the weights may be moved.
+            OutOfMemory: before anything was written.
             ValueError: at the first step, by :meth:`self_check`.
         """
         if self._unchecked:
@@ -79,9 +87,10 @@ class ZeroOrder(Parts):
 
         ask = self.meter(closure, on_equal_losses)
         try:
-            scalars = self._measure(ask)
-            loss = sum(ask.all_losses) / len(ask.all_losses)
-            record = self.record(loss, scalars, self.num_steps)
+            with measuring(self.num_steps):
+                scalars = self._measure(ask)
+                loss = sum(ask.all_losses) / len(ask.all_losses)
+                record = self.record(loss, scalars, self.num_steps)
             if self.tail is None:
                 measured()
             else:  # at the weights that were probed; raises before it writes
@@ -91,7 +100,8 @@ class ZeroOrder(Parts):
             self._joined.clear()
             raise
         self._joined.clear()
-        self._apply(scalars)
+        with updating(self.num_steps, self.param_groups[0]["lr"]):
+            self._apply(scalars)
         return record
 
     def meter(

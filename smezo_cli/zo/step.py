@@ -1,6 +1,7 @@
 """Define what a step takes and gives: the closure of a loss, and the record of a step."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -16,6 +17,38 @@ NUMERICS = 1
 
 class NonFiniteLoss(ArithmeticError):
     """Say that a loss was NaN or infinite; the weights are those before the step."""
+
+
+class UpdateOverflow(NonFiniteLoss):
+    """Say that an update was too large for its dtype; some of the weights may be moved."""
+
+
+@contextmanager
+def measuring(step: int) -> Iterator[None]:
+    """Raise NonFiniteLoss where the arithmetic of a step fails in plain numbers, as 1 / eps**2."""
+    try:
+        yield
+    except NonFiniteLoss:
+        raise
+    except ArithmeticError as error:
+        raise NonFiniteLoss(f"a number of step {step} is not finite ({error})") from error
+
+
+@contextmanager
+def updating(step: int, lr: float) -> Iterator[None]:
+    """Raise UpdateOverflow where an update has a factor that plain numbers or a dtype cannot hold.
+
+    Args:
+        step: number of the step, from 0.
+        lr: of the update, for the message.
+    """
+    try:
+        yield
+    except (RuntimeError, ArithmeticError) as error:
+        # What torch says of a factor that a tensor's dtype cannot hold.
+        if isinstance(error, RuntimeError) and "without overflow" not in str(error):
+            raise
+        raise UpdateOverflow(f"the update of step {step} is not finite with lr={lr:g}") from error
 
 
 @runtime_checkable

@@ -17,6 +17,7 @@ def shown(result: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(show_run, "load", lambda path: Run(folder, result, {"steps": 9}))
     said = show_run.text("it")
     assert yaml.safe_load(said) == {"steps": 9}  # all else is a comment
+    assert said.endswith("\n\nsteps: 9\n")  # what came of it stands first
     return said
 
 

@@ -175,7 +175,7 @@ def test_a_run_whose_rows_were_numbered_by_line_keeps_them(
     line += " method=mezo steps=4 eval_every=2 batch_size=4 device=cpu"
     with monkeypatch.context() as before:
         read = own.read
-        before.setattr(own, "read", lambda cfg, by_line: read(cfg, by_line=True))
+        before.setattr(own, "read", lambda cfg, **more: read(cfg, **more | {"by_line": True}))
         smezo(*shlex.split(line))
         whole = result_of(next(Path("runs/default").iterdir()))
         shutil.rmtree("runs")

@@ -86,6 +86,16 @@ def test_train_answers_without_torch(words: list[str], code: int, tmp_path: Path
     assert not modules & HEAVY
 
 
+def test_columns_of_own_data_are_checked_before_torch_is_loaded(tmp_path: Path) -> None:
+    """And nothing is left of a run that could not begin."""
+    (tmp_path / "a.csv").write_text("text,label\ngood,0\nbad,1\n")
+    words = ["task=classification", "task.data=a.csv", "task.labels=[bad,good]"]
+    code, modules = imports("train", *words, "task.prompt='{txt}. It was'", cwd=tmp_path)
+    assert code == 2
+    assert not modules & HEAVY
+    assert not list((tmp_path / "runs").rglob("*.json"))
+
+
 @pytest.mark.parametrize("verb", ["eval", "predict", "export"])
 def test_a_folder_that_is_no_run_is_refused_before_torch_is_loaded(
     verb: str, tmp_path: Path
@@ -101,7 +111,7 @@ def test_a_folder_that_is_no_run_is_refused_before_torch_is_loaded(
     [
         ("--info defaults", "recipe/rotten_tomatoes-smollm2-135m-sparse_mezo"),
         ("--info steps=3", "steps: 3"),
-        ("--hydra-help", "Hydra"),
+        ("-m lr=1e-3,1e-4 --hydra-help", "Hydra"),
     ],
 )
 def test_hydra_tells_about_itself(words: str, says: str, tmp_path: Path) -> None:

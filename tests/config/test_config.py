@@ -342,7 +342,17 @@ MISTAKES = [
     ("--package method", ["--cfg job"]),
     ("task.source=7", ["task.source=7", "a mapping that names its reader"]),
     ("task.source.reader=7", ["{'reader': 7", "a mapping that names its reader"]),
-    ("--cfg job -m", ["--multirun and --cfg exclude each other"]),
+    ("--cfg job -m", ["--cfg job shows a single run", "as in smezo train --cfg job."]),
+    (
+        "-m lr=1e-3,1e-4 seed=choice(3,4) steps=5 --info defaults",
+        ["as in smezo train lr=0.001 seed=3 steps=5 --info defaults."],
+    ),
+    (
+        "-m task.labels=[a,b],[c,d] name=[a --cfg job --package task --resolve",
+        ["as in smezo train 'task.labels=[a,b]' 'name=[a' --cfg job --package task --resolve."],
+    ),
+    ("-m --package task", ["--cfg job"]),
+    ("-m --resolve", ["--cfg job or --help"]),
     ("model.config=abc", ["model.config=abc", "a mapping of names to values"]),
     ("model.config=7", ["model.config=7", "a mapping of names to values"]),
     ("--config-dir nowhere", ["--config-dir nowhere", "no such folder"]),

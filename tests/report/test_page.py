@@ -175,6 +175,72 @@ def test_the_same_runs_give_the_same_bytes(trained: Path) -> None:
     assert Path("one.html").read_bytes() == Path("two.html").read_bytes()
 
 
+def heads(tree: Tree) -> list[str]:
+    return [words for tag, words in tree.words if tag == "th"]
+
+
+def legend(tree: Tree) -> list[str]:
+    """The names of a legend, less how many seeds they have."""
+    lines = [words.strip() for tag, words in tree.words if tag == "li" and " (n = " in words]
+    return [words.partition(" (n")[0] for words in lines]
+
+
+def evaluated(folder: Path, steps: int = 1) -> None:
+    """Give a run evaluations on dev at so many steps."""
+    lines = [{"step": k, "seconds": 0.1, "loss": 1.0} for k in range(1, steps + 1)]
+    lines += [{"step": k, "dev.accuracy": 0.5, "dev.loss": 1.0} for k in range(1, steps + 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_runs_of_one_method_have_names_that_tell_what_differs(tmp_path: Path) -> None:
+    """Not only between runs of one sparsity; and the names stand in one order everywhere."""
+    for k, (sparsity, lr, eps) in enumerate(
+        ((0.75, 1e-3, 0.1), (0.5, 1e-4, 0.1), (0.5, 1e-4, 0.2))
+    ):
+        method = {"name": "sparse_mezo", "mask": "small", "sparsity": sparsity}
+        own = {"lr": lr, "eps": eps, "sparsity": sparsity, "batch_size": 8 + k}
+        folder = make(tmp_path, f"r{k}", [1, 0], method=method, **own)
+        file = folder / "result.json"
+        result = json.loads(file.read_text()) | {"method": "sparse_mezo"}
+        file.write_text(json.dumps(result | {"sparsity": {"requested": sparsity}}))
+        evaluated(folder)
+    names = [
+        "S-MeZO 0.75 eps=0.1 lr=0.001 batch_size=8",
+        "S-MeZO 0.5 eps=0.1 lr=0.0001 batch_size=9",
+        "S-MeZO 0.5 eps=0.2 lr=0.0001 batch_size=10",
+    ]
+    tree = written("--runs-dir", tmp_path, out=str(tmp_path / "a.html"))
+    assert legend(tree) == names  # the papers have S-MeZO 0.5 before S-MeZO 0.75
+    rows = [words for words in heads(tree) if words.startswith("S-MeZO")]
+    assert set(rows) == set(names)
+    assert rows[:3] == names
+    assert [a["class"] for _, a in tree.named("svg") if "key" in str(a.get("class"))] == [
+        f"key s{k} series" for k in range(3)
+    ]
+
+
+def test_a_column_that_is_empty_for_all_rows_is_left_out(tmp_path: Path) -> None:
+    make(tmp_path, "a", [1, 0])
+    tree = written("--runs-dir", tmp_path, out=str(tmp_path / "a.html"))
+    for head in ("lowers", "eps", "sparsity", "tested step", "sd", "forwards", "executor"):
+        assert head not in heads(tree)
+    for head in ("lr", "accuracy", "zero-shot", "AUC", "peak GiB", "seconds a step"):
+        assert head in heads(tree)
+    make(tmp_path, "b", [1, 0], seed=1)  # of two seeds there is a spread
+    tree = written("--runs-dir", tmp_path, out=str(tmp_path / "a.html"))
+    assert "sd" in heads(tree)
+
+
+def test_a_line_of_one_point_is_said_once(tmp_path: Path) -> None:
+    evaluated(make(tmp_path, "a", [1, 0]))
+    evaluated(make(tmp_path, "b", [1, 0], method="mezo_adam"), steps=2)
+    tree = written("--runs-dir", tmp_path, out=str(tmp_path / "a.html"))
+    said = [
+        words for tag, words in tree.words if tag == "desc" and "dev loss against steps" in words
+    ]
+    assert "MeZO (n = 1): 1 at 1; MeZO-Adam (n = 1): 1 at 1, 1 at 2." in said[0]
+
+
 # --- what it is ------------------------------------------------------------------------------
 
 

@@ -253,3 +253,41 @@ def test_a_result_whose_sparsity_is_no_number_is_passed_over(
     result = json.loads((folder / "result.json").read_text()) | {"sparsity": sparsity}
     (folder / "result.json").write_text(json.dumps(result))
     assert [run.path.name for run in runs.find(tmp_path)] == ["good"]
+
+
+def dev_at(folder: Path, *steps: int) -> None:
+    """Give a run evaluations on dev after these steps."""
+    lines = [{"step": step, "dev.accuracy": 0.5} for step in steps]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_runs_that_were_evaluated_at_other_steps_are_no_seeds_of_one_group(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What eval_every=null stood for counts: as result.json has it, or as dev was evaluated."""
+    made = {
+        "before": make(tmp_path, "before", seed=0, steps=100, eval_every=None),
+        "same": make(tmp_path, "same", seed=1, steps=100, eval_every=None),
+        "now": make(tmp_path, "now", seed=2, steps=100, eval_every=None),
+        "asked": make(tmp_path, "asked", seed=3, steps=100, eval_every=10),
+        "unknown": make(tmp_path, "unknown", seed=4, steps=100, eval_every=None),
+    }
+    dev_at(made["before"], 10, 20, 30)
+    dev_at(made["same"], 0, 10, 20)
+    file = made["now"] / "result.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eval_every": 20}))
+    found = [{run.path.name for run in group.runs} for group in runs.groups(runs.find(tmp_path))]
+    assert sorted(found, key=len) == [{"now", "unknown"}, {"asked", "before", "same"}]
+    labels = {run.path.name: run.settings["eval_every"] for run in runs.find(tmp_path)}
+    assert labels == {"before": 10, "same": 10, "now": 20, "asked": 10, "unknown": 20}
+    capsys.readouterr()
+    assert main(["runs", "--mean", "--json", "--runs-dir", str(tmp_path)]) == 0
+    ends = [record["runs"].rpartition(" ")[2] for record in json.loads(capsys.readouterr().out)]
+    assert ends == ["eval_every=10", "eval_every=20"]
+
+
+def test_runs_of_other_weights_behind_one_name_are_no_seeds_of_one_group(tmp_path: Path) -> None:
+    for seed, weights in enumerate(("a", "a", "b")):
+        file = make(tmp_path, f"r{seed}", seed=seed) / "result.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"model_fingerprint": weights}))
+    assert [len(group.runs) for group in runs.groups(runs.find(tmp_path))] == [2, 1]

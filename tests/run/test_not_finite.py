@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from smezo_cli.config.compose import compose
 from smezo_cli.config.settings import check
 from smezo_cli.files import sealed as sealed_module
 from smezo_cli.files import strict_json
+from smezo_cli.methods.first_order import FirstOrder
 from smezo_cli.methods.mezo import MeZO
 from smezo_cli.models.load import load_model
 from smezo_cli.run import loaded
@@ -154,6 +156,57 @@ def test_training_that_diverges_names_the_row_and_the_last_good_step(
     assert "lr=1e+38 is too large here: lower it" in error
     result = check_files(tmp_path / "runs")
     assert (result["status"], result["step"]) == ("diverged", 1)
+
+
+ABSURD = [
+    *((method, "lr=1e38") for method in ("adamw", "lora", "prefix")),
+    *((method, "lr=1e300") for method in ("sgd", "mezo_adam", "lozo_m", "addax")),
+    *((method, "eps=1e38") for method in ("sparse_mezo", "fzoo", "hizoo")),
+]
+
+
+@pytest.mark.parametrize(("method", "word"), ABSURD)
+def test_absurd_lr_and_eps_end_in_one_sentence(
+    method: str, word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever is too large first: a loss, a gradient, or a factor of the update."""
+    words = [*data_of(tmp_path, "classification", "none"), f"method={method}", *STEPS]
+    words += ["lr_schedule=constant", "zero_shot=false", word]
+    assert train(tmp_path, words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "; no checkpoint was good in " in error
+    assert "is too large here: lower it" in error
+    assert ("or eps" in error) == (method not in ("adamw", "lora", "prefix", "sgd"))
+    assert check_files(tmp_path / "runs")["status"] == "diverged"
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "NAdam", "RMSprop", "Adagrad", "Adamax"])
+def test_an_update_that_no_float_can_hold_is_no_crash(name: str) -> None:
+    """Of any optimizer, also where decay has moved weights before the factor is refused."""
+    model = torch.nn.Linear(3, 1)
+    optimizer = partial(getattr(torch.optim, name), lr=1e300, weight_decay=0.5)
+    method = FirstOrder(model, optimizer=optimizer)
+
+    def two_steps() -> None:
+        for _ in range(2):
+            method.step(lambda: model(torch.ones(2, 3)).square().mean())
+
+    with pytest.raises(NonFiniteLoss):
+        two_steps()
+
+
+@pytest.mark.parametrize("method", ["hizoo", "cubic_newton"])
+def test_an_eps_whose_square_is_zero_is_called_too_small(
+    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*data_of(tmp_path, "classification", "none"), f"method={method}", *STEPS]
+    assert train(tmp_path, [*words, "zero_shot=false", "eps=1e-300"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "a number of step 0 is not finite" in error
+    assert error.endswith("eps=1e-300 is too small here: raise it.\n")
+    assert check_files(tmp_path / "runs")["status"] == "diverged"
 
 
 def scorer_of() -> Scorer:

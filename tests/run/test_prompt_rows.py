@@ -14,7 +14,7 @@ import torch
 from smezo_cli import train
 from smezo_cli.config.compose import compose
 from smezo_cli.errors import UserError
-from smezo_cli.run import evaluate, zero_shot
+from smezo_cli.run import console, evaluate, zero_shot
 from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.scoring.evaluation import Evaluation
 from smezo_cli.store.schema import is_sound_result
@@ -80,6 +80,18 @@ def test_a_prompt_that_is_not_clearly_worse_goes_on(
     for name in ("dev", "dev_calibrated"):
         assert result["prompt"][name] == pytest.approx(whole["prompt"][name], abs=1e-6)
     assert result["zero_shot"] == whole["zero_shot"]
+
+
+def test_progress_names_the_prompt_that_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dev is gone through once a prompt; test, and dev of a single prompt, say no number."""
+    monkeypatch.setattr(console, "LINE_EVERY_S", 0.0)
+    said = (finished(FROZEN, tmp_path / "both") / "console.log").read_text(encoding="utf-8")
+    for line in ("dev (prompt 1 of 2) 16/16", "dev (prompt 2 of 2) 16/16", "test 24/24"):
+        assert f"\n  {line}  " in said
+    only = finished([*FROZEN, "task.prompt=1"], tmp_path / "one") / "console.log"
+    assert "\n  dev 16/16  " in only.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("word", ["task.prompt=0", f"prompt_rows={NUM_DEV}"])

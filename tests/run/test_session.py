@@ -35,6 +35,7 @@ from tests.run.processes import Fault, Started, no_model, sentence_of, smezo
 from tests.run.tiny_runs import (
     METHODS,
     SEQUENTIAL,
+    SMALL,
     assert_same_run,
     records_of,
     result_of,
@@ -109,6 +110,16 @@ def test_metrics_are_one_line_a_step_and_one_a_look(
         f"weights-{step}.safetensors" for step in kept
     }
     assert (folder / "checkpoint/optimizer-10.safetensors").exists() == (method == "mezo_adam")
+
+
+def test_what_eval_every_stood_for_is_in_the_result(
+    finished: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Where the setting is null; another version may take null for another number."""
+    assert "eval_every" not in result_of(run_folder(finished("mezo")))
+    words = [*SMALL, *METHODS["mezo"], "steps=3", "batch_size=4", "zero_shot=false"]
+    assert smezo(words, tmp_path).code == 0
+    assert result_of(run_folder(tmp_path))["eval_every"] == 3
 
 
 def test_the_result_is_that_of_the_saved_weights(finished: Callable[[str], Path]) -> None:

@@ -1,18 +1,23 @@
 """Runs that a signal stops: exit code 130, nothing is lost, and the printed command goes on."""
 
 import functools
+import os
 import shlex
 import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from smezo_cli.run import prepare, zero_shot
+from smezo_cli.scoring.forward import Forward
 from smezo_cli.store.partial_scores import NAME
 from tests.run.processes import Fault, count_batches, ctrl_c_with_tee, smezo
 from tests.run.tiny_runs import (
     EXACT,
+    SEQUENTIAL,
     SMALL,
     assert_same_run,
     flip,
@@ -81,6 +86,53 @@ def test_a_signal_is_honoured_between_steps_and_nothing_is_lost(
     assert f"from step {steps}" in ended.out
     assert_same_run(run_folder(tmp_path), run_folder(finished(method)))
     assert result_of(folder)["train_seconds"] > 0
+
+
+STAGES = [(zero_shot, "choose_batching"), (prepare, "_choose_executor")]
+
+
+def strike_in(stage: str) -> None:
+    """Send SIGINT at the first forward of a stage; note it and each later one in a file."""
+    (module,) = (module for module, name in STAGES if name == stage)
+    real, computing, in_stage = getattr(module, stage), Forward.computing, False
+
+    def entered(*args: Any, **keywords: Any) -> Any:
+        nonlocal in_stage
+        in_stage = True
+        return real(*args, **keywords)
+
+    def counted(self: Forward) -> Any:
+        found = computing(self)
+        if in_stage:
+            if not Path("forwards").exists():
+                os.kill(os.getpid(), signal.SIGINT)
+            with Path("forwards").open("a") as file:
+                file.write("forward\n")
+        return found
+
+    setattr(module, stage, entered)
+    Forward.computing = counted  # type: ignore[method-assign]  # in a child process of its own
+
+
+@pytest.mark.parametrize("stage", [name for _, name in STAGES])
+def test_a_signal_before_the_first_step_is_honoured_at_the_next_forward(
+    tmp_path: Path, stage: str
+) -> None:
+    """Of the choices that take several forwards, only the one under way is ended; no step is made.
+
+    The prompt that was chosen without an evaluation on test is not chosen again.
+    """
+    words = [*words_of("mezo"), "method.executor=auto", "zero_shot=false"]
+    words.remove(SEQUENTIAL)
+    ended = smezo(words, tmp_path, faults=[functools.partial(strike_in, stage)])
+    assert (ended.code, ended.err) == (130, "")
+    assert "stopped; the same command goes on from here" in ended.out
+    assert (tmp_path / "forwards").read_text().count("forward") == 1
+    assert "two forwards:" not in ended.out
+    assert result_of(run_folder(tmp_path))["status"] == "stopped"
+    again = smezo(words, tmp_path)
+    assert (again.code, again.err) == (0, "")
+    assert ("chosen on dev" in again.out) == (stage == "choose_batching")
 
 
 SCORED = {

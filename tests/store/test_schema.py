@@ -72,6 +72,7 @@ def test_a_run_writes_the_keys_of_the_schema_in_its_order(result: dict[str, Any]
         "kept_inputs",
         "prompts_left_out",
         "dominant_layer",
+        "eval_every",
     }  # written where it is asked for alone
     assert list(result) == [key for key in Result.__annotations__ if key not in with_settings]
     assert is_sound_result(result)

@@ -20,6 +20,7 @@ from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError
 from smezo_cli.tasks import Task, hub, load_task
 from smezo_cli.tasks.labels import label_words
+from smezo_cli.tasks.load import check_own
 from smezo_cli.words import quoted
 
 NO_CACHE = Path("/nowhere")
@@ -724,8 +725,15 @@ BROKEN: list[tuple[str, str, bytes | str, tuple[str, ...], str]] = [
     ("kind", "name", "data", "words", "says"), BROKEN, ids=[case[-1] for case in BROKEN]
 )
 def test_a_mistake_is_one_sentence(
-    tmp_path: Path, kind: str, name: str, data: bytes | str, words: tuple[str, ...], says: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    name: str,
+    data: bytes | str,
+    words: tuple[str, ...],
+    says: str,
 ) -> None:
+    """The same one by the first rows, before anything heavy is loaded."""
     file = tmp_path / name
     file.write_bytes(data if isinstance(data, bytes) else data.encode())
     words = tuple(word.replace("{folder}", str(tmp_path)) for word in words)
@@ -742,6 +750,22 @@ def test_a_mistake_is_one_sentence(
     message = message_of(call)
     assert says in message
     assert name.partition(".")[0] in message or "task." in message
+    if not says.endswith("rows for the three"):  # which only all rows tell
+        monkeypatch.setitem(globals(), "load_task", lambda cfg, **_: check_own(cfg))
+        assert message_of(call) == message
+
+
+def test_the_first_rows_alone_refuse_nothing_that_later_ones_mend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A column that comes later is no mistake of the settings: the row that lacks it is."""
+    monkeypatch.setitem(globals(), "load_task", lambda cfg, **_: check_own(cfg))
+    for size, says in ((99, "a.jsonl has no column 'text'"), (101, "line 1, column 'text': the")):
+        rows = [{"txt": f"film {k}", "label": k % 2} for k in range(size)]
+        rows.append({"text": "the last", "label": 0} if size > 100 else {"label": 0})
+        message = message_of(lambda rows=rows: classify(write(tmp_path / "a.jsonl", rows)))
+        assert says in message
+    classify(write(tmp_path / "b.csv", [*ROWS, *ROWS * 30, {"text": "a", "label": 7}]))  # far down
 
 
 @pytest.mark.parametrize(
