@@ -1,5 +1,6 @@
 """The table of the arena: every method that fits, with the forwards and trials of all others."""
 
+import itertools
 import json
 from typing import Any
 
@@ -52,7 +53,7 @@ def test_a_row_has_the_forwards_and_the_trials_of_every_other(row: Line) -> None
     assert int(search["steps"]) == max(1, steps // 5)
     lrs = [float(lr) for lr in search["lr"].split(",")]
     assert len(lrs) == 5
-    ratios = [b / a for a, b in zip(lrs, lrs[1:], strict=False)]
+    ratios = [b / a for a, b in itertools.pairwise(lrs)]
     assert all(2.9 < ratio < 3.4 for ratio in ratios)
     # As many evaluations of dev, from which the tested step is chosen.
     assert 6 <= -(-steps // int(given["eval_every"])) <= 7
