@@ -2,17 +2,18 @@
 """Where the masked weights have a gradient that rows agree on.
 
     .venv/bin/python scripts/gradient_shares.py
+    .venv/bin/python scripts/gradient_shares.py --prompt 1 --sparsity 0 --longest 24
 
 The embedded job before training. For each kind of linear layer and each first block that is
-trained, over the small quarter of each tensor: its share of the squared norm of the mean gradient
-(what a step can win), of the mean squared norm of a row's own gradient (what bounds the step
-size), and the ratio of the two. Weights are only read.
+trained, over the small part of each tensor (a quarter; with --sparsity 0 all of it): its share of
+the squared norm of the mean gradient (what a step can win), of the mean squared norm of a row's own
+gradient (what bounds the step size), and the ratio of the two. Weights are only read.
 """
 
 import argparse
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +23,6 @@ from smezo_cli.config.settings import check
 from smezo_cli.files.fetch import cache_dir
 from smezo_cli.run.loaded import Loaded
 
-SPARSITY, LONGEST = 0.75, 40
 KINDS = {
     "all linear layers": ("q", "k", "v", "o", "gate", "up", "down"),
     "q, k, v": ("q", "k", "v"),
@@ -30,18 +30,20 @@ KINDS = {
     "v": ("v",),
     "MLP": ("gate", "up", "down"),
 }
-BLOCKS = (0, 8, 12, 14, 16, 18, 20, 22, 26)
+BLOCKS = [0, 8, 12, 14, 16, 18, 20, 22, 26]
 
 
-def shares_of(job: Loaded, num_rows: int) -> dict[tuple[str, int], tuple[float, float]]:
+def shares_of(
+    job: Loaded, num_rows: int, prompt: int, sparsity: float, longest: int
+) -> dict[tuple[str, int], tuple[float, float]]:
     """Both squared norms by the kind of layer and its block; that of the mean is unbiased."""
-    rows = [c for c in job.encode(job.task.train, job.prompts[0]) if c.width <= LONGEST]
+    rows = [c for c in job.encode(job.task.train, job.prompts[prompt]) if c.width <= longest]
     named = {}
     for name, p in job.model.named_parameters():
         p.requires_grad_(".layers." in name and name.endswith("_proj.weight"))
         if p.requires_grad:
             size = p.detach().abs()
-            h = size.flatten().kthvalue(round((1 - SPARSITY) * p.numel())).values
+            h = size.flatten().kthvalue(round((1 - sparsity) * p.numel())).values
             named[name] = p, size <= h
     sums = {name: torch.zeros(int(m.sum()), dtype=torch.float64) for name, (_, m) in named.items()}
     squares = dict.fromkeys(named, 0.0)
@@ -61,12 +63,14 @@ def shares_of(job: Loaded, num_rows: int) -> dict[tuple[str, int], tuple[float, 
     return found
 
 
-def table(found: Mapping[tuple[str, int], tuple[float, float]]) -> list[dict[str, object]]:
+def table(
+    found: Mapping[tuple[str, int], tuple[float, float]], blocks: Sequence[int]
+) -> list[dict[str, object]]:
     """The shares of the layers of each kind from each block on."""
     whole = [sum(of[k] for of in found.values()) for k in range(2)]
     lines: list[dict[str, object]] = []
     for kind, layers in KINDS.items():
-        for first in BLOCKS:
+        for first in blocks:
             chosen = [
                 of for (name, block), of in found.items() if name in layers and block >= first
             ]
@@ -79,11 +83,16 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--prompt", type=int, default=0)
+    parser.add_argument("--sparsity", type=float, default=0.75)
+    parser.add_argument("--longest", type=int, default=40, help="tokens of a row, at most")
+    parser.add_argument("--blocks", type=int, nargs="+", default=BLOCKS, help="first ones trained")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     os.environ.setdefault("SMEZO_CACHE", str(cache_dir()))
     job = Loaded(check(compose(["dtype=float32"])), "cpu", lambda line: None)
-    lines = table(shares_of(job, given.rows))
+    shares = shares_of(job, given.rows, given.prompt, given.sparsity, given.longest)
+    lines = table(shares, given.blocks)
     print("| layers | from block | of the mean's | of a row's own | ratio |\n|---|---|---|---|---|")
     for line in lines:
         mean, row = line["mean"], line["row"]
