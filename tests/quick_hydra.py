@@ -6,6 +6,7 @@ and what fails is never remembered. tests/test_quick_hydra.py compares both ways
 """
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -27,17 +28,21 @@ def _is_fixed(repo: Any) -> bool:
 
 
 def remember() -> Callable[[], None]:
-    """Begin to remember; return what ends it."""
+    """Begin to remember; return what ends it.
+
+    As bytes: a tree is read from them in a sixth of the time of a copy, and they are nothing that
+    the garbage collector looks at.
+    """
     lists: dict[str, DefaultsList] = {}
-    composed: dict[str, DictConfig] = {}
-    files: dict[str, Any] = {}
+    composed: dict[str, bytes] = {}
+    files: dict[str, bytes] = {}
 
     def read(self: Any, config_path: str) -> Any:
         if not _is_fixed(self):
             return _load(self, config_path)
         if config_path not in files:
-            files[config_path] = _load(self, config_path)
-        return copy.deepcopy(files[config_path])
+            files[config_path] = pickle.dumps(_load(self, config_path))
+        return pickle.loads(files[config_path])
 
     def listed(repo: Any, config_name: str, overrides_list: list[Any], **how: bool) -> DefaultsList:
         if not _is_fixed(repo):
@@ -56,8 +61,9 @@ def remember() -> Callable[[], None]:
             return _compose(self, defaults, repo)
         key = repr(defaults)
         if key not in composed:
-            composed[key] = _compose(self, defaults, repo)
-        return copy.deepcopy(composed[key])
+            composed[key] = pickle.dumps(_compose(self, defaults, repo))
+        found: DictConfig = pickle.loads(composed[key])
+        return found
 
     def end() -> None:
         ConfigRepository.load_config = _load
