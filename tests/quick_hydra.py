@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hydra._internal import config_loader_impl
-from hydra._internal.config_repository import ConfigRepository
+from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
 from hydra._internal.defaults_list import DefaultsList, Overrides, create_defaults_list
 from omegaconf import DictConfig
 
@@ -19,6 +19,7 @@ from smezo_cli.config.fixed import CONF_DIR
 
 _compose = config_loader_impl.ConfigLoaderImpl._compose_config_from_defaults_list
 _load = ConfigRepository.load_config
+_begin = CachingConfigRepository.__init__
 _FIXED = {("pkg", "hydra.conf"), ("file", str(CONF_DIR)), ("structured", "")}
 
 
@@ -41,7 +42,9 @@ def remember() -> Callable[[], None]:
         if not _is_fixed(self):
             return _load(self, config_path)
         if config_path not in files:
-            files[config_path] = pickle.dumps(_load(self, config_path))
+            loaded = _load(self, config_path)
+            files[config_path] = pickle.dumps(loaded)
+            return loaded
         return pickle.loads(files[config_path])
 
     def listed(repo: Any, config_name: str, overrides_list: list[Any], **how: bool) -> DefaultsList:
@@ -56,21 +59,29 @@ def remember() -> Callable[[], None]:
         found.config_overrides = asked.config_overrides
         return found
 
-    def whole(self: Any, defaults: list[Any], repo: Any) -> DictConfig:
+    def tree(self: Any, defaults: list[Any], repo: Any) -> DictConfig:
         if not _is_fixed(repo):
             return _compose(self, defaults, repo)
         key = repr(defaults)
         if key not in composed:
-            composed[key] = pickle.dumps(_compose(self, defaults, repo))
+            whole = _compose(self, defaults, repo)
+            composed[key] = pickle.dumps(whole)
+            return whole
         found: DictConfig = pickle.loads(composed[key])
         return found
 
+    def begin(self: Any, delegate: Any) -> None:
+        """Hydra copies all that its sources refer to; it only puts others in the list's place."""
+        self.delegate, self.cache = copy.copy(delegate), {}
+
     def end() -> None:
+        CachingConfigRepository.__init__ = _begin
         ConfigRepository.load_config = _load
         config_loader_impl.create_defaults_list = create_defaults_list
         config_loader_impl.ConfigLoaderImpl._compose_config_from_defaults_list = _compose
 
+    CachingConfigRepository.__init__ = begin
     ConfigRepository.load_config = read
     config_loader_impl.create_defaults_list = listed
-    config_loader_impl.ConfigLoaderImpl._compose_config_from_defaults_list = whole
+    config_loader_impl.ConfigLoaderImpl._compose_config_from_defaults_list = tree
     return end
