@@ -13,13 +13,17 @@ from typing import Any
 from hydra._internal import config_loader_impl
 from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
 from hydra._internal.defaults_list import DefaultsList, Overrides, create_defaults_list
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
+from smezo_cli.config.composer import Composer
 from smezo_cli.config.fixed import CONF_DIR
 
 _compose = config_loader_impl.ConfigLoaderImpl._compose_config_from_defaults_list
 _load = ConfigRepository.load_config
 _begin = CachingConfigRepository.__init__
+_list = Composer._listed
+_parse = OverridesParser.parse_rule
 _FIXED = {("pkg", "hydra.conf"), ("file", str(CONF_DIR)), ("structured", "")}
 
 
@@ -37,6 +41,8 @@ def remember() -> Callable[[], None]:
     lists: dict[str, DefaultsList] = {}
     composed: dict[str, bytes] = {}
     files: dict[str, bytes] = {}
+    folders: dict[tuple[str, str], list[str]] = {}
+    words: dict[tuple[str, str], bytes] = {}
 
     def read(self: Any, config_path: str) -> Any:
         if not _is_fixed(self):
@@ -74,12 +80,30 @@ def remember() -> Callable[[], None]:
         """Hydra copies all that its sources refer to; it only puts others in the list's place."""
         self.delegate, self.cache = copy.copy(delegate), {}
 
+    def names(self: Composer, parent: str, kind: str) -> list[str]:
+        if not _is_fixed(self._loader):
+            return _list(self, parent, kind)
+        if (parent, kind) not in folders:
+            folders[parent, kind] = _list(self, parent, kind)
+        return [*folders[parent, kind]]
+
+    def word(self: Any, s: str, rule_name: str) -> Any:
+        if (s, rule_name) not in words:
+            parsed = _parse(self, s, rule_name)
+            words[s, rule_name] = pickle.dumps(parsed)
+            return parsed
+        return pickle.loads(words[s, rule_name])
+
     def end() -> None:
+        Composer._listed = _list
+        OverridesParser.parse_rule = _parse
         CachingConfigRepository.__init__ = _begin
         ConfigRepository.load_config = _load
         config_loader_impl.create_defaults_list = create_defaults_list
         config_loader_impl.ConfigLoaderImpl._compose_config_from_defaults_list = _compose
 
+    Composer._listed = names
+    OverridesParser.parse_rule = word
     CachingConfigRepository.__init__ = begin
     ConfigRepository.load_config = read
     config_loader_impl.create_defaults_list = listed

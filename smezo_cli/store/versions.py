@@ -1,6 +1,7 @@
 """Find the versions of libraries and the commit that a run is made with."""
 
 import contextlib
+import functools
 import platform
 import subprocess
 import time
@@ -16,14 +17,22 @@ from smezo_cli.zo.step import NUMERICS
 
 def versions() -> dict[str, Any]:
     """Return versions, commit and machine, for result.json."""
+    return _of_process() | {"threads": torch.get_num_threads()}
+
+
+@functools.cache
+def _of_process() -> dict[str, Any]:
+    """Return what stays: a process that makes several runs has the code of its first one."""
     found: dict[str, Any] = {"smezo": __version__, "numerics": NUMERICS}
     found["python"] = platform.python_version()
     for package in ("torch", "transformers", "datasets", "safetensors"):
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
-    found |= {"commit": _commit(), "machine": platform.machine(), "system": platform.system()}
-    found["threads"] = torch.get_num_threads()
-    return found
+    return found | {
+        "commit": _commit(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+    }
 
 
 def _commit() -> str | None:
