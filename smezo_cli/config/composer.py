@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from smezo_cli.config import search as optuna_search
 from smezo_cli.config.command_line import parsed
@@ -165,7 +165,6 @@ class Composer:
 
 def without_hydra(whole: DictConfig) -> DictConfig:
     """Return a copy of composed settings without Hydra's own node."""
-    cfg = whole.copy()
-    with open_dict(cfg):
-        cfg.pop("hydra", None)
+    cfg = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
+    OmegaConf.set_struct(cfg, OmegaConf.is_struct(whole))  # the flag is not copied
     return cfg

@@ -148,7 +148,12 @@ def load_yaml(path: Path) -> DictConfig:
     Raises:
         UserError: it cannot be read, is no mapping, or unpacks to far more than it is.
     """
-    return parse_yaml(read_text(path, _MOST_YAML_BYTES), path)
+    return parse_yaml(read_yaml(path), path)
+
+
+def read_yaml(path: Path) -> str:
+    """Return the text of a YAML file; raise UserError where it cannot be read."""
+    return read_text(path, _MOST_YAML_BYTES)
 
 
 def parse_yaml(text: str, path: Path) -> DictConfig:

@@ -85,14 +85,17 @@ def _damaged(folder: RunFolder, steps: int) -> list[str]:
 
 def write_config(folder: RunFolder, config: Mapping[str, Any]) -> None:
     """Write config.yaml: the resolved settings, without secrets."""
-    text = OmegaConf.to_yaml(OmegaConf.create(redacted_tree(dict(config))))
-    write_text(folder.path / "config.yaml", text)
+    folder.config = OmegaConf.to_yaml(OmegaConf.create(redacted_tree(dict(config))))
+    write_text(folder.path / "config.yaml", folder.config)
 
 
 def has_config(folder: RunFolder, config: Mapping[str, Any]) -> bool:
     """Say whether config.yaml is there, and is that of a run with these settings."""
     try:
-        found = bounded.load_yaml(folder.path / "config.yaml")
+        text = bounded.read_yaml(folder.path / "config.yaml")
+        if text == folder.config:
+            return True
+        found = bounded.parse_yaml(text, folder.path / "config.yaml")
         return digest(found) == digest(redacted_tree(dict(config)))
     except (OmegaConfBaseException, UserError):
         return False

@@ -103,6 +103,7 @@ class RunFolder:
         self.checkpoint = path / "checkpoint"
         self._lock: TextIO | None = None
         self._scores: dict[str, Tensor] = {}  # as last saved
+        self.config = ""  # the text of config.yaml, as this run has written it
         if to_read:
             lock = path / ".lock"
             with contextlib.suppress(OSError):  # nobody can train in a folder that has no lock

@@ -1,6 +1,7 @@
 """Find the versions of libraries and the commit that a run is made with."""
 
 import contextlib
+import functools
 import platform
 import subprocess
 import time
@@ -14,8 +15,8 @@ from smezo_cli import __version__
 from smezo_cli.zo.step import NUMERICS
 
 
-def libraries() -> dict[str, Any]:
-    """Return the versions of what computes."""
+@functools.cache
+def _libraries() -> dict[str, Any]:
     found: dict[str, Any] = {"smezo": __version__, "numerics": NUMERICS}
     found["python"] = platform.python_version()
     for package in ("torch", "transformers", "datasets", "safetensors"):
@@ -24,14 +25,22 @@ def libraries() -> dict[str, Any]:
     return found
 
 
+def libraries() -> dict[str, Any]:
+    """Return the versions of what computes."""
+    return dict(_libraries())
+
+
 def versions() -> dict[str, Any]:
     """Return versions, commit and machine, for result.json."""
-    found = libraries()
-    found |= {"commit": _commit(), "machine": platform.machine(), "system": platform.system()}
-    found["threads"] = torch.get_num_threads()
-    return found
+    return libraries() | {
+        "commit": _commit(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "threads": torch.get_num_threads(),
+    }
 
 
+@functools.cache  # a process that makes several runs has the code of its first one
 def _commit() -> str | None:
     """Return the commit of a checkout, with "+" if files differ; None for an installed package."""
     root = Path(__file__).resolve().parent.parent.parent

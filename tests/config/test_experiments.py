@@ -72,8 +72,10 @@ def test_an_experiment_composes_fits_its_model_and_runs_two_steps(
     steps = [] if frozen else ["steps=2"]
     # The outputs of a random twin have no outliers, so that none of its blocks is dominant.
     dominant = plain(cfg)["method"].get("layers") == "dominant"
-    blocks = ["method.layers=0"] if dominant else []
-    given = [*first, twin, *rows, *prompt, *blocks, "seed=13", *steps, f"runs_dir={tmp_path}"]
+    fewer = ["method.layers=0"] if dominant else []
+    if plain(cfg)["method"].get("num_queries", 1) > 16:  # as in test_every_method.py: 100 losses
+        fewer.append("method.num_queries=4")
+    given = [*first, twin, *rows, *prompt, *fewer, "seed=13", *steps, f"runs_dir={tmp_path}"]
     small = SMALL[2:] if frozen else SMALL
     # The last blocks of a deep model, whose inputs a test need not leave to others.
     if plain(cfg)["method"].get("layers") == "26-29":

@@ -43,9 +43,14 @@ def node_of(name: str) -> dict[str, Any]:
     return dict(plain(compose(words))["method"])
 
 
+@functools.cache
+def _file_of(name: str) -> Any:
+    return OmegaConf.load(CONF / "method" / f"{name}.yaml")
+
+
 def _can(name: str, what: str) -> bool:
     """What the class of a method says; read from its file, as every worker collects all tests."""
-    node: Any = OmegaConf.load(CONF / "method" / f"{name}.yaml")
+    node = _file_of(name)
     if "_target_" not in node.get("method", node):
         return _can(node.defaults[0], what)
     return bool(trait(node.get("method", node), what, default=False))

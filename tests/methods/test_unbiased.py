@@ -4,6 +4,7 @@ On a quadratic, over 20,000 directions, by the method's own selection, direction
 :class:`Together` only measures many points at once, and is compared with the method's own probes.
 """
 
+import functools
 import importlib
 from collections.abc import Sequence
 from typing import Any
@@ -115,6 +116,14 @@ class Quadratic(nn.Module):
         return self.at(self.weights())
 
 
+@functools.cache
+def _drawn(seed: int, name: str, numel: int, noise: str, keys: tuple[Key, ...]) -> Tensor:
+    """z of each key: (keys, numel). Most rows draw by the same keys."""
+    names = [stream_key(seed, k.purpose, k.step, k.query, name) for k in keys]
+    words = torch.tensor(names).T[..., None]
+    return draw(torch.arange(numel), numel, words, noise).double()
+
+
 class Together(LossMeter):
     """Measures all points of a step at once: u of all keys is drawn in one operation."""
 
@@ -122,7 +131,6 @@ class Together(LossMeter):
         eps, step = opt.param_groups[0]["eps"], opt.num_steps
         super().__init__(model, opt.direction, opt.executors, eps, step, lambda: None)
         self._opt, self._model = opt, model
-        self._kept: dict[Any, Tensor] = {}
         masks = list(opt.direction.masks(step))
         self._masks = {t.name: m for t, m in zip(opt.targets, masks, strict=True)}
 
@@ -149,15 +157,9 @@ class Together(LossMeter):
 
     def _drawn(self, target: Target, keys: Sequence[Key]) -> Tensor:
         """A target's u of each key under the mask of the step: (keys, entries)."""
-        what = (target.name, tuple(keys))
-        if what in self._kept:
-            return self._kept[what]
-        seed, numel = self._opt.seed, target.parameter.numel()
-        names = [stream_key(seed, k.purpose, k.step, k.query, target.name) for k in keys]
-        words = torch.tensor(names).T[..., None]
-        u = draw(torch.arange(numel), numel, words, self._opt.direction.noise)  # type: ignore[attr-defined]  # it is dense
-        self._kept[what] = u.double() * self._masks[target.name]
-        return self._kept[what]
+        noise = self._opt.direction.noise  # type: ignore[attr-defined]  # it is dense
+        u = _drawn(self._opt.seed, target.name, target.parameter.numel(), noise, tuple(keys))
+        return u * self._masks[target.name]
 
     def losses(
         self, groups: Sequence[Sequence[Move]], objective: str = "batch"

@@ -22,6 +22,7 @@ from smezo_cli.methods.sparse_mezo import SparseMeZO
 from smezo_cli.models.load import load_model
 from smezo_cli.scoring.candidates import encode
 from smezo_cli.scoring.scorer import Scorer
+from smezo_cli.store.versions import versions
 from smezo_cli.tasks import load_task
 from tests import quick_hydra
 from tests.run.tiny_runs import METHODS, SHORT, SMALL
@@ -44,6 +45,7 @@ for _method in ("sparse_mezo", "mezo"):
     warm(_method)
 for _method in METHODS:
     compose([*SMALL, *SHORT, *METHODS[_method]])
+versions()  # asks git
 # A collection in a child would write to every object of this process, and so copy its memory.
 gc.collect()
 gc.freeze()

@@ -25,6 +25,13 @@ from smezo_cli.zo.selections import masks
 Function = Callable[..., Any]
 Rounding = torch.dtype | None  # a key of passes.ROUNDINGS; None leaves float32 results as they are
 
+# Python calls the loops, and compiled code the rest: ways into each function for Python, for
+# compiled code and for C would take 40% of the time in which all is compiled.
+_NOT_BY_C: Any = {"no_cfunc_wrapper": True}
+_WITHIN: Any = _NOT_BY_C | {"no_cpython_wrapper": True}
+compiled = njit(nogil=True, **_NOT_BY_C)
+within, inlined = njit(**_WITHIN), njit(forceinline=True, **_WITHIN)
+
 _SHARED: tuple[Function, ...] = (
     noise._shift_right,
     noise._horner,
@@ -54,7 +61,7 @@ _COMPILED: dict[Function, Function] = {f: f for f in _SHARED} | {
 
 
 def _let(function: Function, scalar: Function) -> None:
-    @overload(function, strict=False, jit_options={"forceinline": True})
+    @overload(function, strict=False, jit_options={"forceinline": True} | _NOT_BY_C)
     def choose(*types: Any) -> Function:
         return scalar
 
@@ -67,12 +74,12 @@ def _step(kind: str, added: bool) -> Function:
     """Return (counter, key, a, before, before') -> a z of both elements, added to that before."""
     pair, hash64, f32 = noise.PAIRS[kind], noise.hash64, elementwise.f32
 
-    @njit(forceinline=True)
+    @inlined
     def alone(counter, key, a, before_first, before_second):
         first, second = pair(hash64(counter, key))
         return first * f32(a), second * f32(a)
 
-    @njit(forceinline=True)
+    @inlined
     def sum_of_both(counter, key, a, before_first, before_second):
         first, second = alone(counter, key, a, before_first, before_second)
         return before_first + first, before_second + second
@@ -85,14 +92,14 @@ def _mask(name: str) -> Function:
     is_active, uniform_pair, f32 = masks.RULES[name], noise.uniform_pair, elementwise.f32
     if name == "random":
 
-        @njit(forceinline=True)
+        @inlined
         def by_draw(first, second, counter, key, h):
             u_first, u_second = uniform_pair(counter, key)
             return is_active(u_first, f32(h)), is_active(u_second, f32(h))
 
         return by_draw
 
-    @njit(forceinline=True)
+    @inlined
     def by_size(first, second, counter, key, h):
         return is_active(abs(first), f32(h)), is_active(abs(second), f32(h))
 
@@ -105,19 +112,19 @@ def _finish(mask: str, rounding: Rounding, decay: bool) -> Function:
     rounding_pair = noise.rounding_pair
     if decay:
 
-        @njit(forceinline=True)
+        @inlined
         def add(w, step, d):
             return w + (step - f32(d) * w)
 
     else:
 
-        @njit(forceinline=True)
+        @inlined
         def add(w, step, d):
             return w + step
 
     if rounding is None:
 
-        @njit(forceinline=True)
+        @inlined
         def to_nearest(first, second, steps, counter, mask_key, round_key, h, d):
             active = masks_of(first, second, counter, mask_key, h)
             return (
@@ -128,7 +135,7 @@ def _finish(mask: str, rounding: Rounding, decay: bool) -> Function:
         return to_nearest
     rounded = rounding_module.ROUNDINGS[rounding]
 
-    @njit(forceinline=True)
+    @inlined
     def by_chance(first, second, steps, counter, mask_key, round_key, h, d):
         active = masks_of(first, second, counter, mask_key, h)
         bits = rounding_pair(counter, round_key)
@@ -140,13 +147,13 @@ def _finish(mask: str, rounding: Rounding, decay: bool) -> Function:
     return by_chance
 
 
-@njit(forceinline=True)
+@inlined
 def wide(pattern):
     """Return the float32 of a bfloat16's pattern (int16)."""
     return np.int32(np.int32(pattern) << np.int32(16)).view(np.float32)
 
 
-@njit(forceinline=True)
+@inlined
 def narrow(value):
     """Return the pattern (int16) of the nearest bfloat16, ties to even; NaN stays NaN."""
     pattern = np.float32(value).view(np.int32)
@@ -155,7 +162,7 @@ def narrow(value):
     return np.int16(rounded if value == value else (pattern >> np.int32(16)) | np.int32(0x40))
 
 
-@njit(forceinline=True)
+@inlined
 def as_is(value):
     """Return the float32 that it is."""
     return value
@@ -183,7 +190,7 @@ def whole(
     step, finish = _step(kind, more), _finish(mask, rounding, decay)
     load, store = (wide, narrow) if patterns else (as_is, as_is)
 
-    @njit(nogil=True)
+    @compiled
     def loop(first, second, out_first, out_second, start, key, a, mask_key, round_key, h, d):
         for i in range(first.shape[0]):
             steps = step(start + i, key, a, out_first[i], out_second[i])
@@ -207,7 +214,7 @@ def in_place(
     step, finish = _step(kind, False), _finish(mask, rounding, decay)
     load, store = (wide, narrow) if patterns else (as_is, as_is)
 
-    @njit(nogil=True)
+    @compiled
     def loop(first, second, start, key, a, mask_key, round_key, h, d):
         for i in range(first.shape[0]):
             steps = step(start + i, key, a, 0, 0)
@@ -230,7 +237,7 @@ def both(mask: str, kind: str, patterns: bool = False) -> Function:
     step, finish = _step(kind, False), _finish(mask, None, False)
     load, store = (wide, narrow) if patterns else (as_is, as_is)
 
-    @njit(nogil=True)
+    @compiled
     def loop(first, second, p, p_, m, m_, start, key, a, mask_key, round_key, h, d):
         for i in range(first.shape[0]):
             there = step(start + i, key, a, 0, 0)
@@ -254,7 +261,7 @@ def picked(mask: str, kind: str, rounding: Rounding, more: bool, decay: bool) ->
     """
     step, finish, locate = _step(kind, more), _finish(mask, rounding, decay), noise.locate
 
-    @njit(nogil=True)
+    @compiled
     def loop(weight, out, index, numel, key, a, mask_key, round_key, h, d):
         for i in range(weight.shape[0]):
             w, before = weight[i], out[i]
@@ -271,7 +278,7 @@ def direction(kind: str, more: bool) -> Function:
     """Return (out_first, out_second, first counter, key, a): a z, written or added to them."""
     step = _step(kind, more)
 
-    @njit(nogil=True)
+    @compiled
     def loop(out_first, out_second, start, key, a):
         for i in range(out_first.shape[0]):
             steps = step(start + i, key, a, out_first[i], out_second[i])
@@ -286,7 +293,7 @@ def picked_direction(kind: str, more: bool) -> Function:
     """Return (out, index, numel, key, a): as :func:`direction`, for entries picked by index."""
     step, locate = _step(kind, more), noise.locate
 
-    @njit(nogil=True)
+    @compiled
     def loop(out, index, numel, key, a):
         for i in range(out.shape[0]):
             counter, is_first = locate(index[i], numel)
@@ -343,20 +350,20 @@ def in_threads(loop: Function, count: int, item: type) -> Callable[[Any, Any, in
     size, me, all_of_us = np.dtype(item).itemsize, runtime.thread, runtime.threads
     entries = np.dtype(item).type
 
-    @njit
+    @within
     def part(words, k, low, high):
         return carray(address(words[_PLAIN + k] + low * size), high - low, entries)
 
     if count == 2:
 
-        @njit
+        @within
         def share(words, low, high, plain):
             first, second = part(words, 0, low, high), part(words, 1, low, high)
             loop(first, second, low, *plain)
 
     elif count == 4:
 
-        @njit
+        @within
         def share(words, low, high, plain):
             first, second = part(words, 0, low, high), part(words, 1, low, high)
             loop(first, second, part(words, 2, low, high), part(words, 3, low, high), low, *plain)
@@ -364,7 +371,7 @@ def in_threads(loop: Function, count: int, item: type) -> Callable[[Any, Any, in
     else:
         assert count == 6
 
-        @njit
+        @within
         def share(words, low, high, plain):
             first, second = part(words, 0, low, high), part(words, 1, low, high)
             p, p_ = part(words, 2, low, high), part(words, 3, low, high)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types  # type: ignore[attr-defined]  # carray is public all the same
+from numba import carray, cfunc, types  # type: ignore[attr-defined]  # carray is public all the same
 
 from smezo_cli.zo import elementwise, noise
 from smezo_cli.zo import rounding as rounding_module
@@ -21,8 +21,11 @@ from smezo_cli.zo.passes.kernels import (
     address,
     as_f64,
     as_is,
+    compiled,
+    inlined,
     narrow,
     wide,
+    within,
 )
 from smezo_cli.zo.selections import masks
 
@@ -34,37 +37,37 @@ def _sum(count: int, more: bool) -> Function:
     """Return (what was before, four of left, four of right) -> the first products, added."""
     if more:
 
-        @njit(forceinline=True)
+        @inlined
         def first_of(before, a, x):
             return before + a * x
 
     else:
 
-        @njit(forceinline=True)
+        @inlined
         def first_of(before, a, x):
             return a * x
 
     if count == 1:
 
-        @njit(forceinline=True)
+        @inlined
         def total(before, a, b, c, d, x, y, z, u):
             return first_of(before, a, x)
 
     elif count == 2:
 
-        @njit(forceinline=True)
+        @inlined
         def total(before, a, b, c, d, x, y, z, u):
             return first_of(before, a, x) + b * y
 
     elif count == 3:
 
-        @njit(forceinline=True)
+        @inlined
         def total(before, a, b, c, d, x, y, z, u):
             return first_of(before, a, x) + b * y + c * z
 
     else:
 
-        @njit(forceinline=True)
+        @inlined
         def total(before, a, b, c, d, x, y, z, u):
             return first_of(before, a, x) + b * y + c * z + d * u
 
@@ -76,13 +79,13 @@ def _mask(name: str) -> Function:
     is_active, uniform_at, f32 = masks.RULES[name], noise.uniform_at, elementwise.f32
     if name == "random":
 
-        @njit(forceinline=True)
+        @inlined
         def by_draw(w, index, numel, key, h):
             return is_active(uniform_at(index, numel, key), f32(h))
 
         return by_draw
 
-    @njit(forceinline=True)
+    @inlined
     def by_size(w, index, numel, key, h):
         return is_active(abs(w), f32(h))
 
@@ -95,26 +98,26 @@ def _finish(mask: str, rounding: Rounding, decay: bool) -> Function:
     rounding_at = noise.rounding_at
     if decay:
 
-        @njit(forceinline=True)
+        @inlined
         def add(w, step, d):
             return w + (step - f32(d) * w)
 
     else:
 
-        @njit(forceinline=True)
+        @inlined
         def add(w, step, d):
             return w + step
 
     if rounding is None:
 
-        @njit(forceinline=True)
+        @inlined
         def to_nearest(w, step, index, numel, mask_key, round_key, h, d):
             return where(mask_of(w, index, numel, mask_key, h), add(w, step, d), w)
 
         return to_nearest
     rounded = rounding_module.ROUNDINGS[rounding]
 
-    @njit(forceinline=True)
+    @inlined
     def by_chance(w, step, index, numel, mask_key, round_key, h, d):
         bits = rounding_at(index, numel, round_key)
         moved = rounded(add(w, step, d), bits)
@@ -129,7 +132,7 @@ def _earlier() -> tuple[Function, Function]:
     alone, added = _sum(_TOGETHER, False), _sum(_TOGETHER, True)
 
     def of(total: Function) -> Function:
-        @njit(forceinline=True)
+        @inlined
         def add(left, right, sums, row, other, k, low, high):
             a, b, c, d = left[row, k], left[row, k + 1], left[row, k + 2], left[row, k + 3]
             e, f, g, h = left[other, k], left[other, k + 1], left[other, k + 2], left[other, k + 3]
@@ -161,12 +164,12 @@ def _loop(end: Function, rank: int) -> Function:
     begin, go_on = _earlier()
     count = _num_last(rank)
 
-    @njit(nogil=True)
+    @compiled
     def few(left, right, matrices, sums, low, high, plain):
         for row in range(low, high):
             end(left, right, matrices, sums, row, 0, 0, right.shape[1], plain)
 
-    @njit(nogil=True)
+    @compiled
     def many(left, right, matrices, sums, low, high, plain):
         columns, last = right.shape[1], right.shape[0] - count
         for row in range(low, high, 2):
@@ -191,7 +194,7 @@ def _ending(rank: int) -> Function:
     count = _num_last(rank)
     one, two, three = min(1, count - 1), min(2, count - 1), min(3, count - 1)
 
-    @njit(forceinline=True)
+    @inlined
     def ready(left, right, row, k, low, high):
         a, b, c, d = left[row, k], left[row, k + one], left[row, k + two], left[row, k + three]
         p, q = right[k, low:high], right[k + one, low:high]
@@ -211,7 +214,7 @@ def rows_of_product(rank: int) -> Function:
 def _rows_of_product(rank: int) -> Function:
     total, ready = _sum(_num_last(rank), rank > _TOGETHER), _ending(rank)
 
-    @njit(forceinline=True)
+    @inlined
     def end(left, right, matrices, sums, row, k, low, high, plain):
         a, b, c, d, p, q, r, s = ready(left, right, row, k, low, high)
         out = matrices[0][row, low:high]
@@ -253,7 +256,7 @@ def _moved_rows(
     finish = _finish(mask, rounding, decay)
     load, store = (wide, narrow) if patterns else (as_is, as_is)
 
-    @njit(forceinline=True)
+    @inlined
     def in_place(left, right, matrices, sums, row, k, low, high, plain):
         numel, mask_key, round_key, h, d, first = plain
         a, b, c, e, p, q, r, s = ready(left, right, row, k, low, high)
@@ -263,7 +266,7 @@ def _moved_rows(
             moved = finish(load(w[j]), step, at + j, numel, mask_key, round_key, h, d)
             w[j] = store(moved)
 
-    @njit(forceinline=True)
+    @inlined
     def away(left, right, matrices, sums, row, k, low, high, plain):
         numel, mask_key, round_key, h, d, first = plain
         a, b, c, e, p, q, r, s = ready(left, right, row, k, low, high)
@@ -274,7 +277,7 @@ def _moved_rows(
             moved = finish(load(w[j]), step, at + j, numel, mask_key, round_key, h, d)
             out[j] = store(moved)
 
-    @njit(forceinline=True)
+    @inlined
     def both(left, right, matrices, sums, row, k, low, high, plain):
         numel, mask_key, round_key, h, d, first = plain
         a, b, c, e, p, q, r, s = ready(left, right, row, k, low, high)
@@ -330,25 +333,25 @@ def _in_threads(loop: Function, count: int, item: type) -> Callable[..., None] |
     me, all_of_us, entries = runtime.thread, runtime.threads, np.dtype(item).type
     wide_type = np.dtype(np.float32).type
 
-    @njit
+    @within
     def matrix(words, k):
         return carray(address(words[_PLAIN + k]), (words[0], words[1]), entries)
 
     if count == 1:
 
-        @njit
+        @within
         def all_of(words):
             return (matrix(words, 0),)
 
     elif count == 2:
 
-        @njit
+        @within
         def all_of(words):
             return (matrix(words, 0), matrix(words, 1))
 
     else:
 
-        @njit
+        @within
         def all_of(words):
             return (matrix(words, 0), matrix(words, 1), matrix(words, 2))
 

@@ -6,18 +6,16 @@ draws.
 """
 
 import numpy as np
-from numba import njit
 
 from smezo_cli.zo import elementwise, noise
-from smezo_cli.zo.passes import kernels  # gives the functions below their meaning for numbers
+from smezo_cli.zo.passes.kernels import compiled, inlined  # and the meaning for single numbers
 from smezo_cli.zo.rounding import to_levels
 
-assert kernels  # imported for that alone
 _gaussian, _uniform, _hash = noise.PAIRS["gaussian"], noise.uniform_pair, noise.hash64
 _locate, _f32, _floor = noise.locate, elementwise.f32, elementwise.floor
 
 
-@njit(forceinline=True)
+@inlined
 def _both(counter, key, chance_key, a, inverse, step):
     """Return c u of both elements of a pair."""
     first, second = _gaussian(_hash(counter, key))
@@ -27,7 +25,7 @@ def _both(counter, key, chance_key, a, inverse, step):
     return first * _f32(a), second * _f32(a)
 
 
-@njit(nogil=True)
+@compiled
 def pairs(out_first, out_second, start, key, chance_key, a, inverse, step):
     """Write c u of both elements of the pairs from ``start`` on."""
     for i in range(out_first.shape[0]):
@@ -36,7 +34,7 @@ def pairs(out_first, out_second, start, key, chance_key, a, inverse, step):
         out_first[i] = found[0]
 
 
-@njit(nogil=True)
+@compiled
 def picked(out, index, numel, key, chance_key, a, inverse, step):
     """Write c u at flat positions of a tensor of ``numel`` weights."""
     for i in range(out.shape[0]):
@@ -45,7 +43,7 @@ def picked(out, index, numel, key, chance_key, a, inverse, step):
         out[i] = found[0] if is_first else found[1]
 
 
-@njit(nogil=True)
+@compiled
 def chances(out_first, out_second, start, key):
     """Write the uniforms of both elements of the pairs from ``start`` on."""
     for i in range(out_first.shape[0]):
@@ -54,7 +52,7 @@ def chances(out_first, out_second, start, key):
         out_first[i] = found[0]
 
 
-@njit(nogil=True)
+@compiled
 def away(first, second, out_first, out_second, start, key, chance_key, a, inverse, step):
     """Write the pairs from ``start`` on, moved by c u."""
     for i in range(first.shape[0]):
@@ -63,7 +61,7 @@ def away(first, second, out_first, out_second, start, key, chance_key, a, invers
         out_second[i] = second[i] + found[1]
 
 
-@njit(nogil=True)
+@compiled
 def in_place(first, second, start, key, chance_key, a, inverse, step):
     """Do as :func:`away`, where the weights are: the compiler must know that they are the same."""
     for i in range(first.shape[0]):
@@ -72,7 +70,7 @@ def in_place(first, second, start, key, chance_key, a, inverse, step):
         second[i] += found[1]
 
 
-@njit(nogil=True)
+@compiled
 def both_ways(first, second, p, p_, m, m_, start, key, chance_key, a, inverse, step):
     """Write the pairs from ``start`` on, moved by c u and by its negative."""
     for i in range(first.shape[0]):
@@ -82,7 +80,7 @@ def both_ways(first, second, p, p_, m, m_, start, key, chance_key, a, inverse, s
         m[i], m_[i] = w - found[0], v - found[1]
 
 
-@njit(nogil=True)
+@compiled
 def codes_away(codes, scales, group, out, low, high, key, chance_key, a, inverse, step):
     """Write the weights of some rows of codes, and of those below them, moved by c u."""
     half, width = codes.shape[0] // 2, codes.shape[1]
@@ -98,7 +96,7 @@ def codes_away(codes, scales, group, out, low, high, key, chance_key, a, inverse
                 o_[j] = np.float32(c_[j]) * scale_ + found[1]
 
 
-@njit(nogil=True)
+@compiled
 def codes_both_ways(
     codes, scales, group, plus, minus, low, high, key, chance_key, a, inverse, step
 ):
@@ -118,14 +116,14 @@ def codes_both_ways(
                 m[j], m_[j] = w - found[0], v - found[1]
 
 
-@njit(forceinline=True)
+@inlined
 def _code(code, amount, chance, largest):
     """Return a code moved by an amount of steps, which is rounded by chance."""
     moved = np.float32(code) + _floor(amount + chance)
     return np.int8(min(max(moved, -largest), largest))
 
 
-@njit(nogil=True)
+@compiled
 def codes_in_place(
     codes, scales, group, largest, code_key, low, high, key, chance_key, a, inverse, step
 ):
