@@ -84,9 +84,8 @@ class Prefix(BeforeText):
         if self._is_masked:
             inputs["attention_mask"] = create_bidirectional_mask(
                 config=self._model.config,
-                inputs_embeds=self._weight.new_empty(
-                    *input_ids.shape, 0
-                ),  # for its shape and dtype
+                # Its shape and dtype are looked at.
+                inputs_embeds=self._weight.new_empty(*input_ids.shape, 0),
                 attention_mask=mask,
                 past_key_values=cache,
             )
