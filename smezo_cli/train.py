@@ -41,7 +41,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         KeyboardInterrupt: stopped by a signal; the state is saved.
     """
     settings, config = check(cfg), plain(cfg)
-    if not (folder_of(settings, config) / "result.json").exists():  # it is that of these rows
+    # Ranks tell each other what is wrong, once they have joined. A finished run is of its rows.
+    is_alone = torchrun.local_rank() is None
+    if is_alone and not (folder_of(settings, config) / "result.json").exists():
         check_own(settings.task)
     team = ranks.join(settings)
     if team is not None and team.rank > 0:

@@ -3,6 +3,7 @@
 import importlib
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -10,15 +11,17 @@ from typing import Any
 
 import pytest
 
-from tests import ROOT
+from tests import ROOT, quick_hydra
 
 
 @pytest.fixture
-def fuzz(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+def fuzz(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleType]:
     """The harness, with all kinds registered."""
     monkeypatch.setenv("HYPOTHESIS_STORAGE_DIRECTORY", str(tmp_path))
     monkeypatch.syspath_prepend(ROOT / "scripts")
-    return importlib.import_module("fuzz.harness")
+    quick_hydra.remember()()  # what is remembered is pickled, which no case may do
+    yield importlib.import_module("fuzz.harness")
+    quick_hydra.remember()
 
 
 # A worker is forked from a process that may have threads, which do nothing then.
