@@ -13,5 +13,5 @@ set -x
 "$python" -m mypy
 PYTHONPATH=$root "$root/.venv/bin/lint-imports" --no-cache
 "$python" scripts/audit.py
-# A file of tests more than there are cores, each on one of them: processes that tests start and stop are waited for. In the order of tests/conftest.py.
-OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$python" -m pytest -n $(($(nproc) + 1)) --dist loadfile --no-loadscope-reorder "$@"
+# A file of tests more than there are cores, each on one of them: processes that tests start and stop are waited for.
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$python" -m pytest -n $(($(nproc) + 1)) --dist loadfile "$@"

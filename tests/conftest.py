@@ -7,7 +7,6 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,28 +36,6 @@ def _freeze() -> None:
 def pytest_collection_finish() -> None:
     """Do so once everything is imported."""
     _freeze()
-
-
-# Files of half a minute or more on a busy machine, the longest first. Files are handed out in this
-# order (scripts/test.sh), so that none of these is begun when the others are done.
-LONGEST = (
-    *("methods/test_every_method.py", "methods/test_rates.py", "zo/passes/test_fused.py"),
-    *("config/test_launchers.py", "config/test_experiments.py", "report/test_table.py"),
-    *("run/test_ranks_gradients.py", "config/test_search.py", "run/test_executors.py"),
-    *("run/test_ranks.py", "config/test_sweeps.py", "models/test_model_zoo.py"),
-    *("models/test_architectures.py", "machine/test_streams.py", "zo/test_self_check.py"),
-    *("config/test_config.py", "methods/test_unbiased.py", "zo/passes/test_by_triton.py"),
-    *("test_gpu_check.py", "run/test_killed.py", "run/test_stopped.py", "test_fuzz.py"),
-    *("run/test_kept_inputs.py", "run/test_session.py", "run/test_ranks_end.py"),
-    *("bench/test_timing.py", "zo/executors/test_batched.py", "cli/test_trained_runs.py"),
-)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first; the tests of a file keep their order."""
-    folder = Path(__file__).parent
-    places = {folder / name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.hookimpl(wrapper=True)
