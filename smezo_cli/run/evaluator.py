@@ -131,7 +131,8 @@ class Evaluator:
             run.say(f"  {what}: {done} of {len(rows)} rows were scored before the stop")
         bar = run.console.bar(what, len(rows), done)
         try:
-            with self.loaded.scorer.forward.evaluating(name, keeps, self._is_whole):
+            is_cached = kept_inputs.is_of(self.loaded, self.as_it_came)
+            with self.loaded.scorer.forward.evaluating(name, keeps, is_cached):
                 found = evaluate.evaluate(self.loaded.scorer, rows, bar, run.stopped, team, part)
         except NonFiniteScore as error:
             raise SplitNotFinite(str(error), split) from error
@@ -161,18 +162,13 @@ class Evaluator:
         It is where these rows are scored again. Ranks are not told to forget, so they keep nothing
         under a prompt that another one may beat.
         """
-        if not self._is_whole:
+        if not kept_inputs.is_of(self.loaded, self.as_it_came):
             return False
         if split == "test":
             # Once before the training, and once after it; which takes it from the cache.
             return step == 0 and not self.run.settings.cache_inputs
         is_choice = prompt is not None and len(self.loaded.prompts) > 1
         return self.team is None or not is_choice
-
-    @property
-    def _is_whole(self) -> bool:
-        """Return whether the model computes as in a step; without its adapter it may not."""
-        return not self.as_it_came or self.loaded.adapter is None
 
     def without_adapter(self) -> "Evaluator":
         """Return the same for a model that computes without its adapter."""

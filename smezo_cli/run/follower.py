@@ -205,8 +205,8 @@ class Follower:
             try:
                 bar = self.console.bar("", len(rows))
                 known = Part(len(rows), scored, answered)  # what rank 0 has
-                is_whole = not as_it_came or self.loaded.adapter is None
-                with self.loaded.scorer.forward.evaluating(name, keeps, is_whole):
+                is_cached = kept_inputs.is_of(self.loaded, as_it_came)
+                with self.loaded.scorer.forward.evaluating(name, keeps, is_cached):
                     evaluate(self.loaded.scorer, rows, bar, self.team.asked, self.team, known)
             except (Stopped, NonFiniteLoss):
                 return  # rank 0 knows it, too

@@ -103,6 +103,16 @@ def name_of(split: str, part: str, prompt: int | None) -> str:
     return f"{split} {part} {'' if prompt is None else prompt}"
 
 
+def is_of(loaded: Loaded, as_it_came: bool) -> bool:
+    """Return whether what is kept is of the model as it computes: not without its adapter.
+
+    Args:
+        loaded: the model.
+        as_it_came: it computes without its adapter, if it has one.
+    """
+    return not as_it_came or loaded.adapter is None
+
+
 def forget(loaded: Loaded, name: str) -> None:
     """Drop what evaluations of a name have kept, which are not made again."""
     if (kept := loaded.scorer.forward.kept) is not None:

@@ -39,8 +39,6 @@ class InputCache:
         self._folder = folder / hashlib.sha256(text.encode()).hexdigest()[:32]
         self._say = say
         self._is_full = False
-        #: files that were read, and written, by this process
-        self.num_read = self.num_written = 0
 
     def get(self, key: Sequence[Any]) -> list[Tensor] | None:
         """Return the tensors of a key, on the CPU; None if they are not there or damaged."""
@@ -54,7 +52,6 @@ class InputCache:
             found = [saved[str(i)] for i in range(len(saved))]
         except (UserError, KeyError):
             return None  # damaged, or another run has just removed it
-        self.num_read += 1
         with contextlib.suppress(OSError):
             os.utime(path)  # used now
         return found
@@ -75,8 +72,6 @@ class InputCache:
                 partial.unlink()
             self._is_full = True
             self._say(f"  kept    no more in the cache, for other runs: {error}")
-        else:
-            self.num_written += 1
 
     def _path(self, key: Sequence[Any]) -> Path:
         text = json.dumps(key, separators=(",", ":"))

@@ -1,9 +1,6 @@
 """Runs that take what enters the first trained block from earlier runs (``cache_inputs``)."""
 
-import contextlib
-import io
 import os
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from smezo_cli import train
 from smezo_cli.config.compose import compose
 from smezo_cli.run import input_cache
 from smezo_cli.store.input_cache import InputCache, remove_oldest
+from tests.run.in_process import finished, said
 from tests.run.processes import smezo
 from tests.run.rank_groups import few_tokens, together
 from tests.run.tiny_runs import SEQUENTIAL, SMALL, assert_same_run, flip, result_of, run_folder
@@ -27,17 +24,6 @@ WORDS = [
     *("keep_inputs=true", "cache_inputs=true", "cache_scores=true"),
 ]
 MEZO = [*WORDS, "method=mezo", SEQUENTIAL]
-
-
-def finished(words: Sequence[str], place: Path) -> Path:
-    """The folder of a run in this process."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        train.run(compose([*words, f"runs_dir={place / 'runs'}"]))
-    return run_folder(place)
-
-
-def said(folder: Path) -> str:
-    return (folder / "console.log").read_text(encoding="utf-8")
 
 
 @pytest.fixture

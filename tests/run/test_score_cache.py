@@ -1,10 +1,7 @@
 """Runs that take the scores of the untouched model from earlier runs (``cache_scores``)."""
 
-import contextlib
-import io
 import json
 import os
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from smezo_cli import train
-from smezo_cli.config.compose import compose
 from smezo_cli.files.sealed import sealed
 from smezo_cli.run import evaluate
+from tests.run.in_process import finished, said
 from tests.run.processes import smezo
 from tests.run.rank_groups import few_tokens, together
 from tests.run.tiny_runs import METHODS, SMALL, assert_same_run, flip, result_of, run_folder
@@ -28,17 +24,6 @@ MEZO = [*WORDS, "method=mezo", "method.executor=sequential"]
 NUM_DEV, NUM_TEST = 16, 24
 WHOLE = [NUM_DEV, NUM_DEV, NUM_TEST]  # two prompts, and zero-shot
 TRAINED = [NUM_DEV, NUM_DEV, NUM_TEST]  # two evaluations of dev, and the test
-
-
-def finished(words: Sequence[str], place: Path) -> Path:
-    """The folder of a run in this process."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        train.run(compose([*words, f"runs_dir={place / 'runs'}"]))
-    return run_folder(place)
-
-
-def said(folder: Path) -> str:
-    return (folder / "console.log").read_text(encoding="utf-8")
 
 
 def assert_same_scores(folder: Path, other: Path) -> None:
