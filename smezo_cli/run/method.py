@@ -9,8 +9,7 @@ from smezo_cli.config.method_keys import shared_by, trait
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.run.loaded import Loaded
-from smezo_cli.zo.passes.by_compiler import NoCompiler
-from smezo_cli.zo.passes.choose import WORTH_IT
+from smezo_cli.zo.passes.choose import WORTH_IT, NoCompiler
 
 if TYPE_CHECKING:
     from smezo_cli.methods.base import Method

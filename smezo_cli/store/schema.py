@@ -220,7 +220,7 @@ class Result(TypedDict, total=False):
     device_map: Annotated[Any, says("Device of each module, where the model is spread.")]
     attention: Annotated[Any, says("Implementation of attention.")]
     noise: Annotated[Any, says("Distribution of perturbations: gaussian or rademacher.")]
-    passes: Annotated[Any, says("Computes noise and updates: numba, triton, compiled or eager.")]
+    passes: Annotated[Any, says("Computes noise and updates: numba, triton or eager.")]
     executor: Annotated[Any, says("How losses are measured; see method.executor.")]
     onednn_layers: Annotated[Any, says("Linear layers that oneDNN computed.")]
     digest: Annotated[Any, says("Digest of the settings, as in the name of the folder.")]

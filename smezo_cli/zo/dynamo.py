@@ -1,8 +1,7 @@
 """Keep ``torch.compile`` away from the forwards that a probe has replaced.
 
 A model that the user has compiled runs as it is written while its losses are measured: dynamo
-would trace into the replaced forwards, and compile them anew for every probe. The compiled passes
-of this package stay compiled.
+would trace into the replaced forwards, and compile them anew for every probe.
 """
 
 import sys
@@ -16,7 +15,6 @@ from torch import nn
 T = TypeVar("T")
 
 _PREFIX = "_orig_mod."  # of the names of parameters inside of torch.compile(module)
-_is_kept_out = False
 
 
 def original(model: nn.Module) -> nn.Module:
@@ -63,18 +61,8 @@ def recompiles(call: Callable[[], Any]) -> bool:
 @contextmanager
 def kept_out() -> Iterator[None]:
     """Inside, all compiled code runs as it is written."""
-    global _is_kept_out
-    before, _is_kept_out = _is_kept_out, True
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        _is_kept_out = before
-
-
-def allowed() -> AbstractContextManager[Any]:
-    """Inside, compiled code is compiled again: for passes, in a :func:`kept_out`."""
-    return torch.compiler.set_stance("default") if _is_kept_out else nullcontext()
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 class KeptOut:

@@ -58,9 +58,9 @@ class Common(TypedDict, total=False):
         and "side_path": one after the other, both without copies of matrices that are moved along
         thin products, and equal to the others up to rounding. "auto" takes the faster of the first
         two by timing both at the first step, see :meth:`ZeroOrder.choose_executor`.
-    backend: "compiled" (by Numba on a CPU, by Triton on a CUDA device, by torch.compile
-        elsewhere), "eager", or "auto": compiled where that works and the weights are many enough to
-        earn it. The numbers are the same.
+    backend: "compiled" (by Numba on a CPU, by Triton on a CUDA device), "eager", or "auto":
+        compiled where that works and the weights are many enough to earn it. The numbers are the
+        same.
     keep_noise: draw z once a step and keep it (4 bytes a weight and one for the mask). Pays where
         drawing is slow: "auto" does it for eager passes on a CPU with memory to spare.
     check: ask :meth:`ZeroOrder.self_check` at the first step; False where that was done already.

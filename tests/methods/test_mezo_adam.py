@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from smezo_cli.cli.verbs import main
 from smezo_cli.methods.mezo import MeZO
 from smezo_cli.methods.mezo_adam import MeZOAdam
-from tests.zo.test_optimizer import bits, closure_of, mlp, run, same, weights_of
+from tests.zo.test_optimizer import closure_of, mlp, run, same, weights_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -168,27 +168,6 @@ def test_backends_and_threads_give_the_same_bits(kind: str, dtype: torch.dtype) 
             assert same(weights_of(model), weights_of(again)), way
     finally:
         torch.set_num_threads(threads)
-
-
-def test_the_compiled_directions_of_other_devices_are_the_eager_ones(compiler: None) -> None:
-    """torch.compile's, which only accelerators use, asked on the CPU."""
-    from smezo_cli.zo.passes.by_compiler import CompiledPasses
-    from smezo_cli.zo.passes.draw import Rule
-    from smezo_cli.zo.passes.eager import EagerPasses
-
-    opt = adam(nn.Sequential(nn.Linear(21, 13)), num_queries=2)
-    for target in opt.targets:
-        draw = opt.mover([0, 1], [0.5, -2.0]).draw(target)
-        found = []
-        for passes in (EagerPasses(Rule()), CompiledPasses(Rule())):
-            out = torch.zeros_like(target.flat)
-
-            def use(part: slice, g: Tensor, _: object, out: Tensor = out) -> None:
-                out[part] = g
-
-            passes.along(target.flat, draw, use)
-            found.append(bits(out))
-        assert torch.equal(*found)
 
 
 def test_a_snapshot_restored_goes_on_with_the_same_bits() -> None:

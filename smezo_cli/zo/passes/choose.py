@@ -4,19 +4,17 @@
 
 computed in float32, rounded to the output's dtype. A probe has one query, a = +-eps and d = 0; an
 update has a_q = -lr * projected_grad_q / q and d = lr * weight_decay. On a CPU Numba compiles the
-function to one loop, on a CUDA device it is a kernel by Triton, elsewhere ``torch.compile`` fuses
-it; without any of them it runs in chunks that fit the cache. All give the same bits.
+function to one loop, on a CUDA device it is a kernel by Triton; without them it runs in chunks that
+fit the cache. All give the same bits.
 """
 
-import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from smezo_cli.zo.passes.by_compiler import CompiledPasses, NoCompiler, compiler_settings
 from smezo_cli.zo.passes.by_index import PassesByIndex, Values
 from smezo_cli.zo.passes.by_numba import NumbaPasses
 from smezo_cli.zo.passes.by_triton import TritonPasses
@@ -24,47 +22,42 @@ from smezo_cli.zo.passes.draw import Draw, Rule
 from smezo_cli.zo.passes.eager import EagerPasses
 from smezo_cli.zo.passes.in_periods import Period, PeriodicPasses
 
-Passes = EagerPasses | CompiledPasses | NumbaPasses | TritonPasses
+Passes = EagerPasses | NumbaPasses | TritonPasses
+
+
+class NoCompiler(RuntimeError):
+    """Say that fused passes were asked for and cannot be had."""
 
 
 class _Way(NamedTuple):
-    """Describe one way to fuse the passes.
+    """Describe what fuses the passes on a kind of device.
 
     Attributes:
         kind: makes the passes of a rule.
         missing: what is said before the error that it raised.
-        switches: environment variables that turn it off.
+        switch: the environment variable that turns it off.
         dtypes: of weights that are moved to try it out.
     """
 
     kind: Callable[[Rule], Passes]
     missing: str
-    switches: Sequence[str]
+    switch: str
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
 
 
 def _by_numba(kind: Callable[[Rule], Passes]) -> _Way:
-    return _Way(kind, "Numba does not work here", ("NUMBA_DISABLE_JIT",))
+    return _Way(kind, "Numba does not work here", "NUMBA_DISABLE_JIT")
 
 
-def _ways(device: torch.device) -> list[_Way]:
-    """Return the ways to fuse passes on a device, the best one first."""
-    if device.type == "cpu":
-        return [_by_numba(NumbaPasses)]
-    missing = "no working compiler (g++ and Python's headers are needed)"
-    switches = ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
-    ways = [_Way(CompiledPasses, missing, switches)]
-    if device.type == "cuda" and importlib.util.find_spec("triton"):
-        every = (torch.float32, torch.bfloat16, torch.float16)
-        missing = "Triton does not work here"
-        ways.insert(0, _Way(TritonPasses, missing, ("TRITON_INTERPRET",), every))
-    return ways
+def _by_triton() -> _Way:
+    every = (torch.float32, torch.bfloat16, torch.float16)
+    return _Way(TritonPasses, "Triton does not work here", "TRITON_INTERPRET", every)
 
 
 def choose_passes(rule: Rule, backend: str, device: torch.device) -> tuple[Passes, str]:
     """Return fused passes where they work, else eager ones.
 
-    They are Numba's on a CPU, Triton's on a CUDA device that has it and torch.compile's elsewhere.
+    They are Numba's on a CPU and Triton's elsewhere.
 
     Args:
         rule: what is fixed for the run.
@@ -77,7 +70,8 @@ def choose_passes(rule: Rule, backend: str, device: torch.device) -> tuple[Passe
     Raises:
         NoCompiler: "compiled" was asked for and does not work here.
     """
-    return _first_that_works(rule, backend, device, _ways(device), EagerPasses)
+    way = _by_numba(NumbaPasses) if device.type == "cpu" else _by_triton()
+    return _if_it_works(rule, backend, device, way, EagerPasses)
 
 
 def choose_looked_up(
@@ -105,25 +99,22 @@ def choose_looked_up(
         why = "numbers of a pool are looked up, not computed" if backend == "compiled" else ""
         return eager(rule), why
     way = _by_numba(lambda rule: PeriodicPasses(rule, values, period))
-    return _first_that_works(rule, backend, device, [way], eager)
+    return _if_it_works(rule, backend, device, way, eager)
 
 
-def _first_that_works(
+def _if_it_works(
     rule: Rule,
     backend: str,
     device: torch.device,
-    ways: Sequence[_Way],
+    way: _Way,
     eager: Callable[[Rule], EagerPasses],
 ) -> tuple[Passes, str]:
     if backend == "eager":
         return eager(rule), ""
-    reasons: list[str] = []
     cause: Exception | None = None
-    for way in ways:
-        off = [name for name in way.switches if os.environ.get(name, "0") not in ("", "0")]
-        if off:
-            reasons.append(f"the compiler is off as long as {off[0]}={os.environ[off[0]]} is set")
-            continue
+    if (given := os.environ.get(way.switch, "0")) not in ("", "0"):
+        why = f"the compiler is off as long as {way.switch}={given} is set"
+    else:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -132,9 +123,7 @@ def _first_that_works(
                     _try_out(passes, eager(rule), device, dtype)
             return passes, ""
         except Exception as error:  # whatever a missing or broken tool chain raises
-            cause = error
-            reasons.append(f"{way.missing}: {_first_line(error)}{compiler_settings()}")
-    why = "; ".join(reasons)
+            cause, why = error, f"{way.missing}: {_first_line(error)}{_settings()}"
     if backend == "compiled":
         raise NoCompiler(why) from cause
     return eager(rule), why
@@ -155,6 +144,15 @@ def _try_out(passes: Passes, eager: EagerPasses, device: torch.device, dtype: to
     eager.move(sample, wanted, draw)
     if not torch.equal(found, wanted):
         raise RuntimeError(f"the bits of {passes.name} passes in {dtype} are not the eager ones")
+
+
+def _settings() -> str:
+    """Say which settings of Numba and Triton are in the environment: one may be why they fail."""
+    prefixes = ("NUMBA_", "TRITON_")
+    names = sorted(
+        name for name in os.environ if name.startswith(prefixes) and not name.endswith("_CACHE_DIR")
+    )
+    return f" (set in the environment: {', '.join(names)})" if names else ""
 
 
 def _first_line(error: BaseException) -> str:

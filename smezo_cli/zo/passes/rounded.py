@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from smezo_cli.zo import noise
-from smezo_cli.zo.passes.by_compiler import NoCompiler
+from smezo_cli.zo.passes.choose import NoCompiler
 from smezo_cli.zo.passes.eager import over_chunks
 from smezo_cli.zo.rounding import to_levels
 

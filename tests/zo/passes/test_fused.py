@@ -1,4 +1,4 @@
-"""Passes by Numba and by torch's compiler have the bits of eager ones, in any number of threads."""
+"""Passes by Numba have the bits of eager ones, in any number of threads."""
 
 import math
 import subprocess
@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from smezo_cli.zo.passes import by_numba, choose, kernels
-from smezo_cli.zo.passes.by_compiler import CompiledPasses
 from smezo_cli.zo.passes.by_numba import NumbaPasses
 from smezo_cli.zo.passes.by_triton import TritonPasses
 from smezo_cli.zo.passes.choose import choose_passes
@@ -92,12 +91,6 @@ def test_both_probes_from_one_draw_have_the_bits_of_two_passes(
     worker: Callable[[Rule], choose.Passes], case: Case
 ) -> None:
     both_equal_two(worker(Rule(*case[:2])), case)
-
-
-@pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("case", [COMPILED[0], COMPILED[4], COMPILED[7]], ids=lambda c: c[0])
-def test_compiled_both_probes_have_the_bits_of_two_passes(case: Case) -> None:
-    both_equal_two(CompiledPasses(Rule(*case[:2])), case)
 
 
 def test_numbers_that_are_not_stay_so_in_bfloat16() -> None:
@@ -186,42 +179,10 @@ def test_numba_is_what_a_cpu_gets() -> None:
         assert (chosen.name, why) == ("numba", "")
 
 
-@pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("case", COMPILED, ids=lambda c: "-".join(map(str, c)))
-def test_compiled_passes_have_the_bits_of_eager_ones(case: Case) -> None:
-    """For all sizes, into another tensor or in place, not one bit differs."""
-    mask, kind, dtype, rounding, queries, decay = case
-    rule = Rule(mask, kind, rounding == "stochastic")
-    compiled, eager = CompiledPasses(rule), EagerPasses(rule)
-    draw = draw_of(rule, queries, decay=decay)
-    for numel in SIZES:
-        weight = weight_of(numel, dtype)
-        wanted = moved_by(eager, weight, draw)
-        assert same(moved_by(compiled, weight, draw), wanted)
-        compiled.move(weight, weight, draw)
-        assert same(weight, wanted)
-
-
-@pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("case", [COMPILED[0], COMPILED[7], COMPILED[5]], ids=lambda c: c[0])
-def test_compiled_picking_has_the_bits_of_the_whole_pass(case: Case) -> None:
-    """Entries picked by compiled code equal those of the eager pass over the tensor."""
-    mask, kind, dtype, _, _, _ = case
-    rule = Rule(mask, kind)
-    compiled, draw = CompiledPasses(rule), draw_of(rule)
-    for numel in (130, 4099, 70_001):
-        weight = weight_of(numel, dtype)
-        whole = moved_by(EagerPasses(rule), weight, draw)
-        for count in (5, 128, 3000):
-            g = torch.Generator().manual_seed(count)
-            index = torch.randint(numel, (count, 2), generator=g)
-            assert same(compiled.move_at(weight[index], index, numel, draw), whole[index])
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("case", COMPILED, ids=lambda c: "-".join(map(str, c)))
-@pytest.mark.parametrize("worker", [EagerPasses, CompiledPasses, TritonPasses])
+@pytest.mark.parametrize("worker", [EagerPasses, TritonPasses])
 def test_a_gpu_pass_has_the_bits_of_the_cpu(
     case: Case, worker: Callable[[Rule], choose.Passes]
 ) -> None:
@@ -241,7 +202,7 @@ def test_a_gpu_pass_has_the_bits_of_the_cpu(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("worker", [EagerPasses, CompiledPasses, TritonPasses])
+@pytest.mark.parametrize("worker", [EagerPasses, TritonPasses])
 def test_both_probes_and_directions_on_a_gpu_have_the_bits_of_the_cpu(
     worker: Callable[[Rule], choose.Passes],
 ) -> None:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from smezo_cli.zo import noise
-from smezo_cli.zo.passes import by_compiler, choose
-from smezo_cli.zo.passes.by_compiler import CompiledPasses
+from smezo_cli.zo.passes import choose
 from smezo_cli.zo.passes.by_numba import NumbaPasses
+from smezo_cli.zo.passes.by_triton import TritonPasses
 from smezo_cli.zo.passes.choose import choose_passes
 from smezo_cli.zo.passes.draw import Draw, Rule
 from smezo_cli.zo.passes.eager import EagerPasses
@@ -325,7 +325,7 @@ def test_eager_passes_are_given_where_they_are_asked_for() -> None:
 
 @pytest.mark.parametrize(
     ("device", "kind", "missing"),
-    [("cpu", NumbaPasses, "Numba"), ("cuda", CompiledPasses, "g++")],
+    [("cpu", NumbaPasses, "Numba"), ("cuda", TritonPasses, "Triton")],
 )
 def test_where_no_compiler_works_auto_is_eager_and_says_why(
     device: str, kind: type, missing: str, monkeypatch: pytest.MonkeyPatch
@@ -340,7 +340,7 @@ def test_where_no_compiler_works_auto_is_eager_and_says_why(
     assert worker.name == "eager"
     assert missing in why
     assert why.endswith(": no tools here")
-    with pytest.raises(by_compiler.NoCompiler, match=f"^{re.escape(why)}$"):
+    with pytest.raises(choose.NoCompiler, match=f"^{re.escape(why)}$"):
         choose_passes(Rule("small"), "compiled", torch.device(device))
 
 
