@@ -10,10 +10,12 @@ blocks, and `smezo train` as it is, each with its own recipe; all under the task
 textbook's steps are made in quarters, and between two quarters one of the others runs whole, so
 that all share what the machine does. Evaluations of dev are not counted.
 
-Broken off and started again, it goes on. Printed: a Markdown table. FOLDER keeps runs and weights.
+Broken off and started again, it goes on; a seed that the JSON file has is not run again, so that
+seeds can be run one a day. Printed: a Markdown table. FOLDER keeps runs and weights.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import subprocess
@@ -22,7 +24,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from race.curve import Curve, Mark, lowest, of_metrics, reached, write
+import torch
+from race.curve import Curve, Mark, lowest, of_metrics, reached, read, write
 from race.textbook import TextbookRacer
 
 from smezo_cli.run.console import Console
@@ -50,14 +53,15 @@ RACERS: Mapping[str, Sequence[str]] = {
 def main() -> int:
     """Race as the command line says, and print."""
     given = arguments()
+    kept = given.json or given.folder / "race.json"
     race = Race(given)
+    if kept.is_file():
+        race.read(json.loads(kept.read_text("utf-8")), kept)
     for seed in given.seeds:
-        race.heat(seed)
-        write(given.folder / "race.json", race.found())
-    found = race.found()
-    if given.json is not None:
-        write(given.json, found)
-    print("\n".join(table(found)))
+        if seed not in race.curves:
+            race.heat(seed)
+            write(kept, race.found())
+    print("\n".join(table(race.found())))
     return 0
 
 
@@ -89,9 +93,36 @@ class Race:
     def __init__(self, given: argparse.Namespace) -> None:
         self.given = given
         self.words = ["device=cpu", "task.prompt=0", *given.word]
-        self.textbook = TextbookRacer(self.words, Console())
+        self.asked = {
+            "steps": given.steps,
+            "eval_every": given.eval_every,
+            "lrs": given.lrs,
+            "words": self.words,
+            "racers": {name: list(words) for name, words in RACERS.items()},
+        }
         self.lr: float | None = None  # the best, once the first heat is over
         self.curves: dict[int, dict[str, Curve]] = {}
+        self.made_by: dict[int, dict[str, Any]] = {}  # versions and machine, by seed
+
+    @functools.cached_property
+    def textbook(self) -> TextbookRacer:
+        """Return what makes the textbook's steps; it loads model and data."""
+        return TextbookRacer(self.words, Console())
+
+    def read(self, found: Mapping[str, Any], path: Path) -> None:
+        """Take the heats of a race that was run before.
+
+        Raises:
+            SystemExit: they were of another race.
+        """
+        if differing := [key for key, value in self.asked.items() if found["asked"][key] != value]:
+            raise SystemExit(
+                f"race: {path} is of a race with other {' and '.join(differing)}: give another one."
+            )
+        self.lr = found["lr"]
+        for seed, curves in found["curves"].items():
+            self.curves[int(seed)] = {name: read(marks) for name, marks in curves.items()}
+            self.made_by[int(seed)] = found["made_by"][seed]
 
     def heat(self, seed: int) -> None:
         """Let the textbook and the others run in turns; the first heat tries every lr."""
@@ -112,6 +143,9 @@ class Race:
                 found[name] = self._ours(name, seed)
         if self.lr is None:
             self.lr = min(lrs, key=lambda lr: lowest(tried[lr]).loss)
+        self.made_by[seed] = versions.versions() | {
+            "processor": torch.backends.cpu.get_cpu_capability()
+        }
         searched = {f"textbook MeZO, lr {lr:g}": curve for lr, curve in tried.items()}
         self.curves[seed] = {"textbook MeZO": tried[self.lr], **found, **searched}
 
@@ -130,8 +164,8 @@ class Race:
         """Return what was found so far, as plain JSON but for the marks."""
         goals = {seed: lowest(curves["textbook MeZO"]) for seed, curves in self.curves.items()}
         return {
-            "command": " ".join(["scripts/race.py", *sys.argv[1:]]),
-            "versions": versions.versions(),
+            "asked": self.asked,
+            "made_by": self.made_by,
             "lr": self.lr,
             "goals": goals,
             "reached": {

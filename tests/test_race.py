@@ -101,3 +101,14 @@ def test_a_small_race_goes_on_and_says_who_needed_how_many_seconds(
             assert [mark["step"] for mark in curve] == [1, 2, 3, 4]
             assert all(a["seconds"] < b["seconds"] for a, b in itertools.pairwise(curve))
     assert set(found["curves"]["0"]) - set(found["curves"]["1"])  # each lr is tried once
+
+    # The file alone is enough to go on from: another day, another folder.
+    monkeypatch.setattr(script, "TextbookRacer", None)
+    sys.argv[1] = str(tmp_path / "another")
+    assert script.main() == 0
+    assert capsys.readouterr().out.splitlines() == tables[0]
+    sys.argv[sys.argv.index("1e-2")] = "1e-4"
+    with pytest.raises(
+        SystemExit, match=r"race\.json is of a race with other lrs: give another one"
+    ):
+        script.main()
