@@ -25,7 +25,7 @@ from smezo_cli.cli.ls import parts
 from smezo_cli.config.fixed import CONF_DIR
 from smezo_cli.files.atomic import write_text
 
-WORDS = ("steps=20", "task.num_test=200", "device=cpu")
+WORDS = ("steps=20", "task.num_test=200")
 #: what a method trains on, where that is not the task of the default job
 TASKS: Mapping[str, tuple[str, ...]] = {
     "mazo": ("task=mixture", "task.parts=[rotten_tomatoes,snippets]")
