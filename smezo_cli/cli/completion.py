@@ -38,6 +38,9 @@ _SCRIPTS = {
 _FLAGS = {
     "train": ("--multirun", "--cfg", "--info", "--config-dir", "--help"),
     "plan": ("--memory", "--tokens", "--bench", "--json", "--config-dir", "--help"),
+    "choose": (
+        *("--memory", "--tokens", "--hours", "--bench", "--json", "--config-dir", "--help"),
+    ),
     "runs": ("--mean", "--best", "--by", "--compare", "--runs-dir", "--sort", "--json", "--help"),
     "table": (
         *("--run", "--commands", "--row", "--column", "--less", "--format"),
@@ -85,7 +88,7 @@ def _query(line: str, verbs: Sequence[str]) -> Iterator[str]:
         yield from (f"{v} " for v in verbs if v.startswith(last))
     elif last.startswith("-"):
         yield from (f"{flag} " for flag in _FLAGS.get(verb, ()) if flag.startswith(last))
-    elif verb in ("train", "plan"):
+    elif verb in ("train", "plan", "choose"):
         words = [word for word in given[1:] if not word.startswith("-")] or [""]
         yield from _settings(words, search)
     elif verb == "bench":

@@ -53,7 +53,7 @@ def main(words: Sequence[str]) -> int:
     if len(given) > 1:
         raise UserError("smezo ls takes one group at most: smezo ls tasks.")
     for group in [_group(word) for word in given] or GROUPS:
-        files = _files(group, roots)
+        files = files_of(group, roots)
         width = max((len(name) for name in files), default=0)
         for title, names in parts(group, files):
             print(f"{title}:")
@@ -81,7 +81,7 @@ def show(words: Sequence[str]) -> int:
         print(show_run.text(given[1]), end="")
         return 0
     group, name = _group(given[0]), given[1]
-    files = _files(group, roots)
+    files = files_of(group, roots)
     if name not in files:
         raise UserError(f"there is no {group.removesuffix('s')} {name}{near(name, files)}.")
     print(files[name].read_text(encoding="utf-8"), end="")
@@ -106,7 +106,7 @@ def _group(word: str) -> str:
     return group
 
 
-def _files(group: str, roots: list[Path]) -> dict[str, Path]:
+def files_of(group: str, roots: list[Path]) -> dict[str, Path]:
     """Return the files of a group by name, each from the first folder that has it."""
     found: dict[str, Path] = {}
     for folder in [root / group.removesuffix("s") for root in roots]:

@@ -54,7 +54,7 @@ def main(words: Sequence[str]) -> int:
     given = parser.parse_intermixed_args(list(words))
     capacity = None if given.memory is None else parse_memory(given.memory)
     settings = checked_settings(given.overrides, given.config_dir, say)
-    tokens = None if given.tokens is None else _parse_tokens(given.tokens, settings)
+    tokens = None if given.tokens is None else parse_tokens(given.tokens, settings)
     bench = None if given.bench is None else _bench_of(Path(given.bench), settings)
     with waiting("building the model without its weights"):
         found = plan(settings, capacity=capacity, tokens=tokens)
@@ -65,8 +65,8 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def _bench_of(path: Path, settings: Settings) -> dict[str, Any]:
-    """Return what a file of `smezo bench --json` holds, which has steps like those of the run.
+def read_bench(path: Path, settings: Settings) -> dict[str, Any]:
+    """Return what a file of `smezo bench --json` holds, whose forwards are like those of the run.
 
     Raises:
         UserError: it cannot be read, or measured something else.
@@ -86,15 +86,25 @@ def _bench_of(path: Path, settings: Settings) -> dict[str, Any]:
                 f"--bench {path} is of {key}={found.get(key)}, and this run has {wanted}: smezo "
                 f"bench {key}={wanted} --json FILE measures it."
             )
+    if not isinstance(found.get("length"), int):
+        raise UserError(f"--bench {path} does not say its length; make it anew.")
+    return dict(found)
+
+
+def _bench_of(path: Path, settings: Settings) -> dict[str, Any]:
+    """Return what :func:`read_bench` does, of a file that has a step of the method, too.
+
+    Raises:
+        UserError: as there, or it has none.
+    """
+    found = read_bench(path, settings)
     step = found["median_seconds"].get(settings.method["name"])
     if not isinstance(step, float) or not step > 0:
         raise UserError(
             f"--bench {path} holds no step of method {settings.method['name']}: smezo bench "
             "measures mezo and sparse_mezo."
         )
-    if not isinstance(found.get("length"), int):
-        raise UserError(f"--bench {path} does not say its length; make it anew.")
-    return dict(found)
+    return found
 
 
 def _seconds(
@@ -150,7 +160,12 @@ def parse_memory(text: str) -> int:
     return size
 
 
-def _parse_tokens(text: str, settings: Settings) -> int:
+def parse_tokens(text: str, settings: Settings) -> int:
+    """Return the length of the longest row that --tokens says.
+
+    Raises:
+        UserError: it is none, or longer than the model reads.
+    """
     longest = settings.model["max_length"]
     if not text.isdecimal() or not 4 <= int(text) <= longest:
         raise UserError(

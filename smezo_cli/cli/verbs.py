@@ -16,6 +16,7 @@ smezo: zeroth-order fine-tuning of language models
 
   smezo train [KEY=VALUE ...]     train and test; smezo train --help lists the settings
   smezo plan [KEY=VALUE ...]      the memory that such a run will need, and whether it fits
+  smezo choose [KEY=VALUE ...]    the methods that fit, best first, each with its command
   smezo runs [KEY=VALUE ...]      the runs so far: list, filter, merge over seeds, compare
   smezo table [ID]                the papers' tables: ours beside theirs, and what fills them
   smezo plot KIND                 figures as the papers have them, from runs or from a table
@@ -39,15 +40,15 @@ smezo VERB --help tells more. Examples:
 """
 
 VERBS = (
-    *("train", "plan", "runs", "table", "plot", "report"),
+    *("train", "plan", "choose", "runs", "table", "plot", "report"),
     *("eval", "predict", "export", "replay", "bench"),
     *("ls", "show", "doctor", "completion"),
 )
 
 
 # They load a model by transformers, which reads its own docstrings.
-_LOAD_MODELS = ("train", "plan", "eval", "predict", "export", "replay", "bench")
-_PRINT_DATA = ("plan", "predict")
+_LOAD_MODELS = ("train", "plan", "choose", "eval", "predict", "export", "replay", "bench")
+_PRINT_DATA = ("plan", "choose", "predict")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,6 +128,10 @@ def _main_of(verb: str) -> Callable[[list[str]], int]:
             from smezo_cli.cli import plan
 
             return plan.main
+        case "choose":
+            from smezo_cli.cli import choose
+
+            return choose.main
         case "runs":
             from smezo_cli.cli import runs
 

@@ -205,7 +205,7 @@ def test_methods_are_listed_by_kind(tmp_path: Path, capsys: pytest.CaptureFixtur
     ("words", "says"),
     [
         ("trian", "no verb trian, did you mean train?"),
-        ("steps=3", "no verb steps=3 (there are: bench, completion, doctor"),
+        ("steps=3", "no verb steps=3 (there are: bench, choose, completion, doctor"),
         ("ls taks", "no group taks, did you mean tasks?"),
         ("ls tasks models", "one group at most"),
         ("show method", "a group and a name"),
