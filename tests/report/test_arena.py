@@ -40,7 +40,9 @@ def test_every_zeroth_order_method_that_fits_is_a_row() -> None:
     assert not rows & LEFT_OUT
 
 
-@pytest.mark.parametrize("row", load("arena/1").rows, ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    "row", [*load("arena/1").rows, *load("arena/2").rows], ids=lambda row: row.name
+)
 def test_a_row_has_the_forwards_and_the_trials_of_every_other(row: Line) -> None:
     given = settings(row)
     method = given["method"]
@@ -58,3 +60,13 @@ def test_a_row_has_the_forwards_and_the_trials_of_every_other(row: Line) -> None
     # As many evaluations of dev, from which the tested step is chosen.
     assert 6 <= -(-steps // int(given["eval_every"])) <= 7
     assert -(-int(search["steps"]) // int(search["eval_every"])) == 2
+
+
+def test_rows_of_one_name_are_the_same_runs_in_both_tables() -> None:
+    """So that a run fills both."""
+    one, two = load("arena/1"), load("arena/2")
+    assert (one.columns, one.seeds, one.common) == (two.columns, two.seeds, two.common)
+    rows = {row.name: row for row in one.rows}
+    both = [row for row in two.rows if row.name in rows]
+    assert len(both) == 4
+    assert all(row == rows[row.name] for row in both)
