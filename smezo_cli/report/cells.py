@@ -111,7 +111,9 @@ class Reader:
         scored, gap = [], False
         for values in itertools.product(*swept.values()):
             setting = dict(zip(swept, values, strict=True))
-            run = self._find(cell, first, cfg, setting, int(cfg.seed))
+            run = self._find(
+                cell, first, cfg, setting, int(cfg.seed), is_tested=not cell.row.search
+            )
             gap = gap or run is None
             if run is not None and run.result["status"] == "done":
                 best = run.result["dev"]["best"]
@@ -162,6 +164,8 @@ class Reader:
         cfg: Any,
         setting: Mapping[str, Any],
         seed: int,
+        *,
+        is_tested: bool = True,
     ) -> Run | None:
         cfg = copy.deepcopy(cfg)
         for key, value in {**setting, "seed": seed}.items():
@@ -170,7 +174,7 @@ class Reader:
         self._asked.append((f"{cell.row.name}, {cell.column.name}", values))
         wanted = identity(values)
         for run, found in self._runs:
-            if found == wanted and self._fits(run, cell):
+            if found == wanted and self._fits(run, cell, is_tested=is_tested):
                 # A second run of the same settings, perhaps a collected one, is no near miss.
                 self._used.update(one.path for one, same in self._runs if same == wanted)
                 chosen = (f"{key}={value}" for key, value in setting.items())
@@ -178,16 +182,20 @@ class Reader:
                 return run
         return None
 
-    def _fits(self, run: Run, cell: Cell) -> bool:
-        """Return whether a run may stand beside the others: same version, same rows, same model."""
+    def _fits(self, run: Run, cell: Cell, *, is_tested: bool) -> bool:
+        """Return whether a run may stand beside the others: same version, same rows, same model.
+
+        The test rows of a run that only chooses settings, on dev, may be others.
+        """
         self._used.add(run.path)  # what is wrong with it is said here, not as a near miss
         if version(run) != self._version:
             self._refuse(run, f"it is of smezo {version(run)}, the newest runs of {self._version}")
             return False
         if run.result["status"] != "done":
             return True
-        key = (cell.column.name, run.result["model"], run.result.get("data_seed"))
-        mine = (run.result.get("test_rows"), run.result.get("model_fingerprint"))
+        key = (cell.column.name, run.result["model"], run.result.get("data_seed"), is_tested)
+        rows = run.result.get("test_rows") if is_tested else None
+        mine = (rows, run.result.get("model_fingerprint"))
         if self._alike.setdefault(key, mine) != mine:
             what = "test rows" if self._alike[key][0] != mine[0] else "model weights"
             self._refuse(run, f"its {what} are not those of the column's other runs")

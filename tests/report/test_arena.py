@@ -51,7 +51,7 @@ def test_a_row_has_the_forwards_and_the_trials_of_every_other(row: Line) -> None
     steps = int(given["steps"])
     assert FORWARDS - of_step < steps * of_step <= FORWARDS
     search = dict(word.partition("=")[::2] for word in row.search)
-    assert set(search) == {"steps", "eval_every", "lr"}
+    assert set(search) == {"steps", "eval_every", "task.num_test", "lr"}
     assert int(search["steps"]) == max(1, steps // 5)
     lrs = [float(lr) for lr in search["lr"].split(",")]
     assert len(lrs) == 5

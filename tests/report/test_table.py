@@ -326,7 +326,7 @@ search_seed: 0
 search_by: loss
 columns: { toy: { command: task=toy } }
 rows:
-  MeZO: { command: method=mezo steps=4, search: "steps=2 lr=1e-3,3e-2" }
+  MeZO: { command: method=mezo steps=4, search: "task.num_test=2 steps=2 lr=1e-3,3e-2" }
   Adam: { command: method=mezo_adam steps=4, search: "steps=1 lr=1e-3,1e-2", seeds: [1, 2, 3] }
 """
 
