@@ -1,0 +1,154 @@
+#!/usr/bin/env python
+"""Write what the arena has measured: docs/results/arena-tables.md and the order of `smezo choose`.
+
+    .venv/bin/python scripts/arena_page.py
+
+It reads what `smezo table arena/1 --collect docs/results/arena-1` has written, and the runs of
+arena/2 likewise. Rows that lack runs are left out. The order is smezo_cli/cli/arena.json.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from smezo_cli.cli.choose import ARENA
+from smezo_cli.cli.method_notes import COSTS
+from smezo_cli.report import collected
+from smezo_cli.report.cells import Cell, Reader, subtract
+from smezo_cli.report.runs import Run
+from smezo_cli.report.table import Line, Table, load
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+PAGE = RESULTS / "arena-tables.md"
+BASE = "MeZO"
+#: An lr is on the plateau if its trial ends with a dev loss at most this far above the lowest one.
+PLATEAU = 0.02
+
+HEAD = f"""# The arena: tables
+
+Written by `scripts/arena_page.py` from the collected runs in `docs/results/arena-1` and
+`docs/results/arena-2`; [arena.md](arena.md) says what was run, and reads it.
+
+* **accuracy**: of the test rows, in %, mean and standard deviation over seeds (their number).
+* **less MeZO**: in points, paired by test row; the standard error is over the rows.
+* **lr**: chosen by the dev loss of the trials; `<` or `>`: the lowest or the highest one tried.
+* **plateau**: of the trials that did not diverge, those whose lowest dev loss is at most {PLATEAU}
+  above that of the best.
+* **time**: of all steps in units of MeZO's: forwards times what a step of the method takes beside
+  them ([methods.md](../guide/methods.md); 1 where that was not measured).
+* **at MeZO's time**: accuracy on dev at the last evaluation before MeZO would be done, mean over
+  seeds; empty where nothing is cut off.
+* **peak**: resident memory of the run in units of MeZO's.
+"""
+
+
+def main() -> int:
+    """Write both files; return 0."""
+    arena = dict[str, dict[str, list[float]]]()
+    lines = [HEAD]
+    for name in ("arena/1", "arena/2"):
+        folder = RESULTS / name.replace("/", "-")
+        if not folder.is_dir():
+            continue
+        table = load(name)
+        runs, notes = collected.find(folder)
+        reader = Reader(table, runs)
+        cells = [cell for cell in reader.cells() if cell.values and cell.missing is None]
+        for note in [*notes, *reader.notes]:
+            print(note, file=sys.stderr)
+        based = [
+            c for c in cells if any(o.column == c.column and o.row.name == BASE for o in cells)
+        ]
+        subtract(based, BASE)
+        lines += [f"## {table.title}", ""]
+        for column in table.columns:
+            own = [cell for cell in based if cell.column.name == column.name]
+            if own:
+                lines += [f"`smezo table {name} --column {column.name}`:", "", *bed(own), ""]
+        if name == "arena/1":
+            arena = order(table, based)
+    PAGE.write_text("\n".join(lines).rstrip("\n") + "\n", encoding="utf-8")
+    ARENA.write_text(json.dumps({"methods": arena}, indent=1, sort_keys=True) + "\n")
+    return 0
+
+
+def bed(cells: Sequence[Cell]) -> Iterator[str]:
+    """Yield the lines of the table of a bed, the highest accuracy first."""
+    base = next(cell for cell in cells if cell.row.name == BASE)
+    yield "| row | accuracy | less MeZO | lr | plateau | time | at MeZO's time | peak |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for cell in sorted(cells, key=lambda cell: -(cell.mean or 0.0)):
+        sd = "" if cell.sd is None else f" ({cell.sd:.1f})"
+        less = "" if cell.less is None else "{:+.1f} +- {:.1f}".format(*cell.less)
+        time = time_of(cell) / time_of(base)
+        peak = peak_of(cell) / peak_of(base)
+        texts = [cell.row.name, f"{cell.mean:.1f}{sd}, {len(cell.values)}", less, lr_of(cell)]
+        texts += [plateau(cell), f"{time:.2f}", at_time(cell, 1 / time), f"{peak:.2f}"]
+        yield f"| {' | '.join(texts)} |"
+
+
+def lr_of(cell: Cell) -> str:
+    """Return the lr that was chosen, marked where it is at an end of those tried."""
+    chosen = cell.setting.removeprefix("lr=")
+    tried = sorted({float(run.result["lr"]) for run in cell.searched})
+    mark = {tried[0]: "<", tried[-1]: ">"}.get(float(chosen), "") if len(tried) > 1 else ""
+    return f"{mark}{float(chosen):g}"
+
+
+def plateau(cell: Cell) -> str:
+    """Return how many of the trials come near the best one, of how many that did not diverge."""
+    losses = [run.result["dev"]["best"]["loss"] for run in cell.searched]
+    return f"{sum(loss <= min(losses) + PLATEAU for loss in losses)} of {len(losses)}"
+
+
+def time_of(cell: Cell) -> float:
+    """Return what the steps of a run take, in forwards."""
+    costs = json.loads(COSTS.read_text(encoding="utf-8"))["methods"]
+    known = costs.get(cell.runs[0].result["method"], {})
+    return float(cell.runs[0].result["num_forwards"]) * (known.get("cost") or 1.0)
+
+
+def at_time(cell: Cell, share: float) -> str:
+    """Return the accuracy on dev once a share of the steps is made; "" if that is all of them."""
+    if share > 0.99:
+        return ""
+    found = []
+    for run in cell.runs:
+        before = [score for step, score in run.evaluations() if step <= share * _steps(run)]
+        if not before:
+            return ""
+        found.append(before[-1])
+    return f"{100 * sum(found) / len(found):.1f}"
+
+
+def _steps(run: Run) -> int:
+    return int(run.result["steps"])
+
+
+def peak_of(cell: Cell) -> float:
+    """Return the peak memory, mean over the runs."""
+    return statistics.mean(float(run.result["peak_memory_bytes"]) for run in cell.runs)
+
+
+def order(table: Table, cells: Sequence[Cell]) -> dict[str, dict[str, list[float]]]:
+    """Return points and error of each method by bed, of the row that says least besides it."""
+    plain = dict[str, Line]()
+    for row in sorted(table.rows, key=lambda row: len(row.command or ())):
+        words = dict(word.partition("=")[::2] for word in row.command or ())
+        plain.setdefault(words["method"], row)
+    found = dict[str, dict[str, list[float]]]()
+    for method, row in plain.items():
+        for cell in cells:
+            if cell.row.name == row.name:
+                points, error = cell.less or (0.0, 0.0)
+                of_beds: dict[str, Any] = found.setdefault(method, {})
+                of_beds[cell.column.name] = [round(points, 2), round(error, 2)]
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
