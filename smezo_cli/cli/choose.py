@@ -115,7 +115,7 @@ def main(words: Sequence[str]) -> int:
             "--hours and --bench go together: smezo bench --json FILE measures a forward, and "
             "--hours 2 --bench FILE says how many steps that is."
         )
-    bench = None if given.bench is None else read_bench(Path(given.bench), settings)
+    bench = None if given.bench is None else _forward_of(Path(given.bench), settings)
     names = _methods(given.config_dir)
     found, refused = list[Choice](), dict[str, str]()
     with waiting("planning a run with each method", len(names)) as tick:
@@ -132,6 +132,8 @@ def main(words: Sequence[str]) -> int:
                 )
                 found.append(_choice(own, planned, steps, given.overrides))
             tick(1)
+    if not found:  # what is wrong with all of them is a mistake of the line
+        raise UserError(next(iter(refused.values())))
     found.sort(key=lambda one: one.order)
     if given.json:
         record = {"methods": [one.record() for one in found], "refused": refused}
@@ -171,6 +173,15 @@ def _choice(
     )
 
 
+def _forward_of(path: Path, settings: Settings) -> dict[str, Any]:
+    """Return what a file of `smezo bench --json` holds; raise UserError without a forward."""
+    found = read_bench(path, settings)
+    forward = found["median_seconds"].get("forward")
+    if not isinstance(forward, float) or not forward > 0:
+        raise UserError(f"--bench {path} does not say what a forward takes; make it anew.")
+    return found
+
+
 def _steps(bench: Mapping[str, Any], settings: Settings, planned: Plan, hours: float) -> int | None:
     """Return how many steps fit into a time; None where its rows are not known.
 
@@ -184,8 +195,9 @@ def _steps(bench: Mapping[str, Any], settings: Settings, planned: Plan, hours: f
     if not rows or not settings.steps:
         return None
     costs = json.loads(COSTS.read_text(encoding="utf-8"))["methods"].get(name, {})
-    forward = bench["median_seconds"]["forward"] * rows / settings.steps / settings.batch_size
-    return int(hours * 3600 / (forward * (costs.get("cost") or 1.0)))
+    forwards = rows / settings.steps / bench["batch_size"]
+    seconds = bench["median_seconds"]["forward"] * forwards * (costs.get("cost") or 1.0)
+    return int(hours * 3600 / seconds)
 
 
 def _text(
@@ -193,8 +205,7 @@ def _text(
 ) -> Iterator[str]:
     """Yield the lines: what fits as a table, what does not, and what the order means."""
     fitting = [one for one in found if one.plan.fits]
-    capacity = found[0].plan.capacity if found else 0
-    s = settings
+    s, capacity = settings, found[0].plan.capacity
     yield f"{s.task['name']} | {s.model['name']} | {s.dtype} | {capacity / 1e9:.1f} GB"
     beds = list(dict.fromkeys(bed for one in fitting for bed in one.arena))
     head = ["method", *(f"{bed}, less MeZO" for bed in beds), "forwards a step", "peak GB"]

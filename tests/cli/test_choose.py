@@ -89,6 +89,29 @@ def test_hours_are_steps_by_a_measured_forward(
     assert "steps in 0.5 h" in lines_of(words[:-1], capsys)[1]
 
 
+def test_a_file_without_a_forward_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench = {
+        **{"model": "tiny-llama", "dtype": "float32", "compute_dtype": "float32"},
+        **{"batch_size": 2, "length": 16, "median_seconds": {"mezo": 2.0}},
+    }
+    file = tmp_path / "bench.json"
+    file.write_text(json.dumps(bench))
+    assert main([*TOY, "--hours", "1", "--bench", str(file)]) == 2
+    assert "does not say what a forward takes; make it anew" in capsys.readouterr().err
+
+
+def test_what_is_wrong_with_every_method_is_a_mistake_of_the_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Such as a device that is not here, of which no memory is said."""
+    assert main([*TOY, "device=cuda:7"]) == 2
+    err = capsys.readouterr().err
+    assert "say what memory it has, such as --memory 80GB" in err
+    assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
