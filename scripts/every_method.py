@@ -115,7 +115,6 @@ def of(result: Mapping[str, Any]) -> dict[str, Any]:
         "score": result["test"][score],
         "loss": result["dev"]["best"]["loss"],
         "forwards": result["num_forwards"],
-        "train_seconds": round(result["train_seconds"], 1),
         "peak_bytes": result["peak_memory_bytes"],
         "executor": result["executor"],
         "commit": result["versions"]["commit"],
