@@ -22,7 +22,7 @@ from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.files import strict_json
 from smezo_cli.machine.waiting import waiting
-from smezo_cli.plan.planner import Plan, plan
+from smezo_cli.plan.planner import ROWS, Plan, plan
 
 USAGE = """\
 smezo choose [KEY=VALUE ...]    the methods that fit, best first, each with its command
@@ -183,20 +183,17 @@ def _forward_of(path: Path, settings: Settings) -> dict[str, Any]:
 
 
 def _steps(bench: Mapping[str, Any], settings: Settings, planned: Plan, hours: float) -> int | None:
-    """Return how many steps fit into a time; None where its rows are not known.
+    """Return how many steps fit into a time; None where nothing says what a step takes.
 
     A step takes the forwards of the plan, each so long as measured for its rows, times what a step
-    of the method takes beside them on two CPU cores (docs/guide/methods.md).
+    of the method takes beside them on two CPU cores (docs/guide/methods.md; 1 on adapters).
     """
-    from smezo_cli.plan.planner import ROWS
-
-    name = settings.method["name"]
+    costs = json.loads(COSTS.read_text(encoding="utf-8"))["methods"].get(settings.method["name"])
     rows = planned.work.get(ROWS)
-    if not rows or not settings.steps:
+    if not rows or not settings.steps or costs is None:
         return None
-    costs = json.loads(COSTS.read_text(encoding="utf-8"))["methods"].get(name, {})
     forwards = rows / settings.steps / bench["batch_size"]
-    seconds = bench["median_seconds"]["forward"] * forwards * (costs.get("cost") or 1.0)
+    seconds = bench["median_seconds"]["forward"] * forwards * (costs["cost"] or 1.0)
     return int(hours * 3600 / seconds)
 
 

@@ -61,6 +61,18 @@ def use_onednn(model: nn.Module, say: Callable[[str], None] = lambda line: None)
     return len(layers)
 
 
+def is_slow(dtype: torch.dtype) -> bool:
+    """Return whether this processor multiplies matrices of a dtype number by number.
+
+    torch leaves bfloat16 and float16 to oneDNN where the processor has instructions that serve
+    them (AVX-512, Arm's own). Elsewhere a product of 2048 x 2048 took 280 times as long as in
+    float32 (one core with AVX2, torch 2.13.0).
+    """
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+    asks = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
+    return name is not None and asks is not None and not asks()
+
+
 def num_onednn(model: nn.Module) -> int:
     """Return how many layers compute by oneDNN with the present number of threads."""
     return sum(layer.__dict__["_proof"].is_used for layer in _changed(model))

@@ -22,7 +22,7 @@ from smezo_cli.models.adapter import Adapter, attach
 from smezo_cli.models.architecture import check_quantization, num_weights, quiet
 from smezo_cli.models.load import load_model
 from smezo_cli.models.modalities import freeze_unread
-from smezo_cli.models.onednn import use_onednn
+from smezo_cli.models.onednn import is_slow, use_onednn
 from smezo_cli.models.quantised import as_numbers, bytes_as_numbers
 from smezo_cli.scoring.batching import Found
 from smezo_cli.scoring.candidates import Candidates, encode
@@ -90,6 +90,10 @@ class Loaded:
         self.device = torch.device(device)
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         compute = getattr(torch, settings.compute_dtype or settings.dtype)
+        if self.device.type == "cpu" and is_slow(compute):
+            name = str(compute).removeprefix("torch.")
+            mend = "take dtype=float32" if compute == self.dtype else "leave compute_dtype out"
+            warn(f"  {name} is many times as slow as float32 on this processor: {mend}")
         check_quantization(settings.model, self.device)
         if with_rows:
             self._load_task(say)
