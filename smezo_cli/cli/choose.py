@@ -224,7 +224,7 @@ def _text(
     yield ""
     if beds:
         yield (
-            "The order is that of the arena: a model of 135M weights, its last blocks, 2,000 "
+            "The order is that of the arena: a model of 135M weights, its last blocks, 3,000 "
             "forwards (docs/results/arena.md). Larger models may rank otherwise."
         )
     else:

@@ -9,7 +9,7 @@ import pytest
 from smezo_cli.config.fixed import CONF_DIR
 from smezo_cli.report.table import Line, load
 
-FORWARDS = 2000
+FORWARDS = 3000
 # Several tasks; at most 100,000 weights; keys and values in every block; adapters of any kind.
 LEFT_OUT = {"mazo", "zoro_fa", "cubic_newton", "mezo_prefix", "mezo_peft"}
 # Backpropagation counts as two more; what else a step does besides its probes.
