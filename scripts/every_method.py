@@ -26,10 +26,6 @@ from smezo_cli.config.fixed import CONF_DIR
 from smezo_cli.files.atomic import write_text
 
 WORDS = ("steps=20", "task.num_test=200")
-#: what a method trains on, where that is not the task of the default job
-TASKS: Mapping[str, tuple[str, ...]] = {
-    "mazo": ("task=mixture", "task.parts=[rotten_tomatoes,snippets]")
-}
 #: kinds of methods that are compared with, and make no zeroth-order step
 OTHERS = ("backpropagation", "untrained")
 
@@ -87,7 +83,7 @@ def methods() -> list[str]:
 def run(method: str, ranks: int, folder: Path) -> dict[str, Any] | None:
     """Return what came out of a run; None if it failed. A run that is there is not made again."""
     name = f"{method}-{ranks}"
-    words = [f"method={method}", *WORDS, *TASKS.get(method, ()), f"name={name}"]
+    words = [f"method={method}", *WORDS, f"name={name}"]
     launch = ["-m", "smezo_cli", "train"]
     if ranks > 1:
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]

@@ -1,6 +1,5 @@
 """scripts/every_method.py: what is there is not run again, and each run is kept at once."""
 
-import importlib.util
 import json
 import os
 import sys
@@ -9,20 +8,13 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from tests import ROOT
 from tests.run.processes import smezo
+from tests.scripts_loaded import script as load_script
 
 
 @pytest.fixture
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "every_method_script", ROOT / "scripts" / "every_method.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("every_method")
 
 
 def test_a_part_is_run_then_the_rest_and_nothing_twice(
@@ -64,7 +56,7 @@ def test_a_part_is_run_then_the_rest_and_nothing_twice(
     found = json.loads(kept.read_text("utf-8"))
     assert set(found) == {"mezo", "lozo"}
     assert found["mezo"]["1"]["forwards"] == 4
-    monkeypatch.setitem(script.TASKS, "mezo_adam", ("task=nowhere",))
+    monkeypatch.setattr(script, "WORDS", ("task=nowhere",))
     assert lines("mezo_adam")[0] == "1"
     assert json.loads(kept.read_text("utf-8")) == found
 

@@ -24,6 +24,7 @@ from smezo_cli.zo.passes.draw import Draw, Rule
 from smezo_cli.zo.passes.eager import EagerPasses
 from smezo_cli.zo.selections.masks import RULES
 from tests import ROOT
+from tests.scripts_loaded import script as load_script
 
 SCRIPT = ROOT / "scripts" / "gpu_check.py"
 CPU = torch.device("cpu")
@@ -64,12 +65,7 @@ def script(check: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> ModuleTyp
     """The script itself, whose settings of the process are undone."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(sys, "path", [*sys.path])
-    spec = importlib.util.spec_from_file_location("script_gpu_check", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("gpu_check")
 
 
 @pytest.fixture

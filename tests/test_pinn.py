@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tests import ROOT
+from tests.scripts_loaded import script as load_script
 
 MODULES = ("derivatives", "network", "problems", "settings", "training")
 
@@ -234,11 +235,7 @@ def script(
     pinn: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Callable[[str], int]:
     """The script in an empty folder, in this process: what it returns for a command line."""
-    path = ROOT / "scripts" / "pinn.py"
-    spec = importlib.util.spec_from_file_location("pinn_script", path)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("pinn")
 
     def run(words: str) -> int:
         monkeypatch.chdir(tmp_path)

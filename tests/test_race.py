@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from smezo_cli.run.console import Console
 from tests import ROOT
 from tests.run.processes import smezo
+from tests.scripts_loaded import script as load_script
 
 TINY = ("model=tiny-llama", "task=toy", "batch_size=4", "device=cpu", "task.prompt=0")
 
@@ -66,11 +67,7 @@ def test_a_small_race_goes_on_and_says_who_needed_how_many_seconds(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    spec = importlib.util.spec_from_file_location("race_script", ROOT / "scripts" / "race.py")
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script("race")
 
     def forked(command: list[str], check: bool) -> None:
         assert check

@@ -31,6 +31,17 @@ def arena(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(choose, "ARENA", path)
 
 
+def bench_of(seconds: dict[str, float], folder: Path) -> Path:
+    """A file as `smezo bench --json` writes it, of these median seconds."""
+    bench = {
+        **{"model": "tiny-llama", "dtype": "float32", "compute_dtype": "float32"},
+        **{"batch_size": 2, "length": 16, "median_seconds": seconds},
+    }
+    file = folder / "bench.json"
+    file.write_text(json.dumps(bench))
+    return file
+
+
 def lines_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
     assert main(words) == 0
     return capsys.readouterr().out.splitlines()
@@ -73,12 +84,7 @@ def test_what_cannot_be_is_said_with_the_reason(capsys: pytest.CaptureFixture[st
 def test_hours_are_steps_by_a_measured_forward(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bench = {
-        **{"model": "tiny-llama", "dtype": "float32", "compute_dtype": "float32"},
-        **{"batch_size": 2, "length": 16, "median_seconds": {"forward": 2.0}},
-    }
-    file = tmp_path / "bench.json"
-    file.write_text(json.dumps(bench))
+    file = bench_of({"forward": 2.0}, tmp_path)
     words = [*TOY, "steps=1000", "--hours", "0.5", "--bench", str(file), "--json"]
     record = json.loads("\n".join(lines_of(words, capsys)))
     found = {one["method"]: one for one in record["methods"]}
@@ -92,12 +98,7 @@ def test_hours_are_steps_by_a_measured_forward(
 def test_a_file_without_a_forward_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bench = {
-        **{"model": "tiny-llama", "dtype": "float32", "compute_dtype": "float32"},
-        **{"batch_size": 2, "length": 16, "median_seconds": {"mezo": 2.0}},
-    }
-    file = tmp_path / "bench.json"
-    file.write_text(json.dumps(bench))
+    file = bench_of({"mezo": 2.0}, tmp_path)
     assert main([*TOY, "--hours", "1", "--bench", str(file)]) == 2
     assert "does not say what a forward takes; make it anew" in capsys.readouterr().err
 

@@ -1,6 +1,5 @@
 """The page on the methods is what the methods say of themselves."""
 
-import importlib.util
 import json
 import re
 from types import ModuleType
@@ -9,18 +8,13 @@ from typing import Any
 import pytest
 
 from smezo_cli.cli.method_notes import COSTS
-from tests import ROOT
+from tests.scripts_loaded import script as load_script
 
 
 @pytest.fixture(scope="module")
 def methods_page() -> ModuleType:
     """scripts/methods_page.py as a module."""
-    spec = importlib.util.spec_from_file_location("methods_page", ROOT / "scripts/methods_page.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("methods_page")
 
 
 @pytest.fixture(scope="module")

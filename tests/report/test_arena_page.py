@@ -1,6 +1,5 @@
 """scripts/arena_page.py: the tables of the arena and the order of `smezo choose`, from cells."""
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,18 +10,12 @@ import pytest
 from smezo_cli.report.cells import Cell, subtract
 from smezo_cli.report.runs import Run
 from smezo_cli.report.table import Table, load
-from tests import ROOT
+from tests.scripts_loaded import script as load_script
 
 
 @pytest.fixture
 def page() -> ModuleType:
-    path = ROOT / "scripts" / "arena_page.py"
-    spec = importlib.util.spec_from_file_location("arena_page", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("arena_page")
 
 
 def run_of(method: str, right: int, *, lr: float = 1e-3, loss: float = 0.5, peak: int = 100) -> Run:

@@ -1,7 +1,6 @@
 """What is taken for a state.json or result.json that a run wrote, and the page on result.json."""
 
 import copy
-import importlib.util
 import json
 import math
 import os
@@ -27,6 +26,7 @@ from smezo_cli.store.schema import (
     is_sound_state,
 )
 from tests import ROOT
+from tests.scripts_loaded import script as load_script
 
 
 @pytest.fixture(scope="module")
@@ -197,13 +197,7 @@ def test_parts_of_a_delta(result: dict[str, Any]) -> None:
 
 @pytest.fixture
 def result_page() -> ModuleType:
-    file = ROOT / "scripts" / "result_page.py"
-    spec = importlib.util.spec_from_file_location("result_page", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("result_page")
 
 
 def test_the_page_on_result_json_is_what_the_schema_says(result_page: ModuleType) -> None:
