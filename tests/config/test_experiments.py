@@ -78,7 +78,7 @@ def test_an_experiment_composes_fits_its_model_and_runs_two_steps(
     given = [*first, twin, *rows, *prompt, *fewer, "seed=13", *steps, f"runs_dir={tmp_path}"]
     small = SMALL[2:] if frozen else SMALL
     # The last blocks of a deep model, whose inputs a test need not leave to others.
-    if plain(cfg)["method"].get("layers") == "26-29":
+    if plain(cfg)["method"].get("layers") == "28-29":
         given += ["model.config.num_hidden_layers=30", "cache_inputs=false"]
     # A later word wins: a batch of the grid is as the grid has it.
     last = {word.partition("=")[0]: word for word in [words[0], *small, *given]}
