@@ -1,12 +1,14 @@
 #!/usr/bin/env python
-"""Write what the arena has measured: docs/results/arena-tables.md and the order of `smezo choose`.
+"""Write what the arena has measured: docs/results/arena-tables.md, a picture, and an order.
 
     .venv/bin/python scripts/arena_page.py
 
 It reads what `smezo table arena/1 --collect docs/results/arena-1` has written, and the runs of
-arena/2 likewise. Rows that lack runs are left out. The order is smezo_cli/cli/arena.json.
+arena/2 likewise. Rows that lack runs are left out. The picture is docs/results/arena-pareto.svg,
+the order, for `smezo choose`, smezo_cli/cli/arena.json.
 """
 
+import io
 import json
 import statistics
 import sys
@@ -18,12 +20,14 @@ from smezo_cli.cli.choose import ARENA
 from smezo_cli.cli.method_notes import COSTS
 from smezo_cli.report import collected
 from smezo_cli.report.cells import Cell, Reader, subtract
+from smezo_cli.report.draw import COLOURS, STYLE
 from smezo_cli.report.runs import Run
 from smezo_cli.report.table import Line, Table, load
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 PAGE = RESULTS / "arena-tables.md"
+PICTURE = RESULTS / "arena-pareto.svg"
 BASE = "MeZO"
 #: An lr is on the plateau if its trial ends with a dev loss at most this far above the lowest one.
 PLATEAU = 0.02
@@ -45,9 +49,11 @@ Written by `scripts/arena_page.py` from the collected runs in `docs/results/aren
 * **peak**: resident memory of the run in units of MeZO's.
 """
 
+ALT = "Accuracy of each row against the time of its steps, a panel a bed, the area by peak memory"
+
 
 def main() -> int:
-    """Write both files; return 0."""
+    """Write all files; return 0."""
     arena = dict[str, dict[str, list[float]]]()
     lines = [HEAD]
     for name in ("arena/1", "arena/2"):
@@ -69,8 +75,11 @@ def main() -> int:
             own = [cell for cell in based if cell.column.name == column.name]
             if own:
                 lines += [f"`smezo table {name} --column {column.name}`:", "", *bed(own), ""]
-        if name == "arena/1":
+        if name == "arena/1" and based:
             arena = order(table, based)
+            lines += ["## Accuracy against time", "", f"![{ALT}]({PICTURE.name})", ""]
+            PICTURE.write_bytes(pareto(table, based))
+            lines += ["## What papers say of it", "", *claims(table, based), ""]
     PAGE.write_text("\n".join(lines).rstrip("\n") + "\n", encoding="utf-8")
     ARENA.write_text(json.dumps({"methods": arena}, indent=1, sort_keys=True) + "\n")
     return 0
@@ -89,6 +98,58 @@ def bed(cells: Sequence[Cell]) -> Iterator[str]:
         texts = [cell.row.name, f"{cell.mean:.1f}{sd}, {len(cell.values)}", less, lr_of(cell)]
         texts += [plateau(cell), f"{time:.2f}", at_time(cell, 1 / time), f"{peak:.2f}"]
         yield f"| {' | '.join(texts)} |"
+
+
+def claims(table: Table, cells: Sequence[Cell]) -> Iterator[str]:
+    """Yield the lines of the table of what papers print of the rows that were run."""
+    yield "In points of accuracy. The papers' models are up to 100 times as large."
+    yield ""
+    yield f"| row | says its paper | {' | '.join(column.name for column in table.columns)} |"
+    yield "|---" * (2 + len(table.columns)) + "|"
+    for row in table.rows:
+        own = {cell.column.name: cell.less for cell in cells if cell.row.name == row.name}
+        found = [own.get(column.name) for column in table.columns]
+        if row.claim and any(found):
+            texts = ["" if one is None else "{:+.1f} +- {:.1f}".format(*one) for one in found]
+            yield f"| {' | '.join([row.name, row.claim, *texts])} |"
+
+
+def pareto(table: Table, cells: Sequence[Cell]) -> bytes:
+    """Return a picture, as SVG: what no other row beats in both accuracy and time is on a line."""
+    from matplotlib import style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with style.context(["default", STYLE]):
+        beds = [[c for c in cells if c.column.name == column.name] for column in table.columns]
+        beds = [own for own in beds if own]
+        drawing = Figure(figsize=(7.5, 5.5 * len(beds)), layout="constrained")
+        FigureCanvasAgg(drawing)
+        for k, own in enumerate(beds):
+            base = next(cell for cell in own if cell.row.name == BASE)
+            points = [(time_of(c) / time_of(base), c.mean or 0.0, c) for c in own]
+            axes = drawing.add_subplot(len(beds), 1, k + 1)
+            axes.set(title=own[0].column.name, xscale="log", ylabel="test accuracy (%)")
+            axes.set_xlabel("time of all steps, in MeZO's (area: peak memory)")
+            for x, y, cell in points:
+                area = 40 * peak_of(cell) / peak_of(base)
+                axes.scatter([x], [y], s=area, alpha=0.6, color=COLOURS[0])
+                note = {"textcoords": "offset points", "fontsize": 6}
+                axes.annotate(cell.row.name, (x, y), xytext=(4, 3), **note)
+            line = frontier([(x, y) for x, y, _ in points])
+            axes.plot([x for x, _ in line], [y for _, y in line], color=COLOURS[1], linewidth=0.8)
+        out = io.BytesIO()
+        drawing.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    return out.getvalue()
+
+
+def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the points than which no other has both less time and more accuracy, by time."""
+    found = list[tuple[float, float]]()
+    for time, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not found or accuracy > found[-1][1]:
+            found.append((time, accuracy))
+    return found
 
 
 def lr_of(cell: Cell) -> str:

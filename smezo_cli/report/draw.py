@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from matplotlib.transforms import Transform
 
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 
-_STYLE: dict[str, Any] = {
+STYLE: dict[str, Any] = {
     "svg.hashsalt": "smezo",
     "font.size": 9,
     "axes.titlesize": 9,
@@ -42,7 +42,7 @@ def drawn(figure: Figure, files: Sequence[Path]) -> list[tuple[Path, bytes]]:
     import matplotlib.style
 
     contents = []
-    with matplotlib.style.context(["default", _STYLE]):
+    with matplotlib.style.context(["default", STYLE]):
         drawing = page(figure)
         for file in files:
             form = file.suffix[1:]
@@ -88,7 +88,7 @@ def _lines(axes: "Axes", panel: Panel, kind: str) -> None:
     crowd = [k for k, s in enumerate(panel.series) if any(places.count(x) > 1 for x in s.x)]
     crowd = [] if along else crowd
     for k, series in enumerate(panel.series):
-        colour = _COLOURS[k]
+        colour = COLOURS[k]
         style: dict[str, Any] = {"color": colour, "linestyle": _DASHES[k]}
         style["label"] = _plain(series.label)
         marker = "" if along and len(series.x) > 60 else _MARKERS[k]
@@ -163,7 +163,7 @@ def _bars(axes: "Axes", panel: Panel) -> None:
     """Draw a bar for each method, with the largest peak of its runs behind it."""
     names = [_peak(series)[0] for series in panel.series]
     peaks = [_peak(series)[1] for series in panel.series]
-    bars = axes.barh(names, peaks, color=_COLOURS[0], height=0.6)
+    bars = axes.barh(names, peaks, color=COLOURS[0], height=0.6)
     axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")

@@ -36,6 +36,7 @@ class Line:
     seeds: tuple[int, ...] = ()  # of this row, where they are not those of the table
     one_seed: bool = False  # no value of it depends on the seed
     no_steps: bool = False  # the table's settings of steps do not hold for it
+    claim: str = ""  # what a paper says of it
     by: str = ""  # whose run the printed values are; `sources` of the table says where they stand
 
 
@@ -168,6 +169,7 @@ def _line(name: str, node: Mapping[str, Any], mark: str, extra: tuple[str, ...])
         without=node.get("without", {}),
         one_seed=bool(node.get("one_seed")),
         no_steps=bool(node.get("no_steps")),
+        claim=node.get("claim", ""),
         by=node.get("by", ""),
     )
 

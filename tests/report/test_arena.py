@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -66,7 +67,7 @@ def test_rows_of_one_name_are_the_same_runs_in_both_tables() -> None:
     """So that a run fills both."""
     one, two = load("arena/1"), load("arena/2")
     assert (one.columns, one.seeds, one.common) == (two.columns, two.seeds, two.common)
-    rows = {row.name: row for row in one.rows}
+    rows = {row.name: replace(row, claim="") for row in one.rows}
     both = [row for row in two.rows if row.name in rows]
     assert len(both) == 4
     assert all(row == rows[row.name] for row in both)

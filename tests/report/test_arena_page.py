@@ -79,3 +79,14 @@ def test_a_bed_is_told_row_by_row_and_choose_gets_the_differences(page: ModuleTy
     assert found["mezo"] == {"films": [0.0, 0.0]}
     assert found["adamezo"]["films"][0] == 20.0
     assert "sparse_mezo" not in found  # its plain row has not been run
+    # What a paper claims stands beside what was found, and the picture has every row.
+    rows = [line for line in page.claims(table, cells) if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows] == ["| row", "| R-MeZO 0.75"]
+    assert "Table 1) | -20.0 +- " in rows[1]
+    picture = page.pareto(table, cells).decode()
+    assert all(f"<!-- {cell.row.name} -->" in picture for cell in cells)
+
+
+def test_what_no_other_beats_is_on_the_frontier(page: ModuleType) -> None:
+    points = [(1.0, 70.0), (2.0, 70.0), (0.5, 60.0), (1.0, 65.0), (3.0, 72.0), (0.7, 55.0)]
+    assert page.frontier(points) == [(0.5, 60.0), (1.0, 70.0), (3.0, 72.0)]
