@@ -228,11 +228,16 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Return the seconds of every step by round; a round runs each once, in an order that rotates.
 
+    Ctrl-C ends it: the rounds that are whole are returned.
+
     Args:
         steps: by name, warm already.
         rounds: how often each is timed.
         wait: returns when the device has done all that it was given.
         tick: is told each step that is done.
+
+    Raises:
+        KeyboardInterrupt: no round is whole.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
@@ -249,6 +254,10 @@ def interleave(
                 wait()
                 seconds[name].append(time.perf_counter() - start)
                 tick(name)
+        except KeyboardInterrupt:
+            if k == 0:
+                raise
+            return {name: values[:k] for name, values in seconds.items()}
         finally:
             if collects:
                 gc.enable()
@@ -339,7 +348,8 @@ class Bench:
         Returns:
             :func:`summary`, and by name ``peak_bytes``, ``peak_over_forward``,
             ``peak_above_weights_bytes``, ``passes`` (who made them), ``weights_per_second`` (of
-            passes alone) and ``failed`` (what did not fit the device's memory, with the reason).
+            passes alone), ``failed`` (what did not fit the device's memory, with the reason) and
+            ``interrupted`` (Ctrl-C came after the first round).
 
         Raises:
             UserError: a loss is not finite, or not even a forward fits.
@@ -361,6 +371,7 @@ class Bench:
             "peak_above_weights_bytes": {name: peak - size for name, peak in peaks.items()},
             "passes": backends,
             "failed": failed,
+            "interrupted": len(result["rounds"][UNIT]) < self.rounds,
         }
 
     def _peaks(
@@ -403,6 +414,8 @@ class Bench:
 
         steps = {name: partial(counted, name, made) for name, made in warm.items()}
         seconds = interleave(steps, self.rounds, wait=self._wait, tick=self.tick)
+        whole = len(seconds[UNIT])
+        forwards = {name: each[:whole] for name, each in forwards.items()}
         passes = {name: made.passes for name, made in warm.items() if made.passes}
         return summary(seconds, forwards), passes
 

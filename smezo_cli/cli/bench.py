@@ -39,6 +39,7 @@ smezo bench [KEY=VALUE ...]         what a step costs, beside plain forwards and
     --grow            a second table: how a step grows with batch size and length
     --config-dir DIR  your own model files, read before smezo's own
     --json FILE       every round and all numbers: {"median_seconds": {NAME: ...}, ...}
+                      Ctrl-C leaves those of the rounds that are whole
 KEY is model (or model.KEY), batch_size (16), length (tokens of a prompt, 64), dtype, compute_dtype,
 device. All weights are trained, but by methods on LoRA. Names:
   forward                    the model alone: last position, label rows; two of them are the unit
@@ -105,7 +106,7 @@ def main(words: Sequence[str]) -> int:
     if out is not None:
         write_text(out, strict_json.dumps(result, indent=2) + "\n")
         print(f"  {out}")
-    return 0
+    return 130 if result["interrupted"] else 0
 
 
 def _overrides(words: Sequence[str]) -> tuple[list[str], int]:
@@ -200,12 +201,20 @@ def _measure(
     )
     with console.bar("bench", bench.num_ticks) as bar:
         result |= bench.run()
-    if grow:
+    if grow and not result["interrupted"]:
         sizes = [(b, n) for b in _GROW_BATCHES for n in _GROW_LENGTHS]
         ticks = (1 + rounds) * len(sizes) * len(timing.GROW_NAMES)
-        with console.bar("grow", ticks) as bar:
-            result["grow"] = bench.grow({size: rows(*size) for size in sizes})
+        try:
+            with console.bar("grow", ticks) as bar:
+                result["grow"] = bench.grow({size: rows(*size) for size in sizes})
+            result["interrupted"] = any(_num_rounds(one) < rounds for one in result["grow"])
+        except KeyboardInterrupt:  # what was measured before it is not lost
+            result["interrupted"] = True
     return result
+
+
+def _num_rounds(record: Mapping[str, Any]) -> int:
+    return len(next(iter(record["rounds"].values())))
 
 
 def _planned(
@@ -353,6 +362,9 @@ def _show(result: Mapping[str, Any]) -> None:
         ]
         table.add_row(name, *cells)
     console.print(table)
+    if result["interrupted"]:
+        rounds = [_num_rounds(record) for record in (result, *result.get("grow", [])[:1])]
+        print(f"  interrupted: medians of {' and '.join(map(str, rounds))} rounds")
     if not result["peak_bytes"]:
         print("  no peaks: this system does not let a process reset its own")
     far = {n: x for n, x in result["peak_over_plan"].items() if abs(x - 1) > _NEAR_PLAN}

@@ -251,6 +251,23 @@ def test_rounds_run_every_candidate_once_in_an_order_that_rotates() -> None:
     assert gc.isenabled()
 
 
+def test_an_interrupted_round_is_dropped_and_the_whole_ones_are_kept() -> None:
+    def until(told: int) -> dict[str, list[float]]:
+        left = itertools.count(1)
+
+        def tick(name: str) -> None:
+            if next(left) == told:
+                raise KeyboardInterrupt
+
+        return interleave({name: lambda: None for name in "abc"}, 9, tick=tick)
+
+    for told in (7, 8, 9):
+        assert {name: len(v) for name, v in until(told).items()} == dict.fromkeys("abc", 2)
+    with pytest.raises(KeyboardInterrupt):
+        until(3)
+    assert gc.isenabled()
+
+
 def test_the_summary_is_medians_over_two_of_the_forwards() -> None:
     found = summary({"forward": [1.0, 9.0, 2.0], "mezo": [6.0, 5.0, 40.0], "pass_gaussian": [1.0]})
     assert found["median_seconds"] == {"forward": 2.0, "mezo": 6.0, "pass_gaussian": 1.0}
@@ -358,6 +375,41 @@ def test_the_command_writes_what_it_shows(
         assert found["peak_over_plan"] == {"mezo": over}
         far = f"more than 10% from what smezo plan says: mezo {over:.2f}"
         assert (far in shown) == (abs(over - 1) > 0.1)
+
+
+@pytest.mark.parametrize(("told", "rounds"), [(9, [2]), (20, [5]), (40, [5, 1])])
+def test_ctrl_c_leaves_what_was_measured(
+    told: int,
+    rounds: list[int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the third round of 5, with two candidates and the unit; and in the second table."""
+    left = itertools.count(1)
+
+    def interrupted(*given: Any, tick: Callable[[str], object], **named: Any) -> Any:
+        def counted(name: str) -> None:
+            tick(name)
+            if next(left) == told:
+                raise KeyboardInterrupt
+
+        return interleave(*given, tick=counted, **named)
+
+    monkeypatch.setattr(timing, "interleave", interrupted)
+    out = tmp_path / "bench.json"
+    words = f"bench model=tiny-llama batch_size=2 length=8 device=cpu --rounds 5 --json {out}"
+    grow = ["--grow"] if told > 15 else []
+    assert main([*words.split(), "--only", "mezo,fzoo", *grow]) == 130
+    found = json.loads(out.read_text())
+    assert found["interrupted"]
+    tables = [found, *found.get("grow", [])[:1]]
+    assert [{len(each) for each in table["rounds"].values()} for table in tables] == [
+        {number} for number in rounds
+    ]
+    assert set(found["ratio_to_its_forwards"]) == {"mezo", "fzoo"}
+    text = " and ".join(map(str, rounds))
+    assert f"interrupted: medians of {text} rounds" in capsys.readouterr().out
 
 
 def test_low_precision_is_measured_too(tmp_path: Path) -> None:
