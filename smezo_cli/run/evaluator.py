@@ -154,7 +154,7 @@ class Evaluator:
     @cached_property
     def _cache(self) -> ScoreCache | None:
         """Where scores of the untouched model are kept; None where they are not."""
-        return score_cache.of(self.run, self.loaded)
+        return score_cache.of(self.run, self.loaded, self.as_it_came)
 
     def _keeps_inputs(self, split: str, prompt: int | None, step: int) -> bool:
         """Return whether what enters the first trained block is kept, if the run keeps any.

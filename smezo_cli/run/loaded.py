@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
@@ -50,6 +50,11 @@ def _unlike(rows: Sequence[Row]) -> list[Row]:
 
 def _differing(task: Task, known: Mapping[str, str]) -> list[str]:
     return [name for name, was in known.items() if was != fingerprint(getattr(task, name))]
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 def _hold_codes(model: nn.Module, method: Mapping[str, Any]) -> str:
@@ -108,6 +113,7 @@ class Loaded:
         total = num_weights(self.model)
         self.of_base: str | None = None  # fingerprint of a model that an adapter changes
         self.adapter: Adapter | None = None
+        self._came = {id(tensor) for _, tensor in _tensors(self.model)}
         if (node := settings.method.get("adapter")) is not None:
             self.of_base = self.fingerprint()
             self.adapter = attach(self.model, node, settings.seed, warn)
@@ -265,6 +271,12 @@ class Loaded:
     def as_it_came(self) -> AbstractContextManager[None]:
         """Switch off the model's adapter, if it has one, inside a context."""
         return nullcontext() if self.adapter is None else self.adapter.off()
+
+    def base_weights(self) -> dict[str, Tensor]:
+        """Return the model's weights by name, without those of its adapter."""
+        if self.adapter is None:
+            return dict(self.model.state_dict())
+        return {name: t.detach() for name, t in _tensors(self.model) if id(t) in self._came}
 
     def fingerprint(self) -> str:
         """Return twelve hex digits of the model: names, shapes, dtypes, 64 weights of each tensor.

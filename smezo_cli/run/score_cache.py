@@ -11,14 +11,21 @@ from smezo_cli.store.saved import tensors_digest
 from smezo_cli.store.score_cache import ScoreCache
 
 
-def of(run: Run, loaded: Loaded) -> ScoreCache | None:
+def of(run: Run, loaded: Loaded, as_it_came: bool) -> ScoreCache | None:
     """Return where scores are kept, if the run asks for it and the weights are those that came.
 
-    With an adapter, with weights that are codes, with a probe in place of the output layer and with
-    Python files that the model brings nothing is kept: no other run would have it, or know it.
+    With an adapter that is on, with weights that are codes, with a probe in place of the output
+    layer and with Python files that the model brings nothing is kept: no other run would have it,
+    or know it.
+
+    Args:
+        run: that asks.
+        loaded: the model.
+        as_it_came: it computes without its adapter, if it has one.
     """
-    is_other = loaded.adapter is not None or loaded.of_base is not None or mask.holds_codes(loaded)
-    is_other = is_other or loaded.scorer.probe is not None
+    holds_codes = loaded.adapter is None and loaded.of_base is not None
+    is_other = holds_codes or mask.holds_codes(loaded) or loaded.scorer.probe is not None
+    is_other = is_other or (loaded.adapter is not None and not as_it_came)
     if not run.settings.cache_scores or is_other or run.settings.model["trust_remote_code"]:
         return None
     return ScoreCache(cache_dir() / "scores", _about(run, loaded))
@@ -27,7 +34,8 @@ def of(run: Run, loaded: Loaded) -> ScoreCache | None:
 def _about(run: Run, loaded: Loaded) -> dict[str, Any]:
     scorer, batching = loaded.scorer, run.notes["batching"]
     return machine_and_model(loaded, run.versions) | {
-        "weights": tensors_digest(dict(loaded.model.state_dict())),
+        "weights": tensors_digest(loaded.base_weights()),
+        "adapter": run.settings.method.get("adapter"),  # it is off, in layers that it has changed
         "batching": [batching["scores"], batching["answers"]],
         "forwards": [scorer.most_tokens, scorer.holds_common, scorer.always_caches],
     }

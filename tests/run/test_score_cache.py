@@ -157,16 +157,44 @@ def test_a_folder_that_cannot_be_written_is_said_and_costs_nothing_else(
     assert said(folder).count("scores are not kept for other runs: cannot write") == 3
 
 
-@pytest.mark.parametrize("method", ["mezo_lora", "linear_probe"])
-def test_where_the_model_is_not_as_it_came_nothing_is_kept(
-    method: str, cache: Path, tmp_path: Path
+ADAPTERS = ["mezo_lora", "p_rge", "mezo_prefix", "adazeta", "prefix"]
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_a_model_whose_adapter_is_off_is_the_same_with_any_seed(
+    method: str, cache: Path, computed: list[int], tmp_path: Path
 ) -> None:
+    """An adapter begins with numbers that the seed draws, which no zero-shot score hangs on."""
     words = [*WORDS, f"method={method}"]
-    if method == "linear_probe":  # its zero-shot scores are of the model alone
-        words = [*SMALL, "model=tiny-llama", f"method={method}", "cache_scores=true"]
+    finished(words, tmp_path / "first")
+    assert computed == [*WHOLE, *TRAINED]
+    computed.clear()
+    taken = finished([*words, "seed=1"], tmp_path / "taken")
+    assert computed == [0, 0, 0, *TRAINED]
+    assert_same_run(taken, finished([*words, "seed=1", "cache_scores=false"], tmp_path / "anew"))
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_what_is_kept_is_of_the_base_model_and_of_the_kind_of_adapter(
+    cache: Path, computed: list[int], tmp_path: Path
+) -> None:
+    lora = [*WORDS, "method=mezo_lora"]
+    others = (["method.adapter.r=2"], ["model.config.hidden_size=48"])
+    for k, more in enumerate(([], *others)):
+        computed.clear()
+        finished([*lora, *more], tmp_path / str(k))
+        assert computed == [*WHOLE, *TRAINED]
+    computed.clear()
+    finished([*WORDS, "method=mezo"], tmp_path / "dense")
+    assert computed == [*WHOLE, *TRAINED]
+
+
+def test_the_scores_beside_a_probe_are_those_of_the_model_alone(
+    cache: Path, tmp_path: Path
+) -> None:
+    words = [*SMALL, "model=tiny-llama", "method=linear_probe", "cache_scores=true"]
     finished(words, tmp_path)
-    kept = list(cache.iterdir()) if cache.is_dir() else []
-    assert len(kept) == (3 if method == "linear_probe" else 0)
+    assert len(list(cache.iterdir())) == 3
 
 
 def in_cache(folder: str) -> None:
