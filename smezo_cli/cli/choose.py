@@ -42,6 +42,7 @@ Examples:
 
 #: Scores of the arena by method and bed.
 ARENA = Path(__file__).parent / "arena.json"
+_OF_BACKPROPAGATION = 3.0  # forwards that a step takes, as the arena counts them
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def _choice(
     return Choice(
         method=name,
         plan=planned,
-        forwards=costs.get("forwards", ""),
+        forwards=costs.get("forwards", "1, backward"),
         arena={bed: (points, error) for bed, (points, error) in arena.items()},
         steps=steps,
         command=shlex.join(["smezo", "train", *words]),
@@ -186,14 +187,16 @@ def _steps(bench: Mapping[str, Any], settings: Settings, planned: Plan, hours: f
     """Return how many steps fit into a time; None where nothing says what a step takes.
 
     A step takes the forwards of the plan, each so long as measured for its rows, times what a step
-    of the method takes beside them on two CPU cores (docs/guide/methods.md; 1 on adapters).
+    of the method takes beside them on two CPU cores (docs/guide/methods.md; 1 on adapters). Where
+    a step is one of backpropagation, that counts as two more forwards.
     """
     costs = json.loads(COSTS.read_text(encoding="utf-8"))["methods"].get(settings.method["name"])
     rows = planned.work.get(ROWS)
-    if not rows or not settings.steps or costs is None:
+    if not rows or not settings.steps:
         return None
     forwards = rows / settings.steps / bench["batch_size"]
-    seconds = bench["median_seconds"]["forward"] * forwards * (costs["cost"] or 1.0)
+    beside = _OF_BACKPROPAGATION if costs is None else costs["cost"] or 1.0
+    seconds = bench["median_seconds"]["forward"] * forwards * beside
     return int(hours * 3600 / seconds)
 
 
@@ -224,7 +227,7 @@ def _text(
     yield ""
     if beds:
         yield (
-            "The order is that of the arena: a model of 135M weights, its last blocks, 3,000 "
+            "The order is that of the arena: a model of 135M weights, its last two blocks, 2,000 "
             "forwards (docs/results/arena.md). Larger models may rank otherwise."
         )
     else:

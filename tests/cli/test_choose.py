@@ -95,6 +95,17 @@ def test_hours_are_steps_by_a_measured_forward(
     assert "steps in 0.5 h" in lines_of(words[:-1], capsys)[1]
 
 
+def test_a_backward_pass_counts_as_two_forwards(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choose, "_methods", lambda config_dir: ["adamw", "lora"])
+    file = bench_of({"forward": 2.0}, tmp_path)
+    words = [*TOY, "steps=1000", "--hours", "0.5", "--bench", str(file), "--json"]
+    for found in json.loads("\n".join(lines_of(words, capsys)))["methods"]:
+        assert found["steps"] == int(1800 / (3 * 2.0))
+        assert found["forwards"] == "1, backward"
+
+
 def test_a_file_without_a_forward_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
