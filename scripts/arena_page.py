@@ -5,7 +5,7 @@
 
 It reads what `smezo table arena/1 --collect docs/results/arena-1` has written, and the runs of
 arena/2 likewise. Rows that lack runs are left out. The picture is docs/results/arena-pareto.svg,
-the order, for `smezo choose`, smezo_cli/cli/arena.json.
+the order, for `smezo choose`, smezo_cli/cli/arena.json; scripts/methods_page.py is to follow.
 """
 
 import io
@@ -16,8 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from smezo_cli.cli.choose import ARENA
-from smezo_cli.cli.method_notes import COSTS
+from smezo_cli.cli.method_notes import ARENA, COSTS
 from smezo_cli.report import collected
 from smezo_cli.report.cells import Cell, Reader, subtract
 from smezo_cli.report.draw import COLOURS, STYLE

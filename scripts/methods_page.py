@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from smezo_cli.cli.ls import parts
-from smezo_cli.cli.method_notes import COSTS, about
+from smezo_cli.cli.method_notes import COSTS, about, against_mezo
 from smezo_cli.config.build import build, target_of
 from smezo_cli.config.compose import compose
 from smezo_cli.config.fixed import plain
@@ -45,6 +45,9 @@ Every zeroth-order method of `smezo ls methods`, as `smezo train method=NAME` ru
   over that of a forward, by `smezo bench` ({measured}). Empty: not measured, as for methods on
   adapters, which train another model.
 * **Since** is the version of smezo that brought the method.
+
+At the end of each section stands what papers print of the method against MeZO, in points of
+accuracy, and what [the arena](../results/arena.md) has measured.
 
 | method | what it does | state | forwards | cost | peak | source | since |
 |---|---|---|---|---|---|---|---|
@@ -211,7 +214,8 @@ def page(found: Mapping[str, Any]) -> str:
         ]
         rows.append(f"| {' | '.join(cells)} |")
         cls = target_of(node_of(name), "method")
-        sections.append(f"### {name}\n\n" + "\n\n".join(formula(cls)) + "\n")
+        compared = "".join(f"* {line}\n" for line in against_mezo(name))
+        sections.append(f"### {name}\n\n" + "\n\n".join(formula(cls)) + "\n\n" + compared)
     return (
         HEAD.format(measured=found["measured"])
         + "\n".join(rows)

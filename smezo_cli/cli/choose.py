@@ -14,7 +14,7 @@ from typing import Any
 
 from smezo_cli.cli.flags import Flags, shows_help
 from smezo_cli.cli.ls import files_of, parts
-from smezo_cli.cli.method_notes import COSTS
+from smezo_cli.cli.method_notes import ARENA, COSTS
 from smezo_cli.cli.plan import parse_memory, parse_tokens, read_bench
 from smezo_cli.config.compose import checked_settings
 from smezo_cli.config.searchpath import of_line, say
@@ -40,8 +40,6 @@ Examples:
   smezo choose task=rte model=llama-7b device=cuda --memory 24GB --tokens 300
 """
 
-#: Scores of the arena by method and bed.
-ARENA = Path(__file__).parent / "arena.json"
 _OF_BACKPROPAGATION = 3.0  # forwards that a step takes, as the arena counts them
 
 

@@ -3,16 +3,21 @@
 import inspect
 import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from smezo_cli.config.fixed import CONF_DIR
 from smezo_cli.config.method_keys import describe
 
 #: Forwards, state, cost and source of each method; scripts/methods_page.py writes it.
 COSTS = Path(__file__).parent / "method_costs.json"
+#: Points of each method less MeZO's, with their error, by bed; scripts/arena_page.py writes it.
+ARENA = Path(__file__).parent / "arena.json"
+_TABLE = CONF_DIR / "table" / "arena" / "1.yaml"
 
 
 def notes(name: str, files: Mapping[str, Path]) -> Iterator[str]:
@@ -42,6 +47,25 @@ def notes(name: str, files: Mapping[str, Path]) -> Iterator[str]:
         )
     if known["source"]:
         yield f"Source: {known['source']}"
+    yield from against_mezo(name)
+
+
+def against_mezo(name: str) -> Iterator[str]:
+    """Yield what papers print of a method against MeZO, and what the arena has measured."""
+    rows = yaml.safe_load(_TABLE.read_text(encoding="utf-8"))["rows"]
+    of_method = {
+        row: node for row, node in rows.items() if f"method={name}" in shlex.split(node["command"])
+    }
+    for row, node in of_method.items():
+        if "claim" in node:
+            yield f"In print, {row}: {node['claim']}"
+    measured = json.loads(ARENA.read_text(encoding="utf-8"))["methods"].get(name, {})
+    against = {bed: found for bed, found in measured.items() if found != [0.0, 0.0]}
+    if against:
+        beds = ", ".join(f"{x:+.1f} +- {error:.1f} on {bed}" for bed, (x, error) in against.items())
+        yield f"In the arena (docs/results/arena.md), points over MeZO: {beds}"
+    elif of_method and not measured:
+        yield "In the arena (docs/results/arena.md): not run yet"
 
 
 def about(doc: str) -> str:
