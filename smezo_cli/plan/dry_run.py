@@ -220,11 +220,14 @@ def _linear_weights(model: Any) -> list[Any]:
 def _build_model(node: Mapping[str, Any], dtype: str, adapter: Mapping[str, Any] | None) -> Any:
     from smezo_cli.models.adapter import attach
     from smezo_cli.models.architecture import build_meta
+    from smezo_cli.models.modalities import freeze_unread
 
     model: Any = build_meta({**node, "dtype": dtype})
     model.config.use_cache = False
     if adapter is not None:
         attach(model, adapter, seed=0)
+    else:  # as a run does
+        trace((), lambda: freeze_unread(model))
     return model.eval()
 
 

@@ -15,10 +15,11 @@ from transformers import (
 )
 
 from smezo_cli import train
-from smezo_cli.config.compose import compose
+from smezo_cli.config.compose import checked_settings, compose
 from smezo_cli.methods.mezo import MeZO
 from smezo_cli.models.modalities import freeze_unread
 from smezo_cli.models.tiny import byte_tokenizer
+from smezo_cli.plan.planner import plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,6 +78,18 @@ def test_a_run_says_and_records_what_it_froze(tmp_path: Path) -> None:
     )
     trained = [p for n, p in model.named_parameters() if "language" in n and "norm" not in n]
     assert result["num_trained"] == sum(p.numel() for p in trained)
+
+
+def test_a_plan_counts_what_is_frozen_as_weights_alone(tmp_path: Path) -> None:
+    model, folder = seeing(332), tmp_path / "saved"
+    model.save_pretrained(folder)
+    own = ["model=own", f"model.path={folder}", "model.name=seeing", "model.max_length=128"]
+    words = ["task=toy", *own, "method=mezo_adam", "lr=1e-4", "device=cpu"]
+    planned = plan(checked_settings(words, None, lambda line: None))
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    trained = sum(size for name, size in sizes.items() if "language_model" in name)
+    assert planned.resident["weights"] == 4 * sum(sizes.values())
+    assert planned.resident["optimizer state"] == 8 * trained < 4 * sum(sizes.values())
 
 
 def test_a_projector_that_the_text_goes_through_is_trained() -> None:
