@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from smezo_cli.cli.method_notes import ARENA, COSTS
+from smezo_cli.cli.method_notes import ARENA
 from smezo_cli.report import collected
 from smezo_cli.report.cells import Cell, Reader, subtract
 from smezo_cli.report.draw import COLOURS, STYLE
@@ -41,8 +41,8 @@ Written by `scripts/arena_page.py` from the collected runs in `docs/results/aren
 * **lr**: chosen by the dev loss of the trials; `<` or `>`: the lowest or the highest one tried.
 * **plateau**: of the trials that did not diverge, those whose lowest dev loss is at most {PLATEAU}
   above that of the best.
-* **time**: of all steps in units of MeZO's: forwards times what a step of the method takes beside
-  them ([methods.md](../guide/methods.md); 1 where that was not measured).
+* **time**: of all steps in units of MeZO's, each of the run where they took least; two runs at a
+  time, of one thread each, on two cores.
 * **at MeZO's time**: accuracy on dev at the last evaluation before MeZO would be done, mean over
   seeds; empty where nothing is cut off.
 * **peak**: resident memory of the run in units of MeZO's.
@@ -166,10 +166,8 @@ def plateau(cell: Cell) -> str:
 
 
 def time_of(cell: Cell) -> float:
-    """Return what the steps of a run take, in forwards."""
-    costs = json.loads(COSTS.read_text(encoding="utf-8"))["methods"]
-    known = costs.get(cell.runs[0].result["method"], {})
-    return float(cell.runs[0].result["num_forwards"]) * (known.get("cost") or 1.0)
+    """Return the seconds of all steps, of the run where they were fewest: others were disturbed."""
+    return min(float(run.result["train_seconds"]) for run in cell.runs)
 
 
 def at_time(cell: Cell, share: float) -> str:
