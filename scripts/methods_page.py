@@ -46,8 +46,8 @@ Every zeroth-order method of `smezo ls methods`, as `smezo train method=NAME` ru
   adapters, which train another model.
 * **Since** is the version of smezo that brought the method.
 
-At the end of each section stands what papers print of the method against MeZO, in points of
-accuracy, and what [the arena](../results/arena.md) has measured.
+At the end of each section stands what is in print of the method against MeZO, in points of
+accuracy unless it says otherwise, and what [the arena](../results/arena.md) has measured.
 
 | method | what it does | state | forwards | cost | peak | source | since |
 |---|---|---|---|---|---|---|---|

@@ -241,12 +241,12 @@ def interleave(
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
-    collects = gc.isenabled()
-    for k in range(rounds):
-        gc.collect()  # now, rather than during a step
-        gc.disable()
-        try:
-            turn = k % len(names)
+    collects, whole = gc.isenabled(), 0
+    try:
+        for whole in range(rounds):
+            gc.collect()  # now, rather than during a step
+            gc.disable()
+            turn = whole % len(names)
             for name in names[turn:] + names[:turn]:
                 wait()
                 start = time.perf_counter()
@@ -254,13 +254,15 @@ def interleave(
                 wait()
                 seconds[name].append(time.perf_counter() - start)
                 tick(name)
-        except KeyboardInterrupt:
-            if k == 0:
-                raise
-            return {name: values[:k] for name, values in seconds.items()}
-        finally:
             if collects:
                 gc.enable()
+    except KeyboardInterrupt:
+        if whole == 0:
+            raise
+        return {name: values[:whole] for name, values in seconds.items()}
+    finally:
+        if collects:
+            gc.enable()
     return seconds
 
 

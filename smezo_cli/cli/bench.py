@@ -22,7 +22,7 @@ from smezo_cli.errors import UserError, near
 from smezo_cli.files import strict_json
 from smezo_cli.files.atomic import write_text
 from smezo_cli.kinds import MIXTURE
-from smezo_cli.machine import streams
+from smezo_cli.machine import process, streams
 from smezo_cli.machine.device import choose_device
 from smezo_cli.machine.waiting import waiting
 
@@ -99,9 +99,12 @@ def main(words: Sequence[str]) -> int:
     device = choose_device(settings.device)
     try:
         result = _measure(settings, length, device, given.rounds, given.only, given.grow)
-        result |= _planned(overrides, length, given.config_dir, result)
     except KeyboardInterrupt:
         return 130
+    try:
+        result |= _planned(overrides, length, given.config_dir, result)
+    except KeyboardInterrupt:  # one more: what was measured is kept all the same
+        result |= {"interrupted": True, "planned_bytes": {}, "peak_over_plan": {}}
     _show(result)
     if out is not None:
         write_text(out, strict_json.dumps(result, indent=2) + "\n")
@@ -284,6 +287,7 @@ def _model_and_tokens(
     from smezo_cli.scoring.scorer import Scorer
     from smezo_cli.zo.passes import openmp
 
+    process.interruptible()  # from here on there is something to keep
     if line := openmp.settle():
         console.say(line)
     cache, device = cache_dir(), torch.device(device_name)
@@ -363,8 +367,11 @@ def _show(result: Mapping[str, Any]) -> None:
         table.add_row(name, *cells)
     console.print(table)
     if result["interrupted"]:
-        rounds = [_num_rounds(record) for record in (result, *result.get("grow", [])[:1])]
-        print(f"  interrupted: medians of {' and '.join(map(str, rounds))} rounds")
+        tables = zip(
+            (result, *result.get("grow", [])[:1]), ("the first table", "the second"), strict=False
+        )
+        rounds = [f"{_num_rounds(record)} rounds in {name}" for record, name in tables]
+        print(f"  interrupted: {', '.join(rounds)}")
     if not result["peak_bytes"]:
         print("  no peaks: this system does not let a process reset its own")
     far = {n: x for n, x in result["peak_over_plan"].items() if abs(x - 1) > _NEAR_PLAN}

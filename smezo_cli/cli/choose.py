@@ -17,6 +17,7 @@ from smezo_cli.cli.ls import files_of, parts
 from smezo_cli.cli.method_notes import ARENA, COSTS
 from smezo_cli.cli.plan import parse_memory, parse_tokens, read_bench
 from smezo_cli.config.compose import checked_settings
+from smezo_cli.config.method_keys import trait
 from smezo_cli.config.searchpath import of_line, say
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
@@ -159,13 +160,14 @@ def _choice(
     name = settings.method["name"]
     costs = json.loads(COSTS.read_text(encoding="utf-8"))["methods"].get(name, {})
     arena = json.loads(ARENA.read_text(encoding="utf-8"))["methods"].get(name, {})
+    compares = trait(settings.method, "compares_losses", default=False)
     words = [f"method={name}", *overrides]
     if steps is not None and steps < settings.steps:
         words = [*(word for word in words if not word.startswith("steps=")), f"steps={steps}"]
     return Choice(
         method=name,
         plan=planned,
-        forwards=costs.get("forwards", "1, backward"),
+        forwards=costs.get("forwards", "" if compares else "1, backward"),
         arena={bed: (points, error) for bed, (points, error) in arena.items()},
         steps=steps,
         command=shlex.join(["smezo", "train", *words]),
@@ -193,7 +195,12 @@ def _steps(bench: Mapping[str, Any], settings: Settings, planned: Plan, hours: f
     if not rows or not settings.steps:
         return None
     forwards = rows / settings.steps / bench["batch_size"]
-    beside = _OF_BACKPROPAGATION if costs is None else costs["cost"] or 1.0
+    if costs is not None:
+        beside = costs["cost"] or 1.0
+    elif trait(settings.method, "compares_losses", default=False):
+        return None
+    else:
+        beside = _OF_BACKPROPAGATION
     seconds = bench["median_seconds"]["forward"] * forwards * beside
     return int(hours * 3600 / seconds)
 

@@ -30,24 +30,28 @@ def notes(name: str, files: Mapping[str, Path]) -> Iterator[str]:
     found = describe({"_target_": _target(name, files)})
     costs = json.loads(COSTS.read_text(encoding="utf-8"))
     known = costs["methods"].get(name)
-    if found is None or not found.doc:
-        return
-    yield ""
-    yield "What a step does:"
-    yield from (f"  {line}" for line in about(found.doc).splitlines())
-    if known is None:
-        return
-    yield ""
+    if found is not None and found.doc:
+        yield ""
+        yield "What a step does:"
+        yield from (f"  {line}" for line in about(found.doc).splitlines())
+    compared = list(against_mezo(name))
+    if known is not None or compared:
+        yield ""
+    if known is not None:
+        yield from _cost(known, costs["measured"])
+    yield from compared
+
+
+def _cost(known: Mapping[str, Any], measured: str) -> Iterator[str]:
     yield f"Forwards a step: {known['forwards']}"
     yield f"State: {known['state']} bytes a trained weight, on a network of two small layers"
     if known["cost"] is not None:
         yield (
             f"Cost: a step takes {known['cost']:.2f} times its forwards, and "
-            f"{known['peak']:.2f} times the memory of one ({costs['measured']})"
+            f"{known['peak']:.2f} times the memory of one ({measured})"
         )
     if known["source"]:
         yield f"Source: {known['source']}"
-    yield from against_mezo(name)
 
 
 def against_mezo(name: str) -> Iterator[str]:
@@ -56,16 +60,19 @@ def against_mezo(name: str) -> Iterator[str]:
     of_method = {
         row: node for row, node in rows.items() if f"method={name}" in shlex.split(node["command"])
     }
+    if not of_method:
+        return
     for row, node in of_method.items():
         if "claim" in node:
             yield f"In print, {row}: {node['claim']}"
+    plain = min(of_method, key=lambda row: len(shlex.split(of_method[row]["command"])))
     measured = json.loads(ARENA.read_text(encoding="utf-8"))["methods"].get(name, {})
     against = {bed: found for bed, found in measured.items() if found != [0.0, 0.0]}
     if against:
         beds = ", ".join(f"{x:+.1f} +- {error:.1f} on {bed}" for bed, (x, error) in against.items())
-        yield f"In the arena (docs/results/arena.md), points over MeZO: {beds}"
-    elif of_method and not measured:
-        yield "In the arena (docs/results/arena.md): not run yet"
+        yield f"In the arena (docs/results/arena.md), {plain}: points over MeZO {beds}"
+    elif not measured:
+        yield f"In the arena (docs/results/arena.md), {plain}: not run yet"
 
 
 def about(doc: str) -> str:

@@ -3,6 +3,8 @@
 A step would perturb them without effect, move them along its noise, and save them.
 """
 
+from collections.abc import Mapping, Sequence
+from fnmatch import filter as matching
 from typing import Any
 
 import torch
@@ -49,6 +51,31 @@ def freeze_unread(model: nn.Module) -> list[str]:
     for p in outside:
         p.requires_grad_(id(p) not in unread)
     return _outermost(model, unread)
+
+
+def without_unread(
+    node: Mapping[str, Any], model: nn.Module, unread: Sequence[str]
+) -> Mapping[str, Any]:
+    """Return a method's node without globs for what is frozen because text never reads it.
+
+    Globs that match nothing stay, to be refused.
+
+    Args:
+        node: of the method.
+        model: after :func:`freeze_unread`.
+        unread: what that has frozen.
+    """
+    if not unread or "freeze" not in node:
+        return node
+    named = [(name, p.requires_grad) for name, p in model.named_parameters()]
+    trained = [name for name, is_trained in named if is_trained]
+    frozen = [
+        name
+        for name, _ in named
+        if any(name == part or name.startswith(f"{part}.") for part in unread)
+    ]
+    kept = [g for g in node["freeze"] if matching(trained, g) or not matching(frozen, g)]
+    return {**node, "freeze": kept}
 
 
 def _outermost(model: nn.Module, unread: set[int]) -> list[str]:

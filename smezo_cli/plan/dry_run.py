@@ -191,7 +191,24 @@ def dry_run(settings: Settings, device: str, tokens: int | None, num_demonstrati
             "leave model.quantization out."
         )
     lengths = _lengths(settings, tokens, num_demonstrations)
+    if adapter is None:
+        method = _freeze_unread(settings.method, model, computing)
+        settings = dataclasses.replace(settings, method=dict(method))
     return DryRun(settings, device, model, computing, packed, lengths)
+
+
+def _freeze_unread(node: Mapping[str, Any], *models: Any) -> Mapping[str, Any]:
+    """Freeze what a text does not read, as a run does; return the method's node without it."""
+    from smezo_cli.models.modalities import freeze_unread, without_unread
+
+    def unread(model: Any) -> list[str]:
+        found: list[list[str]] = []
+        trace((), lambda: found.append(freeze_unread(model)))
+        return found[0]
+
+    for model in models:
+        node = without_unread(node, model, unread(model))
+    return node
 
 
 def _lengths(settings: Settings, tokens: int | None, num_demonstrations: int) -> Lengths:
@@ -220,14 +237,11 @@ def _linear_weights(model: Any) -> list[Any]:
 def _build_model(node: Mapping[str, Any], dtype: str, adapter: Mapping[str, Any] | None) -> Any:
     from smezo_cli.models.adapter import attach
     from smezo_cli.models.architecture import build_meta
-    from smezo_cli.models.modalities import freeze_unread
 
     model: Any = build_meta({**node, "dtype": dtype})
     model.config.use_cache = False
     if adapter is not None:
         attach(model, adapter, seed=0)
-    else:  # as a run does
-        trace((), lambda: freeze_unread(model))
     return model.eval()
 
 

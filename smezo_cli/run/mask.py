@@ -12,10 +12,10 @@ from smezo_cli.config.build import target_of
 from smezo_cli.config.method_keys import trait
 from smezo_cli.errors import UserError
 from smezo_cli.machine.out_of_memory import OutOfMemory, detecting_out_of_memory
+from smezo_cli.models.modalities import without_unread
 from smezo_cli.models.quantised import freeze_as_codes
 from smezo_cli.run.begin import Run
 from smezo_cli.run.loaded import Loaded
-from smezo_cli.run.method import without_unread
 from smezo_cli.run.rows import short_enough
 from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.scoring.parts import by_part
@@ -106,7 +106,8 @@ def _hold_codes(loaded: Loaded) -> str:
 
 def _trainable(loaded: Loaded) -> dict[str, nn.Parameter]:
     try:
-        targets = select(loaded.model, frozen(loaded.model, without_unread(loaded)), [])
+        node = without_unread(loaded.settings.method, loaded.model, loaded.unread)
+        targets = select(loaded.model, frozen(loaded.model, node), [])
     except ValueError as error:
         raise UserError(f"method: {error}.") from error
     return {target.name: target.parameter for target in targets}

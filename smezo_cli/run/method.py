@@ -8,6 +8,7 @@ from smezo_cli.config.build import build, parameters_of, target_of
 from smezo_cli.config.method_keys import shared_by, trait
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
+from smezo_cli.models.modalities import without_unread
 from smezo_cli.run.loaded import Loaded
 from smezo_cli.zo.passes.choose import WORTH_IT, NoCompiler
 
@@ -23,7 +24,7 @@ def build_method(loaded: Loaded) -> "Method":
         UserError: the method refuses its settings.
     """
     s = loaded.settings
-    node = without_unread(loaded)
+    node = without_unread(s.method, loaded.model, loaded.unread)
     runtime: dict[str, Any] = {"model": loaded.model, "seed": s.seed}
     parameters = parameters_of(target_of(s.method, "method"))
     if "check" in parameters:
@@ -95,22 +96,3 @@ def _matching_alone(node: Mapping[str, Any], loaded: Loaded) -> Mapping[str, Any
         return node
     trained = [name for name, p in loaded.model.named_parameters() if p.requires_grad]
     return {**node, "freeze": [g for g in node["freeze"] if matching(trained, g)]}
-
-
-def without_unread(loaded: Loaded) -> Mapping[str, Any]:
-    """Return the method's node without globs for what is frozen because text never reads it.
-
-    Globs that match nothing stay, to be refused.
-    """
-    node = loaded.settings.method
-    if not loaded.unread or "freeze" not in node:
-        return node
-    named = [(name, p.requires_grad) for name, p in loaded.model.named_parameters()]
-    trained = [name for name, is_trained in named if is_trained]
-    unread = [
-        name
-        for name, _ in named
-        if any(name == part or name.startswith(f"{part}.") for part in loaded.unread)
-    ]
-    kept = [g for g in node["freeze"] if matching(trained, g) or not matching(unread, g)]
-    return {**node, "freeze": kept}

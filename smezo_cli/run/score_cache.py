@@ -14,15 +14,17 @@ from smezo_cli.store.score_cache import ScoreCache
 def of(run: Run, loaded: Loaded, as_it_came: bool) -> ScoreCache | None:
     """Return where scores are kept, if the run asks for it and the weights are those that came.
 
-    With an adapter that is on, with weights that are codes, with a probe in place of the output
-    layer and with Python files that the model brings nothing is kept: no other run would have it,
-    or know it.
+    With an adapter that is on or beside 4-bit weights, with weights that are codes, with a probe in
+    place of the output layer and with Python files that the model brings nothing is kept: no other
+    run would have it, or know it.
 
     Args:
         run: that asks.
         loaded: the model.
         as_it_came: it computes without its adapter, if it has one.
     """
+    if loaded.adapter is not None and run.settings.model["quantization"]:
+        return None  # the scales beside its codes are no parameters
     holds_codes = loaded.adapter is None and loaded.of_base is not None
     is_other = holds_codes or mask.holds_codes(loaded) or loaded.scorer.probe is not None
     is_other = is_other or (loaded.adapter is not None and not as_it_came)
@@ -35,7 +37,8 @@ def _about(run: Run, loaded: Loaded) -> dict[str, Any]:
     scorer, batching = loaded.scorer, run.notes["batching"]
     return machine_and_model(loaded, run.versions) | {
         "weights": tensors_digest(loaded.base_weights()),
-        "adapter": run.settings.method.get("adapter"),  # it is off, in layers that it has changed
+        # Layers that an adapter has wrapped may round otherwise, even with it off.
+        "adapter": run.settings.method.get("adapter"),
         "batching": [batching["scores"], batching["answers"]],
         "forwards": [scorer.most_tokens, scorer.holds_common, scorer.always_caches],
     }

@@ -4,6 +4,9 @@ import gc
 import itertools
 import json
 import math
+import os
+import signal
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +39,7 @@ from smezo_cli.plan.planner import plan
 from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.zo.step import StepRecord
 from tests import CONF
+from tests.run.processes import smezo
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -408,8 +412,39 @@ def test_ctrl_c_leaves_what_was_measured(
         {number} for number in rounds
     ]
     assert set(found["ratio_to_its_forwards"]) == {"mezo", "fzoo"}
-    text = " and ".join(map(str, rounds))
-    assert f"interrupted: medians of {text} rounds" in capsys.readouterr().out
+    places = zip(rounds, ("the first table", "the second"), strict=False)
+    text = ", ".join(f"{number} rounds in {table}" for number, table in places)
+    assert f"interrupted: {text}" in capsys.readouterr().out
+
+
+def as_command(words: list[str]) -> int:
+    """What `smezo` does with its command line, Ctrl-C and all."""
+    sys.argv[1:] = words
+    return main()
+
+
+def ctrl_c_in_the_second_round() -> None:
+    """Send this process a SIGINT once so many steps were timed."""
+    left, real = itertools.count(1), timing.interleave
+
+    def interrupted(*given: Any, tick: Callable[[str], object], **named: Any) -> Any:
+        def counted(name: str) -> None:
+            if next(left) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            tick(name)
+
+        return real(*given, tick=counted, **named)
+
+    timing.interleave = interrupted  # in a child process of its own
+
+
+def test_a_ctrl_c_of_the_terminal_does_so_too(tmp_path: Path) -> None:
+    words = "bench model=tiny-llama batch_size=2 length=8 device=cpu --only forward --rounds 99"
+    given = [*words.split(), "--json", "bench.json"]
+    ended = smezo(given, tmp_path, program=as_command, faults=[ctrl_c_in_the_second_round])
+    assert (ended.code, ended.err) == (130, "")
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert len(found["rounds"]["forward"]) == 2
 
 
 def test_low_precision_is_measured_too(tmp_path: Path) -> None:

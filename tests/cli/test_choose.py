@@ -7,6 +7,7 @@ import pytest
 
 from smezo_cli.cli import choose
 from smezo_cli.cli.verbs import main
+from smezo_cli.config.fixed import CONF_DIR
 
 TOY = ["choose", "task=toy", "model=tiny-llama", "batch_size=2"]
 FOUR = ["lozo", "mezo", "mezo_adam", "sparse_mezo"]
@@ -104,6 +105,19 @@ def test_a_backward_pass_counts_as_two_forwards(
     for found in json.loads("\n".join(lines_of(words, capsys)))["methods"]:
         assert found["steps"] == int(1800 / (3 * 2.0))
         assert found["forwards"] == "1, backward"
+
+
+def test_a_method_of_the_user_that_nobody_has_timed_has_no_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choose, "_methods", lambda config_dir: ["mine"])
+    (tmp_path / "method").mkdir()
+    mezo = (CONF_DIR / "method" / "mezo.yaml").read_text()
+    (tmp_path / "method" / "mine.yaml").write_text(mezo.replace("name: mezo", "name: mine"))
+    file = bench_of({"forward": 2.0}, tmp_path)
+    words = [*TOY, "--hours", "1", "--bench", str(file), "--json", "--config-dir", str(tmp_path)]
+    (found,) = json.loads("\n".join(lines_of(words, capsys)))["methods"]
+    assert (found["steps"], found["forwards"]) == (None, "")
 
 
 def test_a_file_without_a_forward_is_refused(

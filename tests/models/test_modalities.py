@@ -84,7 +84,8 @@ def test_a_plan_counts_what_is_frozen_as_weights_alone(tmp_path: Path) -> None:
     model, folder = seeing(332), tmp_path / "saved"
     model.save_pretrained(folder)
     own = ["model=own", f"model.path={folder}", "model.name=seeing", "model.max_length=128"]
-    words = ["task=toy", *own, "method=mezo_adam", "lr=1e-4", "device=cpu"]
+    freeze = 'method.freeze=["*vision_tower*"]'  # of nothing else
+    words = ["task=toy", *own, "method=mezo_adam", freeze, "lr=1e-4", "device=cpu"]
     planned = plan(checked_settings(words, None, lambda line: None))
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     trained = sum(size for name, size in sizes.items() if "language_model" in name)

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from smezo_cli.files.sealed import sealed
+from smezo_cli.models.tiny import byte_tokenizer
 from smezo_cli.run import evaluate
 from tests.run.in_process import finished, said
 from tests.run.processes import smezo
@@ -158,6 +160,7 @@ def test_a_folder_that_cannot_be_written_is_said_and_costs_nothing_else(
 
 
 ADAPTERS = ["mezo_lora", "p_rge", "mezo_prefix", "adazeta", "prefix"]
+TIMED = ("mezo_lora", "mezo_prefix", "adazeta")  # their executor would hang on the clock
 
 
 @pytest.mark.parametrize("method", ADAPTERS)
@@ -166,6 +169,7 @@ def test_a_model_whose_adapter_is_off_is_the_same_with_any_seed(
 ) -> None:
     """An adapter begins with numbers that the seed draws, which no zero-shot score hangs on."""
     words = [*WORDS, f"method={method}"]
+    words += ["method.executor=sequential"] if method in TIMED else []
     finished(words, tmp_path / "first")
     assert computed == [*WHOLE, *TRAINED]
     computed.clear()
@@ -187,6 +191,24 @@ def test_what_is_kept_is_of_the_base_model_and_of_the_kind_of_adapter(
     computed.clear()
     finished([*WORDS, "method=mezo"], tmp_path / "dense")
     assert computed == [*WHOLE, *TRAINED]
+
+
+def test_other_weights_of_a_base_of_one_shape_are_told_apart(
+    cache: Path, computed: list[int], tmp_path: Path
+) -> None:
+    byte_tokenizer(add_bos=False).save_pretrained(tmp_path / "saved")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = LlamaConfig(vocab_size=335, num_attention_heads=2, num_key_value_heads=2, **sizes)
+    others = [word for word in WORDS if not word.startswith("model=")]
+    own = ["model=own", f"model.path={tmp_path / 'saved'}", "model.max_length=128"]
+    for k in range(2):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(k)
+            LlamaForCausalLM(config).save_pretrained(tmp_path / "saved")
+        computed.clear()
+        finished([*others, *own, "method=mezo_lora"], tmp_path / str(k))
+        assert computed == [*WHOLE, *TRAINED]
+    assert len(list(cache.iterdir())) == 6
 
 
 def test_the_scores_beside_a_probe_are_those_of_the_model_alone(
