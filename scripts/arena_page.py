@@ -10,6 +10,7 @@ the order, for `smezo choose`, smezo_cli/cli/arena.json; scripts/methods_page.py
 
 import io
 import json
+import math
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -37,7 +38,8 @@ Written by `scripts/arena_page.py` from the collected runs in `docs/results/aren
 `docs/results/arena-2`; [arena.md](arena.md) says what was run, and reads it.
 
 * **accuracy**: of the test rows, in %, mean and standard deviation over seeds (their number).
-* **less MeZO**: in points, paired by test row; the standard error is over the rows.
+* **less MeZO**: in points, paired by test row. The standard error is over rows and seeds: the
+  squares of that over the rows and of those of both means over their seeds are added.
 * **lr**: chosen by the dev loss of the trials; `<` or `>`: the lowest or the highest one tried.
 * **plateau**: of the trials that did not diverge, those whose lowest dev loss is at most {PLATEAU}
   above that of the best.
@@ -68,6 +70,7 @@ def main() -> int:
             c for c in cells if any(o.column == c.column and o.row.name == BASE for o in cells)
         ]
         subtract(based, BASE)
+        widen(based)
         lines += [f"## {table.title}", ""]
         for column in table.columns:
             own = [cell for cell in based if cell.column.name == column.name]
@@ -81,6 +84,17 @@ def main() -> int:
     PAGE.write_text("\n".join(lines).rstrip("\n") + "\n", encoding="utf-8")
     ARENA.write_text(json.dumps({"methods": arena}, indent=1, sort_keys=True) + "\n")
     return 0
+
+
+def widen(cells: Sequence[Cell]) -> None:
+    """Add to the error of each difference what other seeds would have changed in both means."""
+    bases = {cell.column.name: cell for cell in cells if cell.row.name == BASE}
+    for cell in cells:
+        if cell.less is not None:
+            both = (cell, bases[cell.column.name])
+            of_seeds = sum((one.sd or 0.0) ** 2 / len(one.values) for one in both)
+            points, error = cell.less
+            cell.less = points, math.hypot(error, math.sqrt(of_seeds))
 
 
 def bed(cells: Sequence[Cell]) -> Iterator[str]:
