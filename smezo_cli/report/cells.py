@@ -60,6 +60,9 @@ class Cell:
         return None if self.paper is None or self.mean is None else self.mean - self.paper.value
 
 
+_Scored = tuple[tuple[float, float], dict[str, Any]]  # ranks, and the setting that has them
+
+
 class Reader:
     """Fill the cells of a table from runs; `notes` says what was left out and why.
 
@@ -116,18 +119,20 @@ class Reader:
             )
             gap = gap or run is None
             if run is not None and run.result["status"] == "done":
-                best = run.result["dev"]["best"]
                 cell.searched.append(run)
-                ranks = best.get(run.metric, 0.0), -best.get("loss", 0.0)
-                scored.append((ranks[::-1] if t.search_by == "loss" else ranks, setting))
+                scored.append((self._ranks(run), setting))
         if gap:
             cell.missing = first if swept else (*words, f"seed={seeds}")
             return cell
         if not scored:
             cell.why = "every run of its grid diverged"
             return cell
+        if cell.row.search:
+            scored = self._finals(cell, words, scored, each[0])
+            if not scored:
+                return cell
         _, setting = max(scored, key=lambda item: item[0])
-        cell.setting = " ".join(f"{key}={value}" for key, value in setting.items())
+        cell.setting = _as_words(setting)
         if cell.row.search:
             cfg, _ = grid(last((*words, *cell.setting.split(), f"seed={each[0]}")))
         chosen = [self._find(cell, words, cfg, setting, seed) for seed in each]
@@ -148,6 +153,37 @@ class Reader:
         if lacking:
             cell.missing = last((*words, *cell.setting.split(), f"seed={','.join(lacking)}"))
         return cell
+
+    def _ranks(self, run: Run) -> tuple[float, float]:
+        """Return what a run is chosen by on dev: the metric and then the loss, or the reverse."""
+        best = run.result["dev"]["best"]
+        ranks = float(best.get(run.metric, 0.0)), -float(best.get("loss", 0.0))
+        return ranks[::-1] if self.table.search_by == "loss" else ranks
+
+    def _finals(
+        self, cell: Cell, words: Sequence[str], scored: Sequence[_Scored], seed: int
+    ) -> list[_Scored]:
+        """Return the best settings of a search with what they come to in a whole run.
+
+        Where such a run lacks, or all have diverged, nothing is returned, and the cell says so.
+        """
+        from smezo_cli.config.compose import grid
+
+        best = sorted(scored, key=lambda item: item[0], reverse=True)[: self.table.finals]
+        if len(best) == 1:
+            return best
+        found = []
+        for _, setting in best:
+            whole = last((*words, *_as_words(setting).split(), f"seed={seed}"))
+            run = self._find(cell, words, grid(whole)[0], setting, seed)
+            if run is None:
+                cell.missing = whole
+                return []
+            if run.result["status"] == "done":
+                found.append((self._ranks(run), setting))
+        if not found:
+            cell.why = "the best settings of its search diverged"
+        return found
 
     def _could_have(self, words: Sequence[str]) -> bool:
         """Return whether there is a run of this task and model; else nothing need be composed."""
@@ -245,6 +281,10 @@ class Reader:
 
 
 _NAMES = ("task", "model", "method")
+
+
+def _as_words(setting: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in setting.items())
 
 
 def subtract(cells: Sequence[Cell], base: str) -> list[str]:

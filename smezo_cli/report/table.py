@@ -54,6 +54,7 @@ class Table:
     seeds: tuple[int, ...]
     search_seed: int | None  # of the searches of rows; None: the first of the seeds
     search_by: str  # what a search chooses by on dev: metric, then loss; or loss
+    finals: int  # of the best settings of a row's search, run whole with the first seed
     marks: Mapping[str, str]
     sources: Mapping[str, str]
     columns: tuple[Line, ...]
@@ -125,6 +126,7 @@ def load(name: str, extra: Sequence[str] = ()) -> Table:
         seeds=given or tuple(node["seeds"]),
         search_seed=node.get("search_seed"),
         search_by=node.get("search_by", "metric"),
+        finals=int(node.get("finals", 1)),
         marks=node.get("marks", {}),
         sources=node.get("sources", {}),
         columns=tuple(

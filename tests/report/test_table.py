@@ -361,6 +361,33 @@ def test_a_search_of_its_own_goes_before_the_seeds(tiny: Any) -> None:
     assert {row: cell["ours"] for row, cell in again.items()} == ours
 
 
+def test_the_best_of_a_search_are_run_whole_before_one_is_chosen(tiny: Any) -> None:
+    """A short run may like an lr that a whole one does not bear."""
+    text = SEARCHED.replace("search_by: loss\n", "search_by: loss\nfinals: 2\n")
+    text = text.replace("lr=1e-3,3e-2", "lr=1e-4,1e-3,3e-2")
+    Path("conf/table/tiny.yaml").write_text("".join(text.splitlines(True)[:-1]))
+    cells, _ = tiny("--run")
+    results = [json.loads(p.read_text()) for p in Path("runs").rglob("result.json")]
+
+    def losses(steps: int, seed: int) -> dict[float, float]:
+        return {
+            r["lr"]: r["dev"]["best"]["loss"]
+            for r in results
+            if (r["steps"], r["seed"]) == (steps, seed)
+        }
+
+    trials, finals = losses(2, 0), losses(4, 1)
+    assert set(trials) == {1e-4, 1e-3, 3e-2}
+    assert set(finals) == set(sorted(trials, key=lambda lr: trials[lr])[:2])
+    best = min(finals, key=lambda lr: finals[lr])
+    assert set(losses(4, 2)) == {best}
+    assert len(results) == 3 + 2 + 1
+    assert (cells["MeZO"]["setting"], cells["MeZO"]["n"]) == (f"lr={best}", 2)
+    assert cells["MeZO"]["command"] is None
+    assert main(["table", "tiny", "--collect", "kept"]) == 0
+    assert len(list(Path("kept").glob("*.json"))) == len(results)
+
+
 def test_collected_results_fill_the_table_without_their_runs(
     tiny: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
