@@ -104,7 +104,8 @@ def main(words: Sequence[str]) -> int:
     try:
         result |= _planned(overrides, length, given.config_dir, result)
     except KeyboardInterrupt:  # one more: what was measured is kept all the same
-        result |= {"interrupted": True, "planned_bytes": {}, "peak_over_plan": {}}
+        nothing = {"planned_bytes": {}, "beside_plan_bytes": 0, "peak_over_plan": {}}
+        result |= nothing | {"interrupted": True}
     _show(result)
     if out is not None:
         write_text(out, strict_json.dumps(result, indent=2) + "\n")

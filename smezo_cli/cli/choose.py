@@ -235,6 +235,8 @@ def _text(
             "The order is that of the arena: a model of 135M weights, its last two blocks, 2,000 "
             "forwards (docs/results/arena.md). Larger models may rank otherwise."
         )
+        if not all(one.arena for one in fitting):
+            yield "What it has not measured yet follows, by peak memory, which is no rank."
     else:
         yield "The arena has not measured them yet (docs/results/arena.md): by peak memory."
 

@@ -198,7 +198,7 @@ def dry_run(settings: Settings, device: str, tokens: int | None, num_demonstrati
 
 
 def _freeze_unread(node: Mapping[str, Any], *models: Any) -> Mapping[str, Any]:
-    """Freeze what a text does not read, as a run does; return the method's node without it."""
+    """Freeze what a text does not read, as a run does; return the method's node for the rest."""
     from smezo_cli.models.modalities import freeze_unread, without_unread
 
     def unread(model: Any) -> list[str]:

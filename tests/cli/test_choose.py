@@ -61,7 +61,8 @@ def test_the_order_is_the_mean_over_the_beds_and_what_was_not_measured_comes_las
     assert all(
         row.endswith(f"smezo train method={row.split()[0]} {' '.join(TOY[1:])}") for row in rows[:4]
     )
-    assert "Larger models may rank otherwise." in rows[-1]
+    assert "Larger models may rank otherwise." in rows[-2]
+    assert rows[-1].startswith("What it has not measured yet follows, by peak memory")
 
 
 def test_what_does_not_fit_is_said_with_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
