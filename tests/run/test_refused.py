@@ -1,6 +1,6 @@
 """Runs that cannot begin or go on: one sentence, exit code 2, and no ruined checkpoint."""
 
-import os
+import functools
 import re
 import signal
 from pathlib import Path
@@ -72,13 +72,15 @@ def test_a_step_size_far_too_large_leaves_no_result_and_no_ruined_checkpoint(
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     """While one process trains, the same command elsewhere names it and changes nothing."""
     words = words_of("mezo")
-    with Started(words, tmp_path, faults=[Fault("loss", 5, signal.SIGSTOP).install]) as first:
+    go_on = tmp_path / "go-on"
+    held = Fault("loss", 5, functools.partial(until, go_on.exists))
+    with Started(words, tmp_path, faults=[held.install]) as first:
         until(lambda: list(tmp_path.glob("runs/default/*/metrics.jsonl")))
         said = sentence_of(smezo(words, tmp_path, faults=[no_model]))
         assert f"process {first.pid}" in said
         assert "if_exists=fresh" not in said
         assert f"process {first.pid}" in sentence_of(smezo([*words, "if_exists=fresh"], tmp_path))
-        os.kill(first.pid, signal.SIGCONT)
+        go_on.touch()
         assert first.wait().code == 0
 
 
