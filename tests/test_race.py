@@ -97,7 +97,13 @@ def test_a_small_race_goes_on_and_says_who_needed_how_many_seconds(
         for curve in curves.values():
             assert [mark["step"] for mark in curve] == [1, 2, 3, 4]
             assert all(a["seconds"] < b["seconds"] for a, b in itertools.pairwise(curve))
-    assert set(found["curves"]["0"]) - set(found["curves"]["1"])  # each lr is tried once
+    # Each lr is tried once; the first heat's MeZO makes the steps of the best.
+    best = min(found["tried"], key=lambda name: min(m["loss"] for m in found["tried"][name]))
+    assert set(found["tried"]) == {"MeZO, lr 0.001", "MeZO, lr 0.01"}
+    assert best == f"MeZO, lr {found['lr']:g}"
+    steps = [[m["loss"] for m in c] for c in (found["curves"]["0"]["MeZO"], found["tried"][best])]
+    assert steps[0] == steps[1]
+    assert set(found["curves"]["0"]) == set(found["curves"]["1"])
 
     # The file alone is enough to go on from: another day, another folder.
     monkeypatch.setattr(script, "TextbookRacer", None)
