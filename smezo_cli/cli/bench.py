@@ -14,7 +14,7 @@ from rich.box import SIMPLE
 from rich.console import Console as RichConsole
 from rich.table import Table
 
-from smezo_cli.cli.flags import Flags, shows_help
+from smezo_cli.cli.flags import Flags, check_out, shows_help
 from smezo_cli.config.compose import checked_settings
 from smezo_cli.config.searchpath import say
 from smezo_cli.config.settings import Settings
@@ -87,10 +87,8 @@ def main(words: Sequence[str]) -> int:
         raise UserError(f"--rounds {given.rounds}: must be at least 1, such as --rounds 7.")
     if given.json is not None:
         streams.outlast()
+    check_out("--json", given.json, "bench.json")
     out = None if given.json is None else Path(given.json)
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        what = "is a folder" if out.is_dir() else f"there is no folder {out.parent}"
-        raise UserError(f"--json {out}: {what}; name a file in a folder that is there.")
     overrides, length = _overrides(given.overrides)
     settings = _settings(overrides, given.config_dir)
     _check_length(settings, max([length, *_GROW_LENGTHS] if given.grow else [length]))

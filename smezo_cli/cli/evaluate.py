@@ -55,7 +55,7 @@ def main(words: Sequence[str]) -> int:
     given = parser.parse_intermixed_args(list(words))
     if given.base and given.step is not None:
         raise UserError("--base and --step exclude each other: give one of them.")
-    check_out(given.out)
+    check_out("--out", given.out, "predictions.jsonl")
     streams.outlast()
     with opened(given.run, given.overrides) as (folder, state, settings, _):
         from smezo_cli.machine.device import choose_device

@@ -9,6 +9,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 # Columns that a narrow terminal does without, the least needed first.
 _LEAST_NEEDED = (
@@ -72,7 +73,8 @@ def _table(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:
         of_words = any(isinstance(record.get(name), str | list | Mapping) for record in records)
         table.add_column(name, justify="left" if of_words else "right", no_wrap=True)
     for record in records:
-        table.add_row(*(_cell(record, name) for name in names))
+        # As text: in a string rich would take [INST] for markup.
+        table.add_row(*(Text(_cell(record, name)) for name in names))
     return table
 
 

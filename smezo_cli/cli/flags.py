@@ -1,6 +1,7 @@
 """Parse the flags of the verbs, and check and write the files that they name."""
 
 import argparse
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,15 +30,32 @@ def shows_help(words: Sequence[str], usage: str) -> bool:
     return asked
 
 
-def check_out(out: str | None) -> None:
-    """Raise UserError if predictions could not be written to this file after the work."""
+def check_out(flag: str, out: str | None, example: str) -> None:
+    """Check, before the work, that a file can be written after it.
+
+    Args:
+        flag: that names the file.
+        out: the file; None: there is none to write.
+        example: a name for it.
+
+    Raises:
+        UserError: it is a folder or a device, or its folder is not there or cannot be written to.
+    """
     if out is None:
         return
     path = Path(out)
     if path.is_dir():
-        raise UserError(f"--out {out} is a folder: give the file for the predictions.")
+        raise UserError(f"{flag} {out} is a folder: give a file, such as {path / example}.")
     if not path.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {path.parent}; make it first.")
+        raise UserError(f"{flag} {out}: there is no folder {path.parent}; make it first.")
+    # A file is replaced as a whole, which would make a device an ordinary file.
+    place = path.parent.resolve()
+    of_devices = any(place.is_relative_to(folder) for folder in ("/dev", "/proc", "/sys"))
+    of_devices &= not place.is_relative_to("/dev/shm")
+    if of_devices or (path.exists() and not path.is_file()):
+        raise UserError(f"{flag} {out} is no ordinary file: give a file, such as {example}.")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {out}: the folder {path.parent} cannot be written to.")
 
 
 def write_lines(path: Path, records: Iterator[dict[str, Any]] | Any) -> None:

@@ -9,7 +9,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from smezo_cli.cli.flags import Flags, shows_help
+from smezo_cli.cli.flags import Flags, check_out, shows_help
 from smezo_cli.errors import UserError, near
 from smezo_cli.files.atomic import write_bytes
 from smezo_cli.machine import streams
@@ -113,8 +113,6 @@ def _files(out: str) -> list[Path]:
         UserError: another format, or no such folder.
     """
     path = Path(out)
-    if not path.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {path.parent}.")
     if path.suffix in (".png", ".svg"):
         files = [path]
     elif path.suffix and not path.suffix[1:].isdigit():
@@ -122,8 +120,7 @@ def _files(out: str) -> list[Path]:
     else:
         files = [path.with_name(f"{path.name}.{form}") for form in ("png", "svg")]
     for file in files:
-        if file.is_dir():
-            raise UserError(f"--out {out}: {file} is a folder.")
+        check_out("--out", str(file), "plot.svg")
     return files
 
 
@@ -176,7 +173,7 @@ def _of_table(
             label = "" if by_run else cell.row.name
             sources.append(Source(tuple(runs), label, chosen=True))
         if cell.missing:
-            seeds = f"{len(cell.runs)} of {len(found.seeds)} seeds"
+            seeds = f"{len(cell.runs)} of {len(found.seeds_of(cell.row))} seeds"
             notes.append(f"{where}: {seeds if cell.runs else 'not run yet'}.")
     if not sources:
         raise UserError(

@@ -65,7 +65,7 @@ def main(words: Sequence[str]) -> int:
             raise UserError(f"--field {shlex.quote(word)} is not of the form NAME=TEXT.")
         fields[name] = text
     overrides = [word for word in given.words if "=" in word]
-    check_out(given.out)
+    check_out("--out", given.out, "predictions.jsonl")
     if files:  # before torch is loaded, and after the run that it is for
         read_config(Path(given.run), overrides)
         existing("FILE", files[0])

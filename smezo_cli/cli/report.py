@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from smezo_cli.cli.flags import Flags, shows_help
+from smezo_cli.cli.flags import Flags, check_out, shows_help
 from smezo_cli.errors import UserError
 from smezo_cli.files.atomic import write_text
 from smezo_cli.machine import streams
@@ -64,10 +64,7 @@ def _file(out: str) -> Path:
     path = Path(out)
     if path.suffix not in (".html", ".htm"):
         raise UserError(f"--out {out}: a report is HTML, so give a name such as {out}.html.")
-    if path.is_dir():
-        raise UserError(f"--out {out} is a folder: give a file, such as {path / 'report.html'}.")
-    if not path.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {path.parent}; make it first.")
+    check_out("--out", out, "report.html")
     return path
 
 

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from smezo_cli.errors import UserError, near
 from smezo_cli.files import strict_json
 from smezo_cli.report.best import Best, best, mean_and_sd, on_dev
 from smezo_cli.report.compared import compared
-from smezo_cli.report.runs import Group, Run, find, groups, has, keys, load, select
+from smezo_cli.report.runs import Group, Run, find, groups, has, keys, load, repeats, select
 
 USAGE = """\
 smezo runs [KEY=VALUE ...]            the runs below runs/, filtered by results or settings
@@ -59,7 +60,7 @@ def main(words: Sequence[str]) -> int:
         raise UserError(f"--by {given.by} goes with --best.")
     if given.sort and given.best:
         raise UserError("--sort has no effect with --best: --by says what is the best.")
-    runs = find(Path(given.runs_dir))
+    runs, notes = find(Path(given.runs_dir)), list[str]()
     if given.compare:
         named = [_named(word, runs) for word in given.words]
         if len(named) < 2:
@@ -69,14 +70,15 @@ def main(words: Sequence[str]) -> int:
         records = list(compared([Group((run,)) for run in named]))
     else:
         runs = select(runs, given.words)
-        if given.sort:
-            runs = _sorted(runs, given.sort)
         done = [run for run in runs if run.result["status"] == "done"]
         if given.mean:
-            records = list(compared(groups(done)))
+            found = groups(done)
+            notes = [line for group in found for line in repeats(group.name, group.repeated)]
+            records = list(compared(_sorted_groups(found, given.sort) if given.sort else found))
         elif given.best:
             records = list(_best(runs, given.by or "loss", for_people=not given.json))
         else:
+            runs = _sorted(runs, given.sort) if given.sort else runs
             records = [_record(run) for run in runs]
             if given.json:  # forty digits are too wide for the table
                 for record, run in zip(records, runs, strict=True):
@@ -90,6 +92,8 @@ def main(words: Sequence[str]) -> int:
         )
     else:
         fitted_table.show(records, needed=given.sort)
+    for line in notes:
+        print(line, file=sys.stderr)
     return 0
 
 
@@ -108,15 +112,41 @@ def _named(word: str, runs: Sequence[Run]) -> Run:
 
 
 def _sorted(runs: list[Run], key: str) -> list[Run]:
-    if runs and not any(has(run, key) for run in runs):
-        raise UserError(f"--sort {key}: no run has such a key{near(key, keys(runs[0]))}.")
+    columns = [_record(run) for run in runs]
+    shown = [
+        of[key] if key in of else run.get(key) if has(run, key) else None
+        for run, of in zip(runs, columns, strict=True)
+    ]
+    if runs and key not in columns[0] and not any(has(run, key) for run in runs):
+        raise UserError(
+            f"--sort {key}: no run has such a key{near(key, [*keys(runs[0]), *columns[0]])}."
+        )
+    order = sorted(range(len(runs)), key=lambda k: _place(shown[k]))
+    return [runs[k] for k in order]
 
-    def place(run: Run) -> tuple[bool, float, str]:
-        value = run.get(key) if has(run, key) else None
-        number = value if isinstance(value, int | float) else 0.0
-        return value is None, number, str(value)
 
-    return sorted(runs, key=place)
+def _sorted_groups(found: list[Group], key: str) -> list[Group]:
+    """Order groups by a column of `--mean`, or by the mean of a key over their runs."""
+    columns = list(compared(found))
+    if found and key not in columns[0] and not any(has(r, key) for g in found for r in g.runs):
+        known = [*keys(found[0].runs[0]), *columns[0]]
+        raise UserError(f"--sort {key}: no run has such a key{near(key, known)}.")
+
+    def value(k: int) -> object:
+        if key in columns[k]:
+            return columns[k][key]
+        values = [run.get(key) for run in found[k].runs if has(run, key)]
+        numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+        if len(numbers) == len(values) > 0:
+            return statistics.mean(numbers)
+        return next((v for v in values if v is not None), None)
+
+    return [found[k] for k in sorted(range(len(found)), key=lambda k: _place(value(k)))]
+
+
+def _place(value: object) -> tuple[bool, float, str]:
+    """Return a key that sorts numbers by size, words by letters, and what is missing last."""
+    return value is None, value if isinstance(value, int | float) else 0.0, str(value)
 
 
 def _record(run: Run) -> dict[str, Any]:

@@ -88,9 +88,7 @@ def _tried(runs: Sequence[Run], by: str) -> Iterator[_Tried]:
             others.setdefault(_asked(run), []).append(run)
     with_value = [run for run, has in zip(runs, has_value, strict=True) if has]
     for group in groups(with_value, across_folders=True):
-        each: dict[int, Run] = {}  # a seed may stand in two folders
-        for run in group.runs:
-            each.setdefault(run.result["seed"], run)
+        each = {run.result["seed"] for run in group.runs}
         left: dict[int, Run] = {}
         for run in others.get(_asked(group.runs[0]), ()):
             seed = run.config.get("seed")
@@ -100,7 +98,7 @@ def _tried(runs: Sequence[Run], by: str) -> Iterator[_Tried]:
                 left[seed] = run
         diverged = tuple(run for run in left.values() if _has_diverged(run))
         missing = tuple(run for run in left.values() if not _has_diverged(run))
-        yield _Tried(Group(tuple(each.values())), diverged, missing)
+        yield _Tried(group, diverged, missing)
 
 
 def _asked(run: Run) -> str:

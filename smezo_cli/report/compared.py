@@ -29,9 +29,9 @@ def compared(found: Sequence[Group]) -> Iterator[dict[str, Any]]:
             "parts": _mean_of_parts(group),
         }
         for name in ("zero_shot", "calibrated"):
-            if name in kept:  # each run less its own: prompt and offsets depend on its dev rows
-                gain = paired(ours, group.mean(name), group.sizes)
-                record[f"over_{name}"], record[f"over_{name}_se"] = gain
+            # Each run less its own: prompt and offsets depend on its dev rows.
+            gain = paired(ours, group.mean(name), group.sizes) if name in kept else (None, None)
+            record[f"over_{name}"], record[f"over_{name}_se"] = gain
         aucs = [r["test"].get("auc") for r in results]
         record["auc"] = statistics.mean(aucs) if all(a is not None for a in aucs) else None
         record["train_seconds"] = statistics.mean(r["train_seconds"] for r in results)

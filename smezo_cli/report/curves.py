@@ -8,7 +8,7 @@ from typing import Any
 
 from smezo_cli.errors import UserError
 from smezo_cli.files import bounded
-from smezo_cli.report.runs import Run
+from smezo_cli.report.runs import Run, one_a_seed, repeats
 from smezo_cli.report.series import (
     BINS,
     MOST_BYTES,
@@ -59,16 +59,26 @@ def _number(value: object) -> float:
 
 def _line(run: Run, y: str, x: str, every: int, notes: list[str]) -> dict[int, tuple[float, float]]:
     """Return (x, y) by step for one run; values that are not finite are left out and noted."""
+    if run.collected is not None:
+        if (y, x) != (f"dev.{run.metric}", "steps"):
+            raise UserError(
+                f"{run.path} is a collected result, which has dev {run.metric} by step and nothing "
+                "else along a run: leave --x and --y out, or draw the runs themselves."
+            )
+        return {step: (step, 100 * value) for step, value in run.collected}
     steps, evaluations, bad = read_metrics(run)
     if bad:
         notes.append(f"{run.path}: {bad} lines of metrics.jsonl cannot be read and are left out.")
     place, total = {0: 0.0}, 0.0
+    # Lines of older versions have no number of their own.
+    whole = [_number(run.result.get(key)) for key in ("num_forwards", "step")]
+    per_step = whole[0] / whole[1] if whole[1] else math.nan
     for step in sorted(steps):
         record = steps[step]
         if x == "steps":
             total = step
         elif x == "forwards":
-            total += 2 * len(record.get("projected_grad", ())) or 1
+            total += _number(record.get("num_forwards", per_step))
         else:
             total += _number(record["seconds"])
         place[step] = total
@@ -131,7 +141,9 @@ def _add_curves(figure: Figure, sources: Sequence[Source], y: str, x: str) -> No
             key, label = y, "active share (%)"
         panel = Panel(title, label)
         for group in merge_seeds(members, ("eval_every", "keep", "full_save_every")):
-            lines = [_line(run, key, x, every, figure.notes) for run in group.runs]
+            runs, repeated = one_a_seed(group.runs)
+            figure.notes += repeats(f"{title}, {group.name}", repeated)
+            lines = [_line(run, key, x, every, figure.notes) for run in runs]
             common = [step for step in lines[0] if all(step in line for line in lines)]
             if any(len(line) != len(common) for line in lines):
                 seen = len({step for line in lines for step in line})

@@ -6,9 +6,10 @@ interpolated, smoothed away or counted twice; what is left out is said. No torch
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 
 from smezo_cli.errors import UserError
-from smezo_cli.report.runs import Run
+from smezo_cli.report.runs import Run, one_a_seed, repeats
 from smezo_cli.report.series import (
     Figure,
     Group,
@@ -53,7 +54,10 @@ def sparsity(sources: Sequence[Source]) -> Figure:
                 else:
                     at.setdefault((method_name(run), place), []).append(run)
             for (name, place), found in at.items():
-                groups = merge_seeds([Source(tuple(found), name, source.chosen)], ())
+                groups = [
+                    _one_a_seed(f"{title}, {name} at sparsity {place:g}", group, figure.notes)
+                    for group in merge_seeds([Source(tuple(found), name, source.chosen)], ())
+                ]
                 points.setdefault(name, {}).setdefault(place, []).extend(groups)
         for name in sorted(points, key=natural):
             best = {
@@ -62,19 +66,26 @@ def sparsity(sources: Sequence[Source]) -> Figure:
             }
             values = tuple(tuple(score(r) for r in group.runs) for group in best.values())
             panel.series.append(Series(name, tuple(best), values))
-        zero = {
+        zero = [
             100 * float(z[run.metric])
             for run in runs
             if isinstance((z := run.result.get("zero_shot") or {}).get(run.metric), int | float)
-        }
-        if len(zero) == 1:
-            panel.levels.append(("zero-shot", zero.pop()))
+        ]
+        if len(set(zero)) == 1:
+            panel.levels.append(("zero-shot", zero[0]))
         elif zero:
             low, high = min(zero), max(zero)
             panel.levels.append(("zero-shot (mean)", statistics.fmean(zero)))
             figure.notes.append(f"{title}: zero-shot differs, {low:.1f} to {high:.1f}.")
         figure.add(panel)
     return figure
+
+
+def _one_a_seed(where: str, group: Group, notes: list[str]) -> Group:
+    """Return the group with one run a seed; others are noted."""
+    kept, repeated = one_a_seed(group.runs)
+    notes += repeats(where, repeated)
+    return replace(group, runs=kept)
 
 
 def _best(where: str, groups: Sequence[Group], notes: list[str]) -> Group:
@@ -128,7 +139,11 @@ def lr(sources: Sequence[Source]) -> Figure:
             if not at:
                 figure.notes.append(f"{title}: {group.name} has no lr and is left out.")
                 continue
-            done = {rate: finished(at[rate]) for rate in sorted(at)}
+            done: dict[float, tuple[Run, ...]] = {}
+            for rate in sorted(at):
+                kept, repeated = one_a_seed(finished(at[rate]))
+                figure.notes += repeats(f"{title}, {group.name}, lr={rate:g}", repeated)
+                done[rate] = kept
             panel.series.append(
                 Series(
                     group.name,

@@ -13,7 +13,7 @@ from smezo_cli.report.compared import compared
 from smezo_cli.report.identity import flat
 from smezo_cli.report.page_chart import LineChart, RowChart, Value
 from smezo_cli.report.page_samples import Samples, samples
-from smezo_cli.report.runs import Group, Run, groups, paired
+from smezo_cli.report.runs import Group, Run, groups, paired, repeats
 from smezo_cli.report.series import (
     MOST_LINES,
     Source,
@@ -149,6 +149,7 @@ def blocks(runs: Sequence[Run], names: Mapping[Path, str]) -> tuple[list[Block],
     sound, notes = _sound(runs)
     by_title: dict[tuple[str, str], list[Group]] = {}
     for group in groups(sound):
+        notes += repeats(group.name, group.repeated)
         first = group.runs[0].result
         try:
             rows = str(first.get("test_rows") or f"not recorded, {len(group.mean())}")

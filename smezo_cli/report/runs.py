@@ -90,7 +90,7 @@ class Run:
             raise UserError(f"{path} cannot be read: it is damaged.") from error
 
     def get(self, key: str) -> object:
-        """Return a value by its dotted key: of the table, of result.json or of the settings.
+        """Return `score`, `run` (its name), or a value of result.json or the settings by its key.
 
         Raises:
             KeyError: there is none.
@@ -220,9 +220,15 @@ def keys(run: Run) -> list[str]:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone, and in the training rows that it draws."""
+    """Runs that differ in their seed alone, and in the training rows that it draws.
+
+    Attributes:
+        runs: one a seed.
+        repeated: further runs of these seeds, which count for nothing.
+    """
 
     runs: tuple[Run, ...]
+    repeated: tuple[Run, ...] = ()
 
     @property
     def name(self) -> str:
@@ -282,7 +288,26 @@ def groups(runs: Sequence[Run], *, across_folders: bool = False) -> list[Group]:
             found.setdefault((key, "" if follows else str(drawn)), []).append(run)
     place = {run.path: k for k, run in enumerate(runs)}
     ordered = sorted(found.values(), key=lambda members: place[members[0].path])
-    return [Group(tuple(members)) for members in ordered]
+    return [Group(*one_a_seed(members)) for members in ordered]
+
+
+def one_a_seed(runs: Sequence[Run]) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
+    """Return the first run of each seed, and the others.
+
+    The same settings and seed may have been run in several folders, or evaluated at other steps.
+    """
+    first: dict[int, Run] = {}
+    for run in runs:
+        first.setdefault(int(run.result["seed"]), run)
+    kept = tuple(first.values())
+    return kept, tuple(run for run in runs if all(run is not one for one in kept))
+
+
+def repeats(where: str, runs: Sequence[Run]) -> list[str]:
+    """Return a line for each run whose seed another run with the same settings stands for."""
+    return [
+        f"{where}: {run.path} repeats seed {run.result['seed']} and is left out." for run in runs
+    ]
 
 
 def draw_their_rows(runs: Sequence[Run]) -> bool:

@@ -113,7 +113,7 @@ def load(name: str, extra: Sequence[str] = ()) -> Table:
             own[column] = (*own.get(column, ()), rest)
     common = [word for word in extra if ":" not in word.partition("=")[0]]
     seeds = [word for word in common if word.startswith("seed=")]
-    given = tuple(map(int, seeds[-1][5:].split(","))) if seeds else ()
+    given = _seeds(seeds[-1]) if seeds else ()
     mark = str(node.get("mark", ""))
     return Table(
         id=name,
@@ -137,6 +137,14 @@ def load(name: str, extra: Sequence[str] = ()) -> Table:
             for k, v in node["rows"].items()
         ),
     )
+
+
+def _seeds(word: str) -> tuple[int, ...]:
+    """Return the seeds of seed=N,N, each once."""
+    texts = [text.strip() for text in word.removeprefix("seed=").split(",")]
+    if not all(text.isascii() and text.isdecimal() and int(text) < 2**63 for text in texts):
+        raise UserError(f"{word}: seeds of a table are whole numbers of at least 0: seed=0,1,2.")
+    return tuple(dict.fromkeys(map(int, texts)))
 
 
 def check_names(

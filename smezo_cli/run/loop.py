@@ -170,6 +170,7 @@ def fit(
                     "projected_grad": list(record.projected_grad),
                     **({"clipped": record.clipped} if record.clipped else {}),
                     **({"unmoved": record.unmoved} if record.unmoved else {}),
+                    "num_forwards": record.num_forwards,
                     "seconds": seconds,
                 }
             )

@@ -481,6 +481,7 @@ def test_help_names_every_candidate_and_key(capsys: pytest.CaptureFixture[str]) 
         ("--only mzo", "--only mzo: there is no such candidate, did you mean"),
         ("--json /no/where.json", "there is no folder /no"),
         ("--json /", "is a folder"),
+        ("--json /dev/null", "--json /dev/null is no ordinary file"),
         ("--grw", "unrecognized arguments: --grw; smezo bench --help"),
     ],
 )

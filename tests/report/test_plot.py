@@ -88,7 +88,8 @@ def make(
     for step in range(1, config["steps"] + 1):
         loss = losses[step - 1] if losses else 1.0
         grads = [] if method == "adamw" else [1.0, 2.0]
-        lines.append({"step": step, "loss": loss, "projected_grad": grads, "seconds": 0.5})
+        line = {"step": step, "loss": loss, "projected_grad": grads, "seconds": 0.5}
+        lines.append(line | {"num_forwards": 2 * len(grads) or 1})
         if looks and step in looks:
             value = looks[step]
             lines.append(
@@ -137,6 +138,38 @@ def test_a_curve_is_the_mean_of_the_seeds_and_its_band_their_deviation(
     assert top == pytest.approx(ys[0] + 100 * statistics.stdev([0.5, 0.7, 0.6]))
     assert axes.get_ylabel() == "dev accuracy (%)"
     assert axes.get_legend().get_title().get_text() == "mean ± sd over n seeds"
+
+
+@pytest.mark.parametrize("by_step", [True, False])
+def test_forwards_are_those_that_the_steps_took(by_step: bool, tmp_path: Path) -> None:
+    """FZOO's eight losses and the one at the weights; of older runs the mean over all steps."""
+    folder = make(tmp_path, looks={2: 0.5, 4: 0.6}, method="fzoo")
+    file = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines:
+        if "seconds" in line:
+            del line["num_forwards"]
+            line |= {"projected_grad": [1.0] * 8} | ({"num_forwards": 9} if by_step else {})
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = json.loads((folder / "result.json").read_text()) | {"num_forwards": 36}
+    (folder / "result.json").write_text(json.dumps(result))
+    figure = curves.curve(source(tmp_path), x="forwards")
+    assert figure.panels[0].series[0].x == (18, 36)
+
+
+def test_a_seed_that_was_run_twice_is_drawn_once_and_that_is_said(tmp_path: Path) -> None:
+    curve, rates = tmp_path / "curve", tmp_path / "lr"
+    make(curve, looks={2: 0.5, 4: 0.6})
+    make(curve, looks={1: 0.5, 2: 0.7, 3: 0.5, 4: 0.8}, eval_every=1)
+    for score in (0.5, 0.7):
+        make(rates, score)
+    for figure, values in (
+        (curves.curve(source(curve)), ((50,), (60,))),
+        (figures.lr(source(rates)), ((50,),)),
+    ):
+        ((series,),) = [panel.series for panel in figure.panels]
+        assert series.values == values
+        assert sum("repeats seed 0" in note for note in figure.notes) == 1
 
 
 def test_one_seed_has_no_band_and_that_is_said(tmp_path: Path) -> None:
@@ -402,4 +435,14 @@ def test_a_table_gives_the_runs_that_it_took(
     rates = drawn["lr"].panels[0].series[0]
     assert rates.x == (1e-3, 1e-2)
     assert sorted(map(len, rates.values)) == [1, 2]
-    assert drawn["curve"].panels[0].series[0].x == (1, 2)
+    curve = drawn["curve"].panels[0].series[0]
+    assert curve.x == (1, 2)
+    # Small files that were collected have the same curve, and nothing but that.
+    assert main(["table", "tiny", "--collect", "kept"]) == 0
+    assert main(["plot", "curve", "tiny", "--results", "kept"]) == 0
+    again = drawn["curve"].panels[0].series[0]
+    assert (again.x, again.mean) == (curve.x, [pytest.approx(value) for value in curve.mean])
+    capsys.readouterr()
+    for words in (["curve", "tiny", "--x", "seconds"], ["active", "tiny"]):
+        assert main(["plot", *words, "--results", "kept"]) == 2
+        assert "is a collected result, which has dev accuracy by step" in capsys.readouterr().err

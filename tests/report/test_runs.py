@@ -125,6 +125,65 @@ def test_runs_that_differ_in_their_seed_alone_are_one_line(
     assert second["sd"] is None
 
 
+def test_a_seed_that_was_run_twice_counts_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Evaluated as often by eval_every=null and by its number: other folders, the same settings."""
+    for name, every in (("a", None), ("b", 1)):
+        folder = make(tmp_path, name, [1, 1, 0, 0], eval_every=every)
+        dev_at(folder, 1, 2)
+    make(tmp_path, "c", [1, 1, 1, 1], seed=1, eval_every=1)
+    (record,) = table(capsys, tmp_path, "--mean")
+    assert record["seeds"] == 2
+    assert record["score"] == pytest.approx(0.75)
+    assert main(["runs", "--runs-dir", str(tmp_path), "--mean"]) == 0
+    assert "b repeats seed 0 and is left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        *[("score", [2, 1]), ("sd", [2, 1]), ("lr", [1, 2]), ("train_seconds", [1, 2])],
+        ("test.accuracy", [2, 1]),
+    ],
+)
+def test_groups_are_sorted_by_their_own_numbers(
+    key: str, expected: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not by those of one of their runs: the first has the worst seed, and the better mean."""
+    make(tmp_path, "a0", [1, 0, 0, 0], seed=0)
+    make(tmp_path, "a1", [1, 1, 1, 1], seed=1)
+    for seed in (0, 1):
+        make(tmp_path, f"b{seed}", [1, 1, 0, 0], lr=3e-4, seed=seed)
+    found = table(capsys, tmp_path, "--mean", "--sort", key)
+    assert [1 if "lr=0.0001" in record["runs"] else 2 for record in found] == expected
+    assert found[0]["over_first"] is None
+
+
+def test_a_column_that_the_first_group_lacks_is_there_for_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make(tmp_path, "a")
+    save_file({"outcome.test": np.ones(2, np.float32)}, folder / "scores.safetensors")
+    make(tmp_path, "b", lr=3e-4)
+    first, second = table(capsys, tmp_path, "--mean")
+    assert first["over_zero_shot"] is None
+    assert second["over_zero_shot"] == 0.5
+    assert main(["runs", "--runs-dir", str(tmp_path), "--mean"]) == 0
+    assert "over_zero_shot" in capsys.readouterr().out
+
+
+def test_settings_with_brackets_are_printed_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, prompt in (("a", "[INST] {text} [/INST]"), ("b", ":smile: [bold]")):
+        make(tmp_path, name, task={"name": "toy", "prompt": prompt})
+    assert main(["runs", "--runs-dir", str(tmp_path), "--mean"]) == 0
+    out = capsys.readouterr().out
+    assert "[/INST]" in out
+    assert ":smile: [bold]" in out
+
+
 def test_seeds_that_draw_their_training_rows_are_one_line_where_the_test_rows_are_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
