@@ -664,6 +664,8 @@ VERBS: list[Mistake] = [
     ("eval another prompt", None, f"eval {RUN} task.prompt=0", ["task.prompt", "keeps"]),
     ("eval device", no_cuda, f"eval {RUN} device=cuda", ["device=cuda", "device=cpu"]),
     ("eval out", None, f"eval {RUN} --out no/such/file", ["--out no/such/file", "make it first"]),
+    ("eval out a device", None, f"eval {RUN} --out /dev/null", ["/dev/null is no ordinary file"]),
+    ("predict out", None, f"predict {RUN} a.csv --out /dev/stdout", ["/dev/stdout is no ordinary"]),
     ("eval out a folder", folder("out"), f"eval {RUN} --out out", ["--out out is a folder"]),
     ("predict nothing", None, f"predict {RUN}", ["one FILE or by --field NAME=TEXT"]),
     ("predict both", None, f"predict {RUN} a.csv --field text=a", ["either", "FILE", "--field"]),

@@ -18,7 +18,7 @@ from smezo_cli.cli.method_notes import ARENA, COSTS
 from smezo_cli.cli.plan import parse_memory, parse_tokens, read_bench
 from smezo_cli.config.compose import checked_settings
 from smezo_cli.config.method_keys import trait
-from smezo_cli.config.searchpath import of_line, say
+from smezo_cli.config.searchpath import SearchPath, of_line, say
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.files import strict_json
@@ -116,7 +116,8 @@ def main(words: Sequence[str]) -> int:
             "--hours 2 --bench FILE says how many steps that is."
         )
     bench = None if given.bench is None else _forward_of(Path(given.bench), settings)
-    names = _methods(given.config_dir)
+    search = of_line(given.config_dir, ())
+    names = _methods(search)
     found, refused = list[Choice](), dict[str, str]()
     with waiting("planning a run with each method", len(names)) as tick:
         for name in names:
@@ -130,7 +131,7 @@ def main(words: Sequence[str]) -> int:
                 steps = (
                     None if bench is None or hours is None else _steps(bench, own, planned, hours)
                 )
-                found.append(_choice(own, planned, steps, given.overrides))
+                found.append(_choice(own, planned, steps, search, given.overrides))
             tick(1)
     if not found:  # what is wrong with all of them is a mistake of the line
         raise UserError(next(iter(refused.values())))
@@ -143,9 +144,9 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def _methods(config_dir: str | None) -> list[str]:
+def _methods(search: SearchPath) -> list[str]:
     """Return the names of the methods that train."""
-    files = files_of("methods", of_line(config_dir, ()).roots)
+    files = files_of("methods", search.roots)
     return [
         name
         for title, names in parts("methods", files)
@@ -155,7 +156,11 @@ def _methods(config_dir: str | None) -> list[str]:
 
 
 def _choice(
-    settings: Settings, planned: Plan, steps: int | None, overrides: Sequence[str]
+    settings: Settings,
+    planned: Plan,
+    steps: int | None,
+    search: SearchPath,
+    overrides: Sequence[str],
 ) -> Choice:
     name = settings.method["name"]
     costs = json.loads(COSTS.read_text(encoding="utf-8"))["methods"].get(name, {})
@@ -170,7 +175,7 @@ def _choice(
         forwards=costs.get("forwards", "" if compares else "1, backward"),
         arena={bed: (points, error) for bed, (points, error) in arena.items()},
         steps=steps,
-        command=shlex.join(["smezo", "train", *words]),
+        command="" if steps == 0 else shlex.join(["smezo", "train", *search.as_typed, *words]),
     )
 
 
@@ -237,7 +242,7 @@ def _text(
         )
         if not all(one.arena for one in fitting):
             yield "What it has not measured yet follows, by peak memory, which is no rank."
-    else:
+    elif fitting:
         yield "The arena has not measured them yet (docs/results/arena.md): by peak memory."
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from smezo_cli.cli.flags import shows_help
-from smezo_cli.cli.ls import GROUPS
+from smezo_cli.cli.ls import GROUPS, files_of
 from smezo_cli.config.searchpath import SearchPath, of_line
 from smezo_cli.errors import UserError, near
 
@@ -115,9 +115,8 @@ def _query(line: str, verbs: Sequence[str]) -> Iterator[str]:
     elif verb == "show" and given[1] == "run":
         yield from (run for run in _runs() if run.startswith(last))
     elif verb == "show" and len(given) == 3:
-        folders = [root / given[1].removesuffix("s") for root in search.roots]
-        stems = {file.stem for folder in folders for file in folder.glob("*.yaml")}
-        yield from (name for name in sorted(stems) if name.startswith(last))
+        files = files_of(given[1], search.roots)
+        yield from (name for name in sorted(files) if name.startswith(last))
 
 
 def _without_config_dir(words: list[str]) -> tuple[list[str], SearchPath]:

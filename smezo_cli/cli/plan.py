@@ -102,7 +102,7 @@ def _bench_of(path: Path, settings: Settings) -> dict[str, Any]:
     if not isinstance(step, float) or not step > 0:
         raise UserError(
             f"--bench {path} holds no step of method {settings.method['name']}: smezo bench "
-            "measures mezo and sparse_mezo."
+            f"--only {settings.method['name']} --json FILE measures one."
         )
     return found
 
@@ -151,7 +151,8 @@ def parse_memory(text: str) -> int:
     size = 0
     if found is not None:
         number, unit, binary = found.groups()
-        size = int(float(number) * (1024 if binary else 1000) ** _UNITS[unit.upper()])
+        amount = float(number) * (1024 if binary else 1000) ** _UNITS[unit.upper()]
+        size = int(amount) if amount < 2**63 else 0
     if not size:
         raise UserError(
             f"--memory {shlex.quote(text)} is no amount of memory: give a number above 0 with KB, "

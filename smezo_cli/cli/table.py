@@ -5,9 +5,11 @@ first seed searches the grid, dev chooses, the other seeds run the choice; or a 
 shorter and of another seed, goes before all of them. No torch here.
 """
 
+import contextlib
+import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,8 @@ def main(words: Sequence[str]) -> int:
     check_names(table, given.row, given.column)
     _check_less(table, given.less, given.row)
     folder = Path(given.runs_dir or "runs")
+    if given.runs_dir is not None and not given.run and not folder.is_dir():
+        raise UserError(f"--runs-dir {given.runs_dir}: there is no such folder.")
     with_runs = given.results is None or given.run or given.runs_dir is not None
 
     def read() -> tuple[list[Cell], Reader]:
@@ -88,7 +92,7 @@ def main(words: Sequence[str]) -> int:
         reader.notes += notes
         return reader.cells(given.row, given.column), reader
 
-    code = _run(read) if given.run else 0
+    code = _run(read, is_data=given.format != "markdown") if given.run else 0
     if code == 130:
         return code
     cells, reader = read()
@@ -116,18 +120,24 @@ def _check_less(table: Table, less: str, rows: Sequence[str]) -> None:
         raise UserError(f"--less {less}: add --row {shlex.quote(less)} beside the others.")
 
 
-def _run(read: Any) -> int:
-    """Run the next command of each cell until none is new, or one is interrupted."""
+def _run(read: Any, *, is_data: bool) -> int:
+    """Run the next command of each cell until none is new, or one is interrupted.
+
+    Args:
+        read: returns the cells as they are now.
+        is_data: standard output is for the table alone.
+    """
+    from smezo_cli.config.launch import worst
     from smezo_cli.train import main as train
 
     tried: set[tuple[str, ...]] = set()
-    worst = 0
+    codes = [0]
     while True:
         cells = read()[0]
         todo = list(dict.fromkeys(cell.missing for cell in cells if cell.missing))
         todo = [words for words in todo if words not in tried]
         if not todo:
-            return worst
+            return worst(codes)
         complete = sum(cell.missing is None for cell in cells)
         print(
             f"[{complete} of {len(cells)} cells need nothing more] {command(todo[0])}",
@@ -135,7 +145,21 @@ def _run(read: Any) -> int:
             flush=True,
         )
         tried.add(todo[0])
-        code = train(["-m", *todo[0]])
-        if code == 130:
-            return code
-        worst = max(worst, code)
+        with _on_stderr() if is_data else contextlib.nullcontext():
+            codes.append(train(["-m", *todo[0]]))
+        if codes[-1] == 130:
+            return 130
+
+
+@contextlib.contextmanager
+def _on_stderr() -> Iterator[None]:
+    """Send to stderr what this process and those that it starts print meanwhile."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)

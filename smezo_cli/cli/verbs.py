@@ -26,7 +26,7 @@ smezo: zeroth-order fine-tuning of language models
   smezo export RUN FOLDER         the trained model, as transformers loads it
   smezo replay RUN                the trained weights again, from the base model and the steps alone
   smezo bench [KEY=VALUE ...]     what a step costs here, beside plain forwards and the textbook's
-  smezo ls [GROUP]                what there is: tasks, models, methods, recipes, loggers
+  smezo ls [GROUP]                what there is: tasks, models, methods, experiments, ...
   smezo show GROUP NAME           one of them: what it is, its values and where they come from
                                   (both with --config-dir DIR: your own, which come first)
   smezo doctor                    versions, devices, passes, caches: for a bug report

@@ -23,6 +23,8 @@ def help(request: Request) -> str:
     for group in sorted({d.name for root in roots for d in root.iterdir() if d.is_dir()}):
         if group not in ("hydra", "recipe", "table"):
             names = sorted({f.stem for root in roots for f in (root / group).glob("*.yaml")})
+            if not names:  # another folder beside those of settings
+                continue
             line = f"{group}: {', '.join(names)}"
             groups.append(textwrap.fill(line, 110, subsequent_indent=" " * (len(group) + 2)))
     if request.overrides:

@@ -9,7 +9,7 @@ import io
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 
 from omegaconf import DictConfig
@@ -74,6 +74,11 @@ def launch(argv: Sequence[str], run: Callable[[DictConfig], object]) -> int:
             codes.append(ended.code)
             if ended.words:
                 _say(ended.words)
+    return worst(codes)
+
+
+def worst(codes: Iterable[int]) -> int:
+    """Return the worst of some exit codes: a crash is worse than a refusal."""
     return max(codes, key=lambda code: _SEVERITY.get(code, 3))
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import filelock
 from omegaconf import DictConfig, OmegaConf
 
+from smezo_cli.config import searchpath
 from smezo_cli.config.fixed import sentence
 from smezo_cli.errors import UserError, redacted
 from smezo_cli.files.atomic import write_text
@@ -362,11 +363,13 @@ class Search:
         if best is None:
             print(f"search: none of {self._num} trials came to a {self._what}", flush=True)
             return
+        searched = searchpath.of_run(self._config.hydra.runtime.config_sources)
         proposed = {typed(key): value for key, value in _proposed(best).items()}
         found = {"name": NAME, "best_params": proposed, "best_value": best.value}
         text = OmegaConf.to_yaml(OmegaConf.create(found))
         write_text(self._folder / "optimization_results.yaml", redacted(text))
-        line = redacted(shlex.join(["smezo", "train", *map(typed, [*fixed, *_words(best)])]))
+        words = [*searched.as_typed, *map(typed, [*fixed, *_words(best)])]
+        line = redacted(shlex.join(["smezo", "train", *words]))
         print(
             f"search: the best of {self._num} trials is {best.number + 1}, {self._what} "
             f"{best.value:.4f}\n  {line}",

@@ -94,6 +94,8 @@ def of_line(config_dir: str | None, given: Sequence[object]) -> SearchPath:
             raise UserError(f"hydra.searchpath={folder}: it must be a list of folders: [mine].")
         named.append(("hydra.searchpath", folder.removeprefix("file://")))
     for where, folder in named:
+        if not folder:  # else it would be the current folder
+            raise UserError(f"{where} is empty: give a folder of settings.")
         is_package = folder.startswith(_PACKAGE) and where != flag
         if "://" in folder and not is_package:
             raise UserError(f"{where} {folder}: it must be a folder or pkg://MODULE.")

@@ -59,6 +59,9 @@ from smezo_cli.errors import UserError, near, redacted_tree
 from smezo_cli.kinds import MIXTURE
 from smezo_cli.zo.ranges import Choice, Number, SettingType, Whole, shown
 
+_MOST_BYTES_OF_NAME = 255
+_REST_OF_FOLDER = len("--") + len(f"-s{2**63}-") + 8  # of the name of a run's folder
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -118,6 +121,7 @@ def check(cfg: DictConfig) -> Settings:
     checked = _top_level(_known(cfg))
     checked |= _groups(checked)
     _check_secrets(checked)
+    _check_names(checked)
     _check_targets(checked["method"], "method")
     for node in single_tasks(checked["task"]):
         check_counts(node)
@@ -253,6 +257,18 @@ def _check_secrets(checked: Mapping[str, Any]) -> None:
                 f"that is named like one), and the paths of a run are printed and stored: choose "
                 f"another {key}, or unset that variable."
             )
+
+
+def _check_names(checked: Mapping[str, Any]) -> None:
+    """Refuse names of which the name of the run's folder would be too long for a file system."""
+    names = {f"{group}.name": checked[group]["name"] for group in ("task", "model", "method")}
+    longest = max(names, key=lambda key: len(names[key].encode()))
+    size = sum(len(name.encode()) for name in names.values()) + _REST_OF_FOLDER
+    if size > _MOST_BYTES_OF_NAME:
+        raise UserError(
+            f"{longest}={names[longest]}: the folder of the run would have a name of {size} bytes, "
+            f"and file systems take {_MOST_BYTES_OF_NAME}: give a shorter {longest}."
+        )
 
 
 def check_target(node: Mapping[str, Any], key: str) -> str:

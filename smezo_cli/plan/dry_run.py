@@ -13,6 +13,8 @@ from smezo_cli.plan.trace import PadOnly, trace
 
 OPTION_TOKENS = 16  # of an option of a choice task, assumed
 
+_MOST_ROWS = 2**24  # so many are a list of 128 MB here, and more than any device computes at once
+
 _NUM_OPTIONS = 10  # of a row of ReCoRD; other choice tasks name theirs
 
 
@@ -118,6 +120,10 @@ class DryRun:
             )
         if self.settings.task.get("sfc"):
             row = dataclasses.replace(row, base=_base_of(row))
+        if count > _MOST_ROWS:
+            raise UserError(
+                f"{count:,} rows at once: a plan counts at most {_MOST_ROWS:,}; lower batch_size."
+            )
         return [row] * count
 
     def micro_batch(self) -> list[Any]:

@@ -133,6 +133,13 @@ def plan(settings: Settings, *, capacity: int | None = None, tokens: int | None 
     """
     if settings.task["kind"] == MIXTURE:
         return _of_mixture(settings, capacity, tokens)
+    return _of_task(settings, capacity, tokens)[0]
+
+
+def _of_task(
+    settings: Settings, capacity: int | None, tokens: int | None
+) -> tuple[Plan, kept_inputs.Kept | None]:
+    """Return the plan of a task, and what is kept of its rows."""
     if settings.model["device_map"] is not None:
         raise UserError(
             "smezo plan knows one device: leave model.device_map out, and compare the weights that "
@@ -140,12 +147,12 @@ def plan(settings: Settings, *, capacity: int | None = None, tokens: int | None 
         )
     if settings.method.get("layers") == "dominant":
         method = {**settings.method, "layers": [_DOMINANT]}
-        one = plan(dataclasses.replace(settings, method=method), capacity=capacity, tokens=tokens)
+        one, kept = _of_task(dataclasses.replace(settings, method=method), capacity, tokens)
         said = (
             *one.assumptions,
             f"the dominant layer is found by the run: it is block {_DOMINANT}",
         )
-        return dataclasses.replace(one, assumptions=said)
+        return dataclasses.replace(one, assumptions=said), kept
     device = _device(settings, capacity)
     capacity = capacity or _capacity(settings, device)
     run = dry_run(settings, device, tokens, stages.num_demonstrations(settings))
@@ -181,7 +188,7 @@ def plan(settings: Settings, *, capacity: int | None = None, tokens: int | None 
     if index is not None:
         disk, disk_peak = (size + masks.bytes_on_disk(run, index) for size in (disk, disk_peak))
     s = settings
-    return Plan(
+    found = Plan(
         run=f"{s.task['name']} | {s.model['name']} | {s.method['name']} | {s.dtype} weights, "
         f"{s.compute_dtype or s.dtype} compute | {device}",
         device=device,
@@ -197,6 +204,7 @@ def plan(settings: Settings, *, capacity: int | None = None, tokens: int | None 
             *([kept.sentence] if kept is not None else []),
         ],
     )
+    return found, kept
 
 
 def _of_mixture(settings: Settings, capacity: int | None, tokens: int | None) -> Plan:
@@ -210,7 +218,8 @@ def _of_mixture(settings: Settings, capacity: int | None, tokens: int | None) ->
     def part_of(node: dict[str, Any]) -> Settings:
         return dataclasses.replace(settings, task=node, batch_size=each)
 
-    parts = [plan(part_of(node), capacity=capacity, tokens=tokens) for node in nodes.values()]
+    planned = [_of_task(part_of(node), capacity, tokens) for node in nodes.values()]
+    parts = [part for part, _ in planned]
     first, first_node = parts[0], next(iter(nodes.values()))
     known = [key for key in first.work if all(key in part.work for part in parts)]
     work = {key: sum(part.work[key] for part in parts) for key in known}
@@ -228,10 +237,10 @@ def _of_mixture(settings: Settings, capacity: int | None, tokens: int | None) ->
     said = [line for part in parts for line in part.assumptions if line not in of_parts]
     if words := losses.sentence(method, settings, longest):
         said.append(words)
-    return dataclasses.replace(
+    merged = dataclasses.replace(
         first,
         run=first.run.replace(next(iter(nodes)), f"mixture of {', '.join(nodes)}", 1),
-        resident=_most(part.resident for part in parts) | _kept_of(parts),
+        resident=_most(part.resident for part in parts),
         phases=_most(part.phases for part in parts),
         host=max(part.host for part in parts),
         disk=max(part.disk for part in parts),
@@ -242,12 +251,30 @@ def _of_mixture(settings: Settings, capacity: int | None, tokens: int | None) ->
             *dict.fromkeys(said),
         ],
     )
+    return _with_kept(merged, planned)
 
 
-def _kept_of(parts: Sequence[Plan]) -> dict[str, int]:
-    """Return the bytes of what is kept of the rows of all parts, if anything is."""
-    size = sum(part.resident.get(KEPT, 0) for part in parts)
-    return {KEPT: size} if size else {}
+def _with_kept(merged: Plan, planned: Sequence[tuple[Plan, kept_inputs.Kept | None]]) -> Plan:
+    """Return the plan of a mixture with what is kept of the rows of all its parts in one store."""
+    every = [(part, kept) for part, kept in planned if kept is not None]
+    if not every:
+        return merged
+    sizes = [kept.most or 0 for _, kept in every]
+    if merged.device == "cuda":
+        less = max(part.host - size for (part, _), size in zip(every, sizes, strict=True))
+        return dataclasses.replace(merged, host=less + sum(sizes))
+    resident = {name: size for name, size in merged.resident.items() if name != KEPT}
+    all_of_it = dataclasses.replace(every[0][1], most=sum(sizes))
+    held = all_of_it.in_memory(merged.capacity - sum(resident.values()))
+    in_files = [
+        size - part.resident.get(KEPT, 0) for (part, _), size in zip(every, sizes, strict=True)
+    ]
+    less = max(part.disk_peak - in_file for (part, _), in_file in zip(every, in_files, strict=True))
+    return dataclasses.replace(
+        merged,
+        resident=resident | ({KEPT: held} if held else {}),
+        disk_peak=less + sum(sizes) - held,
+    )
 
 
 def _most(sizes: Iterable[Mapping[str, int]]) -> dict[str, int]:

@@ -300,6 +300,12 @@ def _forward_and_backward(run: DryRun, method: Any) -> int:
         parameter.requires_grad_(name in method.trained)
     run.computing.train()
     found, _ = run.count(lambda: scorer.loss(batch).backward())
+    if run.settings.batch_size > run.micro_batch_size:
+        # Gradients stay from one micro-batch to the next, so that they lie beside activations.
+        gradients = [p.grad for p in named.values() if p.grad is not None]
+        held = [*named.values(), *run.computing.buffers(), *gradients]
+        again, _ = trace(held, lambda: scorer.loss(batch).backward())
+        found = max(found, again + bytes_of(gradients))
     for parameter in named.values():
         parameter.grad = None
     if run.compute_dtype != run.dtype:

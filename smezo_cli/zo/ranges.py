@@ -49,7 +49,7 @@ class Whole:
     def __call__(self, value: object) -> int:
         if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
             raise ValueError
-        if not self.low <= value < self.end:
+        if not self.low <= value < min(self.end, 2**63):  # beyond are no numbers of anything
             raise ValueError
         return int(value)
 
@@ -74,7 +74,10 @@ class Number:
             raise ValueError
         if not self.low <= value < self.high or (self.above and value == self.low):
             raise ValueError  # nan and inf end here too
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # a whole number of hundreds of digits
+            raise ValueError from None
 
 
 class Choice:

@@ -76,6 +76,14 @@ def test_what_does_not_fit_is_said_with_what_it_needs(capsys: pytest.CaptureFixt
     assert sum("smezo train" in line for line in lines) == 3
 
 
+def test_where_nothing_fits_nothing_is_said_of_an_order(
+    arena: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = lines_of([*TOY, "--memory", "1KB"], capsys)
+    assert sum(line.startswith("does not fit") for line in lines) == len(FOUR)
+    assert not any("arena" in line for line in lines)
+
+
 def test_what_cannot_be_is_said_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
     lines = lines_of([*TOY, "sparsity=0.5"], capsys)
     (said,) = (line for line in lines if line.startswith("not so: mezo:"))
@@ -119,6 +127,16 @@ def test_a_method_of_the_user_that_nobody_has_timed_has_no_steps(
     words = [*TOY, "--hours", "1", "--bench", str(file), "--json", "--config-dir", str(tmp_path)]
     (found,) = json.loads("\n".join(lines_of(words, capsys)))["methods"]
     assert (found["steps"], found["forwards"]) == (None, "")
+    assert found["command"].startswith(f"smezo train --config-dir {tmp_path} method=mine ")
+
+
+def test_a_time_that_holds_not_one_step_has_no_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = bench_of({"forward": 2.0}, tmp_path)
+    words = [*TOY, "--hours", "1e-4", "--bench", str(file), "--json"]
+    found = json.loads("\n".join(lines_of(words, capsys)))["methods"]
+    assert [(one["steps"], one["command"]) for one in found] == [(0, "")] * len(FOUR)
 
 
 def test_a_file_without_a_forward_is_refused(

@@ -40,6 +40,7 @@ def offers(line: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
         ("smezo report --o", ["--out "]),
         ("smezo show meth", ["methods "]),
         ("smezo show methods sp", ["sparse_mezo", "sparse_mezo_lora"]),
+        ("smezo show table are", ["arena/1", "arena/2"]),
         ("smezo nothing ", []),
     ],
 )

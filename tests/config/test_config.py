@@ -356,6 +356,8 @@ MISTAKES = [
     ("model.config=abc", ["model.config=abc", "a mapping of names to values"]),
     ("model.config=7", ["model.config=7", "a mapping of names to values"]),
     ("--config-dir nowhere", ["--config-dir nowhere", "no such folder"]),
+    ("--config-dir=", ["--config-dir is empty", "give a folder"]),
+    (f"task.name={'a' * 230}", ["task.name=aaa", "255", "give a shorter task.name"]),
     ("model.quantization=4bit", ["model.quantization", "+model.quantization=4bit"]),
 ]
 

@@ -89,6 +89,18 @@ def test_the_best_is_the_lowest_loss_and_its_command_makes_it(
     assert (again, alone["lr"]) == (0, runs[best]["lr"])
 
 
+def test_the_command_of_the_best_names_the_folder_of_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine" / "task").mkdir(parents=True)
+    (tmp_path / "mine" / "task" / "own.yaml").write_text("defaults: [toy, _self_]\nname: own\n")
+    code, _ = searched(f"--config-dir {tmp_path / 'mine'} {OPTUNA} task=own", distance)
+    assert code == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert f"smezo train --config-dir {tmp_path / 'mine'} " in line
+    assert searched(line.partition("train ")[2], distance)[0] == 0
+
+
 def test_the_best_names_fields_of_an_adapter_as_they_are_typed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -143,6 +155,7 @@ def looped(
         of = kinds[f"{sampler}sampler"](seed=0, **of_sampler)
         mine = search.Search(of, "minimize", storage, name, num, at_once, 1.0, None, None, None)
         node = {"hydra": {"sweeper": {"sampler": of_sampler}, "sweep": {"dir": "runs/default"}}}
+        node["hydra"]["runtime"] = {"config_sources": []}
         mine._config, mine._folder = OmegaConf.create(node), Path("runs/default")
         mine._launcher = launcher = Launcher(loss)
         mine.sweep(["lr=tag(log, interval(1e-5, 1e-1))", "sparsity=interval(0, 0.5)", *words])
@@ -269,7 +282,7 @@ def test_where_every_run_diverges_or_fails_that_is_said(
 def test_an_experiment_names_the_space_and_the_line_wins_over_it() -> None:
     words = f"experiment=search {SMALL} steps=8 hydra.sweeper.n_trials=3"
     _, runs = searched(words, distance)
-    assert all(1e-5 <= r["lr"] <= 1e-3 and 0.5 <= r["sparsity"] <= 0.9 for r in runs)
+    assert all(3e-4 <= r["lr"] <= 1e-2 and 0.25 <= r["sparsity"] <= 0.75 for r in runs)
     assert len({run["eps"] for run in runs}) == 3
     _, runs = searched(f"{words} eps=1e-3 'lr=choice(2e-4,3e-4)' name=typed", distance)
     assert {run["eps"] for run in runs} == {1e-3}

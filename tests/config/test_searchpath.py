@@ -132,6 +132,16 @@ def test_a_train_yaml_is_checked_before_hydra_reads_it(
     assert says in capsys.readouterr().err
 
 
+def test_help_names_groups_of_settings_alone(
+    mine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (mine / "docs").mkdir()
+    assert launch(["--help", "--config-dir", str(mine)], lambda cfg: pytest.fail("ran")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("method: ") for line in lines)
+    assert not any(line.startswith("docs:") for line in lines)
+
+
 def test_files_beside_the_groups_are_none_of_ours(mine: Path) -> None:
     (mine / "compose.yaml").write_text("a: *b\n")
     assert len(jobs("--config-dir", str(mine))) == 1

@@ -52,6 +52,25 @@ def test_on_cuda_it_lies_on_the_host() -> None:
     assert kept.peak == whole.peak
 
 
+@pytest.mark.parametrize("share", [8, 1])
+def test_the_parts_of_a_mixture_share_one_store(share: int) -> None:
+    """A quarter of what is free holds the rows of all parts, not a quarter for each."""
+    parts = "task.parts=[{task: toy, name: a},{task: toy, name: b},{task: toy, name: c}]"
+    words = ["task=mixture", parts, *FROZEN]
+    words = [*(w for w in SMALL if not w.startswith("task")), *words, "task.num_train=32"]
+    given = [*words, "task.num_dev=16", "task.num_test=24", "model=tiny-llama", "method=mezo"]
+
+    def of(how: str, capacity: int) -> Plan:
+        cfg = compose([*given, "lr=1e-3", f"keep_inputs={how}"])
+        return plan(check(cfg), capacity=capacity, tokens=TOKENS)
+
+    whole = of("false", 8 << 30)
+    free = 4 * MOST * 3 * share // 8
+    kept = of("true", sum(whole.resident.values()) + free)
+    assert kept.resident[KEPT] == MOST * 3 * share // 8
+    assert kept.disk_peak == whole.disk_peak + MOST * 3 - kept.resident[KEPT]
+
+
 def test_test_rows_are_counted_where_they_are_scored_twice() -> None:
     once = planned(*FROZEN, "keep_inputs=true", "zero_shot=false")
     assert once.resident[KEPT] == 32 * 4 * (32 + 16) * TOKENS

@@ -254,7 +254,7 @@ def test_memory(text: str, size: int) -> None:
     assert parse_memory(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "80", "lots", "-8GB", "0GB", "80GW"])
+@pytest.mark.parametrize("text", ["", "80", "lots", "-8GB", "0GB", "80GW", f"{10**400}GB"])
 def test_memory_that_is_none(text: str) -> None:
     with pytest.raises(UserError, match=r"--memory .* is no amount of memory.*--memory 80GB\.$"):
         parse_memory(text)
@@ -268,6 +268,9 @@ def test_memory_that_is_none(text: str) -> None:
         (("--tokens", "few"), "such as --tokens "),
         (("--mem", "1GB"), "smezo plan --help"),
         (("stepz=3",), "did you mean steps"),
+        (("batch_size=1000000000000",), "1,000,000,000,000 rows at once: a plan counts at most"),
+        ((f"lr={10**400}",), "lr must be a number"),
+        ((f"steps={10**400}",), "steps must be a whole number"),
         (("model=own", "model.path=no/such"), "model.path=FOLDER"),
         (("model=own", "model.path=no:such"), "model.path=FOLDER"),
         (("method=adamw", 'method.freeze=["*nothing*"]'), "matches no trainable parameter"),
@@ -384,7 +387,7 @@ def test_the_moments_of_mezo_adam_are_those_of_a_step() -> None:
 
 @pytest.mark.parametrize("method", ["sparse_mezo", "adamw"])
 def test_micro_batches_need_the_activations_of_their_rows(method: str) -> None:
-    """Those of a run whose whole batch has so few rows."""
+    """Those of a run whose whole batch has so few rows; gradients stay beside them, though."""
     whole, parts, few = (
         planned(f"method={method}", *words).peak
         for words in (
@@ -393,4 +396,6 @@ def test_micro_batches_need_the_activations_of_their_rows(method: str) -> None:
             ["batch_size=2"],
         )
     )
-    assert parts == few < whole
+    kept = 4 * WEIGHTS if method == "adamw" else 0
+    assert few + kept * 0.8 <= parts <= few + kept
+    assert parts < whole

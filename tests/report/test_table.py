@@ -8,13 +8,15 @@ import signal
 import statistics
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from smezo_cli import __version__
+from smezo_cli import __version__, train
+from smezo_cli.cli import table as table_cli
 from smezo_cli.cli.verbs import main
 from smezo_cli.config.compose import grid
 from smezo_cli.config.composer import Composer
@@ -112,6 +114,10 @@ def test_every_row_composes_and_every_column_names_what_is_there() -> None:
                     group, _, choice = word.partition("=")
                     if group in ("task", "model", "method", "experiment"):
                         assert (CONF_DIR / group / f"{choice}.yaml").is_file(), (name, word)
+
+
+def test_a_seed_that_is_named_twice_is_one() -> None:
+    assert table_module.load("small/1", ["seed=3,1,3"]).seeds == (3, 1)
 
 
 def test_what_two_tables_have_in_common_is_the_same_run() -> None:
@@ -230,8 +236,7 @@ def tiny(
     def read(*words: str) -> tuple[dict[str, Any], list[str]]:
         capsys.readouterr()
         assert main(["table", "tiny", "--format", "json", "--column", "toy", *words]) == 0
-        out = capsys.readouterr().out
-        found = json.loads(out[out.index('{\n  "table"') :])
+        found = json.loads(capsys.readouterr().out)  # what the runs say is on stderr
         return {cell["row"]: cell for cell in found["cells"]}, found["notes"]
 
     return read
@@ -506,11 +511,20 @@ def test_run_interrupted_and_killed_ends_with_the_complete_table(tmp_path: Path)
         assert len(seen) < 3
     end = smezo(words, tmp_path, program=main)
     assert end.code == 0, end.err
-    (cell,) = json.loads(end.out[end.out.index('{\n  "table"') :])["cells"]
+    (cell,) = json.loads(end.out)["cells"]
     assert (cell["n"], cell["command"]) == (2, None)
     assert seen.items() <= done().items()
     assert len(done()) == len(list(tmp_path.rglob("metrics.jsonl"))) == 3
     assert all(json.loads(text)["num_forwards"] == 80 for text in done().values())
+
+
+def test_a_run_that_crashed_is_worse_than_one_that_was_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    codes = iter((1, 2))
+    monkeypatch.setattr(train, "main", lambda words: next(codes))
+    cells = [SimpleNamespace(missing=(word,)) for word in ("seed=0", "seed=1")]
+    assert table_cli._run(lambda: (cells, None), is_data=False) == 1
 
 
 def test_a_result_that_names_a_place_is_not_collected(
@@ -539,6 +553,11 @@ def test_a_result_that_names_a_place_is_not_collected(
         ("small/1 --less MeZO --row MeZO", "add --row NAME"),
         ("sparse-mezo/memory --less FT", "nothing can be paired"),
         ("small/1 seed", "not of the form KEY=VALUE"),
+        *[
+            (f"small/1 seed={bad}", "seeds of a table are whole numbers of at least 0: seed=0,1,2")
+            for bad in ("a", "", "1.5", "range(0,3)", "-1", "0,", str(2**63))
+        ],
+        ("small/1 --runs-dir nowhere", "--runs-dir nowhere: there is no such folder"),
     ],
 )
 def test_mistake_is_one_sentence(words: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
