@@ -164,6 +164,8 @@ def _lm_eval(
     if job.adapter is not None and "peft loads" in job.loaded_by:
         base = shlex.quote(str(job.model.config.name_or_path or "BASE"))
         model = f"pretrained={base},peft={folder},tokenizer={folder}"
+    # By itself lm-eval cuts at what the model can read.
+    model += f",max_length={job.max_length}"
     if (computed := settings.compute_dtype or settings.dtype) != settings.dtype:
         model += f",mixed_precision_dtype={computed}"
     if computed != "float32":  # as smezo adds up log-probabilities

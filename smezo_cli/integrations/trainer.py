@@ -10,6 +10,7 @@ trainer = ZeroOrderTrainer(
 trainer.train()
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -109,7 +110,9 @@ class ZeroOrderMixin(_Base):
 
         def part() -> Tensor:
             with self.compute_loss_context_manager():
-                loss = self.compute_loss(model, prepared, num_items_in_batch=num_items_in_batch)
+                # A copy: a Trainer with a loss of its own takes the labels out of what it is given.
+                given = copy.copy(prepared)
+                loss = self.compute_loss(model, given, num_items_in_batch=num_items_in_batch)
             assert isinstance(loss, Tensor)
             return loss / count
 

@@ -34,7 +34,9 @@ class ZeroShot(Frozen):
 class InContext(Frozen):
     """Put labelled training rows before every row (MeZO, arXiv 2305.17333, appendix E).
 
-    They are drawn at random, as in MeZO, by ``seed`` alone, and are the same for all rows.
+    They are drawn at random, by ``seed`` alone, and are the same for all rows. MeZO's icl.sh draws
+    others for every row that it evaluates, so that its metrics are means over draws: a run here is
+    one draw, and several seeds say how much that matters.
 
     Args:
         num_demonstrations: rows shown, or as many as there are and fit.

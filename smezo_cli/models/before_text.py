@@ -24,6 +24,8 @@ class BeforeText(ABC):
     def __init__(self, model: PreTrainedModel, name: str, encoder: Any) -> None:
         self._model, self._encoder = model, encoder
         model.add_module(name, encoder)
+        #: a forward of this model alone, such as accelerate's on several devices; None: its class's
+        self._before = model.__dict__.get("forward")
         model.__dict__["forward"] = functools.partial(self._forward, model.forward)
 
     @abstractmethod
@@ -45,6 +47,8 @@ class BeforeText(ABC):
     def off(self) -> Iterator[None]:
         """Take what is trained away within the context."""
         wrapped = self._model.__dict__.pop("forward")
+        if self._before is not None:
+            self._model.__dict__["forward"] = self._before
         try:
             yield
         finally:

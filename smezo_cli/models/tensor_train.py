@@ -267,6 +267,7 @@ def load(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     bias = settings.get("bias")
     if not all(type(n) is int and 0 < n <= 1 << 20 for n in sizes) or not isinstance(bias, bool):
         raise UserError(f"{path} has no {SETTINGS_FILE} of smezo: give a folder of smezo export.")
+    _check_kind(model, settings, path)
     try:
         check_ordinary(path / TENSORS_FILE)
         with safe_open(path / TENSORS_FILE, framework="pt") as file:
@@ -281,6 +282,18 @@ def load(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     made.set_cores(saved, path)
     nn.Module.eval(model)
     return model
+
+
+def _check_kind(model: PreTrainedModel, settings: Mapping[str, Any], path: Path) -> None:
+    """Raise UserError for an adapter of another architecture: names and shapes may be the same."""
+    kind, trained = _kind(model), settings.get("model_type")
+    if trained != kind:
+        base = settings.get("base_model")
+        raise UserError(
+            f"{path} holds adapters of a model of type {trained}, and {type(model).__name__} is of "
+            f"type {kind}: give the base model that they were trained with"
+            + (f", {base}." if base else ".")
+        )
 
 
 def _through_bottleneck(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:

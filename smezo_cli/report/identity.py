@@ -26,7 +26,11 @@ def stripped(values: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in values.items() if key != "device"}
     if isinstance(steps := kept.get("steps"), int) and steps and not kept.get("eval_every", ...):
         kept["eval_every"] = usual_eval_every(steps)
-    for group, dropped in _PLACES.items():
+    model = values.get("model")
+    masked = isinstance(model, Mapping) and model.get("family") == "masked"
+    # Prompts for the other family of models are never asked.
+    other = "prompts" if masked else "masked"
+    for group, dropped in (_PLACES | {"task": (*_PLACES["task"], other)}).items():
         given = kept.get(group)
         if not isinstance(given, Mapping):
             continue

@@ -68,7 +68,9 @@ def fit_offsets(scores: Tensor, labels: Tensor, sweeps: int = 3) -> Tensor:
     """Return the offsets (classes,) that maximise the accuracy of ``scores + offsets``.
 
     With two classes this is the best threshold, exactly; with more, one class after the other is
-    given its best offset while the rest stay. Among equally good offsets the smallest change wins.
+    given its best offset while the rest stay. All offsets between two neighbouring rows decide
+    alike: their middle stands for them, and beyond the outermost rows the offset at distance 1. Of
+    equally good ones the nearest to the present offset is taken.
 
     Args:
         scores: (n, classes), some of a row -inf where the model rules a class out.

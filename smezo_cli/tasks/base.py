@@ -3,17 +3,20 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 from smezo_cli.errors import UserError
 from smezo_cli.tasks.templates import (
     LETTER,
+    LETTERS,
     MASK,
     NUMBER,
     OPTION,
     check_template,
+    fields_of,
     fill,
     places,
 )
@@ -119,8 +122,25 @@ class BasePrompt(Prompt):
 
 
 def option_fields(text: str, index: int) -> dict[str, str]:
-    """Return what the template of an option can show of the option at `index` (from 0)."""
-    return {OPTION: text, NUMBER: str(index + 1), LETTER: chr(ord("A") + index)}
+    """Return what the template of an option can show of the option at `index` (from 0).
+
+    Options behind the last letter have none; :func:`check_letters` refuses to show it.
+    """
+    shown = {OPTION: text, NUMBER: str(index + 1)}
+    return shown | {LETTER: LETTERS[index]} if index < len(LETTERS) else shown
+
+
+def check_letters(prompt: Prompt, rows: Iterable[Row]) -> None:
+    """Raise UserError if options show their letters, and a row has more options than letters."""
+    if LETTER not in fields_of(prompt.option):
+        return
+    for row in rows:
+        if len(row.options) > len(LETTERS) and LETTER not in row.fields:
+            raise UserError(
+                f"task.option_template={prompt.option!r} shows letters, which end at "
+                f"{LETTERS[-1]}, and row {row.id} has {len(row.options)} options: show "
+                "{number} instead."
+            )
 
 
 @dataclass(frozen=True)
@@ -160,7 +180,8 @@ class Task:
 class Tables:
     """Hold what a reader returns: all rows before any cut, with the texts named in `fields`.
 
-    `test` is empty where the test rows are to be cut from the train rows.
+    `test` is empty where the test rows are to be cut from the train rows; `groups` then has, by the
+    id of a train row, the text that it shares with others, if rows do: such rows are not parted.
     """
 
     train: Sequence[Row]
@@ -170,6 +191,7 @@ class Tables:
     source: str
     fingerprint: str = ""
     notes: tuple[str, ...] = ()
+    groups: Mapping[str, str] = field(default_factory=dict)
 
 
 def fingerprint(rows: Sequence[Row]) -> str:
@@ -191,7 +213,34 @@ def fingerprint(rows: Sequence[Row]) -> str:
 
 def permute(rows: Sequence[Row], data_seed: int) -> list[Row]:
     """Order rows by a hash of `data_seed` and their ids: equal on any machine and input order."""
-    return sorted(rows, key=lambda row: hashlib.sha256(f"{data_seed}/{row.id}".encode()).digest())
+    return sorted(rows, key=lambda row: _key(data_seed, row.id))
+
+
+def _key(data_seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"{data_seed}/{name}".encode()).digest()
+
+
+def _order(tables: Tables, data_seed: int) -> list[Row]:
+    """Return the permuted train rows; of groups, which are permuted, the rows stay together."""
+    rows = permute(tables.train, data_seed)
+    if tables.groups:
+        rows.sort(key=lambda row: _key(data_seed, tables.groups[row.id]))
+    return rows
+
+
+def _border(
+    order: Sequence[Row], groups: Mapping[str, str], split: int, num_dev: int, num_test: int
+) -> int:
+    """Return where test rows begin so that none shares a group with train or dev; 0: nowhere.
+
+    That is at `split`, or as near behind it as leaves `num_test` rows; else before it, where a row
+    is left to train on; else behind it, with fewer test rows.
+    """
+    starts = [i for i in range(1, len(order)) if groups[order[i].id] != groups[order[i - 1].id]]
+    behind = [i for i in starts if i >= split]
+    enough = [i for i in behind if len(order) - i >= num_test]
+    before = [i for i in starts if num_dev < i < split]
+    return (enough or before[::-1] or behind or [0])[0]
 
 
 def cut(
@@ -201,7 +250,8 @@ def cut(
 
     As in MeZO, dev is the end of the first `num_train + num_dev` permuted train rows, `num_test`
     is an upper limit, and so is `num_train` where the rows are fewer: dev is served first. With
-    `test_from: train` the test rows are those behind train and dev, and are served first of all.
+    `test_from: train` the test rows are those behind train and dev, and are served first of all;
+    rows that share a text, such as the questions on a passage, are all among them or none is.
 
     With `num_per_class` k, `num_train` and `num_dev` play no part: of each class the first k
     permuted train rows are for train and the next k for dev, or as many as there are, as in MeZO's
@@ -241,9 +291,20 @@ def cut(
             f"{', '.join(shown[:-1])} and {shown[-1]} do not fit: task {cfg['name']} has {have} "
             f"rows for the {'two' if len(asked) == 2 else 'three'} together, at least 1 for each."
         )
-    order = permute(tables.train, data_seed)
-    split = num_train + num_dev
-    rest = order[split:] if from_train else permute(tables.test, data_seed)
+    order = _order(tables, data_seed)
+    split = behind = num_train + num_dev
+    if from_train and tables.groups:
+        behind = _border(order, tables.groups, split, num_dev, cfg["num_test"] or 1)
+        if not behind:
+            texts = len(set(tables.groups.values()))
+            raise UserError(
+                f"task.test_from=train: rows of one passage are not parted, and the {have} rows of "
+                f"task {cfg['name']} are of {texts}, too few for task.num_dev={num_dev} and test "
+                "rows: give rows of more passages, a lower task.num_dev, or a test file."
+            )
+        split = min(split, behind)
+        num_train = split - num_dev
+    rest = order[behind:] if from_train else permute(tables.test, data_seed)
     return tuple(order[:num_train]), tuple(order[num_train:split]), tuple(rest[:num_test])
 
 
@@ -260,7 +321,7 @@ def _cut_by_class(
             )
     seen: Counter[int] = Counter()
     parts: tuple[list[Row], list[Row], list[Row]] = ([], [], [])
-    for row in permute(tables.train, data_seed):
+    for row in _order(tables, data_seed):
         parts[min(seen[row.label] // size, 2)].append(row)
         seen[row.label] += 1
     train, dev, rest = parts
@@ -269,7 +330,11 @@ def _cut_by_class(
             f"{key} leaves no rows for dev, which gets as many of each class: task {cfg['name']} "
             f"has {max(seen.values())} rows of a class at most; lower it."
         )
-    test = rest if cfg.get("test_from", "test") == "train" else permute(tables.test, data_seed)
+    if cfg.get("test_from", "test") == "train":
+        taken = {tables.groups.get(row.id) for row in (*train, *dev)} - {None}
+        test = [row for row in rest if tables.groups.get(row.id) not in taken]
+    else:
+        test = permute(tables.test, data_seed)
     if not test:
         raise UserError(
             f"{key} leaves no rows for test: task {cfg['name']} has {len(tables.train)} rows for "
@@ -409,6 +474,7 @@ def _check(prompt: Prompt, tables: Tables, kind: str) -> None:
                 key="task.option_template",
                 needed=(OPTION, *own),
             )
+            check_letters(prompt, chain(tables.train, tables.test))
         return
     check_template(prompt.template, (*tables.fields, MASK))
     if not len(prompt.labels) == len(set(prompt.labels)) == len(tables.classes):

@@ -3,7 +3,7 @@
 import datetime
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import chain
@@ -62,13 +62,21 @@ class Columns:
         self,
         templates: Sequence[str],
         keys: Sequence[str] = ("task.prompt", "task.option_template"),
+        made: Collection[str] = (),
     ) -> list[str]:
-        """Return the fields that the templates show; UserError if one is no column."""
+        """Return the fields that the templates show; UserError if one is no column.
+
+        Args:
+            templates: of the prompt and of an option.
+            keys: that give the templates.
+            made: fields that are made of the options where there is no such column.
+        """
+        made = [name for name in made if name not in self.there]
         names: list[str] = []
         for number, template in enumerate(templates):
             key = keys[number]
             places = [p for p in (NUMBER, LETTER) if self.map.get(p, p) not in self.there]
-            reserved = (OPTION, *places) if number else ()
+            reserved = [*made, *((OPTION, *places) if number else ())]
             try:
                 shown = [name for name in fields_of(template) if name not in reserved]
             except ValueError:
@@ -130,31 +138,28 @@ class Columns:
             )
         return _plain(value)
 
-    def _list(self, record: Record, column: str) -> list[str] | None:
-        """Return the texts of a cell that holds a list (in a CSV: a JSON list), else None."""
-        value = record.value.get(column)
-        if isinstance(value, str) and value.lstrip().startswith("["):
-            try:
-                value = json.loads(value)
-            except ValueError:
-                return None
-        if not isinstance(value, list):
-            return None
-        return [self.text(Record(record.where, 0, {column: item}), column) for item in value]
+    def _texts(self, record: Record, column: str, values: Sequence[object]) -> list[str]:
+        """Return the texts of a list that stands in a cell."""
+        return [self.text(Record(record.where, 0, {column: item}), column) for item in values]
 
     def options(self, record: Record) -> tuple[str, ...]:
-        """Return the options of a row: one from each column, or all from one column of lists."""
+        """Return the options of a row: one from each column, or all from one column of lists.
+
+        Blanks at their ends go: behind the comma of a CSV they are no part of an option.
+        """
         columns = [self.column(name) for name in self.option_names]
         if len(columns) == 1:
-            texts = self._list(record, columns[0])
-            if texts is None:
+            values = _listed(record.value.get(columns[0]))
+            if values is None:
                 raise UserError(
                     f"{record.where}, column {columns[0]!r}: with one column in task.options it "
                     'must hold a list of texts, such as ["yes", "no"], and '
                     f"{shortened(record.value.get(columns[0]))} stands there."
                 )
+            texts = self._texts(record, columns[0], values)
         else:
             texts = [self.text(record, column) for column in columns]
+        texts = [text.strip() for text in texts]
         if len(texts) < 2 or len(set(texts)) < len(texts):
             raise UserError(
                 f"{record.where}: two or more different options are needed, and there are "
@@ -166,8 +171,12 @@ class Columns:
         """Return the reference answers of a row; the first is trained on."""
         column = self.column(str(self.cfg["answer"]))
         value = record.value.get(column)
-        if isinstance(value, list):
-            texts = self._list(record, column) or []
+        values = _listed(value)
+        # A text may begin with a bracket, or be a list of numbers: then it is the answer itself.
+        if isinstance(value, str) and not (values and all(isinstance(x, str) for x in values)):
+            values = None
+        if values is not None:
+            texts = self._texts(record, column, values)
             if not texts:
                 raise UserError(
                     f"{record.where}, column {column!r}: the list is empty; give an answer."
@@ -175,6 +184,16 @@ class Columns:
         else:
             texts = [self.text(record, column)]
         return tuple(text.strip() for text in texts)
+
+
+def _listed(value: object) -> list[Any] | None:
+    """Return a list, or one that a text holds as JSON, as cells of a CSV do; else None."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    return value if isinstance(value, list) else None
 
 
 def as_list(given: Any) -> list[str]:

@@ -31,7 +31,7 @@ class HubTable:
         names = self.class_names if words else {}
         for number, value in enumerate(self.rows, start=1):
             known = {c: n[value[c]] for c, n in names.items() if value[c] in range(len(n))}
-            yield Record(f"{self.where}, line {number}", number, value | known)
+            yield Record(f"{self.where}, row {number}", number, value | known)
 
 
 def load_hub(

@@ -6,6 +6,7 @@ from typing import Any
 from smezo_cli.errors import UserError
 from smezo_cli.tasks.columns import Columns, Split, is_empty, one_spelling, shortened
 from smezo_cli.tasks.files import Record
+from smezo_cli.tasks.templates import LETTERS
 from smezo_cli.words import mapping_of
 
 
@@ -97,7 +98,7 @@ def _refuse_empty(value: object, record: Record, column: str) -> None:
         )
 
 
-_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_FROM_0, _FROM_1 = "a number from 0", "a number from 1"
 
 
 def _number(value: object) -> int:
@@ -122,32 +123,34 @@ def right_options(
     values = [record.value[column] for record in records]
     texts = [v.strip() if isinstance(v, str) else one_spelling(v) for v in values]
     readings: dict[str, Callable[[int], int]] = {
-        "a number from 0": lambda i: _number(values[i]),
+        _FROM_0: lambda i: _number(values[i]),
         "the name of an option's column": lambda i: (
             names.index(texts[i]) if texts[i] in names and len(names) > 1 else -1
         ),
         "the text of an option": lambda i: _place(texts[i], own[i]),
-        "a letter from A": lambda i: _LETTERS.find(texts[i]) if len(texts[i]) == 1 else -1,
-        "a number from 1": lambda i: _number(values[i]) - 1,
+        "a letter from A": lambda i: LETTERS.find(texts[i]) if len(texts[i]) == 1 else -1,
+        _FROM_1: lambda i: _number(values[i]) - 1,
     }
+    allowed: dict[str, list[int]] = {}
     failed: dict[str, int] = {}
     for name, reading in readings.items():
-        found = [reading(i) for i in range(len(records))]
-        bad = [i for i, at in enumerate(found) if at not in range(len(own[i]))]
-        if not bad:
-            if name == "a number from 0" and len(records) > 1 and min(found) > 0:
-                notes.append(
-                    f"no row has the label 0: the numbers in column {column!r} are read as options "
-                    "from 0; where they count from 1, give the right option's column, text or "
-                    "letter"
-                )
-            sizes = [len(split.records) for split in splits]
-            starts = [sum(sizes[:at]) for at in range(len(sizes))]
-            return {
-                split.name: found[start : start + size]
-                for split, start, size in zip(splits, starts, sizes, strict=True)
-            }
-        failed[name] = bad[0]
+        found: list[int] = []
+        for i in range(len(records)):
+            found.append(reading(i))
+            if found[i] not in range(len(own[i])):
+                failed[name] = i
+                break
+        else:
+            allowed[name] = found
+    if allowed:
+        notes += _notes_on_readings(allowed, column)
+        found = next(iter(allowed.values()))
+        sizes = [len(split.records) for split in splits]
+        starts = [sum(sizes[:at]) for at in range(len(sizes))]
+        return {
+            split.name: found[start : start + size]
+            for split, start, size in zip(splits, starts, sizes, strict=True)
+        }
     row = max(failed.values())  # the reading that came furthest is the likeliest one
     *most, last = readings
     raise UserError(
@@ -155,6 +158,32 @@ def right_options(
         f"the options are {', '.join(map(repr, own[row]))}; it must be {', '.join(most)} or "
         f"{last}, the same in all rows."
     )
+
+
+def _notes_on_readings(allowed: Mapping[str, Sequence[int]], column: str) -> list[str]:
+    """Return lines on labels that could mean other options: no setting says how they are read.
+
+    Args:
+        allowed: for each reading that fits all rows the options that it gives; the first is taken.
+        column: of the labels.
+    """
+    (name, found), *others = allowed.items()
+    notes = []
+    if name == _FROM_0 and len(found) > 1 and min(found) > 0:
+        notes.append(
+            f"no row has the label 0: the numbers in column {column!r} are read as options "
+            "from 0; where they count from 1, give the right option's column, text or letter"
+        )
+    cure = "its letter from A" if name == _FROM_0 else "its number from 0"
+    for other, its in others:
+        differing = sum(a != b for a, b in zip(found, its, strict=True))
+        if differing and {name, other} != {_FROM_0, _FROM_1}:
+            notes.append(
+                f"the labels in column {column!r} are each read as {name}; as {other} they would "
+                f"name another option in {differing} of {len(found)} rows: where that is meant, "
+                f"give the right option by {cure}"
+            )
+    return notes
 
 
 def _place(text: str, own: Sequence[str]) -> int:

@@ -50,7 +50,10 @@ def load_task(
     kind = cfg["kind"]
     if kind == MIXTURE:
         nodes = cfg["nodes"].items()
-        parts = {name: load_task(of, data_seed=data_seed, cache=cache) for name, of in nodes}
+        parts = {
+            name: load_task(of, data_seed=data_seed, cache=cache, by_line=by_line)
+            for name, of in nodes
+        }
         return mixture.joined(cfg, parts)
     if kind not in KINDS:
         raise UserError(f"task.kind={kind} is not known; there are {', '.join(KINDS)}.")
@@ -79,8 +82,13 @@ def load_task(
     elif cfg["num_train"] is not None and len(train) < cfg["num_train"]:
         notes.append(
             f"{len(train)} rows to train on, not {cfg['num_train']}: of {len(tables.train)} "
-            f"dev takes {len(dev)}" + (f" and test {len(test)}" if not tables.test else "")
+            f"dev takes {len(dev)}"
+            + (f" and test {len(test)}" if not tables.test else "")
+            + (", and rows on a passage of the test are left out" if tables.groups else "")
         )
+    if tables.groups:
+        few = f" ({len(test)}, not {cfg['num_test']})" if len(test) < (cfg["num_test"] or 0) else ""
+        notes.append(f"test rows{few} share no passage with rows of train and dev")
     if "source" not in cfg and (copies := own.copies(test, train + dev)):
         notes.append(f"{copies} of {len(test)} test rows are also among train and dev")
     return Task(
@@ -90,6 +98,7 @@ def load_task(
         notes=(
             *tables.notes,
             *_missing_classes(tables, {"train": train, "dev": dev, "test": test}),
+            *_broken_answers((*train, *dev, *test)),
         ),
         masked=tuple(prompt for prompt in prompts if prompt.is_masked),
         train=train,
@@ -148,6 +157,17 @@ def _missing_classes(tables: Tables, splits: Mapping[str, Sequence[Row]]) -> lis
             "are told apart"
         )
     return notes
+
+
+def _broken_answers(rows: Sequence[Row]) -> list[str]:
+    """Return a line on answers of several lines, which no generated one can be."""
+    answers = [row.answers[0].strip() for row in rows if row.answers]
+    if count := sum("\n" in answer for answer in answers):
+        return [
+            f"the answers of {count} of {len(answers)} rows have several lines: they are trained "
+            "on whole, and an answer that is generated ends at its first newline"
+        ]
+    return []
 
 
 def local_fingerprint(cfg: Mapping[str, Any]) -> str | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from smezo_cli.errors import UserError, near
-from smezo_cli.tasks.base import Prompt, Row, Tables
+from smezo_cli.tasks.base import Prompt, Row, Tables, check_letters
 from smezo_cli.tasks.columns import Columns, Split, as_list
 from smezo_cli.tasks.files import SUFFIXES, Record, digest_of, read_file
 from smezo_cli.tasks.frames import rows_of
@@ -26,6 +26,8 @@ from smezo_cli.tasks.labels import (
     notes_on_spellings,
     right_options,
 )
+from smezo_cli.tasks.paths import tokens_of
+from smezo_cli.tasks.records import listed_fields, without_prefix
 from smezo_cli.tasks.templates import LETTER, NUMBER, OPTION, fields_of
 from smezo_cli.words import mapping_of
 
@@ -278,7 +280,8 @@ def unlabelled(
 
     Args:
         task: the node of the task that a model was trained on; of a choice task its `options` name
-            the columns of the options, as in the training data.
+            the columns of the options, as in the training data. A benchmark's may be a path, whose
+            last name is then the column, and its fields that list the options are made of these.
         prompt: the one that was trained with.
         data: a file, or the texts of one row.
         notes: receives what is to be said of the file.
@@ -286,40 +289,62 @@ def unlabelled(
     Raises:
         UserError: naming file, line and column of what is missing or malformed.
     """
+    source = task.get("source") or {}
+    choice = task["kind"] == "choice"
+    made = list(source.get("listed", ())) if choice else []
     if isinstance(data, str):
         path = existing("FILE", data)
-        templates = [prompt.template, prompt.option] if task["kind"] == "choice" else []
+        templates = [prompt.template, prompt.option] if choice else []
         asked = {"columns": task.get("columns"), "options": task.get("options")}
         wanted = _wanted(asked, templates or [prompt.template])
+        wanted = [name for name in wanted if name not in made]
         records = _records(path, task.get("quoting"), wanted, notes)
         split = Split("predict", str(path), records, {})
         _check_mappings(split)
     else:
         split = Split("predict", "--field", [Record("--field", 1, dict(data))], {})
         for name in _wanted({"columns": task.get("columns")}, [prompt.template]):
-            if name not in data:
+            if name not in data and name not in made:
                 raise UserError(
                     f"--field: the prompt {prompt.template!r} shows {name!r}, which is not given"
                     f"{near(name, data)}: add --field {shlex.quote(name)}=TEXT."
                 )
-    options = task.get("options") or (task.get("source") or {}).get("options") or "options"
+    options = task.get("options") or _option_columns(source)
     columns = Columns({"columns": task.get("columns"), "options": options}, split)
-    choice = task["kind"] == "choice"
-    fields = columns.fields([prompt.template, prompt.option] if choice else [prompt.template])
+    shown = [prompt.template, prompt.option] if choice else [prompt.template]
+    fields = columns.fields(shown, made=made)
     if prompt.sfc is not None:
-        fields = list(dict.fromkeys([*fields, *columns.fields([prompt.sfc], ["task.sfc_prompt"])]))
+        more = columns.fields([prompt.sfc], ["task.sfc_prompt"], made)
+        fields = list(dict.fromkeys([*fields, *more]))
     for name in columns.option_names if choice else ():
         columns.need(name, f"task.options={name}")
-    texts = columns.texts(split.records, fields)
-    return [
-        Row(
-            text,
-            -1,
-            str(record.number),
-            options=columns.options(record) if choice else (),
+    rows = []
+    for text, record in zip(columns.texts(split.records, fields), split.records, strict=True):
+        own, listed = _options_of(record, columns, source) if choice else ((), {})
+        rows.append(Row(listed | text, -1, str(record.number), options=own))
+    check_letters(prompt, rows)
+    return rows
+
+
+def _option_columns(source: Mapping[str, Any]) -> Any:
+    """Return the columns of the options of a benchmark's rows, or the one that holds a list."""
+    paths = source.get("options") or "options"
+    return tokens_of(paths)[-1][0] if isinstance(paths, str) else paths
+
+
+def _options_of(
+    record: Record, columns: Columns, source: Mapping[str, Any]
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Return the options of a row as its task reads them, and the fields that list them."""
+    own = tuple(without_prefix(columns.options(record), source))
+    if not all(own):
+        raise UserError(
+            f"{record.where}: an option is empty behind its prefix; give every option a text."
         )
-        for text, record in zip(texts, split.records, strict=True)
-    ]
+    try:
+        return own, listed_fields(own, source)
+    except ValueError as error:
+        raise UserError(f"{record.where}: {error}.") from error
 
 
 def _check_mappings(split: Split) -> None:

@@ -27,7 +27,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,8 @@ from smezo_cli.errors import UserError
 from smezo_cli.tasks.base import Row, Tables, option_fields
 from smezo_cli.tasks.files import Record, digest_of, lines_of, read_file
 from smezo_cli.tasks.hub import load_hub
-from smezo_cli.tasks.paths import NotThereError, Place, places_of, value_at
-from smezo_cli.tasks.templates import fill
+from smezo_cli.tasks.paths import NotThereError, Place, places_of, tokens_of, value_at
+from smezo_cli.tasks.templates import LETTER, LETTERS, fields_of, fill
 
 
 class _BlankError(Exception):
@@ -89,7 +89,25 @@ def read(cfg: Mapping[str, Any], cache: Path) -> Tables:
         classes=tuple(_classes(layout)) if cfg["kind"] == "classification" else (),
         source=where,
         fingerprint=fingerprint,
+        groups={} if "test" in splits else _groups(rows["train"], source, layout),
     )
+
+
+def _groups(
+    rows: Sequence[Row], source: Mapping[str, Any], layout: Mapping[str, Any]
+) -> dict[str, str]:
+    """Return, by the id of a row, the text that the rows of one record share: their passage.
+
+    The files say which fields those are, for the hub has the same rows flat; of several fields the
+    longest text counts, so that in MultiRC it is the paragraph and not the question.
+    """
+    files = _layout(source, "files") if "files" in source else {}
+    own = tokens_of(files.get("rows", ""))
+    if not own:
+        return {}
+    shared = [name for name, path in _fields(files).items() if tokens_of(path)[: len(own)] != own]
+    shared = [name for name in shared if name in _fields(layout)]
+    return {row.id: max((row.fields[name] for name in shared), key=len) for row in rows if shared}
 
 
 def files_of(cfg: Mapping[str, Any]) -> list[Path]:
@@ -238,9 +256,7 @@ def _row(place: Place, layout: Mapping[str, Any], kind: str, split: str, number:
     if kind == "classification":
         return Row(texts, _label(place, layout), identity)
     options = _options(place, layout)
-    for name, template in layout.get("listed", {}).items():
-        parts = [fill(template, option_fields(text, k)) for k, text in enumerate(options)]
-        texts[name] = " ".join(parts)
+    texts |= listed_fields(options, layout)
     if "answers" in layout:
         # Files have them in the order in which people gave them, the hub's copy of ReCoRD so.
         answers = sorted(_answers(place, layout["answers"]))
@@ -285,11 +301,35 @@ def _options(place: Place, layout: Mapping[str, Any]) -> tuple[str, ...]:
                 f"field {layout['options']!r} must hold spans, {{start, end}} of "
                 f"{layout['option_spans']}"
             ) from error
-    if "option_prefix" in layout:
-        prefix = re.compile(rf"\s*(?:{layout['option_prefix']})\s*")
-        found = [prefix.sub("", text, count=1) for text in _texts(found, "an option", blank=True)]
+    found = without_prefix(_texts(found, "an option", blank=True), layout)
     options = _texts(found, "an option")
     return tuple(dict.fromkeys(options)) if "answers" in layout else options
+
+
+def without_prefix(options: Sequence[str], layout: Mapping[str, Any]) -> list[str]:
+    """Return options without what stands before the text of each, if `option_prefix` says what."""
+    if "option_prefix" not in layout:
+        return list(options)
+    prefix = re.compile(rf"\s*(?:{layout['option_prefix']})\s*")
+    return [prefix.sub("", text, count=1) for text in options]
+
+
+def listed_fields(options: Sequence[str], layout: Mapping[str, Any]) -> dict[str, str]:
+    """Return the fields that list the options of a row, by name.
+
+    Raises:
+        ValueError: they are to show letters, and there are more options than these.
+    """
+    texts = {}
+    for name, template in layout.get("listed", {}).items():
+        if LETTER in fields_of(template) and len(options) > len(LETTERS):
+            raise ValueError(
+                f"field {name!r} shows letters, which end at {LETTERS[-1]}, and there are "
+                f"{len(options)} options"
+            )
+        parts = [fill(template, option_fields(text, k)) for k, text in enumerate(options)]
+        texts[name] = " ".join(parts)
+    return texts
 
 
 def _references(place: Place, layout: Mapping[str, Any], split: str) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from smezo_cli.errors import UserError, near
 MASK = "mask"  # the place of the mask token of a masked language model
 OPTION = "option"  # in an option's template: the option's text
 NUMBER, LETTER = "number", "letter"  # there too: which one it is, 1 or A the first
+LETTERS = string.ascii_uppercase  # of options, in their order
 
 
 def _question(text: str) -> str:

@@ -206,7 +206,8 @@ def test_lm_eval_takes_an_adapter_of_peft(
     (run,) = Path("runs", method).iterdir()
     capsys.readouterr()
     assert main(["export", str(run), method, "--lm-eval", *flags]) == 0
-    said = f"pretrained=mixed,peft={method},tokenizer={method} "
+    tokens = {"prefix": 195, "lora": 200}[method]  # a prefix takes five of them
+    said = f"pretrained=mixed,peft={method},tokenizer={method},max_length={tokens} "
     out = capsys.readouterr().out
     assert said in out
     assert ("  BASE is mixed\n" in out) is (method == "lora")
@@ -397,7 +398,9 @@ def test_the_command_says_how_precision_and_long_rows_are_treated(
     capsys.readouterr()
     assert main(["export", str(run), "cut", "--lm-eval"]) == 0
     out = capsys.readouterr().out
-    assert "pretrained=cut,mixed_precision_dtype=bfloat16,softmax_dtype=float32 " in out
+    assert (
+        "pretrained=cut,max_length=8,mixed_precision_dtype=bfloat16,softmax_dtype=float32 " in out
+    )
     assert "of these rows are longer than model.max_length=8: lm-eval cuts them elsewhere" in out
 
 

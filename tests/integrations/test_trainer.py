@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
+from torch.nn import functional as F
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -94,6 +95,7 @@ def trained(
     resume: str | None = None,
     callbacks: Any = (),
     method_arguments: Any = None,
+    compute_loss_func: Any = None,
     **more: Any,
 ) -> Spied:
     own = {"eps": 1e-3, "check": False} | ({"sparsity": 0.5} if method is SparseMeZO else {})
@@ -103,6 +105,7 @@ def trained(
         train_dataset=ROWS,
         eval_dataset=ROWS[:4],
         callbacks=list(callbacks),
+        compute_loss_func=compute_loss_func,
         method=method,
         method_arguments=own if method_arguments is None else method_arguments,
     )
@@ -121,7 +124,15 @@ class Batches(TrainerCallback):
             self.logs.append(dict(logs))
 
 
-def own_loop(batches: list[Any], method: type[ZeroOrder], micro: int) -> tuple[Any, Any]:
+def usual(model: Any, batch: Any, tokens: int) -> torch.Tensor:
+    """The loss that the model itself computes of a micro-batch."""
+    loss: torch.Tensor = model(**batch, num_items_in_batch=tokens).loss
+    return loss
+
+
+def own_loop(
+    batches: list[Any], method: type[ZeroOrder], micro: int, loss_of: Any = usual
+) -> tuple[Any, Any]:
     """smezo's own loop over some micro-batches: its weights, and the loss of each step."""
     model = tiny().eval()
     own = {"sparsity": 0.5} if method is SparseMeZO else {}
@@ -133,7 +144,7 @@ def own_loop(batches: list[Any], method: type[ZeroOrder], micro: int) -> tuple[A
         tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in now)
 
         def loss(now: Any = now, tokens: int = tokens) -> torch.Tensor:
-            parts = [model(**batch, num_items_in_batch=tokens).loss for batch in now]
+            parts = [loss_of(model, batch, tokens) for batch in now]
             return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
         losses.append(opt.step(loss).loss)
@@ -165,6 +176,32 @@ def test_micro_batches_are_parts_of_one_loss(tmp_path: Path) -> None:
     found = trained(tmp_path, **more)
     assert_same(own_loop(found.batches, SparseMeZO, 2)[0], found)
     assert found.state.global_step == 6
+
+
+def smoothed(logits: torch.Tensor, labels: torch.Tensor, tokens: Any) -> torch.Tensor:
+    """The mean cross-entropy with a tenth of each label spread over the vocabulary, by torch."""
+    flat, right = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return F.cross_entropy(flat, right, reduction="sum", label_smoothing=0.1) / tokens
+
+
+@pytest.mark.parametrize("way", ["label_smoothing_factor", "compute_loss_func"])
+def test_every_loss_of_a_step_has_the_labels(way: str, tmp_path: Path) -> None:
+    """Such losses take them out of their inputs, and each micro-batch of a step has two losses."""
+
+    def own(outputs: Any, labels: Any, num_items_in_batch: Any) -> torch.Tensor:
+        return smoothed(outputs.logits, labels, num_items_in_batch)
+
+    def loss_of(model: Any, batch: Any, tokens: int) -> torch.Tensor:
+        return smoothed(model(input_ids=batch["input_ids"]).logits, batch["labels"], tokens)
+
+    seen = Batches()
+    more: dict[str, Any] = {way: 0.1 if way == "label_smoothing_factor" else own}
+    more |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    found = trained(tmp_path, MeZO, callbacks=[seen], **more)
+    assert all("labels" in batch for batch in found.batches)
+    _, losses = own_loop(found.batches, MeZO, 2, loss_of)
+    # Sums of float32 in another order, whose noise moves the weights of the later steps.
+    assert [log["loss"] for log in seen.logs] == pytest.approx(losses, rel=1e-4)
 
 
 @pytest.mark.parametrize("method", [MeZO, MeZOAdam], ids=lambda cls: cls.__name__)

@@ -22,6 +22,7 @@ from smezo_cli.errors import UserError
 from smezo_cli.machine import device
 from smezo_cli.machine.device import all_devices, choose_device
 from smezo_cli.models import placement
+from smezo_cli.models.adapter import attach
 from smezo_cli.models.architecture import build_meta
 from smezo_cli.models.placement import devices_of_modules
 from smezo_cli.plan.planner import plan
@@ -310,6 +311,20 @@ def two_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hooks, "set_module_tensor_to_device", lambda *args, **kwargs: None)
 
 
+def spread(model: Any) -> None:
+    """Put accelerate's hooks around modules that stay where they are; see `two_names`."""
+    layers = [n for n, _ in model.named_modules() if n.endswith("layers.1")]
+    places: dict[str, torch.device] = {}
+    for name, module in model.named_modules():
+        if not list(module.children()) or name.endswith(("layers.0", "layers.1")):
+            inside = any(name.startswith(f"{n}.") for n in places)
+            cpu = torch.device("cpu", 0) if name in layers else torch.device("cpu")
+            places |= {} if inside else {name: cpu}
+    dispatch_model(model, places, skip_keys=["past_key_values"])
+    assert len(places) > 3
+    assert hasattr(model, "_hf_hook")
+
+
 @pytest.mark.parametrize("hooks_first", [True, False])
 @pytest.mark.parametrize("case", ["sequential", "lockstep", "opt", "lora"])
 def test_accelerates_hooks_change_no_number(
@@ -318,19 +333,6 @@ def test_accelerates_hooks_change_no_number(
     """Two names of the CPU, so that there are hooks on the way that a real model takes."""
     settings = check(compose([*SMALL, *CASES[case], "device=cpu"]))
     plain = work(settings, Loaded(settings, "cpu", lambda said: None))
-
-    def spread(model: Any) -> None:
-        layers = [n for n, _ in model.named_modules() if n.endswith("layers.1")]
-        places: dict[str, torch.device] = {}
-        for name, module in model.named_modules():
-            if not list(module.children()) or name.endswith(("layers.0", "layers.1")):
-                inside = any(name.startswith(f"{n}.") for n in places)
-                cpu = torch.device("cpu", 0) if name in layers else torch.device("cpu")
-                places |= {} if inside else {name: cpu}
-        dispatch_model(model, places, skip_keys=["past_key_values"])
-        assert len(places) > 3
-        assert hasattr(model, "_hf_hook")
-
     job = Loaded(settings, "cpu", lambda said: None)
     if hooks_first:
         same(plain, work(settings, job, spread))
@@ -341,6 +343,24 @@ def test_accelerates_hooks_change_no_number(
     spread(job.model)
     records = [method.step(lambda: job.scorer.objective(rows)) for _ in range(2)]
     assert records == plain.records
+
+
+def test_without_its_prefix_a_model_has_the_forward_that_accelerate_gave_it(
+    two_names: None,
+) -> None:
+    """What brings inputs to the first device and the output back to theirs is in that forward."""
+    plain, prefix = (
+        check(compose([*SMALL, *CASES[case], "device=cpu"])) for case in ("sequential", "prefix")
+    )
+    job = Loaded(plain, "cpu", lambda said: None)
+    spread(job.model)
+    own = job.model.__dict__["forward"]
+    adapter = attach(job.model, prefix.method["adapter"], 0)
+    wrapped = job.model.__dict__["forward"]
+    assert wrapped is not own
+    with adapter.off():
+        assert job.model.__dict__["forward"] is own
+    assert job.model.__dict__["forward"] is wrapped
 
 
 def test_a_folder_is_spread_as_it_is_read(

@@ -294,6 +294,17 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         made("mezo", "own", f"model.path={tmp_path / 'adapter'}")
 
 
+def test_an_adapter_of_another_architecture_is_refused(tmp_path: Path) -> None:
+    """The layers of a Mistral have the names and the widths of a Llama's."""
+    made("adazeta").save(tmp_path / "adapter")
+    sizes = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2}
+    other = causal("mistral", **sizes, num_attention_heads=4)
+    said = "of type llama, and MistralForCausalLM is of type mistral: give the base model"
+    with pytest.raises(UserError, match=said):
+        load(other, tmp_path / "adapter")
+    assert not bottlenecks(other)
+
+
 def test_a_plan_counts_the_cores(tmp_path: Path) -> None:
     settings = made("adazeta", "tiny-llama", "eval_every=2").settings
     alone = made("mezo", "tiny-llama", "eval_every=2").settings
@@ -313,7 +324,7 @@ def test_a_run_is_kept_scored_resumed_and_replayed(
     """With more queries from step to step: 1, 1, 3, 6 of the 15."""
     monkeypatch.chdir(tmp_path)
     words = [*SMALL, f"model={model}", "method=adazeta", "batch_size=4", "eval_every=2", "lr=0.05"]
-    words += ["method.epoch_steps=1", "method.num_epochs=6", "lr_schedule=constant"]
+    words += ["method.schedule_steps=6", "method.num_epochs=6", "lr_schedule=constant"]
     words += MASKED if model == "tiny-roberta" else []
     assert train.main([*words, "steps=3"]) == 0
     assert train.main([*words, "steps=4"]) == 0

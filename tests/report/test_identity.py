@@ -26,3 +26,17 @@ def test_seeds_of_one_digest_are_one_mean_and_one_curve(
 def test_settings_are_told_by_dotted_keys() -> None:
     tree = {"a": {"b": {"c": 1}, "d": [2]}, "e": {}}
     assert dict(identity.dotted(tree)) == {"a.b.c": 1, "a.d": [2], "e": {}}
+
+
+@pytest.mark.parametrize(("family", "asked"), [("causal", "prompts"), ("masked", "masked")])
+def test_prompts_for_the_other_family_of_models_are_no_difference(family: str, asked: str) -> None:
+    """They are never asked, so that a mended one leaves a table its runs."""
+
+    def of(**prompts: str) -> str:
+        node = {"name": "rte", "prompts": "a", "masked": "a"} | prompts
+        whole = {"task": node, "model": {"family": family}}
+        mixture = {"task": {"nodes": {"rte": node}}, "model": {"family": family}}
+        return identity.identity(whole) + identity.identity(mixture)
+
+    for key in ("prompts", "masked"):
+        assert (of(**{key: "b"}) == of()) == (key != asked)

@@ -101,7 +101,7 @@ def test_a_bias_towards_one_class_is_taken_out(seed: int, biased_class: int, cla
     assert num_right(scores.double() + metrics.fit_offsets(scores, labels), labels) >= unbiased
 
 
-def test_the_smallest_of_equally_good_offsets_is_taken() -> None:
+def test_the_nearest_middle_of_equally_good_ranges_is_taken() -> None:
     """Where two ranges of offsets are right equally often, the one nearer to no offset wins."""
     # Class 1 wins a row where its offset is above the row's first score: -9, -1, 1.
     scores = torch.tensor([[-9.0, 0.0], [-1.0, 0.0], [1.0, 0.0]])
@@ -110,6 +110,9 @@ def test_the_smallest_of_equally_good_offsets_is_taken() -> None:
     assert metrics.fit_offsets(-scores, torch.tensor([0, 1, 0])).tolist() == [0, -2]
     # Labels 1, 1, 0: right in all between -1 and 1, the middle of which is no offset at all.
     assert metrics.fit_offsets(scores, torch.tensor([1, 1, 0])).tolist() == [0, 0]
+    # No offset would do as well, and is in no middle: -9 and 3 have theirs at -3.
+    scores = torch.tensor([[-9.0, 0.0], [3.0, 0.0]])
+    assert metrics.fit_offsets(scores, torch.tensor([1, 0])).tolist() == [0, -3]
 
 
 def test_a_paired_gain_is_that_of_the_written_out_table() -> None:

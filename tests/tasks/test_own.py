@@ -316,6 +316,63 @@ def test_answers(tmp_path: Path, suffix: str) -> None:
         assert task.prompts[0].candidates(row) == (f"{i}? {i}\n",)
 
 
+def test_answers_of_several_lines_are_counted(tmp_path: Path) -> None:
+    """Since they are trained on whole, and no answer that is generated has a second line."""
+    answers = ["one\ntwo", "three\r\nfour", "five\n", "six", "seven", "eight"]
+    data = write(tmp_path / "qa.jsonl", [{"q": f"{i}?", "a": a} for i, a in enumerate(answers)])
+    task = load("generation", data, "task.prompt='{q}'", "task.answer=a")
+    assert task.notes == (
+        "the answers of 2 of 6 rows have several lines: they are trained on whole, and an answer "
+        "that is generated ends at its first newline",
+    )
+    whole = [text for row in rows(task) for text in task.prompts[0].candidates(row)]
+    assert whole[0] == "0? one\ntwo\n"
+
+
+@pytest.mark.parametrize(
+    ("cell", "answers"),
+    [
+        ('["4", " four "]', ("4", "four")),
+        ('["a, b"]', ("a, b",)),
+        ("[1, 2]", ("[1, 2]",)),  # a text that is a list of numbers
+        ('["a", 1]', ('["a", 1]',)),
+        ("[]", ("[]",)),
+        ("[see above]", ("[see above]",)),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_a_cell_with_a_list_of_texts_is_several_answers(
+    tmp_path: Path, suffix: str, cell: str, answers: tuple[str, ...]
+) -> None:
+    """As with options: a CSV holds lists as JSON."""
+    data = write(tmp_path / f"qa.{suffix}", [{"q": f"{i}?", "a": cell} for i in range(3)])
+    task = load("generation", data, "task.prompt='{q}'", "task.answer=a")
+    assert {row.answers for row in rows(task)} == {answers}
+
+
+def test_blanks_at_the_ends_of_options_are_no_part_of_them(tmp_path: Path) -> None:
+    """Behind the commas of a CSV they would make two blanks before each option."""
+    file = tmp_path / "quiz.csv"
+    file.write_text("q,a,b,label\n" + "".join(f"is it {i}?, yes, no ,no\n" for i in range(3)))
+    words = ("task.prompt='{q}'", "task.options=[a,b]")
+    task = load("choice", file, *words)
+    assert {(row.options, row.label) for row in rows(task)} == {(("yes", "no"), 1)}
+    assert task.prompts[0].candidates(rows(task)[0]) == ("is it 0? yes", "is it 0? no")
+    file.write_text("q,a,b,label\nis it?, yes,yes ,0\n")
+    message = message_of(lambda: load("choice", file, *words))
+    assert "line 2: two or more different options are needed, and there are 'yes', 'yes'" in message
+
+
+def test_letters_of_options_end_at_z(tmp_path: Path) -> None:
+    records = [{"q": "0?", "options": [f"o{k}" for k in range(27)], "label": 26}]
+    data = write(tmp_path / "quiz.jsonl", records * 3)
+    words = ("task.prompt='{q}'", "task.options=options")
+    message = message_of(lambda: load("choice", data, *words, "task.option_template='{letter}.'"))
+    assert "shows letters, which end at Z, and row train/1 has 27 options: show {number}" in message
+    task = load("choice", data, *words, "task.option_template='{number}. {option}'")
+    assert task.prompts[0].candidates(rows(task)[0])[26] == "0? 27. o26"
+
+
 # ----------------------------------------------------------------------------------- from the hub
 
 
@@ -452,6 +509,17 @@ def test_a_list_of_words_is_for_numbers_from_0_or_from_1(tmp_path: Path, suffix:
     assert "label is" in message_of(lambda: of(0, 1, 3, 1))
 
 
+def test_the_parts_of_a_mixture_are_numbered_by_line_where_a_task_would_be(tmp_path: Path) -> None:
+    node: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "task/classification.yaml"))
+    (tmp_path / "a.csv").write_text("text,label\na,0\n\nb,1\nc,0\n")
+    node |= {"name": "a", "data": str(tmp_path / "a.csv"), "prompt": "{text}", "labels": ["x", "y"]}
+    mixture = {"name": "mixed", "kind": "mixture", "nodes": {"one": node}}
+    for by_line, numbers in ((False, (1, 2, 3)), (True, (2, 4, 5))):
+        task = load_task(mixture, data_seed=0, cache=NO_CACHE, by_line=by_line)
+        every = {row.id for row in (*task.train, *task.dev, *task.test)}
+        assert every == {f"one/train/{number}" for number in numbers}
+
+
 def test_labels_that_are_taken_for_one_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,label\na,1.1\nb,1.10\nc,2\nd,2\n")
     task = classify(tmp_path / "a.csv", "task.labels={1.1: a, 2: b}")
@@ -473,6 +541,24 @@ def test_numbers_of_right_options_may_begin_at_1(tmp_path: Path, second: bool) -
     unclear = load("choice", write(tmp_path / "c.csv", quiz[:1] * 3), *words[:2])
     assert {row.label for row in rows(unclear)} == {1}
     assert "no row has the label 0" in unclear.notes[0]
+
+
+def test_labels_that_could_name_two_options_are_counted(tmp_path: Path) -> None:
+    """No setting says whether a number is a place or the text of an option: it is said instead."""
+    words = ["task.prompt='{q}'", "task.options=[a,b]"]
+    quiz = [{"q": f"{i}", "a": "01"[i % 2], "b": "10"[i % 2], "label": 1} for i in range(6)]
+    task = load("choice", write(tmp_path / "a.csv", quiz[1:5:2] + quiz), *words)
+    assert {row.label for row in rows(task)} == {1}
+    assert [note for note in task.notes if "as the text of an option" in note] == [
+        "the labels in column 'label' are each read as a number from 0; as the text of an option "
+        "they would name another option in 5 of 8 rows: where that is meant, give the right option "
+        "by its letter from A"
+    ]
+    # As a letter it is one option alone; so is a text that no other reading takes.
+    for label in ("A", "yes"):
+        quiz = [{"q": f"{i}", "a": "yes", "b": "no", "label": label} for i in range(6)]
+        task = load("choice", write(tmp_path / "b.csv", quiz), *words)
+        assert ({row.label for row in rows(task)}, task.notes) == ({0}, ())
 
 
 def test_right_options_are_found_by_texts_that_look_like_numbers_or_booleans(
@@ -798,7 +884,10 @@ def test_the_second_file_must_have_the_columns_too(tmp_path: Path) -> None:
         (("task.test_data=b.csv",), "task.test_data=b.csv goes with a file"),
         (("task.splits={test: a}",), "name the split to train on"),
         (("task.splits={train: a, dev: b}",), "name the split to train on"),
-        (("task.labels=[a,b,c]", "task.label=text"), "the label is 'train 0'"),
+        (
+            ("task.labels=[a,b,c]", "task.label=text"),
+            "me/films train, row 1, column 'text': the label is 'train 0'",
+        ),
     ],
 )
 def test_mistakes_with_the_hub(online: list[Any], words: tuple[str, ...], says: str) -> None:

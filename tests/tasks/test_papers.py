@@ -22,6 +22,7 @@ from smezo_cli.tasks import Row, Task, load_task
 from smezo_cli.tasks.base import Tables, cut, permute
 from smezo_cli.tasks.files import lines_of, read_file
 from smezo_cli.tasks.load import local_fingerprint
+from smezo_cli.tasks.own import unlabelled
 from tests import ROOT
 
 CONF = ROOT / "conf" / "task"
@@ -168,6 +169,22 @@ def test_the_benchmarks_own_files_are_read(name: str, expected: Row, tmp_path: P
     with (tmp_path / list(FILES[name])[-1]).open("a") as file:
         file.write("\n")
     assert local_fingerprint(node(name, tmp_path)) != task.fingerprint
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_rows_of_aqua_to_predict_are_read_as_its_own(number: int, tmp_path: Path) -> None:
+    """From a file or from the command line, with the letters that stand before the options."""
+    task = load("aqua", write(tmp_path, "aqua"), prompt=number)
+    (prompt,), wanted = task.prompts, task.test[0]
+    given = {key: value for key, value in aqua("C", 7).items() if key in ("question", "options")}
+    (tmp_path / "new.jsonl").write_text(jsonl(given))
+    texts = given | {"options": json.dumps(given["options"])}
+    for data in (str(tmp_path / "new.jsonl"), texts):
+        (row,) = unlabelled(node("aqua", None, prompt=number), prompt, data)
+        assert (row.fields, row.options, row.label) == (wanted.fields, wanted.options, -1)
+        assert prompt.candidates(row) == prompt.candidates(wanted)
+    with pytest.raises(UserError, match="an option is empty behind its prefix"):
+        unlabelled(node("aqua", None), prompt, texts | {"options": '["A) 1", "B)"]'})
 
 
 @pytest.mark.parametrize("name", BY_CLASS)

@@ -1,5 +1,6 @@
 """Readers of the benchmarks: files and hub give the same rows, whatever their nesting."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -285,9 +286,27 @@ def test_files_and_hub_give_the_same_rows(
     assert [len(revision) for _, _, revision, _ in online["asked"]] == [40, 40]
 
 
+# Of tasks whose files are nested, the field of the text that several rows share.
+PASSAGES = {"multirc": "paragraph", "record": "passage", "squad": "context", "drop": "passage"}
+
+
+def numbered(name: str, number: int, rows: int = 1) -> Any:
+    """The record of SAME with so many rows, and a passage of its own where it has one."""
+    record = copy.deepcopy(SAME[name][0])
+    if name in ("multirc", "record"):
+        record["passage"]["text"] += f" That was {number}."
+    elif name in PASSAGES:
+        record[PASSAGES[name]] += f" That was {number}."
+    if name in PASSAGES:
+        inside = record["passage"]["questions"][0] if name == "multirc" else record
+        key = {"multirc": "answers", "drop": "qa_pairs"}.get(name, "qas")
+        inside[key] *= rows
+    return record
+
+
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_test_rows_can_come_from_the_train_file(name: str, tmp_path: Path) -> None:
-    write(tmp_path, name, [SAME[name][0]] * 6)
+    write(tmp_path, name, [numbered(name, k) for k in range(6)])
     node: Any = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
     missing = tmp_path / node["source"]["files"]["test"]
     missing.unlink()
@@ -300,7 +319,63 @@ def test_test_rows_can_come_from_the_train_file(name: str, tmp_path: Path) -> No
     assert "2 rows to train on, not 1000: of 6 dev takes 1 and test 3" in task.source
 
 
+@pytest.mark.parametrize("name", PASSAGES)
+def test_rows_of_one_passage_are_not_in_train_and_test(
+    name: str, tmp_path: Path, online: dict[str, Any]
+) -> None:
+    """Where test rows are cut from the train rows; eight passages of three rows each."""
+
+    def parts(folder: Path | None, **counts: Any) -> tuple[list[int], Task]:
+        task = load(name, folder, test_from="train", **counts)
+        shown = [{row.fields[PASSAGES[name]] for row in of} for of in (task.train, task.dev)]
+        assert not {row.fields[PASSAGES[name]] for row in task.test} & (shown[0] | shown[1])
+        assert "test rows share no passage with rows of train and dev" in task.source
+        return [len(task.train), len(task.dev), len(task.test)], task
+
+    write(tmp_path, name, [numbered(name, k, 3) for k in range(8)])
+    sizes, files = parts(tmp_path, num_train=7, num_dev=4, num_test=5)
+    assert sizes == [7, 4, 5]
+    # Of the 13 rows that 24 less 11 leave, one is of a passage that the test has.
+    assert parts(tmp_path, num_train=None, num_dev=1, num_test=10)[0] == [11, 1, 10]
+    assert parts(tmp_path, num_train=6, num_dev=2, num_test=None)[0] == [6, 2, 15]
+    online["records"] = [
+        SAME[name][1] | {PASSAGES[name]: f"{SAME[name][1][PASSAGES[name]]} That was {k}."}
+        for k in range(8)
+        for _ in range(3)
+    ]
+    if "label" in SAME[name][1]:
+        online["classes"] = ["False", "True"]
+    _, table = parts(None, num_train=7, num_dev=4, num_test=5)
+    assert (files.train, files.dev, files.test) == (table.train, table.dev, table.test)
+    whole = load(name, tmp_path, num_train=7, num_dev=4)  # with a file of its own the test is that
+    assert len(whole.test) == 24
+    write(tmp_path, name, [numbered(name, 0, 6)])
+    message = message_of(lambda: load(name, tmp_path, test_from="train", num_test=2))
+    assert "rows of one passage are not parted, and the 6 rows of task" in message
+    assert "are of 1, too few for task.num_dev=1 and test rows" in message
+
+
+def test_rows_of_one_passage_are_not_parted_by_class_either(tmp_path: Path) -> None:
+    records = [numbered("multirc", k, 2) for k in range(12)]
+    for k, record in enumerate(records):
+        record["passage"]["questions"][0]["answers"][0] = {"text": "b", "label": k % 2}
+    write(tmp_path, "multirc", records)
+    none = {"num_train": None, "num_dev": None, "num_test": None}
+    task = load("multirc", tmp_path, test_from="train", num_per_class=2, **none)
+    assert [len(task.train), len(task.dev)] == [4, 4]
+    seen = {row.fields["paragraph"] for row in (*task.train, *task.dev)}
+    assert task.test
+    assert not seen & {row.fields["paragraph"] for row in task.test}
+
+
 # ----------------------------------------------------------------------------------- what is odd
+
+
+def test_a_field_that_lists_options_has_letters_to_z(tmp_path: Path) -> None:
+    record = SAME["aqua"][0] | {"options": [f"A){k}" for k in range(27)]}
+    write(tmp_path, "aqua", [record])
+    message = message_of(lambda: load("aqua", tmp_path))
+    assert "line 1: field 'choices' shows letters, which end at Z, and there are 27" in message
 
 
 def test_record_options_are_the_spans_without_repetition(tmp_path: Path) -> None:

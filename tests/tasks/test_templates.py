@@ -106,8 +106,8 @@ def test_classification_prompts_are_those_of_mezo(
 @pytest.mark.parametrize(
     ("task", "fields", "context", "words"),
     [
-        ("sst2", {"sentence": "a joy . "}, "a joy . It was <m> .", ("terrible", "great")),
-        ("rte", NLI, "It rained.  ? <m> , It was wet.", ("Yes", "No")),
+        ("sst2", {"sentence": "a joy . "}, "a joy . It was <m>.", ("terrible", "great")),
+        ("rte", PAIR, "A man naps? <m>, he is Tall.", ("Yes", "No")),
         (
             "sst5",
             {"text": "A joy ."},
@@ -127,6 +127,7 @@ def test_classification_prompts_are_those_of_mezo(
 def test_masked_prompts(
     task: str, fields: dict[str, str], context: str, words: tuple[str, ...]
 ) -> None:
+    """As MeZO's code writes them for RoBERTa-large: Table 13 shows the same with other blanks."""
     (prompt,) = prompts(task, "masked")
     assert prompt.is_masked
     assert not prompts(task)[0].is_masked
