@@ -64,13 +64,17 @@ class ZeroOrder(Parts):
             What was measured.
 
         Raises:
-            NonFiniteLoss: before anything was written.
-            UpdateOverflow: some of the weights may be moved.
-            OutOfMemory: before anything was written.
+            NonFiniteLoss, UpdateOverflow: each says what the weights are then.
+            MemoryError: in a forward, which leaves the weights as NonFiniteLoss does; or in a
+                backward pass (BackwardOutOfMemory) or the update, when some may be moved.
             ValueError: at the first step, by :meth:`self_check`.
         """
         if self._unchecked:
-            self.self_check(closure)
+            try:
+                self.self_check(closure)
+            except BaseException:
+                self._unchecked = True  # what a method adds to the check may be what has failed
+                raise
         self._begin()
         self.choose_executor(closure)
         self._refresh_thresholds()
@@ -78,8 +82,8 @@ class ZeroOrder(Parts):
         def on_equal_losses() -> None:
             # The loss may be a step function; or the model has taken another path.
             if self._asks_again:
-                self._asks_again = False
                 self.check_reads(closure)
+                self._asks_again = False
 
         def measured() -> None:
             if isinstance(closure, TakesNote):
@@ -276,8 +280,9 @@ class ZeroOrder(Parts):
             ValueError: the closure is random, or gives another loss at each call.
             NonFiniteLoss: a loss is not finite.
         """
-        self._unchecked = False
-        return self._self_check()(closure)
+        checked = self._self_check()(closure)
+        self._unchecked = False  # a check that fails is asked again by the next step
+        return checked
 
     @torch.inference_mode(False)
     @torch.no_grad()

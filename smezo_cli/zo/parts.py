@@ -149,7 +149,7 @@ class Parts(torch.optim.Optimizer):
         self.num_steps = 0
         self.selection, self.direction, self.estimator = selection, direction, estimator
         self.update, self.step_size, self.tail, self.phase = update, step_size, tail, phase
-        kept = update.slots, direction.state_size, update.copies, update.copied
+        kept = update.slots, direction.state_size, update.copies, update.copied, update.own_sizes
         self.state_of_update = State(*kept)
         self.set_thresholds()
         self._probe = FunctionalProbe(model, [t.parameter for t in self.targets])
@@ -246,6 +246,11 @@ class Parts(torch.optim.Optimizer):
         return self.state_of_update.bytes_of(self.targets) + self.direction.kept_bytes
 
     @property
+    def mask_bytes(self) -> int:
+        """Return the bytes of a mask that names its entries one by one, beside the state's."""
+        return self.selection.kept_bytes
+
+    @property
     def trained(self) -> dict[str, nn.Parameter]:
         """Return the tensors that the method may write to, by name."""
         own = {t.name: t.parameter for t in self.targets}
@@ -326,7 +331,7 @@ class Parts(torch.optim.Optimizer):
         numbers = {"num_steps": self.num_steps, "h": {t.name: t.h.hex() for t in self.targets}}
         if self.state_of_update.numbers:
             numbers["state"] = copy.deepcopy(self.state_of_update.numbers)
-        return numbers, self.state_of_update.tensors()
+        return numbers, self.state_of_update.tensors(self.targets)
 
     def restore(self, numbers: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Undo :meth:`snapshot`; without tensors a method that keeps some can step at step 0 alone.

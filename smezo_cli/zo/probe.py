@@ -210,6 +210,12 @@ class FunctionalProbe:
         finally:
             self._mover = before
 
+    def drop_scratch(self) -> None:
+        """Free the scratch, outside of any probe; the next one makes what it needs."""
+        self._scratch.clear()
+        self._parts.clear()
+        self._addresses.clear()
+
     @contextmanager
     def in_turns(self, plus: PairMover, minus: PairMover, turns: Turns) -> Iterator[None]:
         """Do as :meth:`at` for the two forwards of ``turns``, with one draw for both.
@@ -376,6 +382,12 @@ def looks_up_rows(module: nn.Module) -> bool:
 
 
 def renumbered(ids: Tensor) -> tuple[Tensor, tuple[Tensor]]:
-    """Return the rows that ids (int64, any shape) look up, sorted, and the ids as places there."""
+    """Return the rows that ids look up (int64, sorted), and the ids as places there.
+
+    Args:
+        ids: int64 or int32, any shape. Others are left for what looks up to refuse.
+    """
     rows, renumbered = torch.unique(ids, return_inverse=True)
+    if rows.dtype == torch.int32:
+        rows = rows.long()  # a row times its width may be more than it holds
     return rows, (renumbered,)

@@ -13,14 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smezo_cli.zo.passes.eager import over_chunks
+from smezo_cli.zo.passes.eager import chunk_size, over_chunks
 
 BITS = (8, 4)
 SMALLEST = 1024  # weights; a smaller matrix stays as it is, for it would save a few hundred bytes
-
-# Weights that are written out together: temporaries stay in the second-level cache of a CPU.
-_CHUNK = {"cpu": 1 << 15}
-_CHUNK_ACCELERATOR = 1 << 22
 
 
 class QuantisedLinear(nn.Module):
@@ -193,8 +189,7 @@ class QuantisedLinear(nn.Module):
         )
 
     def _rows_together(self) -> int:
-        chunk = _CHUNK.get(self.weight.device.type, _CHUNK_ACCELERATOR)
-        return max(1, chunk // self.in_features)
+        return max(1, chunk_size(self.weight.device) // self.in_features)
 
     def _parts(self) -> Iterator[slice]:
         together = self._rows_together()

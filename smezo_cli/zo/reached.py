@@ -245,8 +245,7 @@ def is_reached(ask: Callable[[float], Losses], rounding: Rounding, was_read_dire
         ask: the losses of a move enlarged by a factor.
         rounding: of the losses.
         was_read_directly: an operation took the parameter itself, so that there must be agreement
-        in
-            every digit to call it reached.
+            in every digit to call it reached.
     """
     share = max(math.sqrt(rounding.eps), 0.01)
     seen = False

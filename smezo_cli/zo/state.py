@@ -1,12 +1,16 @@
 """Keep what the steps of a method need beside the weights: tensors, and plain numbers."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from smezo_cli.zo.targets import Target
+
+#: Numbers that a tensor of the state has of a target.
+Size = Callable[[Target], int]
 
 
 class State:
@@ -18,16 +22,20 @@ class State:
         size: entries of a slot's tensor of a target.
         copies: names of copies of the weights, in their dtype; in files ``TARGET/COPY``.
         copied: names of the targets that are copied; None: all.
+        own_sizes: by name, the entries of slots that have a size of their own. They are in no
+            subspace, so new factors leave them as they are.
     """
 
     def __init__(
         self,
         slots: Sequence[str],
-        size: Callable[[Target], int],
+        size: Size,
         copies: Sequence[str] = (),
         copied: Collection[str] | None = None,
+        own_sizes: Mapping[str, Size] = MappingProxyType({}),
     ) -> None:
-        self.slots, self.copies, self._size = tuple(slots), tuple(copies), size
+        self.slots, self.copies, self._own_sizes = tuple(slots), tuple(copies), own_sizes
+        self._sizes = [own_sizes.get(slot, size) for slot in self.slots]
         self._names = copied
         #: plain JSON that the next step depends on
         self.numbers: dict[str, Any] = {}
@@ -41,8 +49,10 @@ class State:
     def of(self, target: Target) -> tuple[Tensor, ...]:
         """Return the target's tensors (flat, float32) in the order of the slots; zeros at first."""
         if target.name not in self._tensors:
-            size, device = self._size(target), target.parameter.device
-            self._tensors[target.name] = tuple(torch.zeros(size, device=device) for _ in self.slots)
+            device = target.parameter.device
+            self._tensors[target.name] = tuple(
+                torch.zeros(size(target), device=device) for size in self._sizes
+            )
         return self._tensors[target.name]
 
     def read(self, target: Target) -> tuple[Tensor, ...]:
@@ -53,14 +63,17 @@ class State:
         if target.name in self._tensors:
             return self._tensors[target.name]
         zero = torch.zeros(1, device=target.parameter.device)
-        return tuple(zero.expand(self._size(target)) for _ in self.slots)
+        return tuple(zero.expand(size(target)) for size in self._sizes)
 
     def carry(self, targets: Sequence[Target], change: Callable[[Target, Tensor], Tensor]) -> None:
-        """Replace every slot's tensor by ``change(target, tensor)``, of the same size."""
+        """Replace a slot's tensors by ``change(target, tensor)``, but where it has its own size."""
         for target in targets:
             if target.name in self._tensors:
-                kept = self._tensors[target.name]
-                self._tensors[target.name] = tuple(change(target, tensor) for tensor in kept)
+                kept = zip(self.slots, self._tensors[target.name], strict=True)
+                self._tensors[target.name] = tuple(
+                    tensor if slot in self._own_sizes else change(target, tensor)
+                    for slot, tensor in kept
+                )
 
     def copy_weights(self, name: str, targets: Sequence[Target]) -> None:
         """Keep the present weights under a name of ``copies``, in place of those kept before."""
@@ -78,7 +91,7 @@ class State:
 
     def bytes_of(self, targets: Sequence[Target]) -> int:
         """Return the bytes that the tensors take once all are there."""
-        slots = 4 * len(self.slots) * sum(map(self._size, targets))
+        slots = 4 * sum(size(target) for size in self._sizes for target in targets)
         copied = [target.parameter for target in self._copied_of(targets)]
         weights = sum(p.numel() * p.element_size() for p in copied)
         return slots + len(self.copies) * weights
@@ -87,8 +100,13 @@ class State:
         names = self._names
         return [target for target in targets if names is None or target.name in names]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors by their names in files; not copies."""
+    def tensors(self, targets: Sequence[Target]) -> dict[str, Tensor]:
+        """Return all tensors by their names in files; not copies.
+
+        Where anything is kept, so are the slots of targets that no step has moved yet: zeros.
+        """
+        for target in targets if self and self.slots else ():
+            self.of(target)
         slots = {
             f"{name}/{slot}": tensor
             for i, slot in enumerate(self.slots)
@@ -114,8 +132,8 @@ class State:
         for target in targets if tensors else ():
             device = target.parameter.device
             own = [tensors[f"{target.name}/{slot}"] for slot in self.slots]
-            size = (self._size(target),)
-            if any(tuple(x.shape) != size or x.dtype != torch.float32 for x in own):
+            sizes = [(size(target),) for size in self._sizes]
+            if [tuple(x.shape) for x in own] != sizes or any(x.dtype != torch.float32 for x in own):
                 raise ValueError(f"{target.name} has other moments")
             if self.slots:
                 self._tensors[target.name] = tuple(x.to(device, copy=True) for x in own)

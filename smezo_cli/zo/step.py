@@ -16,7 +16,11 @@ NUMERICS = 1
 
 
 class NonFiniteLoss(ArithmeticError):
-    """Say that a loss was NaN or infinite; the weights are those before the step."""
+    """Say that a loss, or a gradient by backpropagation, was NaN or infinite.
+
+    The weights are those before the step, but for what ``executor=in_place`` leaves of its rounding
+    and for those that backpropagation had come to before it met such a gradient.
+    """
 
 
 class UpdateOverflow(NonFiniteLoss):

@@ -11,6 +11,7 @@ outputs but that inputs are not written to.
 import contextvars
 import functools
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -45,14 +46,21 @@ class Turns:
         self._has_ended = [True, True]
         self._is_stopping = False
         self._thread: ThreadPoolExecutor | None = None
-        self._kept: list[tuple[Any, Any]] | None = None  # inputs and theta-'s output of each call
+        self._kept: deque[tuple[Any, Any]] = deque()  # inputs and theta-'s output of each call
 
     @contextmanager
     def first(self) -> Iterator[None]:
-        """Inside, each call of the model runs both forwards and returns what theta+ gives."""
-        self._kept = []
-        with self._instead(self._run_both):
-            yield
+        """Inside, each call of the model runs both forwards and returns what theta+ gives.
+
+        What theta- gives is kept until :meth:`second` has returned it.
+        """
+        self._kept.clear()
+        try:
+            with self._instead(self._run_both):
+                yield
+        except BaseException:
+            self._kept.clear()  # where memory was too small, this is what there is to free
+            raise
 
     @contextmanager
     def second(self) -> Iterator[None]:
@@ -62,26 +70,24 @@ class Turns:
             NotInLockstep: when left, if there were fewer calls than before; at a call, if its
                 inputs are others.
         """
-        assert self._kept is not None
-        kept, self._kept = self._kept, None
-        calls = iter(kept)
+        kept, self._kept = self._kept, deque()
 
         def replay(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            inputs, output = next(calls, (None, None))
+            # Taken out, so that it lives no longer than the closure needs it.
+            inputs, output = kept.popleft() if kept else (None, None)
             if inputs is None or not same_inputs(inputs, (args, kwargs)):
                 refuse("the two calls of the closure give the model other inputs")
             return output
 
         with self._instead(replay):
             yield
-        if next(calls, None) is not None:
+        if kept:
             refuse("the second call of the closure calls the model less often than the first")
 
     def _instead(self, function: Callable[..., Any]) -> AbstractContextManager[None]:
         return standing_in(self._model, function, lambda: self.is_running)
 
     def _run_both(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        assert self._kept is not None
         _check_inputs((args, kwargs))
         self._has_ended, self._is_stopping = [False, False], False
         self.side, self.is_running = 0, True

@@ -869,7 +869,7 @@ def test_models_that_cannot_be_trained_are_refused() -> None:
     model = mlp()
     with torch.no_grad():
         model[0].weight[2, 3] = math.nan
-    with pytest.raises(ValueError, match="NaN or infinite before training"):
+    with pytest.raises(ValueError, match="NaN or infinite, so that its tensor has no mask"):
         sparse(model)
     model = mlp()
     model[0].weight = nn.Parameter(torch.randn(6, 11).T)

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
 from smezo_cli.methods.mezo import MeZO
-from smezo_cli.zo.probe import FunctionalProbe, only_rows
+from smezo_cli.zo.probe import FunctionalProbe, only_rows, renumbered
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -320,6 +320,14 @@ def test_embeddings_move_looked_up_rows_where_ids_can_be_renumbered(name: str, h
 
 
 @torch.no_grad()
+def test_rows_of_narrow_ids_are_numbers_of_64_bits() -> None:
+    """A row times its width may be more than an int32 id can hold."""
+    rows, (places,) = renumbered(torch.tensor([[7, 3], [7, 1]], dtype=torch.int32))
+    assert rows.dtype == torch.int64
+    assert rows.tolist() == [1, 3, 7]
+    assert places.tolist() == [[2, 1], [2, 0]]
+
+
 def test_the_positions_of_opt_are_moved_whole() -> None:
     """transformers' OPT: token rows alone, positions (an embedding by class) whole."""
     model = build("opt")

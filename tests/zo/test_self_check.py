@@ -583,12 +583,47 @@ def test_a_functional_path_that_is_taken_later_is_named_when_a_probe_moves_nothi
     opt = mezo(model)
     assert opt.step(model).unmoved == 0
     model.switched = True
-    with pytest.raises(Unreached, match=r"layer\.weight, layer\.bias"):
-        opt.step(model)
+    for _ in range(2):  # the next step asks again
+        with pytest.raises(Unreached, match=r"layer\.weight, layer\.bias"):
+            opt.step(model)
     model.switched = False
     opt = mezo(model)
     record = opt.step(lambda: (model() > 1e9).double())
     assert (record.unmoved, record.projected_grad) == (1, (0.0,))
+
+
+class Fussy(MeZO):
+    """Finds fault with what the check has accepted."""
+
+    @torch.no_grad()
+    def self_check(self, closure: Closure) -> int:
+        super().self_check(closure)
+        raise ValueError("fussy")
+
+
+def test_a_check_that_failed_is_asked_again_by_the_next_step() -> None:
+    """Whatever failed in it: a bypassed layer, a loss, the memory, or what a method adds to it."""
+    model = seeded(Switching)
+
+    def failing() -> Tensor:
+        model()
+        raise MemoryError
+
+    opt, fussy = mezo(model), Fussy(model, lr=1e-3, eps=1e-3, backend="eager")
+    for _ in range(2):
+        with pytest.raises(MemoryError):
+            opt.step(failing)
+        with pytest.raises(ArithmeticError):
+            opt.step(lambda: model() * float("nan"))
+        with pytest.raises(ValueError, match="fussy"):
+            fussy.step(model)
+    model.switched = True
+    for _ in range(2):
+        with pytest.raises(Unreached):
+            opt.step(model)
+    model.switched = False
+    opt.step(model)
+    assert opt.num_steps == 1
 
 
 def test_another_closure_can_be_asked_about() -> None:

@@ -1,6 +1,7 @@
 """Two forwards in turns: the numbers of one after the other, and what is refused."""
 
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -103,6 +104,26 @@ def test_a_closure_may_split_its_batch() -> None:
     (a, w), (b, v) = ends(mlp, in_parts, 5)
     assert a == b
     assert same(w, v)
+
+
+def test_outputs_of_the_second_forward_go_as_they_are_read() -> None:
+    """A closure in micro-batches does not hold all of them to its end."""
+    model = mlp()
+    outputs: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def closure() -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for x in X.split(4):
+            y = model(x)
+            alive.append(sum(output() is not None for output in outputs))
+            outputs.append(weakref.ref(y))
+            total += y.double().square().sum()
+            del y
+        return total
+
+    sparse(model, executor="lockstep").step(closure)
+    assert alive == [0] * 8
 
 
 class Counting:
@@ -296,6 +317,56 @@ def test_auto_leaves_lockstep_at_a_batch_that_does_not_allow_it() -> None:
     records += run(opt, lambda: model(X, cache=Cache()).sum(), 1)
     assert opt.executor == "sequential"
     assert records == run(sound, lambda: other(X).sum(), 2)
+
+
+class Hungry(nn.Module):
+    """Runs out of memory where more rows are under way than it has room for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.room, self.inside = 20, 0
+        with torch.no_grad():
+            for i, p in enumerate(self.parameters()):
+                p.copy_(torch.randn(p.shape, generator=seeded(i)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.inside += len(x)
+        try:
+            if self.inside > self.room:
+                raise MemoryError("too small")
+            y: Tensor = self.second(self.first(x))
+            return y
+        finally:
+            self.inside -= len(x)
+
+
+def test_auto_leaves_lockstep_where_the_memory_is_too_small_for_it() -> None:
+    """In the trial, or at a later batch of longer rows; what lockstep held is freed."""
+    model, other = Hungry(), Hungry()
+    opt, sound = sparse(model, executor="auto"), sparse(other, executor="sequential")
+
+    def loss(model: nn.Module) -> Closure:
+        return lambda: model(X[:4]).square().mean() + model(X).square().mean()
+
+    assert opt.choose_executor(loss(model)).keys() == {"sequential"}
+    records = run(opt, loss(model), 1)
+    opt.executors.use(opt.executors.lockstep)  # as if the first rows had been short
+    records += run(opt, loss(model), 2)
+    assert opt.executor == "sequential"
+    assert records == run(sound, loss(other), 3)
+    assert same(weights_of(model), weights_of(other))
+    assert {side for _, _, side, *_ in opt._probe._scratch} == {0}
+    assert not opt.executors.lockstep._turns._kept
+
+
+def test_memory_that_is_too_small_for_all_that_may_be_used_is_said() -> None:
+    model = Hungry()
+    with pytest.raises(MemoryError):
+        sparse(model, executor="lockstep").step(lambda: model(X).square().mean())
+    model.room = 0
+    with pytest.raises(MemoryError):
+        sparse(model, executor="auto").step(lambda: model(X).square().mean())
 
 
 def test_auto_has_the_numbers_of_sequential_and_names_its_choice() -> None:

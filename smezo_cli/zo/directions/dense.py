@@ -244,6 +244,8 @@ class Dense:
         """Return the mask (bool, flat) of a tensor, before it is written to; None: all."""
         if self.selection.stream(0) is None and target.h == float("inf"):
             return None
+        if self.keeps:  # of before the writes of executor=in_place
+            return self.kept(target, mover)[1]
         return self._eager(self._rule).mask_of(target.flat, mover.draw(target))
 
     def masks(self, step: int) -> Iterator[Tensor]:

@@ -5,8 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-#: Grids whose products, and sums of up to a million of them, float64 holds exactly: of Gaussian
-#: numbers, which are below 8, and of entries of orthonormal vectors, whose products sum to 1.
+#: Grids on which float64 holds products exactly, and sums of them up to 2^53 units of the grid
+#: squared. GAUSSIAN: of Gaussian numbers, which are below 8, with sums up to 2^21, about the square
+#: of the norm of 2^21 of them. UNIT: of entries of orthonormal vectors, with sums up to 2^5.
 GAUSSIAN, UNIT = 2.0**16, 2.0**24
 
 
@@ -14,7 +15,8 @@ def inner(a: Tensor, b: Tensor, grid: float) -> Tensor:
     """Return all inner products of rows of a (r, n) and b (s, n): float64 (r, s).
 
     Entries are rounded to multiples of 1/grid. Then every product and every sum of them is exact in
-    float64, so that the order of the sums, which is a library's own, changes no bit.
+    float64, so that the order of the sums, which is a library's own, changes no bit: as long as the
+    sums stay below 2^53 / grid^2, so of Gaussian rows up to some 2^21 columns.
     """
     return on_grid(a, grid) @ on_grid(b, grid).T
 

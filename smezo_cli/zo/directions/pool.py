@@ -76,6 +76,7 @@ class Pool(Dense):
         self._pools: dict[torch.device, Tensor] = {}
         self._pool = self._drawn(context.seed)
         self._twice = torch.cat((self._pool, self._pool))
+        self.kept_bytes = self._pool.nbytes + self._twice.nbytes
         squares = [x * x for x in self._pool.tolist()]
         self._sums: list[float] = [
             0.0,

@@ -154,6 +154,7 @@ class UZV:
 
     @staticmethod
     def scale(shape: Shape, rank: int) -> float:
+        """Return s: how many times longer it makes U Z V^T, which is as long as Z."""
         return math.sqrt(shape[0] * shape[1]) / rank
 
 

@@ -27,7 +27,7 @@ def kinds_of(model: nn.Module) -> dict[int, str]:
     """Return how modules compute with other weights for each row, by their ``id``.
 
     "linear", "lookup", "torch norm", or "norm" of another library, which multiplies by its weight
-    along the last dimension. Not of a module that shares a parameter with one of another kind.
+    along the last dimension. Not of a module that shares a parameter with one that has no kind.
     """
     owned = {m: [p for p in m._parameters.values() if p is not None] for m in model.modules()}
     kinds = {m: kind for m, own in owned.items() if own and (kind := _kind_of(m, own))}
@@ -58,7 +58,8 @@ class SignedNoise:
 
     * The weight (m, n) of a linear layer, and the table (m, n) of an embedding: r_i (m), s_i (n).
     * Its bias, and the weight and bias of a norm: r_i alone.
-    * Any other tensor: Z_i = U. So is one that another module reads as well.
+    * Any other tensor: Z_i = U. So are those of a module that shares one with a module of none of
+      these kinds; a table tied to a linear layer has the signs that both would have.
 
     Args:
         model: owns the tensors.

@@ -1,13 +1,12 @@
 """Measure the losses of several points in one batch; or one by one, without copies of matrices."""
 
-import gc
 import math
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from smezo_cli.zo.directions.base import PointMover
+from smezo_cli.zo.executors.base import OUT_OF_MEMORY, release_memory
 from smezo_cli.zo.points import Points
 from smezo_cli.zo.probe import FunctionalProbe, moves_nothing
 from smezo_cli.zo.step import Closure
@@ -45,7 +44,7 @@ class Batched:
                 losses = self._at_once(closure, now)
                 if losses is None:
                     self.most = (len(now) + 1) // 2
-                    _release()
+                    release_memory()
                 else:
                     found, here = found + losses, here[len(now) :]
         return found
@@ -58,7 +57,7 @@ class Batched:
             for k in range(1, len(movers)):
                 with self.points.later(k):
                     found.append(closure())
-        except (MemoryError, torch.OutOfMemoryError):
+        except OUT_OF_MEMORY:
             if len(movers) == 1:
                 raise
             return None
@@ -79,10 +78,3 @@ def _alike(movers: Sequence[PointMover]) -> Iterator[list[PointMover]]:
             moving = mover
         here.append(mover)
     yield here
-
-
-def _release() -> None:
-    """Free what a failed forward has left behind."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -3,14 +3,13 @@
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 
 from smezo_cli.zo import dynamo, tangent
 from smezo_cli.zo.directions.base import PointMover
-from smezo_cli.zo.executors.base import Executor
+from smezo_cli.zo.executors.base import OUT_OF_MEMORY, Executor, release_memory
 from smezo_cli.zo.executors.batched import Batched
 from smezo_cli.zo.executors.in_place import InPlace
 from smezo_cli.zo.executors.lockstep import Lockstep
@@ -63,8 +62,9 @@ class Executors:
         return isinstance(self.used, InPlace)
 
     def use(self, executor: Executor) -> None:
-        """Measure by this executor from now on."""
+        """Measure by this executor from now on; scratch that others have made is freed."""
         self.used, self.name = executor, executor.name
+        self._probe.drop_scratch()
 
     def of_groups(
         self, closure: Closure, groups: Iterable[Sequence[PointMover]]
@@ -85,13 +85,25 @@ class Executors:
 
     def losses(self, closure: Closure, movers: Sequence[PointMover]) -> list[Tensor]:
         """Return the losses by the executor in use, or one that takes its place."""
-        try:
+        if not (self._may_choose and self.used is self.lockstep):
             return self.by(self.used, closure, movers)
-        except NotInLockstep:  # at a later batch, which calls the model in another way
-            if not self._may_choose:
-                raise
-        self.use(self.sequential)
-        return self.by(self.used, closure, movers)
+        found = self._in_lockstep(closure, movers)
+        if found is None:  # at a later batch, of longer rows or one that calls the model otherwise
+            self.use(self.sequential)
+            found = self.by(self.used, closure, movers)
+        return found
+
+    def _in_lockstep(self, closure: Closure, movers: Sequence[PointMover]) -> list[Tensor] | None:
+        """Return the losses by lockstep; None: it cannot be used, or needs too much memory."""
+        try:
+            return self.by(self.lockstep, closure, movers)
+        except NotInLockstep:
+            return None
+        except OUT_OF_MEMORY:
+            pass
+        self._probe.drop_scratch()  # not before: the error held tensors
+        release_memory()
+        return None
 
     def by(
         self, executor: Executor, closure: Closure, movers: Sequence[PointMover]
@@ -137,24 +149,30 @@ class Executors:
     def choose(self, closure: Closure, movers: Sequence[PointMover]) -> dict[str, float]:
         """Use the faster executor from now on, of those that give the losses of sequential.
 
-        Each measures twice.
+        Each measures twice; lockstep only while it can, and fits into the memory.
 
         Returns:
             Seconds of a measurement by name, of those that could be used.
         """
         seconds: dict[str, float] = {}
-        found: dict[str, list[tuple[float, ...]]] = {}
-        with suppress(NotInLockstep):
-            for _ in range(2):  # the first may compile, and touches memory for the first time
-                for executor in (self.sequential, self.lockstep):
-                    start = time.perf_counter()
-                    losses = tuple(map(number, self.by(executor, closure, movers)))
-                    spent = time.perf_counter() - start
-                    name = executor.name
-                    seconds[name] = min(spent, seconds.get(name, math.inf))
-                    found.setdefault(name, []).append(losses)
-        if "lockstep" in found:
-            first, second = found["sequential"][0], found["sequential"][-1]
+        found: dict[str, list[tuple[float, ...]]] = {"sequential": [], "lockstep": []}
+
+        def note(name: str, start: float, losses: list[Tensor]) -> None:
+            found[name].append(tuple(map(number, losses)))
+            spent = time.perf_counter() - start
+            seconds[name] = min(spent, seconds.get(name, math.inf))
+
+        for _ in range(2):  # the first may compile, and touches memory for the first time
+            start = time.perf_counter()
+            note("sequential", start, self.by(self.sequential, closure, movers))
+            start = time.perf_counter()
+            losses = self._in_lockstep(closure, movers)
+            if losses is None:
+                seconds.pop("lockstep", None)
+                break
+            note("lockstep", start, losses)
+        if "lockstep" in seconds:
+            first, second = found["sequential"]
             for a, b, c in zip(first, second, found["lockstep"][-1], strict=True):
                 # Where a loss is the same from call to call, no other number will do.
                 if not abs(b - c) <= abs(a - b):

@@ -85,6 +85,14 @@ class PassesByIndex(EagerPasses):
 
     def noise_and_mask(self, weight: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
         """See :meth:`EagerPasses.noise_and_mask`."""
-        index = torch.arange(weight.numel(), device=weight.device)
-        mask = self._mask(weight, index, weight.numel(), draw)
-        return self._values(index, draw.keys[0]), mask
+        numel = weight.numel()
+        z = torch.empty_like(weight, dtype=torch.float32)
+        mask = torch.empty_like(weight, dtype=torch.bool)
+
+        def one(part: slice) -> None:
+            index = torch.arange(part.start, part.stop, device=weight.device)
+            z[part] = self._values(index, draw.keys[0])
+            mask[part] = self._mask(weight[part], index, numel, draw)
+
+        over_chunks(numel, weight.device, one)
+        return z, mask

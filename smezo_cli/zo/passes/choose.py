@@ -2,16 +2,17 @@
 
     moved = where(mask(w), w + sum_q a_q z_q - d w, w)
 
-computed in float32, rounded to the output's dtype. A probe has one query, a = +-eps and d = 0; an
-update has a_q = -lr * projected_grad_q / q and d = lr * weight_decay. On a CPU Numba compiles the
-function to one loop, on a CUDA device it is a kernel by Triton; without them it runs in chunks that
-fit the cache. All give the same bits.
+computed in float32, rounded to the output's dtype, with a term for each z_q of a move. Of most
+methods a probe has one, a = +-eps and d = 0; an update has -lr times the coefficients of the
+gradient, and d = lr * weight_decay. On a CPU Numba compiles the function to one loop, on a CUDA
+device it is a kernel by Triton; without them it runs in chunks that fit the cache. All give the
+same bits.
 """
 
 import os
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -24,34 +25,36 @@ from smezo_cli.zo.passes.in_periods import Period, PeriodicPasses
 
 Passes = EagerPasses | NumbaPasses | TritonPasses
 
+Fused = TypeVar("Fused")
+Eager = TypeVar("Eager")
+
 
 class NoCompiler(RuntimeError):
     """Say that fused passes were asked for and cannot be had."""
+
+
+class Compiler(NamedTuple):
+    """Name a compiler, and the environment variable that turns it off."""
+
+    name: str
+    switch: str
+
+
+NUMBA, TRITON = Compiler("Numba", "NUMBA_DISABLE_JIT"), Compiler("Triton", "TRITON_INTERPRET")
 
 
 class _Way(NamedTuple):
     """Describe what fuses the passes on a kind of device.
 
     Attributes:
+        compiler: that does it.
         kind: makes the passes of a rule.
-        missing: what is said before the error that it raised.
-        switch: the environment variable that turns it off.
         dtypes: of weights that are moved to try it out.
     """
 
+    compiler: Compiler
     kind: Callable[[Rule], Passes]
-    missing: str
-    switch: str
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
-
-
-def _by_numba(kind: Callable[[Rule], Passes]) -> _Way:
-    return _Way(kind, "Numba does not work here", "NUMBA_DISABLE_JIT")
-
-
-def _by_triton() -> _Way:
-    every = (torch.float32, torch.bfloat16, torch.float16)
-    return _Way(TritonPasses, "Triton does not work here", "TRITON_INTERPRET", every)
 
 
 def choose_passes(rule: Rule, backend: str, device: torch.device) -> tuple[Passes, str]:
@@ -70,7 +73,9 @@ def choose_passes(rule: Rule, backend: str, device: torch.device) -> tuple[Passe
     Raises:
         NoCompiler: "compiled" was asked for and does not work here.
     """
-    way = _by_numba(NumbaPasses) if device.type == "cpu" else _by_triton()
+    way = _Way(NUMBA, NumbaPasses)
+    if device.type != "cpu":
+        way = _Way(TRITON, TritonPasses, (torch.float32, torch.bfloat16, torch.float16))
     return _if_it_works(rule, backend, device, way, EagerPasses)
 
 
@@ -98,7 +103,7 @@ def choose_looked_up(
     if period is None or device.type != "cpu":
         why = "numbers of a pool are looked up, not computed" if backend == "compiled" else ""
         return eager(rule), why
-    way = _by_numba(lambda rule: PeriodicPasses(rule, values, period))
+    way = _Way(NUMBA, lambda rule: PeriodicPasses(rule, values, period))
     return _if_it_works(rule, backend, device, way, eager)
 
 
@@ -109,24 +114,55 @@ def _if_it_works(
     way: _Way,
     eager: Callable[[Rule], EagerPasses],
 ) -> tuple[Passes, str]:
+    def try_out(fused: Passes, plain: EagerPasses) -> None:
+        for dtype in way.dtypes:
+            _try_out(fused, plain, device, dtype)
+
+    return fused_or_eager(
+        backend, way.compiler, lambda: way.kind(rule), lambda: eager(rule), try_out
+    )
+
+
+def fused_or_eager(
+    backend: str,
+    compiler: Compiler,
+    fused: Callable[[], Fused],
+    eager: Callable[[], Eager],
+    try_out: Callable[[Fused, Eager], None],
+) -> tuple[Fused | Eager, str]:
+    """Return what a compiler fuses where that works here, else what is eager.
+
+    Args:
+        backend: "auto", "compiled" or "eager".
+        compiler: of the fused ones.
+        fused: makes them.
+        eager: makes the eager ones.
+        try_out: raises an error unless the fused ones give the bits of the eager ones.
+
+    Returns:
+        Them, and why they are eager ("" when that was asked for or they are fused).
+
+    Raises:
+        NoCompiler: "compiled" was asked for and does not work here.
+    """
     if backend == "eager":
-        return eager(rule), ""
+        return eager(), ""
     cause: Exception | None = None
-    if (given := os.environ.get(way.switch, "0")) not in ("", "0"):
-        why = f"the compiler is off as long as {way.switch}={given} is set"
+    if (given := os.environ.get(compiler.switch, "0")) not in ("", "0"):
+        why = f"the compiler is off as long as {compiler.switch}={given} is set"
     else:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                passes = way.kind(rule)
-                for dtype in way.dtypes:
-                    _try_out(passes, eager(rule), device, dtype)
-            return passes, ""
+                made = fused()
+                try_out(made, eager())
+            return made, ""
         except Exception as error:  # whatever a missing or broken tool chain raises
-            cause, why = error, f"{way.missing}: {_first_line(error)}{_settings()}"
+            cause = error
+            why = f"{compiler.name} does not work here: {_first_line(error)}{_settings()}"
     if backend == "compiled":
         raise NoCompiler(why) from cause
-    return eager(rule), why
+    return eager(), why
 
 
 def _try_out(passes: Passes, eager: EagerPasses, device: torch.device, dtype: torch.dtype) -> None:

@@ -13,11 +13,12 @@ from smezo_cli.zo.passes.draw import Draw, Numbers, Rule
 from smezo_cli.zo.rounding import ROUNDINGS
 from smezo_cli.zo.selections.masks import RULES
 
-# Counters per eager chunk: on a CPU the temporaries stay in the second-level cache (and below the
-# size at which torch splits an operation over threads); a GPU wants few launches.
-_CHUNK = {"cpu": 1 << 15}
 
-_CHUNK_ACCELERATOR = 1 << 22
+def chunk_size(device: torch.device) -> int:
+    """Return how many weights, or pairs of them, are computed together."""
+    # On a CPU the temporaries stay in the second-level cache (and below the size at which torch
+    # splits an operation over threads); a GPU wants few launches.
+    return 1 << 15 if device.type == "cpu" else 1 << 22
 
 
 def blend(
@@ -267,7 +268,7 @@ def over_chunks(
 
     Chunks are too small for torch's own threads, and its operators release the interpreter.
     """
-    chunk = chunk or _CHUNK.get(device.type, _CHUNK_ACCELERATOR)
+    chunk = chunk or chunk_size(device)
     parts = [slice(i, min(i + chunk, length)) for i in range(0, length, chunk)]
     threads = min(torch.get_num_threads(), len(parts)) if device.type == "cpu" else 1
 

@@ -3,8 +3,6 @@
 Numba also moves float32 weights, and codes of a byte, as they are drawn for.
 """
 
-import os
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor
 
 from smezo_cli.zo import noise
-from smezo_cli.zo.passes.choose import NoCompiler
+from smezo_cli.zo.passes.choose import NUMBA, NoCompiler, fused_or_eager
 from smezo_cli.zo.passes.eager import over_chunks
 from smezo_cli.zo.rounding import to_levels
 
@@ -192,25 +190,25 @@ def choose_draws(step: float, backend: str, device: torch.device) -> tuple[Eager
     Raises:
         NoCompiler: "compiled" was asked for and does not work here.
     """
-    if backend == "eager":
-        return EagerDraws(step), ""
-    why, given = "", os.environ.get("NUMBA_DISABLE_JIT", "0")
-    if device.type != "cpu":
-        why = "draws that are rounded to levels are compiled for a CPU alone"
-    elif given not in ("", "0"):
-        why = f"the compiler is off as long as NUMBA_DISABLE_JIT={given} is set"
-    else:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                draws = NumbaDraws(step)
-                draws.pair(0, 3, device, Stream((1, 2), (3, 4), 1.0))
-            return draws, ""
-        except Exception as error:  # whatever a missing or broken tool chain raises
-            why = f"Numba does not work here: {str(error).partition(chr(10))[0][:200]}"
+    if device.type == "cpu":
+        return fused_or_eager(
+            backend, NUMBA, lambda: NumbaDraws(step), lambda: EagerDraws(step), _try_out
+        )
+    why = "draws that are rounded to levels are compiled for a CPU alone"
     if backend == "compiled":
         raise NoCompiler(why)
-    return EagerDraws(step), why
+    return EagerDraws(step), "" if backend == "eager" else why
+
+
+def _try_out(draws: EagerDraws, eager: EagerDraws) -> None:
+    """Draw some pairs by both.
+
+    Raises:
+        RuntimeError: the bits are not the eager ones.
+    """
+    ask = 1, 1250, torch.device("cpu"), Stream((1, 2), (3, 4), 0.5)
+    if not all(map(torch.equal, draws.pair(*ask), eager.pair(*ask))):
+        raise RuntimeError(f"the bits of {draws.name} draws are not the eager ones")
 
 
 def over_halves(

@@ -17,6 +17,7 @@ class Selection(Protocol):
 
     rule: str  # a key of masks.RULES, compiled into the passes
     dense: tuple[str, ...]  # globs of tensors that are perturbed whole
+    kept_bytes: int  # of the places that it names one by one; 0 of a rule
 
     def set_thresholds(self, targets: Sequence[Target]) -> None:
         """Set the threshold of every tensor from its present weights, and what is trained of it."""

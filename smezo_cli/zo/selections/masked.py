@@ -26,6 +26,8 @@ class Masked:
         ValueError: an argument out of range, or one that would be ignored.
     """
 
+    kept_bytes = 0
+
     def __init__(
         self,
         mask: str = "small",

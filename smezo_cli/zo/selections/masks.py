@@ -52,16 +52,17 @@ def threshold(weight: Tensor, rule: str, sparsity: float, constant_tensors: str 
             step and almost none after one update. So it is where h would be 0 for zeros alone.
 
     Returns:
-        h, to be compared with magnitudes (``random``: with uniforms) in float32.
+        h, to be compared with magnitudes (``random``: with uniforms) in float32. Of a tensor
+        without entries it is that of sparsity 0.
 
     Raises:
         ValueError: a weight is not finite.
     """
-    if sparsity == 0.0:
+    if sparsity == 0.0 or not weight.numel():
         return _EVERYTHING[rule]
     low, high = extremes(weight)
     if not math.isfinite(high):
-        raise ValueError("a weight is NaN or infinite before training")
+        raise ValueError("a weight is NaN or infinite, so that its tensor has no mask")
     if low == high:
         return (_EVERYTHING if constant_tensors == "dense" else _NOTHING)[rule]
     if rule == "random":

@@ -25,6 +25,7 @@ class Named(Everything):
     def __init__(self, index: Mapping[str, Tensor] | None) -> None:
         super().__init__()
         self.index = index
+        self.kept_bytes = torch.int64.itemsize * sum(map(len, (index or {}).values()))
 
     def set_thresholds(self, targets: Sequence[Target]) -> None:
         """See :class:`Selection`.

@@ -1,7 +1,8 @@
 """Define what every update gives, and the writes that an update may make."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from smezo_cli.zo.directions.base import Change, Direction
 from smezo_cli.zo.directions.dense import Dense
 from smezo_cli.zo.move import Gradient
 from smezo_cli.zo.passes.eager import Fold
-from smezo_cli.zo.state import State
+from smezo_cli.zo.state import Size, State
 from smezo_cli.zo.targets import Target
 
 
@@ -119,6 +120,7 @@ class Update(ABC):
     """Moves the weights by the gradient of a step."""
 
     slots: tuple[str, ...] = ()  # names of what it keeps: float32, one number a trained weight each
+    own_sizes: Mapping[str, Size] = MappingProxyType({})  # of slots of other sizes, by name
     copies: tuple[str, ...] = ()  # names of copies of the weights that it keeps
     copied: frozenset[str] | None = None  # names of the tensors that are copied; None: all
 

@@ -29,30 +29,28 @@ class Spectral(Update):
 
     @abstractmethod
     def spectral(self, target: Target, step: int, g: Tensor, *kept: Tensor) -> Tensor:
-        """Return the step of a core's gradient g (r, n); may write to g and the kept state."""
+        """Return the step of a core's gradient g (r, n); may write to it, and to the flat state."""
 
-    def smoothed(self, g: Tensor, *kept: Tensor) -> Tensor:
+    def smoothed(self, step: int, g: Tensor, *kept: Tensor) -> Tensor:
         """Return what a tensor of one dimension moves against: g, if nothing is kept."""
         return g
 
     def apply(self, weights: WeightWriter, gradient: Gradient, lr: float) -> None:
         """See :class:`Update`."""
         shapes = {t.name: self.direction.core_shape(t) for t in weights.targets}
-        lr_1d = lr * self._share
+        step, lr_1d = weights.step, lr * self._share
 
         def of_matrix(target: Target) -> Callable[..., Tensor]:
             shape = shapes[target.name]
             assert shape is not None
 
             def change(g: Tensor, *kept: Tensor) -> Tensor:
-                own = (x.view(shape) for x in kept)
-                step = self.spectral(target, weights.step, g.view(shape), *own)
-                return step.reshape(-1) * -lr
+                return self.spectral(target, step, g.view(shape), *kept).reshape(-1) * -lr
 
             return change
 
         def of_others(target: Target) -> Callable[..., Tensor]:
-            return lambda g, *kept: self.smoothed(g, *kept) * -lr_1d
+            return lambda g, *kept: self.smoothed(step, g, *kept) * -lr_1d
 
         matrices = frozenset(name for name, shape in shapes.items() if shape is not None)
         others = frozenset(shapes) - matrices

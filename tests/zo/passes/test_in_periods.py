@@ -9,6 +9,7 @@ from torch import Tensor
 from smezo_cli.zo.passes.by_index import PassesByIndex
 from smezo_cli.zo.passes.choose import choose_looked_up
 from smezo_cli.zo.passes.draw import Draw, Rule
+from smezo_cli.zo.passes.eager import chunk_size
 from smezo_cli.zo.passes.in_periods import PeriodicPasses
 from tests.zo.passes.scales import weight_of
 from tests.zo.passes.test_passes import F16, F32, draw_of, moved_by, same
@@ -62,6 +63,23 @@ def test_fused_passes_have_the_bits_of_looked_up_ones(
         nearest = PassesByIndex(Rule(rule.mask), values)
         assert same(plus, moved_by(nearest, weight, plain))
         assert same(minus, moved_by(nearest, weight, back))
+
+
+@pytest.mark.parametrize("mask", ["small", "random"])
+def test_noise_that_is_kept_is_looked_up_part_by_part(mask: str) -> None:
+    """So that whole places of a tensor, 8 bytes each, are at no time in memory."""
+    sizes: list[int] = []
+
+    def counted(index: Tensor, key: Tensor) -> Tensor:
+        sizes.append(index.numel())
+        return values(index, key)
+
+    passes = PassesByIndex(Rule(mask), counted)
+    weight, draw = weight_of(70_001, F16), small_keys(draw_of(passes.rule))
+    z, active = passes.noise_and_mask(weight, draw)
+    assert max(sizes) == chunk_size(CPU) < weight.numel()
+    assert same(z, values(torch.arange(weight.numel()), draw.keys[0]))
+    assert torch.equal(active, passes.mask_of(weight, draw))
 
 
 def test_noise_without_a_period_is_looked_up_and_says_so_where_that_was_not_asked_for() -> None:

@@ -14,6 +14,7 @@ from smezo_cli.zo.passes.by_triton import TritonPasses
 from smezo_cli.zo.passes.choose import choose_passes
 from smezo_cli.zo.passes.draw import Draw, Rule
 from smezo_cli.zo.passes.eager import EagerPasses
+from smezo_cli.zo.rounding import ROUNDINGS
 from smezo_cli.zo.selections.masks import RULES
 from tests.zo.passes.scales import weight_of
 
@@ -299,6 +300,17 @@ def test_a_zero_step_leaves_float16_subnormals_as_they_are() -> None:
     rule = Rule("small", stochastic=True)
     draw = draw_of(rule, scale=0.0)._replace(h=torch.tensor(math.inf))
     assert same(moved_by(EagerPasses(rule), weight.to(F16), draw), weight.to(F16))
+
+
+def test_float16_subnormals_are_rounded_with_the_bias_that_is_stated() -> None:
+    """Over all fourteen bits of chance, of values of every size below the least normal number."""
+    chances = torch.arange(1 << 14, dtype=torch.int32) << 17
+    sizes = 2.0 ** -torch.arange(14.0, 40.0).repeat_interleave(20)
+    random = torch.rand(sizes.numel(), generator=torch.Generator().manual_seed(0)) - 0.5
+    value = random * 2 * sizes
+    bias = ROUNDINGS[F16](value[:, None], chances).double().mean(1) - value.double()
+    assert -(2.0**-38) <= bias.min().item() < -(2.0**-39)
+    assert bias.max().item() < 2.0**-48  # the sum is rounded, too
 
 
 def test_stochastic_rounding_moves_weights_that_nearest_leaves() -> None:

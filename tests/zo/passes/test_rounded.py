@@ -8,6 +8,8 @@ from torch import nn
 
 from smezo_cli.methods.quzo import QuZO, num_weights
 from smezo_cli.zo.move import Key, Move, Term
+from smezo_cli.zo.passes.choose import NoCompiler
+from smezo_cli.zo.passes.rounded import EagerDraws, NumbaDraws, Pair, Stream, choose_draws
 from tests.zo.test_optimizer import seeded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,3 +39,21 @@ def test_one_loop_in_two_threads_moves_as_draws_and_operations_do() -> None:
         found.append(outs)
     assert len(found[0]) == 6
     assert all(map(torch.equal, *found))
+
+
+def test_draws_of_other_bits_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are tried out against eager ones; one number in thousands that differs is enough."""
+
+    def wrong(
+        self: NumbaDraws, start: int, stop: int, device: torch.device, stream: Stream
+    ) -> Pair:
+        first, second = EagerDraws(self.step).pair(start, stop, device, stream)
+        second[-1] += self.step
+        return first, second
+
+    monkeypatch.setattr(NumbaDraws, "pair", wrong)
+    draws, why = choose_draws(0.5, "auto", torch.device("cpu"))
+    assert draws.name == "eager"
+    assert "the bits of numba draws are not the eager ones" in why
+    with pytest.raises(NoCompiler, match="not the eager ones"):
+        choose_draws(0.5, "compiled", torch.device("cpu"))

@@ -178,6 +178,19 @@ def test_a_tensor_of_mostly_zeros_is_as_constant(policy: str) -> None:
     assert mask_of(weight, "small", h).sum().item() == 75
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_tensor_without_entries_has_the_mask_of_no_sparsity(rule: str) -> None:
+    """As torch lets a layer have no outputs; the others are masked as ever."""
+    empty = torch.empty(0, 4)
+    assert threshold(empty, rule, 0.75) == threshold(torch.ones(1), rule, 0.0)
+    model = Flat(distinct(100, torch.float32))
+    model.none = nn.Parameter(empty)
+    opt = sparse(model, mask=rule)
+    before = model.w.detach().clone()
+    opt.step(model)
+    assert 20 < (model.w.detach() != before).sum().item() < 80
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", [0, 500, 999])
 @pytest.mark.parametrize("rule", RULES)
