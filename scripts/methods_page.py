@@ -37,10 +37,12 @@ HEAD = """# Methods
 Every zeroth-order method of `smezo ls methods`, as `smezo train method=NAME` runs it.
 `smezo show method NAME` prints its settings and where each value comes from.
 
-* **State** is what a method keeps between steps beside the weights, in bytes a trained weight (on
-  a network of two layers of 64 x 96 in float32).
-* **Forwards** are losses measured in a step (of the first eight steps where they differ): over the
-  batch, over all rows where `mezo_svrg` sets an anchor, over fewer rows in the search of `bf_ssd`.
+* **State** is what a method keeps between steps beside the weights, the places of a mask among it,
+  in bytes a weight that it may train (on a network of two layers of 64 x 96 in float32; the pool
+  of `pezo` is as large on any other).
+* **Forwards** are losses measured in a step (of the first eight steps where these differ, else the
+  least and the most of a run): over the batch, over all rows where `mezo_svrg` sets an anchor, over
+  fewer rows in the search of `bf_ssd`.
 * **Cost** is the time of a step over the time of its forwards, and **peak** the memory of a step
   over that of a forward, by `smezo bench` ({measured}). Empty: not measured, as for methods on
   adapters, which train another model.
@@ -107,10 +109,15 @@ def names() -> list[str]:
 
 
 @functools.cache
+def settings_of(name: str) -> dict[str, Any]:
+    """Return the settings of a run by a method."""
+    # Of no recipe, so that the values are the method's own.
+    return dict(plain(compose([f"method={name}", "model=tiny-llama", "task=toy"])))
+
+
 def node_of(name: str) -> dict[str, Any]:
     """Return the settings of a method."""
-    # Of no recipe, so that the values are the method's own.
-    return dict(plain(compose([f"method={name}", "model=tiny-llama", "task=toy"]))["method"])
+    return dict(settings_of(name)["method"])
 
 
 def headline(name: str) -> str:
@@ -122,21 +129,30 @@ def headline(name: str) -> str:
 
 
 def made(name: str) -> Any:
-    """Return the method for a small network."""
+    """Return the method for a small network, with a mask of it where the method takes one."""
     node = {key: value for key, value in node_of(name).items() if key != "adapter"}
     more = {"project": ["*"]} if "project" in node else {}  # no tensor here has keys or values
-    return build(node | more | {"eps": 1e-3}, "method", model=Two(), seed=0, check=False)
+    model, index = Two(), None
+    if trait(node, "needs_mask", default=False):
+        kind: Any = target_of(node, "method")
+        loss = functools.partial(model, torch.linspace(-1, 1, 64)[None])
+        index = kind.choose(model, dict(model.named_parameters()), {"": [loss]}, node)
+    node |= more | {"eps": 1e-3}
+    return build(node, "method", model=model, index=index, seed=0, check=False)
 
 
 def state(method: Any) -> str:
-    """Return the bytes that a method keeps for a trained weight."""
-    return f"{method.state_bytes / method.num_weights:.3g}"
+    """Return the bytes that a method keeps for a weight that it may train."""
+    return f"{(method.state_bytes + method.mask_bytes) / method.num_weights:.3g}"
 
 
-def forwards(method: Any) -> str:
-    """Return the forwards of a step."""
-    found = [method.forwards(step) for step in range(8)]
-    return str(found[0]) if len(set(found)) == 1 else ", ".join(map(str, found))
+def forwards(method: Any, steps: int) -> str:
+    """Return the forwards of a step of so many: of the first eight, or the least and the most."""
+    found = [method.forwards(step) for step in range(steps)]
+    if len(set(found[:8])) > 1:
+        return ", ".join(map(str, found[:8]))
+    least, most = min(found), max(found)
+    return str(least) if least == most else f"{least} to {most}"
 
 
 def source(name: str) -> str:
@@ -158,14 +174,20 @@ def since(name: str) -> str:
     return ""
 
 
+def shares_its_class(name: str) -> bool:
+    """Return whether a method is the class of another one, with settings of its own."""
+    text = (ROOT / "conf" / "method" / f"{name}.yaml").read_text(encoding="utf-8")
+    return "_target_:" not in text
+
+
 def formula(cls: type) -> Iterator[str]:
     """Yield the docstring of the class up to its arguments, formulas as blocks of code."""
     text = about(cls.__doc__ or "")
     for block in text.split("\n\n"):
         if block.startswith("    "):
             yield "```\n" + textwrap.dedent(block) + "\n```"
-        else:
-            yield " ".join(block.split())
+        else:  # a paragraph, or the items of a list
+            yield "\n".join(" ".join(part.split()) for part in re.split(r"\n(?=\* )", block))
 
 
 def measured() -> Mapping[str, Any]:
@@ -193,7 +215,7 @@ def costs() -> dict[str, Any]:
     for name in names():
         method = made(name)
         rows[name] = {
-            "forwards": forwards(method),
+            "forwards": forwards(method, settings_of(name)["steps"]),
             "state": state(method),
             "cost": bench.get("ratio_to_its_forwards", {}).get(name),
             "peak": bench.get("peak_over_forward", {}).get(name),
@@ -215,7 +237,9 @@ def page(found: Mapping[str, Any]) -> str:
         rows.append(f"| {' | '.join(cells)} |")
         cls = target_of(node_of(name), "method")
         compared = "".join(f"* {line}\n" for line in against_mezo(name))
-        sections.append(f"### {name}\n\n" + "\n\n".join(formula(cls)) + "\n\n" + compared)
+        own = [headline(name)] if shares_its_class(name) else []
+        words = "\n\n".join([*own, *formula(cls)])
+        sections.append(f"### {name}\n\n{words}\n\n{compared}")
     return (
         HEAD.format(measured=found["measured"])
         + "\n".join(rows)

@@ -93,8 +93,16 @@ class AdaMeZO(ZeroOrder):
 
     The divisors are the bias correction: (1 - beta) sum_i beta^i = 1 - beta^n, which is Adam's
     while t <= h, and stays that of h terms then. As long as h is at least the number of steps, this
-    is Adam. The notes on the paper say no more of it than h, the betas and that the sums are
-    truncated: the correction is our choice.
+    is Adam.
+
+    Where it leaves the released code (shawnnn3di/AdaMeZO):
+
+    * The code has no correction: both sums are taken as they are. At the defaults that makes the
+      quotient sum_i beta1^i / sqrt(sum_i beta2^i) = 1.27 times as large.
+    * It multiplies the quotient by 100, so that its lr of 1e-7 (README, OPT-1.3B) is 1.27e-5 here.
+    * Its first h + 1 steps are those of MeZO, at the same lr without the 100; here the sums are
+      shorter at first.
+    * It adds 1e-5 to the root of the sum, which would be an adam_eps of 4e-6.
 
     Args:
         model: any module; parameters with ``requires_grad`` are trained.

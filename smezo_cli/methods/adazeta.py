@@ -35,12 +35,13 @@ class AdaZeta(ZeroOrder):
     :class:`smezo_cli.models.tensor_train.TensorTrain`); norms stay frozen. The class itself
     perturbs whatever requires gradients.
 
-    A step knows its number alone, so the epoch is step // epoch_steps. An epoch has as many steps
-    as there are batches: epoch_steps = task.num_train / batch_size, rounded up; and a run has
-    num_epochs = steps * batch_size / task.num_train. The defaults are those of the released script,
-    10,000 steps of 16 of 1000 rows; with other numbers of rows, of steps or of rows in a batch
-    these two must be given. They stand apart from ``steps``, so that a longer run begins with the
-    steps of a shorter one.
+    A step knows its number alone, so the E epochs are laid evenly over ``schedule_steps`` steps:
+    step t is of epoch t E // schedule_steps. A run takes its own ``steps``, so that the last epoch
+    ends with it. The paper counts real epochs, which these are where E is steps * batch_size /
+    task.num_train. The default of E is that number of the released script, 10,000 steps of 16 of
+    1000 rows. That a run of any length grows its queries as that one does is our choice: of a run
+    of two real epochs no step would have more than one. More ``steps`` are another schedule, and
+    so another run, unless schedule_steps is given.
 
     Where it leaves the released code (yifanycc/AdaZeta):
 
@@ -59,8 +60,8 @@ class AdaZeta(ZeroOrder):
         num_queries: Q_max.
         query_scale: a.
         last_queries: Q_E.
-        num_epochs: E.
-        epoch_steps: steps of an epoch.
+        num_epochs: E, epochs of the schedule.
+        schedule_steps: steps that these last.
         noise: "gaussian" or "rademacher".
         common: see :class:`smezo_cli.zo.parts.Common`.
     """
@@ -73,12 +74,12 @@ class AdaZeta(ZeroOrder):
         query_scale: Positive = 0.85,
         last_queries: Count = 20,
         num_epochs: Epochs = 160,
-        epoch_steps: Count = 63,
+        schedule_steps: Count = 10_000,
         noise: Noise = "gaussian",
         **common: Unpack[Common],
     ) -> None:
         self._growing = GrowingQueries(
-            num_queries, query_scale, last_queries, num_epochs, epoch_steps
+            num_queries, query_scale, last_queries, num_epochs, schedule_steps
         )
         super().__init__(
             model,
@@ -102,28 +103,28 @@ class GrowingQueries:
         scale: a.
         last: what a e^b is at epoch ``num_epochs``.
         num_epochs: at least 2.
-        epoch_steps: steps of an epoch.
+        schedule_steps: steps that these last.
 
     Raises:
         ValueError: an argument out of range.
     """
 
     def __init__(
-        self, num_queries: int, scale: float, last: int, num_epochs: int, epoch_steps: int
+        self, num_queries: int, scale: float, last: int, num_epochs: int, schedule_steps: int
     ) -> None:
         check(num_queries >= 1, f"num_queries={num_queries}: must be at least 1")
         check(scale > 0, f"query_scale={scale}: must be above 0")
         check(last >= scale, f"last_queries={last}: must not be below query_scale={scale}")
         check(num_epochs >= 2, f"num_epochs={num_epochs}: must be at least 2")
-        check(epoch_steps >= 1, f"epoch_steps={epoch_steps}: must be at least 1")
+        check(schedule_steps >= 1, f"schedule_steps={schedule_steps}: must be at least 1")
         self.num_scalars = self.num_terms = num_queries
         self._scale, self._last = scale, last
-        self._num_epochs, self._epoch_steps = num_epochs, epoch_steps
+        self._num_epochs, self._schedule_steps = num_epochs, schedule_steps
         self._power = math.log(last / scale) / math.log(num_epochs)
 
     def num_queries(self, step: int) -> int:
         """Return how many directions a step probes."""
-        epoch = step // self._epoch_steps
+        epoch = step * self._num_epochs // self._schedule_steps
         try:
             grown = self._scale * float(epoch) ** self._power
         except OverflowError:
@@ -151,5 +152,5 @@ class GrowingQueries:
             "query_scale": self._scale,
             "last_queries": self._last,
             "num_epochs": self._num_epochs,
-            "epoch_steps": self._epoch_steps,
+            "schedule_steps": self._schedule_steps,
         }

@@ -81,8 +81,8 @@ class AGZO(ZeroOrder):
         W <- W - lr (1/Q sum_q projected_grad_q Delta_q + weight_decay W)
 
     On average that is the gradient, projected onto A: most of it, as the gradient of a linear layer
-    is a sum of products with its inputs. Tensors that are no linear layer's weight have dense
-    Gaussian directions (our choice). Q + 1 forwards a step; it keeps no state.
+    is a sum of products with its inputs. As in the paper, tensors that are no linear layer's weight
+    have dense Gaussian directions. Q + 1 forwards a step; it keeps no state.
 
     A depends on the batch, so that steps cannot be made again from their scalars, and ranks, which
     see different rows, do not share steps. No code could be read; lr, and what the notes on the

@@ -55,11 +55,11 @@ class ForwardGrad(ZeroOrder):
         d_q = (grad L(theta)) . z_q            (forward-mode differentiation, one forward)
         theta <- theta - lr (1/Q sum_q d_q z_q + weight_decay theta)
 
-    It keeps no state. One forward a query, which carries tangents: it costs some two to three plain
-    ones, and activations take twice the memory. ``eps`` is that of the self-check alone: nothing is
-    probed at a distance. The released code draws tangents of all weights at once; here they are
-    drawn module by module. Layers without a forward-mode derivative are refused, and so are
-    objectives that are no function of the weights with derivatives.
+    It keeps no state. One forward a query, which carries tangents: it costs some three to four
+    plain ones, and activations take twice the memory. ``eps`` is that of the self-check alone:
+    nothing is probed at a distance. The released code draws tangents of all weights at once; here
+    they are drawn module by module. Layers without a forward-mode derivative are refused, and so
+    are objectives that are no function of the weights with derivatives.
 
     Args:
         model: any module; parameters with ``requires_grad`` are trained.

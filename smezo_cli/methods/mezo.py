@@ -14,7 +14,7 @@ from smezo_cli.zo.updates.sgd import SGD
 
 
 class MeZO(ZeroOrder):
-    """Perturb every weight.
+    """Perturb every weight that is trained.
 
     One step, for queries q = 1..Q with directions z_q ~ N(0, I):
 

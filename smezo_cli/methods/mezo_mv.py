@@ -60,9 +60,9 @@ class MEAZO(ZeroOrder):
     A weight moves by about lr a step, whatever the size of the loss. Forwards a step: 2 Q. v is all
     that it keeps.
 
-    Of the paper we have a summary: that v begins at 0 and is corrected for it as in Adam (else the
-    first step is 1 / sqrt(1 - beta) times as long), ``least`` and the default of beta are our
-    choice.
+    v begins at 0 and, as in the paper, is corrected for it like that of Adam: else the first step
+    would be 1 / sqrt(1 - beta) times as long. Of the paper we have a summary; ``least`` and the
+    default of beta are our choice.
 
     Args:
         model: any module; parameters with ``requires_grad`` are trained.

@@ -95,7 +95,7 @@ class FromAnchor(Update):
 
 
 class MeZOSVRG(ZeroOrder):
-    """Take a batch's estimate at the weights and at an anchor, along one direction, with all rows.
+    """Correct a batch's estimate by the same one at an anchor, whose own estimate is over all rows.
 
     g(theta; B) is MeZO's estimate [L(theta + eps z) - L(theta - eps z)] / (2 eps) z (Algorithm 1
     of the paper). Every ``anchor_every`` steps, with Q directions over all rows:
@@ -123,7 +123,9 @@ class MeZOSVRG(ZeroOrder):
         num_queries: Q, directions of the anchor's estimate.
         full_rows: rows of "all rows": a fixed draw of so many of the train split; 0: all of it.
         noise: "gaussian" or "rademacher".
-        common: see :class:`smezo_cli.zo.parts.Common`; weight decay is that of the step's lr.
+        common: see :class:`smezo_cli.zo.parts.Common`; weight decay is that of the step's lr. At an
+            anchor ``clip_projected_grad`` cuts each projected gradient, and between anchors the
+            difference of the two of a step.
     """
 
     objectives: ClassVar = ("batch", "full")

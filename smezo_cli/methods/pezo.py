@@ -26,8 +26,9 @@ class PeZO(ZeroOrder):
     ``generators=G`` is the paper's variant without a pool in memory: G shift registers of ``bits``
     bits, which take turns. There are no more than N directions (N places of G registers), so all
     updates lie in a space of at most N (N G) dimensions, which :attr:`remark` says. It keeps the
-    pool: 4 N bytes. Forwards a step: 2 a query. No code was released; the roll of the pool, the
-    turns of the registers and the defaults are our reading.
+    pool three times over, so as to read on behind its end: 12 N bytes. Forwards a step: 2 a query.
+    No code was released; the roll of the pool, the turns of the registers and the defaults are our
+    reading.
 
     Args:
         model: any module; parameters with ``requires_grad`` are trained.

@@ -76,7 +76,7 @@ class AroundMomentum(Shaped):
         """See :class:`Direction`.
 
         Raises:
-            ValueError: noise should be kept, or a mask leaves weights out.
+            ValueError: noise should be kept; or as :class:`Shaped` says.
         """
         check(
             context.keep_noise is not True,

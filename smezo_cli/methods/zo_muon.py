@@ -69,8 +69,8 @@ class ZOMuon(ZeroOrder):
     Forwards a step: Q + 1. Kept is P, 4 r m bytes a matrix, which seed and interval name. The
     released code keeps all Psi of a step; here they are drawn again from their keys. At a refresh
     it draws a P for each query, and lifts the update by the last of them; here all queries of a
-    step and its update have one P. That the rows of a weight (its outputs) are those of P is our
-    choice, as is a weight decay.
+    step and its update have one P. Its weight decay leaves out biases and layer norms; here all
+    tensors decay, each by its own lr.
 
     Args:
         model: any module; parameters with ``requires_grad`` are trained.

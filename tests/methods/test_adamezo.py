@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from smezo_cli.methods.adamezo import AdaMeZO
 from smezo_cli.methods.mezo_adam import MeZOAdam
 from tests.methods.reference import loss64, weights64, z_of
+from tests.methods.test_every_method import node_of
 from tests.zo.test_optimizer import closure_of, mlp, run, same, weights_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -74,6 +75,30 @@ def test_of_all_steps_it_is_adam(queries: int) -> None:
 
 def _pairs(a: nn.Module, b: nn.Module) -> Any:
     return zip(weights64(a).values(), weights64(b).values(), strict=True)
+
+
+def test_the_default_step_is_that_of_the_released_code_once_its_window_is_full() -> None:
+    """lr 1e-7 times 100 times the quotient of both sums, without correction, with 1e-5 below.
+
+    Within 1e-3: 1.27 has three digits, and 1e-5 stands beside roots of some 10.
+    """
+    node = node_of("adamezo")
+    betas, horizon = node["betas"], node["horizon"]
+    model = mlp()
+    opt = AdaMeZO(model, **given(lr=node["lr"], betas=betas, horizon=horizon))
+    slopes = [5.0, -3.0, 4.0, 6.0, -5.0, 7.0, -4.0, 3.0, 5.0, -6.0, 4.0, -5.0]
+    for slope in slopes[:-1]:
+        opt.replay(node["lr"], [slope])
+    before = weights64(model)
+    opt.replay(node["lr"], [slopes[-1]])
+    last = range(len(slopes) - 1, len(slopes) - 1 - horizon, -1)
+    for name, x in weights64(model).items():
+        g = [slopes[t] * z_of(before, t)[name] for t in last]
+        m = sum(betas[0] ** i * x for i, x in enumerate(g))
+        v = sum(betas[1] ** i * x**2 for i, x in enumerate(g))
+        wanted = -1e-7 * 100 * m / (v**0.5 + 1e-5)
+        # Weights of some 1 are stored to 6e-8.
+        torch.testing.assert_close(x - before[name], wanted, rtol=1e-3, atol=1.3e-7)
 
 
 def test_it_keeps_no_tensor_but_the_slopes_of_the_last_steps() -> None:

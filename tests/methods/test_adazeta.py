@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from smezo_cli.config.compose import compose
+from smezo_cli.config.fixed import plain
 from smezo_cli.config.settings import check
 from smezo_cli.errors import UserError
 from smezo_cli.methods.adazeta import AdaZeta, GrowingQueries
@@ -22,8 +23,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # One, two, ... queries within 30 steps: int(0.9 e^1.04) for e = step // 4.
 GROWS: dict[str, Any] = {"num_queries": 5, "query_scale": 0.9, "last_queries": 8} | {
     "num_epochs": 8,
-    "epoch_steps": 4,
+    "schedule_steps": 32,
 }
+
+
+SMALL = ("task=toy", "model=tiny-llama", "device=cpu", "method=adazeta")
+
+
+def node_of(*words: str) -> dict[str, Any]:
+    return dict(plain(compose([*SMALL, *words]))["method"])
 
 
 def adazeta(model: nn.Module, **options: Any) -> AdaZeta:
@@ -87,8 +95,11 @@ def test_thirty_steps_are_those_of_a_reference_in_float64(decay: float) -> None:
 
 
 def test_the_schedule_is_that_of_the_released_script() -> None:
-    """LLaMA-2-7B: inc_rate = log(NUM / SHRINK) / log(epochs); 10,000 steps of 16 of 1000 rows."""
-    queries = GrowingQueries(15, 0.85, 20, 160, 63)
+    """LLaMA-2-7B: inc_rate = log(NUM / SHRINK) / log(epochs); 10,000 steps of 16 of 1000 rows.
+
+    An epoch of these has 63 steps, the last of 8 rows.
+    """
+    queries = GrowingQueries(15, 0.85, 20, 160, 160 * 63)
     rate = math.log((1 / 0.85) * 20) / math.log(10_000 / (1000 / 16))
     for epoch in range(200):
         wanted = min(max(int(0.85 * (epoch**rate)), 1), 15)
@@ -97,6 +108,40 @@ def test_the_schedule_is_that_of_the_released_script() -> None:
     assert found == sorted(found)
     assert (found[0], found[-1]) == (1, 15)
     assert GrowingQueries(15, 1.0, 10**9, 2, 1).num_queries(10**12) == 15  # beyond floats
+
+
+def schedule_of(*words: str) -> GrowingQueries:
+    """That of the settings of a run."""
+    node = node_of(*words)
+    names = ("num_queries", "query_scale", "last_queries", "num_epochs", "schedule_steps")
+    return GrowingQueries(*(node[name] for name in names))
+
+
+@pytest.mark.parametrize("steps", [20, 333, 10_000])
+def test_a_run_of_any_length_has_all_epochs_of_the_schedule(steps: int) -> None:
+    """Its steps lie as far on in the schedule as in the run: the last ones have all queries.
+
+    Of 160 epochs with b = 0.622 the mean of the counts is 11.0.
+    """
+    queries = schedule_of(f"steps={steps}")
+    found = [queries.num_queries(step) for step in range(steps)]
+    assert found == sorted(found)
+    assert (found[0], found[-1]) == (1, 15)
+    assert sum(found) / steps == pytest.approx(11.0, abs=0.3)
+
+
+def test_real_epochs_can_be_given() -> None:
+    """Five of 1000 rows, 62.5 steps of 16 each; a run may be longer than its schedule."""
+    rate = math.log(20 / 0.85) / math.log(5)
+    queries = schedule_of("steps=312", "method.num_epochs=5")
+    for step in range(312):
+        wanted = min(max(int(0.85 * (step * 5 // 312) ** rate), 1), 15)
+        assert queries.num_queries(step) == wanted
+    longer = schedule_of("steps=20000", "method.schedule_steps=312", "method.num_epochs=5")
+    assert [longer.num_queries(step) for step in range(312)] == [
+        queries.num_queries(step) for step in range(312)
+    ]
+    assert longer.num_queries(20_000) == 15
 
 
 class Linear:
@@ -125,7 +170,7 @@ class Linear:
 def test_the_mean_of_the_estimate_is_the_gradient() -> None:
     """Of a quadratic a two-sided difference is g . z; 20,000 draws, nearly all by 100 a step."""
     g = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
-    queries = GrowingQueries(100, 20.0, 100, 2, 1)
+    queries = GrowingQueries(100, 20.0, 100, 2, 2)
     total, draws, counts = torch.zeros(4, dtype=torch.float64), 0, set[int]()
     for step in range(204):
         ask = Linear(step, g)
@@ -144,7 +189,7 @@ def test_the_mean_of_the_estimate_is_the_gradient() -> None:
 
 
 def test_numbers_beyond_the_queries_of_a_step_are_zeros_and_are_not_read() -> None:
-    queries = GrowingQueries(5, 0.9, 8, 8, 4)
+    queries = GrowingQueries(5, 0.9, 8, 8, 32)
     g = torch.ones(3, dtype=torch.float64)
     for step in (0, 12, 28):
         scalars = queries.measure(Linear(step, g))
@@ -169,7 +214,7 @@ def test_the_weights_after_probes_are_those_before_them() -> None:
 
 def test_the_logged_loss_is_the_mean_of_all_that_were_measured() -> None:
     model = mlp()
-    opt, seen, closure = adazeta(model, epoch_steps=1), list[float](), closure_of(model)
+    opt, seen, closure = adazeta(model, schedule_steps=8), list[float](), closure_of(model)
 
     def noted() -> Tensor:
         loss = closure()
@@ -204,7 +249,7 @@ def test_replays_of_a_growing_number_of_queries_are_the_run() -> None:
         ({"query_scale": 0.0}, "query_scale=0.0: must be above 0"),
         ({"query_scale": 9.0}, "last_queries=8: must not be below query_scale=9.0"),
         ({"num_epochs": 1}, "num_epochs=1: must be at least 2"),
-        ({"epoch_steps": 0}, "epoch_steps=0: must be at least 1"),
+        ({"schedule_steps": 0}, "schedule_steps=0: must be at least 1"),
     ],
 )
 def test_arguments_out_of_range(options: dict[str, Any], says: str) -> None:
@@ -212,14 +257,11 @@ def test_arguments_out_of_range(options: dict[str, Any], says: str) -> None:
         adazeta(mlp(), **options)
 
 
-SMALL = ("task=toy", "model=tiny-llama", "device=cpu", "method=adazeta")
-
-
 @pytest.mark.parametrize(
     ("word", "says"),
     [
         ("method.num_epochs=1", "method.num_epochs must be a whole number of at least 2"),
-        ("method.epoch_steps=0", "method.epoch_steps must be a whole number of at least 1"),
+        ("method.schedule_steps=0", "method.schedule_steps must be a whole number of at least 1"),
         ("method.query_scale=0", "method.query_scale must be a number above 0"),
     ],
 )
@@ -229,7 +271,7 @@ def test_mistakes_are_one_sentence(word: str, says: str) -> None:
 
 
 def test_a_plan_counts_the_forwards_of_every_step() -> None:
-    words = ["method.epoch_steps=2", "method.num_epochs=5", "steps=10", "eval_every=10"]
+    words = ["method.num_epochs=5", "steps=10", "eval_every=10"]
     settings = check(compose([*SMALL, *words]))
     work = plan(settings, capacity=10**9, tokens=64).work
     rate = math.log(20 / 0.85) / math.log(5)

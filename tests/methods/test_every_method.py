@@ -414,7 +414,7 @@ def test_two_ranks_make_the_steps_of_one(name: str) -> None:
 @pytest.mark.parametrize("name", SHARING)
 def test_there_are_as_many_queries_to_share_as_the_class_says(name: str) -> None:
     """At once, in some step; other losses of it, such as those of a line search, are fewer."""
-    values = {"num_queries": 3, "num_blocks": 2, "num_epochs": 2, "epoch_steps": 1}
+    values = {"num_queries": 3, "num_blocks": 2, "num_epochs": 2, "schedule_steps": 2}
     model = mlp()
     opt, most = made(name, model, **values), list[int]()
 

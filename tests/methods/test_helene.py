@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from smezo_cli.methods.helene import Helene
 from smezo_cli.zo.sums import sum_of_squares
 from tests.methods.reference import loss64, weights64, z_of
+from tests.methods.test_every_method import node_of
 from tests.zo.test_optimizer import closure_of, mlp, seeded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -97,3 +98,37 @@ def test_a_sum_of_squares_does_not_hang_on_the_order() -> None:
     expected = float(x.double().square().sum())
     assert sum_of_squares(x) == pytest.approx(expected, rel=1e-9)
     assert sum_of_squares(x) == sum_of_squares(x.flip(0)) == sum_of_squares(x.sort().values)
+
+
+def test_steps_fall_a_hundredfold_to_the_size_that_the_yaml_states() -> None:
+    """A typical weight's at |p| = 5 of either sign: 2 lr / (B |p|) at last, within a third.
+
+    At first h is a hundredth of B p^2 z^2, so that the step is p z over that.
+    """
+    node = node_of("helene")
+    model = nn.Linear(100, 30, bias=False)
+    start = torch.randn(30, 100, generator=seeded(2)) * 0.01
+    with torch.no_grad():
+        model.weight.copy_(start)
+    names = ("beta1", "beta2", "anneal_steps", "curvature_every", "gamma", "bound", "least")
+    opt = Helene(
+        model,
+        lr=1e-3,
+        eps=1e-3,
+        curvature_rows=16.0,
+        backend="eager",
+        check=False,
+        executor="sequential",
+        **{name: node[name] for name in names},
+    )
+    signs = torch.randn(3000, generator=seeded(3)).sign().tolist()
+    sizes = []
+    for sign in signs:
+        before = model.weight.detach().clone()
+        opt.replay(1e-3, [5 * sign])
+        sizes.append((model.weight.detach() - before).abs().median().item() / 1e-3)
+    first, last = sizes[0], sum(sizes[-200:]) / 200
+    # The median of |m| is 0.67 of its root mean square, and of 1 / |z| it is 1.48.
+    assert first == pytest.approx(1.48 * 5 / (0.01 * 16 * 25), rel=0.1)
+    assert last == pytest.approx(0.67 * 2 / (16 * 5), rel=0.33)
+    assert 50 < first / last < 200

@@ -132,6 +132,18 @@ def test_at_the_anchor_itself_a_batch_adds_no_noise() -> None:
     assert record.projected_grad == (0.0,)
 
 
+def test_between_anchors_the_difference_of_both_slopes_is_cut() -> None:
+    """Each of the two may be far above the limit."""
+    cut, free = Net(), Net()
+    limited, unlimited = made(cut, clip_projected_grad=0.5), made(free)
+    for opt in (limited, unlimited):
+        opt.replay(0.02, [0.25, 0.0])
+    limited.replay(0.02, [7.0, 6.0])
+    unlimited.replay(0.02, [6.5, 6.0])
+    for name, p in cut.named_parameters():
+        torch.testing.assert_close(p, free.get_parameter(name), rtol=0, atol=1e-7)
+
+
 def test_a_closure_of_one_loss_is_refused() -> None:
     model = Net()
     opt = made(model, check=False)

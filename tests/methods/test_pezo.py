@@ -97,6 +97,12 @@ def test_the_length_is_that_of_gaussian_noise() -> None:
         assert math.log2(shifted.direction.scale(Key(step))).is_integer()  # type: ignore[attr-defined]  # a Pool's
 
 
+def test_what_it_keeps_is_the_pool_three_times_over() -> None:
+    """Once for places one by one, and twice end to end for passes that read on."""
+    assert made(mlp(), bits=6).state_bytes == 12 * 63
+    assert made(mlp(), bits=4, generators=3).state_bytes == 12 * 15
+
+
 def test_consecutive_directions_roll_on() -> None:
     """The next one begins where the last one ended; none is met again before N directions."""
     opt = made(mlp(), bits=5)

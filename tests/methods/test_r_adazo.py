@@ -9,6 +9,7 @@ from torch import nn
 from smezo_cli.methods.mezo_adam import MeZOAdam
 from smezo_cli.methods.r_adazo import RAdaZO
 from tests.methods.reference import loss64, weights64, z_of
+from tests.methods.test_every_method import node_of
 from tests.zo.test_optimizer import closure_of, mlp
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -21,14 +22,23 @@ def r_adazo(model: nn.Module, **more: Any) -> RAdaZO:
 
 
 @pytest.mark.parametrize(
-    ("queries", "betas", "decay"), [(1, (0.9, 0.999), 0.0), (3, (0.5, 0.9), 0.1)]
+    ("queries", "betas", "decay", "corrects"),
+    [
+        (1, (0.9, 0.999), 0.0, True),
+        (3, (0.5, 0.9), 0.1, True),
+        (1, (0.5, 0.9), 0.0, False),
+        (3, (0.9, 0.9), 0.1, False),
+    ],
 )
 def test_thirty_steps_are_those_of_the_rule(
-    queries: int, betas: tuple[float, float], decay: float
+    queries: int, betas: tuple[float, float], decay: float, corrects: bool
 ) -> None:
-    """Within 1e-3, half of lr: where m is near 0 its sign depends on rounding of 1e-5 in p."""
+    """Within 1e-3, half of lr: where m is near 0 its sign depends on rounding of 1e-5 in p.
+
+    The released code corrects neither moment for its beginning at 0.
+    """
     model = mlp()
-    opt = r_adazo(model, num_queries=queries, betas=betas, weight_decay=decay)
+    opt = r_adazo(model, num_queries=queries, betas=betas, weight_decay=decay, correct_v=corrects)
     theta, lr, eps, (b1, b2) = weights64(mlp()), 2e-3, 1e-2, betas
     m = {n: torch.zeros_like(x) for n, x in theta.items()}
     v = {n: torch.zeros_like(x) for n, x in theta.items()}
@@ -42,7 +52,7 @@ def test_thirty_steps_are_those_of_the_rule(
         for n in theta:
             m[n] = b1 * m[n] + (1 - b1) * g[n]
             v[n] = b2 * v[n] + (1 - b2) * m[n] ** 2
-            root = (v[n] / (1 - b2 ** (step + 1))).sqrt() + 1e-8
+            root = (v[n] / (1 - b2 ** (step + 1) if corrects else 1)).sqrt() + 1e-8
             theta[n] = theta[n] - lr * (m[n] / root + decay * theta[n])
         opt.step(closure_of(model))
     start, kept = weights64(mlp()), opt.snapshot()[1]
@@ -68,10 +78,19 @@ def test_the_second_moment_is_that_of_the_first() -> None:
     assert 1 / 30 < found[0] / found[1] < 1 / 12
 
 
-def test_the_first_step_is_lr_long_in_every_entry() -> None:
+@pytest.mark.parametrize(("corrects", "length"), [(True, 1e-3), (False, 1e-3 / 0.001**0.5)])
+def test_every_entry_of_the_first_step_is_as_long(corrects: bool, length: float) -> None:
+    """lr, or 1 / sqrt(1 - beta2) times as much."""
     model = mlp()
-    opt, before = r_adazo(model, lr=1e-3), weights64(model)
+    opt, before = r_adazo(model, lr=1e-3, correct_v=corrects), weights64(model)
     opt.step(closure_of(model))
     for name, x in weights64(model).items():
         moved = (x - before[name]).abs()
-        torch.testing.assert_close(moved, torch.full_like(x, 1e-3), atol=2e-6, rtol=0)
+        torch.testing.assert_close(moved, torch.full_like(x, length), atol=2e-6, rtol=1e-3)
+
+
+def test_the_default_is_the_rule_of_the_released_code() -> None:
+    node = node_of("r_adazo")
+    assert not node["correct_v"]
+    assert r_adazo(mlp()).identity() == r_adazo(mlp(), correct_v=False).identity()
+    assert r_adazo(mlp()).identity() != r_adazo(mlp(), correct_v=True).identity()

@@ -17,6 +17,7 @@ from smezo_cli.store import mask
 from smezo_cli.store.saved import Saved, save_tensors
 from smezo_cli.zo.step import NonFiniteLoss
 from tests.methods.reference import weights64, z_of
+from tests.methods.test_every_method import node_of
 from tests.zo.test_optimizer import X, Y, bits, closure_of, mlp, same, seeded, weights_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -77,6 +78,22 @@ def test_the_mask_is_that_of_the_mean_squared_gradients_of_single_rows(
     assert all(torch.equal(found[name], wanted[name]) for name in found)
     assert same(weights_of(model), before)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_places_are_counted_beside_the_state() -> None:
+    """8 bytes each; a plan counts the mask by itself."""
+    index = chosen(mlp())
+    opt = made(mlp(), index)
+    assert opt.mask_bytes == 8 * sum(map(len, index.values())) > 0
+    assert opt.state_bytes == 0
+    assert made(mlp(), None).mask_bytes == 0
+
+
+def test_the_default_step_is_about_as_long_as_that_of_mezo() -> None:
+    """z of a thousandth of the weights is sqrt(1000) times shorter."""
+    found, mezo = (node_of(name) for name in ("senszoq", "mezo"))
+    shorter = (1 - found["sparsity"]) ** 0.5
+    assert found["lr"] * shorter == pytest.approx(mezo["lr"], rel=0.1)
 
 
 def test_squares_of_the_gradient_of_the_batch_are_another_mask() -> None:

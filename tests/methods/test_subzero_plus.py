@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from smezo_cli.methods.subzero_plus import SubZeroPlus
 from smezo_cli.zo.directions.factored import Factored
+from tests.methods.test_every_method import node_of
 from tests.methods.test_lozo import Net, loss_of, numbers
 from tests.methods.test_subzero import frame
 from tests.zo.test_optimizer import same, weights_of
@@ -18,13 +19,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def subzero_plus(model: nn.Module, **more: Any) -> SubZeroPlus:
     given: dict[str, Any] = {"lr": 1e-2, "eps": 1e-2, "rank": 2, "refresh_every": 4, "seed": 7}
-    given |= {"num_queries": 5, "backend": "eager", "check": False, "executor": "sequential"}
+    given |= {"num_queries": 5, "lr_1d": 4e-3, "backend": "eager", "check": False}
+    given |= {"executor": "sequential"}
     return SubZeroPlus(model, **given | more)
 
 
 def reference(w: dict[str, Tensor], rank: int, every: int, is_square: bool) -> dict[str, Tensor]:
-    """Thirty steps in float64, by smezo's keys; lr 1e-2, eps 1e-2, K 5, a decay of 0.1."""
-    lr, eps, num, (b1, b2) = 1e-2, 1e-2, 5, (0.9, 0.95)
+    """Thirty steps in float64, by smezo's keys; eps 1e-2, K 5, a decay of 0.1.
+
+    lr is 1e-2 for matrices, 4e-3 for vectors.
+    """
+    eps, num, (b1, b2) = 1e-2, 5, (0.9, 0.95)
     m, s = {}, {}
     for t in range(30):
         lift: dict[str, Any] = {}
@@ -56,7 +61,7 @@ def reference(w: dict[str, Tensor], rank: int, every: int, is_square: bool) -> d
             m[n] = b1 * m[n] + (1 - b1) * g[n]
             s[n] = b2 * s[n] + (1 - b2) * g[n] ** 2
             a = m[n] / (1 - b1**count) / ((s[n] / (1 - b2**count)).sqrt() + 1e-8)
-            w[n] = x - lr * (lift[n](a) + 0.1 * x)
+            w[n] = x - (1e-2 if x.ndim == 2 else 4e-3) * (lift[n](a) + 0.1 * x)
     return w
 
 
@@ -127,6 +132,26 @@ def test_an_entry_of_a_step_in_the_frames_is_lr() -> None:
     moved = (model.weight.detach() - before).double()
     assert moved.norm().item() == pytest.approx(4e-3, rel=1e-3)
     assert torch.linalg.matrix_rank(moved, tol=1e-5) <= 4  # signs (4, 4) may have less
+
+
+def test_vectors_have_a_step_size_that_follows_the_schedule() -> None:
+    whole, half = Net(), Net()
+    first = subzero_plus(whole, lr=1e-2, lr_1d=1e-3)
+    second = subzero_plus(half, lr=2e-2, lr_1d=2e-3)
+    second.set_lr_factor(0.5)
+    before = whole.b.detach().clone()
+    first.step(whole)
+    second.step(half)
+    assert same(weights_of(whole), weights_of(half))
+    # In the first step Adam's is a sign.
+    torch.testing.assert_close((whole.b - before).abs(), torch.full((11,), 1e-3), atol=1e-6, rtol=0)
+    assert subzero_plus(Net(), lr_1d=1e-4).identity() != first.identity()
+
+
+def test_the_default_moves_entries_of_vectors_about_as_far_as_those_of_a_matrix() -> None:
+    """By lr r / sqrt(m n) in one of 2048 x 2048, where A has entries of some 1."""
+    node = node_of("subzero_plus")
+    assert node["lr"] * node["rank"] / 2048 == pytest.approx(node["lr_1d"], rel=0.3)
 
 
 def test_what_it_keeps_are_two_cores_and_the_frames() -> None:

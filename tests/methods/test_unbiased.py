@@ -183,7 +183,7 @@ def fields(name: str, num_queries: int) -> tuple[ZeroOrder, Quadratic]:
     """The method on the quadratic, whose two-sided differences are exact at any eps."""
     model = Quadratic()
     values: dict[str, Any] = {"num_queries": num_queries, "eps": 0.125}
-    values |= {"query_scale": 100.0, "last_queries": 100, "epoch_steps": 1, "num_epochs": 2}
+    values |= {"query_scale": 100.0, "last_queries": 100, "schedule_steps": 2, "num_epochs": 2}
     values |= {"sparsity": 0.5, "mask_refresh_every": 0}
     if name in MASKED:
         index = {"embed.w": torch.tensor([0, 2]), "layers.1.w": torch.tensor([1])}
