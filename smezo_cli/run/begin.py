@@ -1,6 +1,7 @@
 """Begin a run: gather what all its stages are given, and say on the console what it is."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from smezo_cli.config.describe import recipes, replaced
 from smezo_cli.config.fixed import is_frozen
 from smezo_cli.config.settings import Settings
+from smezo_cli.files.bounded import is_count
 from smezo_cli.machine import memory
 from smezo_cli.machine.device import all_devices
 from smezo_cli.machine.stop import Stopped, StopRequest
@@ -97,11 +99,12 @@ def begin(
     device_map = settings.model["device_map"]
     devices = [device] if device_map is None else all_devices(device_map)
     write_config(folder, config)
+    state = folder.load_state() or State()
     return Run(
-        settings,
+        _as_begun(settings, config, folder, state),
         config,
         folder,
-        folder.load_state() or State(),
+        state,
         console,
         stop,
         team,
@@ -111,6 +114,24 @@ def begin(
         versions.versions(),
         recipes(),
     )
+
+
+def _as_begun(
+    settings: Settings, config: Mapping[str, Any], folder: RunFolder, state: State
+) -> Settings:
+    """Return the settings with the number that eval_every=null stood for when the run began.
+
+    It follows from the steps, of which a run that is extended has more by now.
+    """
+    if config.get("eval_every") is not None or is_frozen(settings.method):
+        return settings
+    every: Any = state.notes.get("eval_every")
+    if every is None and state.looked:  # an older version has not noted it
+        every = (folder.result() or {}).get("eval_every")
+    if not is_count(every) or not every:
+        every = settings.eval_every
+    state.notes["eval_every"] = every
+    return replace(settings, eval_every=every)
 
 
 def announce(run: Run) -> None:

@@ -75,16 +75,18 @@ def test(
         dev = evaluate(rows.dev, "dev", step=best, made=made).scores
     if team is not None:
         dismissed = dismiss(run, team, measure)
-    texts = evaluate.loaded.task.test
-    return Tested(report(run, found, texts, rows.dev, dev), dismissed)
+    test_rows = evaluate.loaded.task.test
+    return Tested(report(run, found, test_rows, rows.dev, dev), dismissed)
 
 
 def _put_best(
     run: Run, loaded: Loaded, method: Method, recorder: Recorder | None, best: int
 ) -> None:
     """Have the model hold the best weights, and the folder too; note what they are."""
-    state, folder = run.state, run.folder
-    last = tensors_digest(method.trained)
+    state, folder, known = run.state, run.folder, run.notes.get("weights", {}).get("last")
+    # A finished run that cannot be extended has kept its best weights alone.
+    is_gone = recorder is None and state.step not in state.weights()
+    last = known["sha256"] if is_gone and known else tensors_digest(method.trained)
     if recorder is not None and replays(method):
         records = recorder.trajectory()
         rebuild(loaded, method, folder, state, records, best, run.say)

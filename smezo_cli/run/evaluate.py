@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smezo_cli.config.settings import Settings
+from smezo_cli.machine.out_of_memory import SHORTER, refusing_out_of_memory
 from smezo_cli.machine.stop import Stopped
 from smezo_cli.run.console import Bar
+from smezo_cli.run.loaded import Loaded
 from smezo_cli.run.ranks import Ranks
 from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.scoring.evaluation import Evaluation
@@ -19,6 +22,8 @@ from smezo_cli.scoring.objectives import check_scores
 from smezo_cli.scoring.parts import by_part
 from smezo_cli.scoring.scorer import Scorer
 from smezo_cli.store.partial_scores import Part
+from smezo_cli.store.saved import tensors_digest
+from smezo_cli.tasks import Prompt
 
 
 def evaluate(
@@ -44,6 +49,7 @@ def evaluate(
     Raises:
         Stopped: between two batches, if this rank or another was asked to stop.
         NonFiniteScore: a score is not finite; several ranks all raise it after the last batch.
+        UserError: the memory is too small for one row.
     """
     scorer.model.eval()
     part = Part(len(rows)) if part is None else part
@@ -53,7 +59,7 @@ def evaluate(
     scores = part.table(max(1, *(len(row.full) for row in rows)))
     texts = part.texts
     is_stopping = False
-    with bar, scorer.holding(rows):
+    with bar, refusing_out_of_memory("for an evaluation", SHORTER), scorer.holding(rows):
         batches: Iterator[tuple[list[int], Any]] = scorer.score_all(rows, first, every, known[0])
         if answers:
             batches = itertools.chain(batches, scorer.generate_all(rows, first, every, known[1]))
@@ -116,10 +122,53 @@ def in_parts(
     return MixedEvaluation.of({name: one(of, name) for name, of in parts.items()}, weights)
 
 
+def lots(
+    settings: Settings, prompts: Sequence[Prompt], split: str, rows: Sequence[Candidates]
+) -> list[slice]:
+    """Return the lots in which the rows of a task or a part are evaluated, each on its own.
+
+    Dev is cut in two where its first rows decide which prompts are asked on the others, and then
+    each time, so that its batches are always the same.
+
+    Args:
+        settings: of the run.
+        prompts: of which the run chose one, or one of each part.
+        split: of the rows.
+        rows: of one task, or of one part.
+    """
+    first = settings.prompt_rows
+    is_cut = split == "dev" and first is not None and first < len(rows)
+    if not is_cut or sum(prompt.part == rows[0].part for prompt in prompts) == 1:
+        return [slice(0, len(rows))]
+    return [slice(0, first), slice(first, len(rows))]
+
+
+def scores_follow_from(
+    loaded: Loaded, batching: Mapping[str, Any], step: int, as_it_came: bool
+) -> dict[str, Any]:
+    """Return what partial scores follow from beside weights and rows, as plain JSON.
+
+    Args:
+        loaded: holds the model.
+        batching: which rows share a forward.
+        step: that the weights are of.
+        as_it_came: the model computes without its adapter.
+    """
+    s, probe = loaded.settings, loaded.scorer.probe
+    return {
+        "step": step,
+        "as_it_came": as_it_came,
+        "probe": None if probe is None else tensors_digest(probe),
+        "batching": batching,
+        "machine": [str(loaded.device), s.dtype, s.compute_dtype],
+    }
+
+
 def _put_together(part: Part, team: Ranks, known: Sequence[set[int]], answers: bool) -> None:
     """Give every rank what all have found; rank 0 adds what was known before."""
-    before = known if team.rank else [set[int](), set[int]()]
-    own = part.scored - before[0], part.answered - before[1]
+    # What was known before is rank 0's, which adds it.
+    of_another = known if team.rank else [set[int](), set[int]()]
+    own = part.scored - of_another[0], part.answered - of_another[1]
     found = torch.zeros(2, part.num_rows)
     for k, of in enumerate(own):
         found[k, sorted(of)] = 1

@@ -13,7 +13,6 @@ from smezo_cli.run.ranks import Ranks
 from smezo_cli.scoring.candidates import Candidates
 from smezo_cli.scoring.evaluation import Evaluation
 from smezo_cli.scoring.objectives import NonFiniteScore
-from smezo_cli.scoring.parts import by_part
 from smezo_cli.store.partial_scores import Part, PartialScores
 from smezo_cli.store.saved import tensors_digest
 from smezo_cli.store.score_cache import ScoreCache
@@ -63,7 +62,7 @@ class Evaluator:
             rows: of the split.
             split: their name.
             prompt: under which they are, all of one part; None: the chosen one, or the chosen ones.
-            lot: of the :meth:`lots` of the rows, those that are evaluated.
+            lot: of the lots of the rows (:func:`evaluate.lots`), those that are evaluated.
             step: that the model's weights are of.
             made: steps that the other ranks must have made for these weights; 0: they have them.
 
@@ -73,25 +72,13 @@ class Evaluator:
         """
 
         def one(of_part: Sequence[Candidates], name: str) -> Evaluation:
-            lots = self.lots(of_part, split, name)[lot]
+            lots = evaluate.lots(self.run.settings, self.loaded.prompts, split, of_part)[lot]
             found = [self._one(of_part, at, name, split, prompt, step, made) for at in lots]
             return Evaluation.joined(found)
 
         if prompt is not None:
             return one(rows, rows[0].part)
         return evaluate.in_parts(rows, self.loaded.task.weights, one)
-
-    def lots(self, rows: Sequence[Candidates], split: str, part: str) -> list[slice]:
-        """Return the lots in which the rows of a task or a part are evaluated, each on its own.
-
-        Dev is cut in two where its first rows decide which prompts are asked on the others, and
-        then each time, so that its batches are always the same.
-        """
-        first = self.run.settings.prompt_rows
-        is_cut = split == "dev" and first is not None and first < len(rows)
-        if not is_cut or len(by_part(self.loaded.prompts)[part]) == 1:
-            return [slice(0, len(rows))]
-        return [slice(0, first), slice(first, len(rows))]
 
     def _one(
         self,
@@ -105,8 +92,9 @@ class Evaluator:
     ) -> Evaluation:
         """Return what the model makes of a lot of the rows of one task, or of one part."""
         rows = rows[lot]
-        run, team, part = self.run, self.team, self.part(rows, split, step)
-        cache = self._cache if step == 0 else None
+        run, team, scorer = self.run, self.team, self.loaded.scorer
+        part = self.part(rows, split, step)
+        cache = self._cache() if step == 0 else None
         is_known = cache is not None and part.is_empty and cache.fill(part, rows)
         name = kept_inputs.name_of(split, of_part, prompt)
         keeps = self._keeps_inputs(split, prompt, step)
@@ -123,7 +111,7 @@ class Evaluator:
                 scored=sorted(part.scored),
                 answered=sorted(part.answered),
             )
-        done = len(part.answered if self.loaded.task.kind == "generation" else part.scored)
+        done = part.num_done(rows[0].kind)
         what = self._in_words(split, of_part, prompt)
         if is_known:
             run.say(f"  {what}: scores of an earlier run (cache_scores=false computes them anew)")
@@ -132,11 +120,15 @@ class Evaluator:
         bar = run.console.bar(what, len(rows), done)
         try:
             is_cached = kept_inputs.is_of(self.loaded, self.as_it_came)
-            with self.loaded.scorer.forward.evaluating(name, keeps, is_cached):
-                found = evaluate.evaluate(self.loaded.scorer, rows, bar, run.stopped, team, part)
+            with scorer.forward.evaluating(name, keeps, is_cached):
+                found = evaluate.evaluate(scorer, rows, bar, run.stopped, team, part)
         except NonFiniteScore as error:
             raise SplitNotFinite(str(error), split) from error
-        if cache is not None and not is_known:
+        finally:
+            if scorer.most_at_once:
+                run.notes["most_at_once"] = scorer.most_at_once
+        # Of batches that were halved on the way no other run has the scores.
+        if cache is not None and not is_known and not scorer.most_at_once:
             try:
                 cache.keep(rows, found.scores, found.texts)
             except UserError as error:
@@ -151,10 +143,17 @@ class Evaluator:
             return name
         return f"{name} (prompt {tried.index(prompt) + 1} of {len(tried)})"
 
-    @cached_property
     def _cache(self) -> ScoreCache | None:
-        """Where scores of the untouched model are kept; None where they are not."""
-        return score_cache.of(self.run, self.loaded, self.as_it_came)
+        """Return where scores of the untouched model are kept; None where they are not.
+
+        A probe or demonstrations may have come since the last evaluation.
+        """
+        return score_cache.of(self.run, self.loaded, self.as_it_came, lambda: self._base_digest)
+
+    @cached_property
+    def _base_digest(self) -> str:
+        """The digest of the weights that the model came with, which takes a while."""
+        return tensors_digest(self.loaded.base_weights())
 
     def _keeps_inputs(self, split: str, prompt: int | None, step: int) -> bool:
         """Return whether what enters the first trained block is kept, if the run keeps any.
@@ -176,14 +175,7 @@ class Evaluator:
 
     def part(self, rows: Sequence[Candidates], split: str, step: int = 0) -> Part:
         """Return what an evaluation that was stopped has scored of these rows."""
-        s, probe = self.run.settings, self.loaded.scorer.probe
-        about = {
-            "step": step,
-            "as_it_came": self.as_it_came,
-            "probe": None if probe is None else tensors_digest(probe),
-            "settings": digest(self.run.config),
-            "model": self.run.notes["model"],
-            "batching": self.run.notes["batching"],
-            "machine": [str(self.run.device), s.dtype, s.compute_dtype],
-        }
+        notes = self.run.notes
+        about = evaluate.scores_follow_from(self.loaded, notes["batching"], step, self.as_it_came)
+        about |= {"settings": digest(self.run.config), "model": notes["model"]}
         return self.partial.part(about, split, rows)

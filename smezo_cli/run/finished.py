@@ -8,11 +8,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from smezo_cli.config.digest import digest
+from smezo_cli.config.fixed import is_frozen
+from smezo_cli.config.method_keys import trait
 from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError, redacted_tree
 from smezo_cli.files import bounded
 from smezo_cli.files.atomic import write_text
-from smezo_cli.store.folder import RunFolder
+from smezo_cli.store.folder import RunFolder, State
 from smezo_cli.store.trajectory import Damaged, read
 from smezo_cli.tasks.load import local_fingerprint
 
@@ -38,13 +40,17 @@ def finished(
             f"steps={settings.steps}: {path} has done {state.step} steps already; a shorter "
             "run needs a name of its own: add name=NAME."
         )
-    if done is None or done.get("status") != "done":
-        return None
-    if done["steps"] != settings.steps:
-        # What it goes on from was a result; the longer run may never end.
-        folder.write_result(done, f"result-{done['steps']}.json")
+    if done is None or done.get("status") != "done" or done["steps"] != settings.steps:
+        if state is not None:
+            _check_kept(state, settings, path)
+        if done is not None and done.get("status") == "done":
+            # What it goes on from was a result; the longer run may never end.
+            folder.write_result(done, f"result-{done['steps']}.json")
         return None
     _check_done(done, settings, path)
+    if state is not None and "reopened" in state.notes:
+        say(f"{path}: done, but its mending was broken off: goes on")
+        return None
     if damaged := _damaged(folder, done["step"]):
         say(f"{path}: done, but {' and '.join(damaged)} damaged: mended")
         return None
@@ -65,6 +71,20 @@ def _check_done(done: Mapping[str, Any], settings: Settings, path: Path) -> None
         raise UserError(
             f"keep=all: {path} is done, and the weights of its evaluations are gone; repeat it "
             "with if_exists=fresh."
+        )
+
+
+def _check_kept(state: State, settings: Settings, path: Path) -> None:
+    """Refuse keep=all where weights of evaluations are gone, and no trajectory makes them again."""
+    method = settings.method
+    if settings.keep != "all" or is_frozen(method) or trait(method, "replays", default=False):
+        return
+    every = state.notes.get("eval_every", settings.eval_every)
+    gone = set(range(every, state.looked + 1, every)) - {*state.weights()}
+    if gone:
+        raise UserError(
+            f"keep=all: {path} has evaluated dev at step {min(gone)} and not kept those weights; "
+            "go on with the keep that it began with, or start over with if_exists=fresh."
         )
 
 

@@ -21,10 +21,11 @@ from smezo_cli.config.settings import Settings
 from smezo_cli.errors import UserError
 from smezo_cli.machine.device import choose_device
 from smezo_cli.machine.memory import PeakMemory
+from smezo_cli.machine.out_of_memory import SHORTER, refusing_out_of_memory
 from smezo_cli.machine.stop import Stopped, StopRequest
 from smezo_cli.machine.torchrun import local_rank
 from smezo_cli.methods.base import compares_losses, replays
-from smezo_cli.run import kept_inputs, layers, mask
+from smezo_cli.run import kept_inputs, layers, mask, self_check
 from smezo_cli.run.batches import batches_of
 from smezo_cli.run.console import Console
 from smezo_cli.run.evaluate import evaluate
@@ -46,12 +47,15 @@ from smezo_cli.zo.step import NUMERICS, NonFiniteLoss
 
 # These may differ between machines, or follow from settings that may.
 _OF_A_MACHINE = ("device", "compile", "micro_batch_size", "runs_dir", "logger", "if_exists")
+# Rank 0 alone says when dev is evaluated.
+_OF_RANK_0 = ("eval_every",)
 
 
 def facts(loaded: Loaded, settings: Settings) -> dict[str, Any]:
     """Return what every rank must have in common, as ``{"same": ...}``."""
     rows = {name: fingerprint(getattr(loaded.task, name)) for name in ("train", "dev", "test")}
-    asked = {k: v for k, v in dataclasses.asdict(settings).items() if k not in _OF_A_MACHINE}
+    others = (*_OF_A_MACHINE, *_OF_RANK_0)
+    asked = {k: v for k, v in dataclasses.asdict(settings).items() if k not in others}
     text = json.dumps(asked, sort_keys=True, default=str)
     same = {
         "kind of device": loaded.device.type,
@@ -70,7 +74,11 @@ def follow(settings: Settings, team: Ranks) -> None:
     message, _ = team.told()
     if message["do"] == "end":
         return
-    with StopRequest(lambda _: None) as stop, ExitStack() as at_end:
+    with (
+        refusing_out_of_memory("for a rank of this run", SHORTER),
+        StopRequest(lambda _: None) as stop,
+        ExitStack() as at_end,
+    ):
         team.asked = lambda: stop.asked
         try:
             try:
@@ -220,7 +228,8 @@ class Follower:
             kept_inputs.compute_together(self.loaded, train)
             self.loaded.scorer.model.eval()
             try:
-                method.self_check(lambda: self.loaded.scorer.loss(of_one_part(train)[:2]))
+                with self_check.refusing():
+                    method.self_check(lambda: self.loaded.scorer.loss(of_one_part(train)[:2]))
             except NonFiniteLoss:
                 pass  # rank 0 has met it, too, and says it with the row
             except ValueError as error:

@@ -19,6 +19,7 @@ from smezo_cli.scoring.parts import by_part
 from smezo_cli.scoring.tokens import token_ids
 from smezo_cli.store.notes import Demonstrations, chosen_prompts, noted_demonstrations
 from smezo_cli.store.saved import tensors_digest
+from smezo_cli.store.trajectory import seconds_between
 from smezo_cli.store.values import SavedWeights
 from smezo_cli.tasks.mixture import Prompts
 
@@ -91,15 +92,19 @@ def probe(run: Run, evaluate: Evaluator, method: LinearProbe, rows: Rows) -> Non
     if 0 in state.weights():
         loaded.set_probe(folder.load_weights(state, 0), folder.path)
         return
-    start = time.perf_counter()
     run.say(f"  hidden states of {len(rows.train)} training rows, then the fit")
     part = evaluate.part(rows.train, "train")
-    states = features(loaded.scorer, rows.train, run.stopped, part)
+    start, before = time.perf_counter(), part.seconds
+    try:
+        states = features(loaded.scorer, rows.train, run.stopped, part)
+    finally:
+        part.seconds = before + seconds_between(start, time.perf_counter())
+    start = time.perf_counter()
     run.stop.patient = False  # nothing of a fit is kept before it is there
     labels = torch.tensor([c.label for c in rows.train])
     fitted = method.fit(states, labels, len(rows.train[0].full))
     run.stop.patient = True
-    state.train_seconds = time.perf_counter() - start
+    state.train_seconds = part.seconds + seconds_between(start, time.perf_counter())
     state.num_forwards = part.num_forwards
     run.notes["num_trained"] = sum(t.numel() for t in fitted.values())
     note: SavedWeights = {"step": 0, "sha256": tensors_digest(fitted)}

@@ -71,7 +71,7 @@ def teach(run: Run, team: Ranks, recorder: Recorder | None) -> None:
         known = recorder.trajectory()
         columns = known.columns(len(known)).astype("<f8")
         team.tell("trajectory", columns.tobytes(), queries=len(columns) - 1)
-    elif step := run.state.step:
+    elif (step := run.state.step) and step in run.state.weights():  # else no step follows
         path = run.folder.weights_path(step)
         if not hand_out(run, team, step):
             parcel.send(team, path, "saved", name=path.name, sha256=run.state.files[path.name])

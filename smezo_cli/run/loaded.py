@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smezo_cli.config.method_keys import trait
 from smezo_cli.config.settings import Settings
@@ -17,6 +18,12 @@ from smezo_cli.errors import UserError
 from smezo_cli.files.fetch import cache_dir
 from smezo_cli.machine import process
 from smezo_cli.machine.allocator import keep_freed_memory
+from smezo_cli.machine.out_of_memory import (
+    SHORTER,
+    Halving,
+    is_out_of_memory,
+    refusing_out_of_memory,
+)
 from smezo_cli.machine.waiting import waiting
 from smezo_cli.models.adapter import Adapter, attach
 from smezo_cli.models.architecture import check_quantization, num_weights, quiet
@@ -72,7 +79,8 @@ class Loaded:
         device: "cpu", "cuda" or "cuda:N"; one of the devices if the model is spread over several.
         say: receives a line about the data and lines about the model.
         with_rows: False loads no data; then there is no `task` and there are no `prompts`.
-        warn: receives a line on threads or parts of torch that are missing; by default `say`.
+        warn: receives a line on threads or parts of torch that are missing, or on memory that is;
+            by default `say`.
 
     Raises:
         UserError: data or model cannot be found, read, or fitted together.
@@ -102,14 +110,15 @@ class Loaded:
         check_quantization(settings.model, self.device)
         if with_rows:
             self._load_task(say)
+        with refusing_out_of_memory(f"to load model={settings.model['name']}"):
+            self._load_model(compute, say, warn)
+
+    def _load_model(
+        self, compute: torch.dtype, say: Callable[[str], None], warn: Callable[[str], None]
+    ) -> None:
+        settings = self.settings
         with waiting(f"loading {settings.model['name']}"):
-            self.model, self.tokenizer = load_model(
-                settings.model,
-                dtype=self.dtype,
-                device=self.device,
-                cache=cache_dir(),
-                compute_dtype=compute,
-            )
+            self.model, self.tokenizer = self._read_model(compute)
         total = num_weights(self.model)
         self.of_base: str | None = None  # fingerprint of a model that an adapter changes
         self.adapter: Adapter | None = None
@@ -138,6 +147,7 @@ class Loaded:
             None if compute == self.dtype else compute,
             places_before=self.adapter.num_places if self.adapter else 0,
         )
+        self.scorer.halving = {name: Halving(warn) for name in ("scores", "answers")}
         where = f", on {', '.join(sorted({*self.device_map.values()}))}" if self.device_map else ""
         say(f"  model   {settings.model['name']}, {total / 1e6:.1f} M weights{where}")
         if settings.model["family"] == "causal" and (ends := appended(self.tokenizer)):
@@ -154,6 +164,21 @@ class Loaded:
                 "  auto_map: the Python files that the model brings are not executed; "
                 f"transformers' own {type(self.model).__name__} computes it"
             )
+
+    def _read_model(self, compute: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        try:
+            return load_model(
+                self.settings.model,
+                dtype=self.dtype,
+                device=self.device,
+                cache=cache_dir(),
+                compute_dtype=compute,
+            )
+        except UserError as error:
+            # Whatever the libraries raise over a checkpoint is explained as a fault of its files.
+            if error.__cause__ is None or not is_out_of_memory(error.__cause__):
+                raise
+            raise error.__cause__ from None
 
     @property
     def device_map(self) -> dict[str, str] | None:
@@ -242,7 +267,10 @@ class Loaded:
         if rows is None:
             rows = [*self.task.train, *self.task.dev, *self.task.test]
         of_rows, found = by_part(rows), Found()
-        with waiting("measuring which rows may share a forward"):
+        with (
+            waiting("measuring which rows may share a forward"),
+            refusing_out_of_memory("for a forward over two rows", SHORTER),
+        ):
             for part, of_part in by_part(prompts).items():
                 some, ways = _unlike(of_rows.get(part, rows)), set[bool]()
                 for prompt in of_part:

@@ -11,14 +11,7 @@ from smezo_cli.run.begin import Run
 from smezo_cli.run.loaded import Loaded
 from smezo_cli.run.replay import rebuild, restore
 from smezo_cli.store.notes import Notes
-from smezo_cli.store.trajectory import (
-    Damaged,
-    Recorder,
-    Trajectory,
-    check_length,
-    differences,
-    read,
-)
+from smezo_cli.store.trajectory import Damaged, Recorder, Trajectory, differences, read
 from smezo_cli.tasks import Prompt
 from smezo_cli.tasks.base import fingerprint
 
@@ -75,7 +68,6 @@ def put_back(run: Run, loaded: Loaded, method: Method) -> Recorder | None:
         _put_back_saved(run, loaded, method)
         return None
     state, folder = run.state, run.folder
-    check_length(run.settings.steps, method.num_scalars)
     path = folder.path / "trajectory.bin"
     header = {
         "identity": method.identity(),
@@ -95,18 +87,36 @@ def put_back(run: Run, loaded: Loaded, method: Method) -> Recorder | None:
 
 
 def _put_back_saved(run: Run, loaded: Loaded, method: Method) -> None:
-    """Put back the weights that are saved; start over if they are damaged."""
+    """Put back the weights that are saved; start over if they are damaged.
+
+    Of a finished run that cannot be extended the best weights alone are there, and no step follows.
+    """
     state, folder = run.state, run.folder
-    if state.step and (bad := folder.damaged_weights(state)):
+    if state.step and (bad := _damaged_weights(run)):
         name = run.settings.method["name"]
         run.say(f"  {' and '.join(bad)} damaged or missing, and {name} has no trajectory:")
         run.say("  trained again from the first step on")
         state.start_over()
     if state.step:
         if not folder.has_metrics(state):
-            run.say("  metrics.jsonl is damaged: what it lacks is lost, the training goes on")
-        loaded.set_weights(folder.load_weights(state, state.step), folder.path)
-        restore(method, state.method, folder.load_optimizer(state, state.step), folder)
+            left = folder.mend_metrics(state)
+            run.say(
+                f"  metrics.jsonl is damaged: {left} of {state.step} steps can be read, the rest "
+                "is lost"
+            )
+        saved = state.step if state.step in state.weights() else state.best_step or 0
+        loaded.set_weights(folder.load_weights(state, saved), folder.path)
+        restore(method, state.method, folder.load_optimizer(state, saved), folder)
+
+
+def _damaged_weights(run: Run) -> list[str]:
+    """Return the names of files that are damaged, or without which the run cannot go on."""
+    state, folder = run.state, run.folder
+    found = folder.damaged_weights(state)
+    last = run.notes.get("weights", {}).get("last")
+    is_at_its_end = last is not None and state.looked == state.step == last["step"]
+    needed = {state.best_step or state.step} | (set() if is_at_its_end else {state.step})
+    return found + [folder.weights_path(n).name for n in sorted(needed - {*state.weights()})]
 
 
 def _known_steps(run: Run, path: Path, header: Mapping[str, Any]) -> Trajectory | None:

@@ -3,8 +3,10 @@
 import json
 import shlex
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 from smezo_cli.errors import UserError
+from smezo_cli.machine.out_of_memory import SHORTER, refusing_out_of_memory
 from smezo_cli.machine.waiting import waiting
 from smezo_cli.methods.base import Method
 from smezo_cli.run.begin import Run
@@ -44,12 +46,12 @@ def check(run: Run, loaded: Loaded, method: Method, rows: Sequence[Candidates]) 
 
     Raises:
         NonFiniteLoss: a loss is NaN or infinite.
-        UserError: probes cannot reach some weights.
+        UserError: probes cannot reach some weights; or the memory is too small.
     """
     two = of_one_part(rows)[:2]
     loaded.scorer.model.eval()
     try:
-        with waiting("the self-check"):
+        with waiting("the self-check"), refusing():
             checked = method.self_check(Batch(loaded.scorer, two, "loss", None))
     except ValueError as error:
         raise _unreached(run, error) from error
@@ -69,9 +71,15 @@ def check_reads(run: Run, method: Method, loaded: Loaded, rows: Sequence[Candida
         return
     loaded.scorer.model.eval()
     try:
-        check(lambda: loaded.scorer.loss(rows))
+        with refusing():
+            check(lambda: loaded.scorer.loss(rows))
     except ValueError as error:
         raise _unreached(run, error) from error
+
+
+def refusing() -> AbstractContextManager[None]:
+    """Raise UserError where the memory is too small for a self-check inside the context."""
+    return refusing_out_of_memory("for the self-check, a forward over two rows", SHORTER)
 
 
 def _unreached(run: Run, error: ValueError) -> UserError:

@@ -8,8 +8,10 @@ from smezo_cli.config.digest import is_extensible
 from smezo_cli.config.fixed import is_frozen
 from smezo_cli.errors import Diverged, UserError
 from smezo_cli.machine import allocator
+from smezo_cli.machine.out_of_memory import SHORTER, refusing_out_of_memory
 from smezo_cli.machine.stop import Stopped
 from smezo_cli.machine.waiting import waiting
+from smezo_cli.methods.base import replays
 from smezo_cli.methods.frozen import InContext, LinearProbe
 from smezo_cli.run import (
     best,
@@ -38,37 +40,49 @@ from smezo_cli.run.prepare import measure_for, passes_of, prepare, watch_for
 from smezo_cli.run.result import SoFar
 from smezo_cli.store.folder import UNSETTLED
 from smezo_cli.store.partial_scores import NAME, PartialScores
+from smezo_cli.store.trajectory import check_length
 from smezo_cli.zo.step import NonFiniteLoss
 from smezo_cli.zo.turns import NotInLockstep
 
 
 def finish(run: Run) -> dict[str, Any]:
-    """Take the stages of a run that are left; return the content of result.json."""
+    """Take the stages of a run that are left; return the content of result.json.
+
+    Of a finished run that is mended the result stays until the mending is complete.
+    """
     so_far = SoFar()
     announce(run)
     run.state.notes.pop(UNSETTLED, None)  # of a run that now goes on
-    run.folder.write_result(result.of(run, so_far, "running"))
+    if (before := _reopened(run)) is None:
+        run.folder.write_result(result.of(run, so_far, "running"))
+
+    def end(status: str, why: str) -> None:
+        if before is not None:
+            run.say("  result.json stays that of the finished run, which is not mended yet")
+        close(run, so_far, before or result.of(run, so_far, status, error=why))
+
     try:
-        done = _stages(run, so_far)
+        with refusing_out_of_memory("for this run", SHORTER):
+            done = _stages(run, so_far)
     except NonFiniteLoss as error:
         assert so_far.loaded is not None  # which loss could it be of?
-        close(run, so_far, result.of(run, so_far, "diverged", error=str(error)))
+        end("diverged", str(error))
         raise Diverged(diverged(run, so_far.loaded, error)) from error
     except NotInLockstep as error:
-        close(run, so_far, result.of(run, so_far, "failed", error=str(error)))
+        end("failed", str(error))
         raise UserError(f"method: {error}.") from error
     except BaseException as error:
         status = "stopped" if run.stopped() else "failed"
         try:
             keep_scores(run, so_far.partial)
         finally:  # whatever becomes of the scores, the run is closed
-            why = f"{type(error).__name__}: {error}".removesuffix(": ")
-            close(run, so_far, result.of(run, so_far, status, error=why))
+            end(status, f"{type(error).__name__}: {error}".removesuffix(": "))
         raise
     # A run with a trajectory needs the best weights alone, to go on too; unless its method has
     # tensors of its own, which would be made again from the first step on.
     goes_on = so_far.recorder is None or so_far.keeps_state
     goes_on = goes_on and is_extensible(run.settings.lr_schedule)
+    run.notes.pop("reopened", None)
     # A kill behind the result must not leave what is to go: the next start reads it here.
     run.notes["unsettled"] = {"goes_on": goes_on}
     run.folder.save_state(run.state)
@@ -78,11 +92,26 @@ def finish(run: Run) -> dict[str, Any]:
     return done
 
 
+def _reopened(run: Run) -> dict[str, Any] | None:
+    """Return the result that a run has already, and is to keep until it has the same anew.
+
+    A note says that the run is being mended: its files may look whole before that is done.
+    """
+    done = run.folder.result()
+    if done is None or done.get("status") != "done" or done["steps"] != run.settings.steps:
+        run.notes.pop("reopened", None)
+        return None
+    run.notes["reopened"] = True
+    run.folder.save_state(run.state)
+    return done
+
+
 def _stages(run: Run, so_far: SoFar) -> dict[str, Any]:
     """Load, check that ranks and data are those of the run, and go on by the kind of method."""
     if run.team is not None:
         leader.call(run, run.team)
     so_far.loaded = loaded = Loaded(run.settings, str(run.device), run.say)
+    loaded.scorer.most_at_once = run.notes.get("most_at_once", {})
     so_far.partial = partial = PartialScores(run.folder.path / NAME, loaded.model)
     if run.team is not None:
         leader.agree(run, loaded, run.team)
@@ -137,6 +166,8 @@ def _with_steps(run: Run, so_far: SoFar, loaded: Loaded, evaluate: Evaluator) ->
         leader.hand_mask(run, run.team)
     with waiting("preparing the passes"):
         method = build_method(loaded)
+    if replays(method):
+        check_length(s.steps, method.num_scalars)
     kept_inputs.check(run, loaded, method)
     so_far.measure = measure = measure_for(run, loaded, method)
     so_far.keeps_state, so_far.passes = method.keeps_state, passes_of(run, method)

@@ -163,6 +163,11 @@ def trained(
     path = folder.path / "trajectory.bin"
     if not path.exists():
         if chosen not in state.weights():
+            if step is None:
+                raise UserError(
+                    f"{folder.path} does not keep the weights of its best step, {chosen}: start it "
+                    "over with if_exists=fresh."
+                )
             steps = ", ".join(map(str, state.weights()))
             raise UserError(
                 f"--step {step}: {folder.path} keeps the weights of step {steps}; "
@@ -176,6 +181,11 @@ def trained(
         return chosen
     records = read(path)
     if not 0 <= chosen <= len(records):
+        if step is None:
+            raise UserError(
+                f"{path} holds {len(records)} good steps, and the best is step {chosen}: give the "
+                "command that trained the run again."
+            )
         raise UserError(f"--step {step}: {folder.path} has made {len(records)} steps.")
     mask.use(loaded, folder.path)
     rebuild(loaded, replayed(loaded, records, str(path)), folder, state, records, chosen, say)
@@ -307,30 +317,30 @@ def score_rows(
         UserError: a score is not finite.
     """
     from smezo_cli.machine.stop import Stopped, StopRequest
-    from smezo_cli.run.evaluate import evaluate, in_parts
+    from smezo_cli.run.evaluate import evaluate, in_parts, lots, scores_follow_from
     from smezo_cli.run.not_finite import why_not_finite
     from smezo_cli.scoring.batching import Found
+    from smezo_cli.scoring.evaluation import Evaluation
     from smezo_cli.scoring.objectives import NonFiniteScore
-    from smezo_cli.store.saved import tensors_digest
     from smezo_cli.tasks.mixture import weights_of
 
-    probe, s, scorer = loaded.scorer.probe, loaded.settings, loaded.scorer
-    about = {
-        "step": step,
-        "as_it_came": as_it_came,
-        "probe": None if probe is None else tensors_digest(probe),
-        "batching": Found(scorer.batching, scorer.batching_of_answers).plain(),
-        "machine": [str(loaded.device), s.dtype, s.compute_dtype],
-    }
+    s, scorer = loaded.settings, loaded.scorer
+    batching = Found(scorer.batching, scorer.batching_of_answers).plain()
+    about = scores_follow_from(loaded, batching, step, as_it_came)
+    # Where no rows are loaded there are no prompts to choose from, and no dev.
+    prompts = loaded.prompts if split == "dev" else ()
     with StopRequest(console.say) as stop:
 
-        def one(of_part: Any, name: str) -> "Evaluation":
-            part = kept.part(about, split, of_part)
-            done = len(part.answered if of_part[0].kind == "generation" else part.scored)
-            if done:
-                console.say(f"  {done} of {len(of_part)} rows were scored before the stop")
-            bar = console.bar(f"{split} {name}".strip(), len(of_part), done)
-            return evaluate(scorer, of_part, bar, lambda: stop.asked, part=part)
+        def of_lot(lot: Any, name: str) -> Evaluation:
+            part = kept.part(about, split, lot)
+            if done := part.num_done(lot[0].kind):
+                console.say(f"  {done} of {len(lot)} rows were scored before the stop")
+            bar = console.bar(f"{split} {name}".strip(), len(lot), part.num_done(lot[0].kind))
+            return evaluate(scorer, lot, bar, lambda: stop.asked, part=part)
+
+        def one(of_part: Any, name: str) -> Evaluation:
+            cut = lots(s, prompts, split, of_part)
+            return Evaluation.joined([of_lot(of_part[at], name) for at in cut])
 
         try:
             return in_parts(rows, weights_of(s.task), one)
@@ -377,6 +387,8 @@ def save_model(
     Returns:
         Bytes of the weights.
     """
+    from safetensors import SafetensorError
+
     from smezo_cli.files.space import check_space
     from smezo_cli.run.model_card import model_card
 
@@ -396,8 +408,9 @@ def save_model(
             (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_text(text, encoding="utf-8")
         os.replace(partial, target)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or error}.") from error
+    except (OSError, SafetensorError) as error:  # the latter is what a full disk gives weights
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {target}: {reason}.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return size

@@ -10,6 +10,7 @@ from smezo_cli.config.fixed import is_frozen
 from smezo_cli.run import kept_inputs
 from smezo_cli.run.begin import Run
 from smezo_cli.run.console import in_words
+from smezo_cli.run.evaluate import lots
 from smezo_cli.run.evaluator import Evaluator
 from smezo_cli.run.loaded import Loaded
 from smezo_cli.run.rows import Rows
@@ -90,7 +91,7 @@ def _choose(
     name = f" {part}" if part else ""
     best: tuple[tuple[float, float], int, Evaluation] | None = None
     encoded = {k: loaded.encode(rows, prompt) for k, prompt in enumerate(prompts, first)}
-    begun = _first_lot(evaluate, encoded, part)
+    begun = _first_lot(evaluate, encoded)
     left_out = _left_out(begun)
     for k, prompt in enumerate(prompts, first):
         note: PromptNote = {
@@ -112,9 +113,9 @@ def _choose(
                 f"out, {behind['gain']:.4f} +- {behind['standard_error']:.4f} behind"
             )
         elif len(prompts) > 1 or calibrates:
-            lots = [begun[k]] if k in begun else []
-            lots.append(evaluate(encoded[k], "dev", prompt=k, lot=slice(len(lots), None)))
-            found = Evaluation.joined(lots)
+            asked = [begun[k]] if k in begun else []
+            asked.append(evaluate(encoded[k], "dev", prompt=k, lot=slice(len(asked), None)))
+            found = Evaluation.joined(asked)
             line, of_dev = _noted(found, note)
             rank = _rank(of_dev, found.metric)
             is_best = best is None or rank > best[0]
@@ -132,11 +133,11 @@ def _choose(
 
 
 def _first_lot(
-    evaluate: Evaluator, encoded: Mapping[int, Sequence[Candidates]], part: str
+    evaluate: Evaluator, encoded: Mapping[int, Sequence[Candidates]]
 ) -> dict[int, Evaluation]:
     """Return the first rows of dev under each prompt; nothing where all rows are of one lot."""
     rows = next(iter(encoded.values()))
-    if len(evaluate.lots(rows, "dev", part)) == 1:
+    if len(lots(evaluate.run.settings, evaluate.loaded.prompts, "dev", rows)) == 1:
         return {}
     return {k: evaluate(of, "dev", prompt=k, lot=slice(0, 1)) for k, of in encoded.items()}
 

@@ -10,9 +10,10 @@ less that sum behind the prompt's base, which shows nothing of the row itself.
 """
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,32 @@ from smezo_cli.scoring.tokens import padding_id
 EVAL_TOKENS = 512  # padded tokens in an evaluation batch: activations stay in a CPU's cache
 EVAL_TOKENS_GPU = 4096  # a GPU would rather have few launches; bounds the logits kept at once
 EVAL_ANSWERS = 16  # rows generated together: each token reads all weights once for all of them
+
+
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+class Halving(Protocol):
+    """Compute batches in parts that fit; see :class:`smezo_cli.machine.out_of_memory.Halving`."""
+
+    most: int | None
+
+    def __call__(
+        self, batch: Sequence[R], tokens: Callable[[R], int], compute: Callable[[Sequence[R]], T]
+    ) -> list[T]:
+        """Return what is computed of each part of a batch, in order."""
+
+
+class _Whole:
+    """Compute batches whole."""
+
+    most: int | None = None
+
+    def __call__(
+        self, batch: Sequence[R], tokens: Callable[[R], int], compute: Callable[[Sequence[R]], T]
+    ) -> list[T]:
+        return [compute(batch)]
 
 
 class Scorer:
@@ -64,6 +91,9 @@ class Scorer:
         #: which sequences share a forward, of scores (and losses) and of generated answers
         self.batching = self.batching_of_answers = Batching()
         self.always_caches = False  # where a common prefix saves too little to be worth it, too
+        #: how a batch of an evaluation is computed that the memory may be too small for; batches
+        #: stay what they are, as ranks share them, and a stopped evaluation goes on
+        self.halving: dict[str, Halving] = {"scores": _Whole(), "answers": _Whole()}
         #: weight (classes, hidden) and bias (classes,), float64: they score in place of label words
         self.probe: Mapping[str, Tensor] | None = None
         self.num_forwards = 0  # passes over a batch; a prefix that runs first is part of one
@@ -132,8 +162,8 @@ class Scorer:
         self.num_forwards += 1
         if name == "f1":
             texts = dict[int, str | None]()
-            for chosen, of_chosen in self.generate_all(batch):
-                texts |= zip(chosen, of_chosen, strict=True)
+            for chosen in self._batches_of_answers(batch):  # a step halves its rows by itself
+                texts |= zip(chosen, self.generate([batch[i] for i in chosen]), strict=True)
             return outcomes(batch, None, [texts[i] for i in range(len(batch))])
         return torch.cat([outcomes(part, self.scores(part)) for part in self.parts(batch)])
 
@@ -241,11 +271,36 @@ class Scorer:
 
         Yields:
             Indices of the batch's rows and their scores, float32 (batch, candidates) on the CPU.
+
+        Raises:
+            UserError: the memory is too small for a row, where :attr:`halving` halves batches.
         """
         for chosen in self._batches(rows, first, every, done):
-            with torch.inference_mode():
-                scores = self.scores([rows[i] for i in chosen]).cpu()
-            yield chosen, scores
+            batch = [rows[i] for i in chosen]
+            parts = self.halving["scores"](batch, self._num_tokens, self._scores_on_cpu)
+            width = max(part.shape[1] for part in parts)
+            padded = [F.pad(part, (0, width - part.shape[1]), value=-math.inf) for part in parts]
+            yield chosen, torch.cat(padded)
+
+    @torch.inference_mode()
+    def _scores_on_cpu(self, batch: Sequence[Candidates]) -> Tensor:
+        return self.scores(batch).cpu()
+
+    def _num_tokens(self, row: Candidates) -> int:
+        return prefix_cache.num_tokens(row, self._held)
+
+    @property
+    def most_at_once(self) -> dict[str, int]:
+        """Return tokens that fit into the memory, of "scores" and of "answers".
+
+        Nothing is there before a batch has been too large.
+        """
+        return {name: of.most for name, of in self.halving.items() if of.most is not None}
+
+    @most_at_once.setter
+    def most_at_once(self, known: Mapping[str, int]) -> None:
+        for name, of in self.halving.items():
+            of.most = known.get(name)
 
     @property
     def most_tokens(self) -> int:
@@ -291,14 +346,20 @@ class Scorer:
 
         Raises:
             NonFiniteScore: a hidden state is not finite; it names the row.
+            UserError: as :meth:`score_all`.
         """
         for chosen in self._batches(rows, done=done):
-            with torch.inference_mode():
-                features = self.features([rows[i] for i in chosen]).double().cpu()
+            batch = [rows[i] for i in chosen]
+            parts = self.halving["scores"](batch, self._num_tokens, self._features_on_cpu)
+            features = torch.cat(parts)
             for i, is_finite in zip(chosen, features.isfinite().all(1).tolist(), strict=True):
                 if not is_finite:
                     raise NonFiniteScore(f"the hidden state of row {rows[i].id} is not finite")
             yield chosen, features
+
+    @torch.inference_mode()
+    def _features_on_cpu(self, batch: Sequence[Candidates]) -> Tensor:
+        return self.features(batch).double().cpu()
 
     def _batches(
         self,
@@ -308,7 +369,7 @@ class Scorer:
         done: Collection[int] = (),
     ) -> Iterator[list[int]]:
         """Yield indices of rows of like length, each a forward, and count them."""
-        tokens = [prefix_cache.num_tokens(row, self._held) for row in rows]
+        tokens = [self._num_tokens(row) for row in rows]
         for chosen in batches_of_like_length(tokens, self.most_tokens, first, every, done):
             self.num_forwards += 1
             yield chosen
@@ -324,11 +385,27 @@ class Scorer:
 
         Yields:
             Indices of the batch's rows and their texts.
+
+        Raises:
+            UserError: as :meth:`score_all`.
         """
+        for chosen in self._batches_of_answers(rows, first, every, done):
+            batch = [rows[i] for i in chosen]
+            parts = self.halving["answers"](batch, _tokens_of_answer, self.generate)
+            yield chosen, [text for part in parts for text in part]
+
+    @staticmethod
+    def _batches_of_answers(
+        rows: Sequence[Candidates], first: int = 0, every: int = 1, done: Collection[int] = ()
+    ) -> list[list[int]]:
+        """Return indices of rows of like length that are generated together."""
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i].context))
         starts = range(0, len(order), EVAL_ANSWERS)
         finished = frozenset(done)
         batches = [order[start : start + EVAL_ANSWERS] for start in starts]
         left = [chosen for chosen in batches if not finished.issuperset(chosen)]
-        for chosen in left[first::every]:
-            yield chosen, self.generate([rows[i] for i in chosen])
+        return left[first::every]
+
+
+def _tokens_of_answer(row: Candidates) -> int:
+    return len(row.context) + row.max_new_tokens

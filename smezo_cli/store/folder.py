@@ -13,6 +13,7 @@ a SHA-256 of what is in them; a file that does not agree with its own is never u
 import contextlib
 import fcntl
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from smezo_cli.errors import UserError, redacted_tree
 from smezo_cli.files import bounded, sealed, strict_json
-from smezo_cli.files.atomic import write_text
+from smezo_cli.files.atomic import write_bytes, write_text
 from smezo_cli.store import schema
 from smezo_cli.store.notes import Notes
 from smezo_cli.store.saved import Saved, save_tensors
@@ -240,6 +241,28 @@ class RunFolder:
                 content = file.read(state.metrics_bytes)
         return hashlib.sha256(content).hexdigest() == state.metrics_sha256
 
+    def mend_metrics(self, state: State) -> int:
+        """Keep the lines of metrics.jsonl that can be read; return of how many steps they are.
+
+        The state says from then on what is there.
+        """
+        content, path = b"", self.path / "metrics.jsonl"
+        with contextlib.suppress(OSError, UserError):
+            bounded.check_ordinary(path)
+            content = path.read_bytes()
+        kept, steps = list[bytes](), set[int]()
+        for line in content.splitlines(keepends=True):
+            record = _record(line)
+            if record is not None and record["step"] <= state.step:
+                kept.append(line)
+                steps |= {record["step"]} if "loss" in record else set()
+        self.check_mine()
+        text = b"".join(kept)
+        write_bytes(path, text)
+        state.metrics_bytes, state.metrics_sha256 = len(text), hashlib.sha256(text).hexdigest()
+        self.save_state(state)
+        return len(steps)
+
     def clear(self) -> None:
         """Remove all but the lock, to start over."""
         for entry in self.path.iterdir():
@@ -386,6 +409,16 @@ class RunFolder:
         self.check_mine()
         path.parent.mkdir(exist_ok=True)
         return save_tensors(path, tensors, about)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """Return the record in a line of metrics.jsonl; None if it is damaged or not whole."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_record = isinstance(found, dict) and bounded.is_count(found.get("step"))
+    return found if is_record and line.endswith(b"\n") else None
 
 
 def _remove(path: Path) -> None:

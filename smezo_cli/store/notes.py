@@ -106,6 +106,8 @@ class Notes(TypedDict, total=False):
     num_trained: Count
     executor: Text | None
     micro_batch_size: Annotated[Count, also(bool)]
+    most_at_once: dict[Text, Annotated[Count, also(bool)]]  # tokens of an evaluation's forward
+    eval_every: Annotated[Count, also(bool)]  # what null stood for when the run began
     # by the training; State.start_over forgets these
     lowest_loss: Annotated[float, only(lambda value: value is None or is_number(value))]
     highest_metric: Number
@@ -117,6 +119,7 @@ class Notes(TypedDict, total=False):
     # behind the training
     weights: dict[Text, SavedWeights]  # "best" and "last"
     unsettled: Annotated[Unsettled, no_others(Unsettled)]
+    reopened: Flag  # the run has its result, and what is damaged of it is being mended
 
 
 def chosen_prompts(notes: Notes) -> list[Prompt]:

@@ -41,12 +41,13 @@ class Part:
             (num_rows, size) float64; zeros where nothing is known. None where no row was scored.
         texts: answers by the place of their row.
         num_forwards: that it took.
+        seconds: that it took, where that counts.
     """
 
     def __init__(
         self, num_rows: int, scored: Sequence[int] = (), answered: Sequence[int] = ()
     ) -> None:
-        self.num_rows, self.num_forwards = num_rows, 0
+        self.num_rows, self.num_forwards, self.seconds = num_rows, 0, 0.0
         self.scored, self.answered = set(scored), set(answered)
         self.scores: Tensor | None = None
         self.texts: dict[int, Any] = {}
@@ -56,6 +57,10 @@ class Part:
         if self.scores is None:
             self.scores = torch.zeros(self.num_rows, width, dtype=dtype)
         return self.scores
+
+    def num_done(self, kind: str) -> int:
+        """Return how many rows need nothing more; those of generation have an answer by then."""
+        return len(self.answered if kind == "generation" else self.scored)
 
     @property
     def is_empty(self) -> bool:
@@ -118,6 +123,7 @@ class PartialScores:
                 "scored": [keys[i] for i in scored],
                 "texts": {keys[i]: part.texts[i] for i in sorted(part.answered)},
                 "num_forwards": part.num_forwards,
+                "seconds": part.seconds,
             }
             if part.scores is not None:
                 tensors[name] = part.scores[scored]
@@ -172,6 +178,7 @@ class PartialScores:
                 rows: Tensor = entry["scores"]
                 part.table(rows.shape[1], rows.dtype)[scored] = rows
             part.texts, part.num_forwards = texts, int(entry["num_forwards"])
+            part.seconds = float(entry.get("seconds", 0.0))  # a file may be older than this key
             part.scored, part.answered = set(scored), set(texts)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
             return Part(len(keys))

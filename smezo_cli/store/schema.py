@@ -1,8 +1,9 @@
 """Define state.json and result.json: every key, what it holds, and how it is checked.
 
-A file may come from anywhere and be read long after it was written. So a key that is unknown here
-is passed over (a newer version wrote it), a key may be missing (the file is older than the key),
-and a value that no run writes makes the whole file unsound: it is then treated as damaged.
+A file may come from anywhere and be read long after it was written. In result.json and in the notes
+of state.json a key that is unknown here is passed over (a newer version wrote it), and a key may be
+missing (the file is older than the key). The keys of state.json itself are all there, and no
+others. A value that no run writes makes the whole file unsound: it is then treated as damaged.
 
 :class:`Result` is the one description of result.json; docs/guide/result-json.md is made from it.
 The mappings are TypedDicts, so that what is written and what is read are plain dictionaries.
@@ -139,13 +140,22 @@ class Result(TypedDict, total=False):
     batching: Annotated[Batching | None, says("Which rows share a forward.")]
     data_fingerprint: Annotated[Any, says("SHA-256 of the data files of the user.")]
     data_notes: Annotated[Any, says("What a reader of the metrics must know of the rows.")]
-    model_fingerprint: Annotated[Any, says("SHA-256 of the base model's weights.")]
+    model_fingerprint: Annotated[
+        Any,
+        says(
+            "Of the base model: 12 hex digits of a SHA-256 over the names, shapes and dtypes of "
+            "its tensors and 64 weights of each."
+        ),
+    ]
     model_commit: Annotated[
         Text | None, says("Of a model from the hub: the commit that its revision stood for.")
     ]
     trust_remote_code: Annotated[Any, says("Whether Python files of the model were executed.")]
-    train_rows: Annotated[Any, says("SHA-256 of the training rows.")]
-    test_rows: Annotated[Any, says("SHA-256 of the test rows.")]
+    train_rows: Annotated[
+        Any,
+        says("Of the training rows: 12 hex digits of a SHA-256 over their ids, texts and labels."),
+    ]
+    test_rows: Annotated[Any, says("The same of the test rows.")]
     sparsity: Annotated[_Shares, says("Shares of the trained weights that are not perturbed.")]
     num_trained: Annotated[Any, says("Number of trained weights.")]
     dominant_layer: Annotated[
@@ -169,7 +179,10 @@ class Result(TypedDict, total=False):
     keep: Annotated[Text, says("Which weights are tested and kept: best, last or all.")]
     eps: Annotated[Number | None, says("Size of the perturbation. null where there is none.")]
     eval_every: Annotated[
-        Any, Any, says("Of eval_every=null: the number that it stood for. Absent otherwise.")
+        Any,
+        says(
+            "Of eval_every=null: the number that it stood for when the run began. Absent otherwise."
+        ),
     ]
     batch_size: Annotated[Any, says("Rows of a step.")]
     batch_order: Annotated[Any, says("shuffled or stratified.")]

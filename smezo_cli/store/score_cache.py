@@ -83,7 +83,7 @@ class ScoreCache:
             "scores": scores.tolist(),
             "texts": list(texts),
         }
-        atomic.write_text(path, json.dumps(sealed(content)))
+        atomic.write_text(path, json.dumps(sealed(content)), is_shared=True)
 
     def _all_about(self, rows: Sequence[Candidates]) -> dict[str, Any]:
         keys = keys_of("", rows)

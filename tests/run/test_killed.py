@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from smezo_cli.errors import UserError
+from smezo_cli.run import loaded
 from tests.run.processes import Fault, Started, sentence_of, smezo, until
 from tests.run.tiny_runs import (
     EXACT,
     assert_same_run,
     flip,
+    records_of,
     result_of,
     run_folder,
     state_of,
@@ -162,6 +165,98 @@ def test_a_damaged_file_of_a_finished_run_is_made_again(
     if name in ("trajectory.bin", "config.yaml"):  # the seconds of a step are another's
         assert len(path.read_bytes()) == len(before)
     assert_same_run(folder, run_folder(finished("sparse_mezo")))
+
+
+@pytest.mark.parametrize("name", ["scores.safetensors", "result.json", "checkpoint/state.json"])
+def test_a_damaged_file_of_a_finished_first_order_run_is_made_again(
+    finished: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    """Its lr falls, so it has the best weights alone; if the state is good, no step is made."""
+    shutil.copytree(finished("adamw"), tmp_path / "run")
+    folder = run_folder(tmp_path / "run")
+    assert state_of(folder)["best_step"] < 12
+    flip(folder / name, 0.7)
+    faults = [] if "state" in name else [Fault("loss", 1, signal.SIGKILL).install]
+    ended = smezo(words_of("adamw"), tmp_path / "run", faults=faults)
+    assert (ended.code, ended.err) == (0, "")
+    assert_same_run(folder, run_folder(finished("adamw")))
+    assert "done already" in smezo(words_of("adamw"), tmp_path / "run").out
+
+
+def test_a_first_order_run_whose_last_weights_are_lost_is_made_again(
+    finished: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(finished("adamw"), tmp_path / "run")
+    folder = run_folder(tmp_path / "run")
+    for path in (*folder.glob("checkpoint/weights-*"), folder / "result.json"):
+        path.unlink()
+    ended = smezo(words_of("adamw"), tmp_path / "run")
+    assert (ended.code, ended.err) == (0, "")
+    assert "trained again from the first step on" in ended.out
+    assert_same_run(folder, run_folder(finished("adamw")))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_metrics_that_no_trajectory_makes_again_keep_what_can_be_read(
+    tmp_path: Path, schedule: str
+) -> None:
+    """It is said how much that is, and once: afterwards the run is whole."""
+    words = words_of("adamw", f"lr_schedule={schedule}")
+    assert smezo(words, tmp_path / "whole").code == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    folder = run_folder(tmp_path / "run")
+    before = records_of(folder)
+    lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    assert "loss" in before[4]
+    lines[4] = lines[4].replace(b":", b";", 1)
+    (folder / "metrics.jsonl").write_bytes(b"".join(lines)[:-9])  # and the last look's end is lost
+    ended = smezo(words, tmp_path / "run")
+    assert (ended.code, ended.err) == (0, "")
+    said = "metrics.jsonl is damaged: 11 of 12 steps can be read, the rest is lost"
+    assert ended.out.count(said) == 1
+    assert records_of(folder) == [*before[:4], *before[5:-1]]
+    for name in ("weights", "test", "dev", "zero_shot", "step"):
+        assert result_of(folder)[name] == result_of(run_folder(tmp_path / "whole"))[name]
+    again = smezo(words, tmp_path / "run")
+    assert (again.code, again.out.count("\n")) == (0, 1)
+    assert "done already" in again.out
+
+
+def unreachable() -> None:
+    """As if the hub that the model comes from did not answer."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise UserError("the hub does not answer.")
+
+    loaded.load_model = refuse  # type: ignore[assignment]  # in a child process of its own
+
+
+BROKEN_OFF = {
+    "unreachable": (unreachable, 2),
+    # Between the zero-shot scores of test, which are saved, and those of the trained weights.
+    "stopped": (Fault("evaluate", 2, signal.SIGTERM).install, 130),
+    "killed": (Fault("evaluate", 2, signal.SIGKILL).install, -signal.SIGKILL),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN_OFF)
+def test_a_mending_that_is_broken_off_leaves_the_result_and_goes_on(
+    finished: Callable[[str], Path], tmp_path: Path, how: str
+) -> None:
+    fault, code = BROKEN_OFF[how]
+    words = words_of("sparse_mezo")
+    shutil.copytree(finished("sparse_mezo"), tmp_path / "run")
+    folder = run_folder(tmp_path / "run")
+    before = (folder / "result.json").read_bytes()
+    flip(folder / "scores.safetensors", 0.7)
+    for _ in range(2):
+        assert smezo(words, tmp_path / "run", faults=[fault]).code == code
+        assert (folder / "result.json").read_bytes() == before
+    ended = smezo(words, tmp_path / "run")
+    assert (ended.code, ended.err) == (0, "")
+    assert "test accuracy" in ended.out
+    assert_same_run(folder, run_folder(finished("sparse_mezo")))
+    assert "done already" in smezo(words, tmp_path / "run").out
 
 
 def test_a_killed_run_computes_no_step_twice(

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from smezo_cli import train
+from smezo_cli.cli import evaluate as evaluate_verb
+from smezo_cli.cli import replay as replay_verb
 from smezo_cli.config.compose import compose
 from smezo_cli.errors import UserError
 from smezo_cli.run import console, evaluate, zero_shot
@@ -80,6 +82,21 @@ def test_a_prompt_that_is_not_clearly_worse_goes_on(
     for name in ("dev", "dev_calibrated"):
         assert result["prompt"][name] == pytest.approx(whole["prompt"][name], abs=1e-6)
     assert result["zero_shot"] == whole["zero_shot"]
+
+
+def test_eval_and_replay_cut_dev_as_the_run_did(
+    asked: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*SMALL, *METHODS["mezo"], "steps=2", "batch_size=4", f"prompt_rows={FIRST}"]
+    folder = finished(words, tmp_path)
+    for main in (evaluate_verb.main, replay_verb.main):
+        asked.clear()
+        assert main([str(folder), "--split", "dev"]) == 0
+        assert asked == [FIRST, NUM_DEV - FIRST]
+    assert "NOT the same" not in capsys.readouterr().out
+    asked.clear()
+    assert evaluate_verb.main([str(folder)]) == 0
+    assert asked == [NUM_TEST]
 
 
 def test_progress_names_the_prompt_that_is_tried(

@@ -197,7 +197,8 @@ def test_a_rank_that_fails_amid_gradients_leaves_nobody_behind(rank: int, tmp_pa
     fault = partial(gradients_fail, rank)
     with Group(2, words_of("elasticzo"), tmp_path, faults=[fault]) as group:
         ended = [one.wait(100) for one in group.ranks]
-    assert [one.code for one in ended] == ([1, 2] if rank == 0 else [2, 1]), ended
+    assert [one.code for one in ended] == [2, 2], ended
+    assert "the memory is too small" in ended[rank].err
     assert "no room for a gradient" in ended[rank].err
     assert "another rank has ended" in ended[1 - rank].err
 

@@ -214,9 +214,31 @@ def test_other_weights_of_a_base_of_one_shape_are_told_apart(
 def test_the_scores_beside_a_probe_are_those_of_the_model_alone(
     cache: Path, tmp_path: Path
 ) -> None:
-    words = [*SMALL, "model=tiny-llama", "method=linear_probe", "cache_scores=true"]
-    finished(words, tmp_path)
-    assert len(list(cache.iterdir())) == 3
+    """And the probe's are computed, though their rows are the same."""
+    words = [*SMALL, "model=tiny-llama", "method=linear_probe"]
+    anew = finished(words, tmp_path / "anew")
+    for place in ("kept", "taken"):
+        probed = finished([*words, "cache_scores=true"], tmp_path / place)
+        assert_same_run(probed, anew)
+        assert len(list(cache.iterdir())) == 3
+    assert result_of(anew)["test"]["loss"] != result_of(anew)["zero_shot"]["loss"]
+
+
+def test_scores_behind_demonstrations_are_kept_as_such(cache: Path, tmp_path: Path) -> None:
+    words = [*SMALL, "model=tiny-llama", "method=icl", "method.num_demonstrations=2"]
+    anew = finished(words, tmp_path / "anew")
+    for place in ("kept", "taken"):
+        assert_same_run(finished([*words, "cache_scores=true"], tmp_path / place), anew)
+    behind = [
+        json.loads(path.read_text("utf-8"))["about"]["forwards"][1] for path in cache.iterdir()
+    ]
+    assert sorted(behind) == [
+        False,
+        False,
+        False,
+        True,
+        True,
+    ]  # of these what all begin with is held
 
 
 def in_cache(folder: str) -> None:

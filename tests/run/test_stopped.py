@@ -1,17 +1,19 @@
 """Runs that a signal stops: exit code 130, nothing is lost, and the printed command goes on."""
 
 import functools
+import itertools
 import os
 import shlex
 import shutil
 import signal
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from smezo_cli.run import prepare, zero_shot
+from smezo_cli.run import frozen, prepare, zero_shot
 from smezo_cli.scoring.forward import Forward
 from smezo_cli.store.partial_scores import NAME
 from tests.run.processes import Fault, count_batches, ctrl_c_with_tee, smezo
@@ -180,6 +182,26 @@ def test_a_stop_between_two_batches_keeps_what_is_scored(
     batches = [sorted((of / "batches").read_text().splitlines()) for of in (whole, part)]
     assert batches[0] == batches[1]
     assert_same_run(run_folder(part), run_folder(whole))
+
+
+def tick() -> None:
+    """As if the clock of a probe went on by a second from one look at it to the next."""
+    clock = itertools.count()
+    frozen.time = types.SimpleNamespace(perf_counter=lambda: float(next(clock)))  # type: ignore[assignment]
+
+
+def test_seconds_of_a_probe_before_a_stop_count_too(
+    counted: Callable[[str], Path], tmp_path: Path
+) -> None:
+    words = SCORED["linear_probe"]
+    batches = (counted("linear_probe") / "batches").read_text().splitlines()
+    first = next(k for k, line in enumerate(batches, 1) if line.startswith("features_all"))
+    assert batches[first].startswith("features_all")  # so that there is one more
+    stop = functools.partial(count_batches, first)
+    assert smezo(words, tmp_path, faults=[stop, tick]).code == 130
+    assert smezo(words, tmp_path, faults=[count_batches, tick]).code == 0
+    # Hidden states before the stop and behind it, and the fit.
+    assert result_of(run_folder(tmp_path))["train_seconds"] == 3.0
 
 
 def test_a_stop_in_the_measurements_after_the_test_is_honoured(tmp_path: Path) -> None:

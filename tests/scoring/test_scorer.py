@@ -25,6 +25,7 @@ from transformers import (
 
 from smezo_cli.errors import UserError
 from smezo_cli.files import fetch
+from smezo_cli.machine.out_of_memory import Halving
 from smezo_cli.methods.mezo import MeZO
 from smezo_cli.models.load import load_model
 from smezo_cli.models.tiny import byte_tokenizer
@@ -377,6 +378,87 @@ def test_scores_of_many_rows_come_back_in_their_order(
         for i, one in enumerate(encoded):
             alone = scorer.scores([one])[0]
             torch.testing.assert_close(found[i], alone, rtol=0, atol=FP32)
+
+
+# ------------------------------------------------------------------------- memory that is too small
+
+
+def with_memory_for(
+    rows: int, scorer: Scorer, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[int], list[str]]:
+    """How many rows are tried at once, in a scorer that halves; and what it says."""
+    tried, said = list[int](), list[str]()
+
+    def limited(real: Callable[..., Any]) -> Callable[..., Any]:
+        def computed(batch: Sequence[Candidates]) -> Any:
+            tried.append(len(batch))
+            if len(batch) > rows:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return real(batch)
+
+        return computed
+
+    for name in ("scores", "features", "generate"):
+        monkeypatch.setattr(scorer, name, limited(getattr(scorer, name)))
+    scorer.halving = {name: Halving(said.append) for name in ("scores", "answers")}
+    return tried, said
+
+
+@pytest.mark.parametrize("what", ["score_all", "features_all", "generate_all", "options"])
+def test_a_batch_that_is_too_large_is_halved_and_comes_back_as_one(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the batches of ample memory; what was too large once is not tried again."""
+    model, tokenizer = tiny("tiny-llama")
+    kinds: dict[str, tuple[Sequence[Row], Prompt, str]] = {
+        "options": (CHOICE_ROWS, CHOICE, "choice"),
+        "generate_all": (ANSWER_ROWS * 3, ANSWER, "generation"),
+    }
+    rows, prompt, kind = kinds.get(what, (MIXED, ONE_TOKEN, "classification"))
+    encoded = encode(rows, prompt, tokenizer, 256, kind, 8)
+    monkeypatch.setattr(scoring, "EVAL_TOKENS", 4000)
+    name = "score_all" if what == "options" else what
+    scorer = scorer_of(model, tokenizer)
+    ample = list(getattr(scorer, name)(encoded))
+    tried, said = with_memory_for(2, scorer, monkeypatch)
+    for again in (False, True):
+        found = list(getattr(scorer, name)(encoded))
+        assert [chosen for chosen, _ in found] == [chosen for chosen, _ in ample]
+        for (_, mine), (_, theirs) in zip(found, ample, strict=True):
+            if name == "generate_all":
+                assert mine == theirs
+            else:
+                torch.testing.assert_close(mine, theirs, rtol=0, atol=FP32)
+        assert (max(tried) > 2) != again
+        assert len(said) == 1
+        tried.clear()
+    (most,) = scorer.most_at_once.values()
+    sizes = [len(row.context) + 8 if name == "generate_all" else row.num_tokens for row in encoded]
+    assert most <= 3 * max(sizes)
+    first = len(ample[0][0])
+    assert f"out of memory with {first} rows at once: " in said[0]
+    assert f"at most {most} tokens in a forward" in said[0]
+
+
+def test_a_row_that_does_not_fit_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny("tiny-llama")
+    scorer = scorer_of(model, tokenizer)
+    with_memory_for(0, scorer, monkeypatch)
+    encoded = encode(MIXED, ONE_TOKEN, tokenizer, 256)
+    with pytest.raises(
+        UserError, match=r"^the memory is too small for a forward over one row .*\.$"
+    ):
+        list(scorer.score_all(encoded))
+
+
+def test_a_step_is_told_that_the_memory_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which halves its own rows, as those of every loss."""
+    model, tokenizer = tiny("tiny-llama")
+    scorer = scorer_of(model, tokenizer)
+    with_memory_for(2, scorer, monkeypatch)
+    encoded = encode(ANSWER_ROWS, ANSWER, tokenizer, 256, "generation", 8)
+    with pytest.raises(torch.OutOfMemoryError):
+        scorer.objective(encoded, "f1")
 
 
 # ------------------------------------------------------------------------------- counting, refusing

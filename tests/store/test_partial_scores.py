@@ -136,8 +136,10 @@ def test_hidden_states_go_on_too(
     first = PartialScores(tmp_path / NAME, scorer.model)
     with pytest.raises(Stopped):
         features(scorer, rows, after(2), first.part(ABOUT, "train", rows))
+    first.part(ABOUT, "train", rows).seconds = 1.5
     first.keep()
     part = PartialScores(tmp_path / NAME, scorer.model).part(ABOUT, "train", rows)
+    assert part.seconds == 1.5
     assert torch.equal(features(scorer, rows, lambda: False, part), whole)
     assert sorted(asked) == sorted(batches_of_whole)
     assert part.num_forwards == whole_part.num_forwards > 2
