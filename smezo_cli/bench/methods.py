@@ -120,8 +120,9 @@ def step_of(
         own = copy.deepcopy(scorer.model)
         scorer = Scorer(own, scorer.tokenizer, scorer.compute_dtype)
         model = own
-    # tail_lr: of what a method trains by backpropagation.
-    values = {**node, "lr": lr, "eps": eps} | ({"tail_lr": lr} if "tail_lr" in node else {})
+    # tail_lr: of what a method trains by backpropagation; lr_1d: of tensors of one dimension.
+    rates = {key: lr for key in ("lr", "tail_lr", "lr_1d") if key in node}
+    values = {**node, **rates, "eps": eps}
     values = {key: value for key, value in values.items() if key != "adapter"}
     values |= {"num_rows": len(rows)} if "num_rows" in node else {}
     if values.get("num_queries", 1) > MOST_QUERIES:

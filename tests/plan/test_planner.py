@@ -100,14 +100,15 @@ def test_optimizer_state_is_that_of_a_step(method: str) -> None:
     assert planned(f"method={method}").resident.get("optimizer state", 0) == state
 
 
+@pytest.mark.parametrize("executor", ["sequential", "lockstep"])
 @pytest.mark.parametrize("freeze", ["[]", '["*embed_tokens*","*norm*"]'])
-def test_scratch_is_that_of_a_real_probe(freeze: str) -> None:
+def test_scratch_is_that_of_a_real_probe(freeze: str, executor: str) -> None:
     from smezo_cli.config.build import build
     from smezo_cli.plan.trace import PadOnly
     from smezo_cli.scoring.candidates import Candidates
     from smezo_cli.scoring.scorer import Scorer
 
-    words = ["method=mezo", f"method.freeze={freeze}"]
+    words = ["method=mezo", f"method.freeze={freeze}", f"method.executor={executor}"]
     settings = settings_of(*TINY, *words)
     model = tiny_model(settings)
     method = build(settings.method, "method", model=model, seed=0, backend="eager", check=False)
